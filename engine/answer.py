@@ -1,0 +1,120 @@
+"""An answer in the making: text and tokens as they come, without the verification tag.
+
+What might become the tag is held back until it is known: the white space before it and any beginning of
+it. So the tag and what follows it never reach the client, streamed or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from engine.base import Delta, TokenLogprob
+
+
+class TagFilter:
+    """Feed it pieces of text; it gives back what may be shown.
+
+    found: the tag came; everything from it on is swallowed.
+    """
+
+    def __init__(self, tag: str) -> None:
+        self._tag = tag
+        self._held = ""
+        self.found = False
+
+    def feed(self, piece: str) -> str:
+        if self.found:
+            return ""
+        text = self._held + piece
+        start = text.find(self._tag)
+        if start >= 0:
+            self.found, self._held = True, ""
+            return text[:start].rstrip()
+        keep = max(n for n in range(len(self._tag)) if text.endswith(self._tag[:n]))
+        shown = text[: len(text) - keep].rstrip()
+        self._held = text[len(shown) :]
+        return shown
+
+    def finish(self) -> str:
+        """What is still held when the text ends without a tag."""
+        rest, self._held = self._held, ""
+        return rest
+
+
+@dataclass
+class Answer:
+    """Collects what an engine generates, tag and end token included; shows what belongs to the answer.
+
+    token_ids: everything generated. logprobs: one entry per token, or none at all.
+    report_logprobs: whether deltas carry log-probabilities.
+    """
+
+    tag_text: str
+    tag_ids: Sequence[int]
+    report_logprobs: bool = False
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._filter = TagFilter(self.tag_text)
+        self._shown: list[str] = []
+        self._reported = 0  # tokens whose log-probabilities were sent
+        self._reported_length = 0
+
+    @property
+    def text(self) -> str:
+        return "".join(self._shown)
+
+    @property
+    def tag_found(self) -> bool:
+        """The tag stands in the text, however it was cut into tokens."""
+        return self._filter.found
+
+    def add(
+        self, piece: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()
+    ) -> Delta | None:
+        """One step's text and tokens; what of it may be shown, if anything."""
+        self.token_ids += token_ids
+        self.logprobs += logprobs
+        return self._show(self._filter.feed(piece))
+
+    def finish(self) -> Delta | None:
+        """The text ended: shows what was held back."""
+        return self._show(self._filter.finish())
+
+    def length(self, is_blank: Callable[[int], bool]) -> int | None:
+        """How many of `token_ids` are the answer: those before the tag, without closing blanks and end tokens.
+
+        None where the tag was written in other tokens than its own, so that no token ends where the answer does.
+        """
+        length = _find(self.token_ids, self.tag_ids)
+        if length is None:
+            if self.tag_found:
+                return None
+            length = len(self.token_ids)
+        while length and is_blank(self.token_ids[length - 1]):
+            length -= 1
+        return length
+
+    def _show(self, shown: str) -> Delta | None:
+        if not shown:
+            return None
+        self._shown.append(shown)
+        return Delta(shown, self._due(sum(map(len, self._shown))) if self.report_logprobs else ())
+
+    def _due(self, shown_length: int) -> tuple[TokenLogprob, ...]:
+        first = self._reported
+        while self._reported < len(self.logprobs):
+            length = len(self.logprobs[self._reported].token)
+            if self._reported_length + length > shown_length:
+                break
+            self._reported_length += length
+            self._reported += 1
+        return tuple(self.logprobs[first : self._reported])
+
+
+def _find(ids: Sequence[int], tag: Sequence[int]) -> int | None:
+    """Index of the first occurrence of `tag` in `ids`."""
+    width = len(tag)
+    return next((i for i in range(len(ids) - width + 1) if list(ids[i : i + width]) == list(tag)), None)

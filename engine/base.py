@@ -1,0 +1,203 @@
+"""What every engine gives: an answer and, from the same pass, what the model's states say of it.
+
+The representation that the estimator judges is
+
+    h = [ mean over all positions of the final normed hidden states ;
+          the final normed hidden state at the declared position ;
+          the generation's evidence (optional) ]
+
+(arXiv 2510.26183, section 3). The declared position is the last token of the verification tag
+that an SDM language model writes after its answer; the mean runs over every position up to and
+including that one: template, prompt, answer and tag.
+
+    EngineError
+    ├── EngineDead         the engine's process is gone; nothing will be answered any more
+    ├── PromptTooLong      prompt and answer do not fit the model's context
+    └── IdentityMismatch   the engine serves something else than the bundle was made for
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+EVIDENCE = ("mean_logprob", "sum_logprob", "min_logprob", "mean_margin", "min_margin", "length")
+"""Names a representation may declare as evidence, each a number over the answer's own tokens."""
+
+Part = Literal["mean", "last", "evidence"]
+
+
+class EngineError(Exception):
+    """An engine could not do what was asked."""
+
+
+class EngineDead(EngineError):
+    """The engine's process ended; only a restart helps."""
+
+
+class PromptTooLong(EngineError):
+    """Prompt and requested answer exceed the model's context."""
+
+
+class IdentityMismatch(EngineError):
+    """Model, tokenizer, chat template, dtype or hidden size differ from the bundle's."""
+
+
+@dataclass(frozen=True)
+class Representation:
+    """How h is composed; a field of the bundle, since a layer fitted on one is void on another.
+
+    tag: text whose last token is the declared position.
+    order: the blocks of h, in this order; "evidence" is absent for the papers' h.
+    evidence: names from `EVIDENCE`, in this order; empty without an evidence block.
+    """
+
+    tag: str = "<verified>"
+    order: tuple[Part, ...] = ("mean", "last")
+    evidence: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.evidence if name not in EVIDENCE]
+        if unknown:
+            raise ValueError(f"unknown evidence {unknown}; known are {list(EVIDENCE)}")
+        if ("evidence" in self.order) != bool(self.evidence):
+            raise ValueError(
+                f"order {self.order} and evidence {self.evidence} disagree: "
+                'name features exactly when "evidence" stands in order'
+            )
+
+    def block_sizes(self, hidden_size: int) -> tuple[int, ...]:
+        """Width of each block of h, in order; their sum is the adaptor's input dimension D."""
+        width = {"mean": hidden_size, "last": hidden_size, "evidence": len(self.evidence)}
+        return tuple(width[part] for part in self.order)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Representation:
+        return cls(fields["tag"], tuple(fields["order"]), tuple(fields["evidence"]))
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What is being served, by content: two engines agree iff their identities are equal."""
+
+    name: str
+    architecture: str
+    hidden_size: int
+    dtype: str
+    weights_sha256: str
+    tokenizer_sha256: str
+    chat_template_sha256: str
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to generate. The defaults are greedy, the policy of the demo bundle."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logprobs: int | None = None  # alternatives to report per token, None: none
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One answer token with its log-probability under the unmodified (temperature 1) model."""
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()  # (id, text, log-probability), best first
+
+
+@dataclass(frozen=True)
+class HiddenSummary:
+    """The model's states over one prompt and answer, float32 on the CPU.
+
+    mean, last: (H,). evidence: (E,) in the representation's order, (0,) without one.
+    positions: how many positions the mean runs over.
+    complete: whether every one of them was counted. If not, the summary must not be scored.
+    """
+
+    mean: torch.Tensor
+    last: torch.Tensor
+    evidence: torch.Tensor
+    positions: int
+    complete: bool
+
+    def vector(self, representation: Representation) -> torch.Tensor:
+        """h, shape (D,): the blocks in the representation's order."""
+        blocks = {"mean": self.mean, "last": self.last, "evidence": self.evidence}
+        return torch.cat([blocks[part] for part in representation.order])
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of the answer's text, tag excluded; the pieces joined are `Generation.text`."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished answer.
+
+    text, token_ids, logprobs: the answer alone, without tag and what follows it.
+    finish_reason: "stop" (tag, end of turn or stop string) or "length".
+    tagged: the model wrote the tag itself; otherwise it was appended to take h.
+    truncated: the answer did not end on its own (length limit or a stop string).
+    hidden: None where it was not asked for, or could not be taken.
+    completion_tokens: tokens generated for the answer, tag included.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length"]
+    tagged: bool
+    truncated: bool
+    hidden: HiddenSummary | None
+    prompt_tokens: int
+    completion_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class Engine(Protocol):
+    """Text in, text and hidden state out. Two real implementations: vLLM and transformers."""
+
+    identity: ModelIdentity
+    representation: Representation
+    max_model_len: int
+
+    def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
+    ) -> AsyncIterator[Delta | Generation]:
+        """Yields deltas while the answer is written, then exactly one `Generation`.
+
+        Closing the iterator early cancels the request and frees its place in the engine.
+        `capture=False` answers without taking h.
+        Raises PromptTooLong, EngineDead or EngineError.
+        """
+        ...
+
+    async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
+        """h's parts for a given prompt and response (tag excluded; it is appended)."""
+        ...
+
+    async def check(self) -> None:
+        """Raises EngineDead unless the engine answers."""
+        ...
+
+    async def close(self) -> None:
+        """Ends every process of the engine."""
+        ...

@@ -1,0 +1,49 @@
+"""How to start an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from engine.base import Engine, Representation
+from engine.prompt import ChatFormat
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """model: directory with config.json, safetensors and tokenizer.
+
+    dtype: what the weights are served in; part of the model's identity, since states differ with it.
+    max_model_len: longest sequence in tokens: prompt, answer and tag.
+    kv_cache_bytes: memory for the KV cache; None leaves it to vLLM.
+    block_size: tokens per KV block; smaller blocks let more of a shared prefix be reused.
+    max_num_batched_tokens: tokens computed per step; longer prompts are computed in chunks of it.
+    eager: no compilation: starts sooner, runs slower.
+    """
+
+    model: Path
+    kind: Literal["vllm", "transformers"] = "vllm"
+    representation: Representation = field(default_factory=Representation)
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    max_model_len: int = 2048
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    kv_cache_bytes: int | None = None
+    block_size: int = 32
+    eager: bool = False
+
+
+async def start_engine(settings: EngineSettings, chat: ChatFormat | None = None) -> Engine:
+    """Starts the engine that `settings.kind` names; returns when it can answer.
+
+    Raises EngineError where model or machine do not allow it.
+    """
+    chat = chat or ChatFormat.from_directory(settings.model)
+    if settings.kind == "vllm":
+        from engine.vllm_engine import VLLMEngine
+
+        return VLLMEngine(settings, chat)
+    from engine.transformers_engine import TransformersEngine
+
+    return TransformersEngine(settings, chat)

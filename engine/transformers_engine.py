@@ -1,0 +1,214 @@
+"""The second engine, on transformers: the numerical reference, and for machines without vLLM.
+
+Plain on purpose: token by token, one sequence a forward pass, in a thread of its own. What it returns is
+what the definitions say, so the contract tests hold the fast engine to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.generation import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from engine.answer import Answer
+from engine.base import Delta, Generation, HiddenSummary, PromptTooLong, Sampling, TokenLogprob
+from engine.evidence import TOP, from_logprobs
+from engine.factory import EngineSettings
+from engine.identity import identify
+from engine.prompt import SEPARATOR, ChatFormat
+
+T = TypeVar("T")
+
+
+class TransformersEngine:
+    """See `engine.base.Engine`."""
+
+    def __init__(self, settings: EngineSettings, chat: ChatFormat) -> None:
+        self.representation = settings.representation
+        self.max_model_len = settings.max_model_len
+        self.identity = identify(settings.model, chat, settings.dtype)
+        self._chat = chat
+        self._tag_ids = chat.encode_response(settings.representation.tag)
+        self._closing_ids = chat.encode_response(SEPARATOR + settings.representation.tag)
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            str(settings.model), dtype=getattr(torch, settings.dtype), local_files_only=True
+        ).eval()
+        end = self._model.generation_config.eos_token_id
+        self._end_ids = set(end) if isinstance(end, list) else {end}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
+    ) -> AsyncIterator[Delta | Generation]:
+        room = self.max_model_len - len(prompt_ids) - len(self._closing_ids) - 1
+        if room < 1:
+            raise PromptTooLong(
+                f"the prompt takes {len(prompt_ids)} tokens; at most {len(prompt_ids) + room - 1} fit beside an "
+                f"answer in this model's {self.max_model_len}"
+            )
+        steps = self._steps(prompt_ids, replace(sampling, max_tokens=min(sampling.max_tokens, room)), capture)
+        try:
+            while (item := await self._run(lambda: next(steps, None))) is not None:
+                yield item
+        finally:
+            await self._run(steps.close)
+
+    async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
+        total = len(prompt_ids) + len(response_ids) + len(self._closing_ids)
+        if total >= self.max_model_len:
+            raise PromptTooLong(
+                f"prompt and response take {total} tokens with the tag; at most {self.max_model_len - 1} fit"
+            )
+        return await self._run(lambda: self._summarise(prompt_ids, response_ids))
+
+    async def check(self) -> None:
+        return None
+
+    async def close(self) -> None:
+        self._thread.shutdown()
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _steps(
+        self, prompt_ids: Sequence[int], sampling: Sampling, capture: bool
+    ) -> Generator[Delta | Generation, None, None]:
+        answer = Answer(self.representation.tag, self._tag_ids, sampling.logprobs is not None)
+        draw = _Draw(sampling)
+        sequence = _Sequence(self._model)
+        logits = sequence.feed(prompt_ids)
+        text, stopped = "", False
+        while len(answer.token_ids) < sampling.max_tokens:
+            token = draw(logits, answer.token_ids)
+            entry = self._token_logprob(logits, token, max(TOP, sampling.logprobs or 0))
+            ended = token in self._end_ids
+            before, text = text, self._settled(answer.token_ids if ended else [*answer.token_ids, token])
+            cut = min((at for stop in sampling.stop if (at := text.find(stop)) >= 0), default=None)
+            stopped = cut is not None
+            if delta := answer.add(text[:cut][len(before) :], [token], [entry]):
+                yield delta
+            if ended or stopped:
+                break
+            logits = sequence.feed([token])
+            if answer.token_ids[-len(self._tag_ids) :] == self._tag_ids:
+                break
+        if delta := answer.finish():
+            yield delta
+
+        length = answer.length(self._chat.is_blank)
+        tagged_as_taught = answer.token_ids[-len(self._tag_ids) :] == self._tag_ids
+        token_ids = (
+            answer.token_ids[:length] if length is not None else self._chat.encode_response(answer.text)
+        )
+        hidden = None
+        if capture and tagged_as_taught and not stopped:
+            hidden = sequence.summary(from_logprobs(self.representation.evidence, answer.logprobs[:length]))
+        elif capture:
+            hidden = self._summarise(prompt_ids, token_ids)
+        yield Generation(
+            text=answer.text,
+            token_ids=tuple(token_ids),
+            finish_reason="stop" if ended or stopped or answer.tag_found else "length",
+            tagged=answer.tag_found,
+            truncated=not (ended or answer.tag_found),
+            hidden=hidden,
+            prompt_tokens=len(prompt_ids),
+            completion_tokens=len(answer.token_ids),
+            logprobs=tuple(answer.logprobs[:length]) if sampling.logprobs is not None else (),
+        )
+
+    def _summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
+        sequence = _Sequence(self._model)
+        logits = sequence.feed(prompt_ids)
+        logprobs = []
+        for token in response_ids:
+            logprobs.append(self._token_logprob(logits, token, TOP))
+            logits = sequence.feed([token])
+        sequence.feed(self._closing_ids)
+        return sequence.summary(from_logprobs(self.representation.evidence, logprobs))
+
+    def _settled(self, ids: Sequence[int]) -> str:
+        """The text so far, without a character whose bytes have not all come."""
+        return self._chat.decode(ids).rstrip("\ufffd")
+
+    def _token_logprob(self, logits: torch.Tensor, token: int, count: int) -> TokenLogprob:
+        logprobs = torch.log_softmax(logits, dim=-1)
+        values, ids = logprobs.topk(count)
+        top = zip(ids.tolist(), values.tolist(), strict=True)
+        return TokenLogprob(
+            token,
+            self._chat.decode([token]),
+            float(logprobs[token]),
+            tuple((i, self._chat.decode([i]), p) for i, p in top),
+        )
+
+
+class _Sequence:
+    """One sequence being fed: the running sum of its final normed states, and the last of them."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._cache = DynamicCache(config=model.config)
+        self._sum = torch.zeros(model.config.hidden_size)
+        self._last = torch.zeros(model.config.hidden_size)
+        self._positions = 0
+
+    @torch.inference_mode()
+    def feed(self, ids: Sequence[int]) -> torch.Tensor:
+        """Logits (V,) float32 after the last of `ids`."""
+        out = self._model(
+            torch.tensor([list(ids)]),
+            past_key_values=self._cache,
+            output_hidden_states=True,
+            logits_to_keep=1,
+        )
+        states = out.hidden_states[-1][0].float()  # (len(ids), H), after the final norm
+        self._sum = self._sum + states.sum(0)
+        self._last = states[-1].clone()
+        self._positions += len(ids)
+        logits: torch.Tensor = out.logits[0, -1].float()
+        return logits
+
+    def summary(self, evidence: torch.Tensor) -> HiddenSummary:
+        return HiddenSummary(self._sum / self._positions, self._last, evidence, self._positions, True)
+
+
+class _Draw:
+    """Chooses the next token: greedy at temperature 0, else sampled."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._generator = torch.Generator()
+        if sampling.seed is not None:
+            self._generator.manual_seed(sampling.seed)
+        else:
+            self._generator.seed()
+        warpers: list[Any] = []
+        if sampling.temperature > 0:
+            warpers.append(TemperatureLogitsWarper(sampling.temperature))
+            if sampling.top_k > 0:
+                warpers.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p < 1:
+                warpers.append(TopPLogitsWarper(sampling.top_p))
+        self._warp = LogitsProcessorList(warpers)
+
+    def __call__(self, logits: torch.Tensor, so_far: Sequence[int]) -> int:
+        if so_far and (self._sampling.frequency_penalty or self._sampling.presence_penalty):
+            ids, counts = torch.tensor(list(so_far)).unique(return_counts=True)
+            penalty = self._sampling.frequency_penalty * counts + self._sampling.presence_penalty
+            logits = logits.index_add(0, ids, -penalty)
+        if self._sampling.temperature == 0:
+            return int(logits.argmax())
+        warped = self._warp(torch.tensor([list(so_far)]), logits[None])
+        return int(torch.multinomial(warped.softmax(-1)[0], 1, generator=self._generator))
