@@ -1,0 +1,44 @@
+"""Similarity-Distance-Magnitude activations and estimators (arXiv 2509.12760), in torch alone.
+
+The mathematics and nothing else: no paths, no logging, no clock, no environment. Read in this order:
+
+    adaptor        h -> h', z'
+    arithmetic     sums that do not depend on the batch
+    support        exemplars, exact nearest search
+    similarity     q
+    distance       d
+    activation     SDM(z') and its loss
+    region         q', Algorithm 1, admission
+    sample_size    effective sample size, bands around d
+    estimator      all of it together: h -> Estimate
+    ensemble       J models, one verdict
+    conventions    where papers, public code and this project differ
+"""
+
+from sdm.adaptor import ExemplarAdaptor, fit_standardisation
+from sdm.conventions import DEFAULT, RECORDED, Conventions
+from sdm.distance import ClasswiseECDF
+from sdm.ensemble import EnsembleEstimate, combine
+from sdm.estimator import STATE_NAMES, SDMEstimator
+from sdm.outputs import Calibration, Estimate, Measurement
+from sdm.region import Region, find_region
+from sdm.support import Support
+
+__all__ = [
+    "DEFAULT",
+    "RECORDED",
+    "STATE_NAMES",
+    "Calibration",
+    "ClasswiseECDF",
+    "Conventions",
+    "EnsembleEstimate",
+    "Estimate",
+    "ExemplarAdaptor",
+    "Measurement",
+    "Region",
+    "SDMEstimator",
+    "Support",
+    "combine",
+    "find_region",
+    "fit_standardisation",
+]

@@ -1,0 +1,68 @@
+"""Sums whose value cannot depend on the batch, the thread count or the instruction set.
+
+A calibration row scored again must get its own distance back, to the last bit: a distance one
+rounding above its own entry moves d by 1/n_c and can empty a verdict. BLAS promises no such thing:
+its order of summation follows the shape of the call. Two remedies, both independent of order:
+
+* `RoundedLinear` returns the *correctly rounded* value of an affine map,
+
+      y = fl32(fl64(W x + b)),   W x + b taken over the reals.
+
+  A float64 product gives v with a rigorous error bound (Cauchy-Schwarz over the classical bound,
+  Higham, Accuracy and Stability, eq. 3.5)
+
+      delta = 1.01 (D + 2) 2^-53 (|w| |x| + |b|).
+
+  Rounding is monotone, so where fl32(v - delta) = fl32(v + delta) the answer is known. The few
+  entries where it is not (about one in 10^3) are summed exactly: products of two float32 are exact
+  in float64, and `math.fsum` rounds their sum once.
+
+* `pair_distances` sums float64 squares by halving, elementwise operations alone, which IEEE 754
+  defines to the bit; the order is a function of the width only.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+UNIT_32 = 2.0**-24
+UNIT_64 = 2.0**-53
+LARGEST = 1e12
+"""Entries of h' beyond this are treated as not finite: their products would leave float32."""
+
+
+class RoundedLinear:
+    """x (n, D) float32 -> W x + b (n, M) float32, correctly rounded. Holds W, b as of construction."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight = weight.detach().double()  # (M, D)
+        self.bias = bias.detach().double()  # (M,)
+        self._norms = self.weight.norm(dim=1)  # (M,)
+        self._factor = 1.01 * (self.weight.shape[1] + 2) * UNIT_64
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rows must be finite. A value beyond float32 comes back as an infinity."""
+        x = x.double()
+        v = torch.addmm(self.bias, x, self.weight.T)  # (n, M)
+        delta = torch.outer(x.norm(dim=1), self._norms).add_(self.bias.abs()).mul_(self._factor)
+        below, above = (v - delta).float(), (v + delta).float()
+        for row, unit in (below != above).nonzero().tolist():
+            terms = (x[row] * self.weight[unit]).tolist()
+            below[row, unit] = math.fsum([*terms, float(self.bias[unit])])
+        return below
+
+
+def pair_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Squared L2 distances of paired rows: a, b (r, M) float32 -> (r,) float64.
+
+    Equal rows are at exactly 0, and the value is a function of the two rows alone.
+    """
+    squares = (a.double() - b.double()).square_()  # (r, M)
+    while squares.shape[1] > 1:
+        half = (squares.shape[1] + 1) // 2
+        squares[:, : squares.shape[1] - half] += squares[:, half:]
+        squares = squares[:, :half]
+    return squares[:, 0]
