@@ -1,0 +1,1 @@
+"""Does `sdm` compute what the public implementation computed? Recorded vectors say."""

@@ -1,0 +1,45 @@
+"""What the demo's bundle promises, held against prompts that it has not seen.
+
+    python -m benchmarks.demo_accuracy [--json]
+
+Three sets, made from `demo/sentences.txt` by `demo.task`: *test* of the same kind as the calibration's,
+*shifted* with longer sentences, *ood* of other tasks and noise. For each alpha: the share answered, and the accuracy
+among the answered. Answers are kept in var/demo, so a second run only scores.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app.commands.calibrate import EngineKind, evaluate
+from demo import task
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(
+    bundle: Annotated[Path, typer.Option(help="Directory of the bundle.")] = ROOT / "demo/bundle",
+    model: Annotated[Path, typer.Option(help="Directory of the model.")] = ROOT
+    / "var/models/smollm2-135m-word-ordering",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    data = ROOT / "var/demo"
+    if not (data / "test.jsonl").exists():
+        task.main(sentences=ROOT / "demo/sentences.txt", out=data)
+    evaluate(
+        bundle=bundle,
+        model=model,
+        data=data / "test.jsonl",
+        shifted=data / "shifted.jsonl",
+        ood=data / "ood.jsonl",
+        engine=EngineKind.vllm,
+        hidden_cache=data / "answers",
+        as_json=as_json,
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

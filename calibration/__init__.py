@@ -1,0 +1,1 @@
+"""From labelled data to a bundle, and how good it is."""

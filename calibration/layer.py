@@ -1,0 +1,168 @@
+"""Training one SDM layer on two halves, and J rounds over random halves (2509.12760, section 3 and A.1).
+
+The epoch kept is the one with the lowest balanced calibration loss, the later one on ties; so is the round.
+The estimator that is handed back is built once more from the kept weights, by the arithmetic that
+scores (sdm/arithmetic.py), with its regions from the calibration half.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from calibration.epochs import Half, LayerSettings, run_epochs
+from sdm.adaptor import ExemplarAdaptor, fit_standardisation
+from sdm.conventions import DEFAULT, Conventions
+from sdm.estimator import SDMEstimator
+
+__all__ = ["LayerSettings", "TrainedLayer", "TrainedRounds", "split_halves", "train_layer", "train_rounds"]
+
+Progress = Callable[[int, float], None]
+"""Called after every epoch with its number (from 1) and its balanced calibration loss."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedLayer:
+    """estimator: of the best epoch; losses: balanced calibration loss of every epoch, in order."""
+
+    estimator: SDMEstimator
+    best_epoch: int
+    losses: tuple[float, ...]
+
+    @property
+    def loss(self) -> float:
+        return self.losses[self.best_epoch - 1]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedRounds:
+    """The best round (from 0): its layer and its halves as row numbers; losses: every round's best."""
+
+    layer: TrainedLayer
+    best_round: int
+    train_rows: Tensor
+    calibration_rows: Tensor
+    losses: tuple[float, ...]
+
+    @property
+    def estimator(self) -> SDMEstimator:
+        return self.layer.estimator
+
+
+def train_layer(
+    h_train: Tensor,
+    y_train: Tensor,
+    h_cal: Tensor,
+    y_cal: Tensor,
+    *,
+    num_classes: int,
+    generator: torch.Generator,
+    alphas: Iterable[float] = (),
+    settings: LayerSettings | None = None,
+    conventions: Conventions = DEFAULT,
+    progress: Progress | None = None,
+) -> TrainedLayer:
+    """One layer on given halves: h (n, D) finite, labels (n,) in 0..C-1.
+
+    generator draws the initial weights and every epoch's order. Raises ValueError on labels or states
+    that can't be trained on, naming the rows.
+    """
+    settings = settings or LayerSettings()
+    for name, h, y in (("training", h_train, y_train), ("calibration", h_cal, y_cal)):
+        _check(name, h, y, num_classes)
+    mean, scale = fit_standardisation(h_train, settings.blocks)
+    adaptor = ExemplarAdaptor(mean, scale, settings.exemplar_dim, num_classes, generator)
+    train = Half(adaptor.standardise(h_train), y_train.long())
+    calibration = Half(adaptor.standardise(h_cal), y_cal.long())
+    orders = (torch.randperm(len(h_train), generator=generator) for _ in range(settings.epochs))
+    best_epoch, best, losses = 0, adaptor.state_dict(), []
+    for epoch in run_epochs(adaptor, train, calibration, orders, settings, conventions):
+        if not math.isfinite(epoch.loss):
+            raise ValueError(f"the loss of epoch {epoch.number} isn't finite: lower the learning rate")
+        losses.append(epoch.loss)
+        if epoch.loss <= min(losses):
+            best_epoch = epoch.number
+            best = {name: value.clone() for name, value in adaptor.state_dict().items()}
+        if progress is not None:
+            progress(epoch.number, epoch.loss)
+    adaptor.load_state_dict(best)
+    estimator = SDMEstimator.fit(adaptor, (h_train, y_train), (h_cal, y_cal), alphas, conventions)
+    return TrainedLayer(estimator, best_epoch, tuple(losses))
+
+
+def train_rounds(
+    h: Tensor,
+    y: Tensor,
+    *,
+    rounds: int,
+    num_classes: int,
+    generator: torch.Generator,
+    alphas: Iterable[float] = (),
+    settings: LayerSettings | None = None,
+    conventions: Conventions = DEFAULT,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> TrainedRounds:
+    """J rounds over a pool h (n, D), labels (n,): new halves and weights each, the lowest loss wins.
+
+    progress is called with (round from 0, epoch from 1, loss). The later round wins ties.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    alphas = tuple(alphas)
+    best: TrainedRounds | None = None
+    losses: list[float] = []
+    for number in range(rounds):
+        train, cal = split_halves(y, generator, conventions)
+        layer = train_layer(
+            h[train],
+            y[train],
+            h[cal],
+            y[cal],
+            num_classes=num_classes,
+            generator=generator,
+            alphas=alphas,
+            settings=settings,
+            conventions=conventions,
+            progress=None if progress is None else partial(progress, number),
+        )
+        losses.append(layer.loss)
+        if best is None or layer.loss <= best.layer.loss:
+            best = TrainedRounds(layer, number, train, cal, ())
+    assert best is not None
+    return replace(best, losses=tuple(losses))
+
+
+def split_halves(
+    y: Tensor, generator: torch.Generator, conventions: Conventions = DEFAULT
+) -> tuple[Tensor, Tensor]:
+    """Row numbers of two random halves of labels (n,); the first has floor(n/2) rows.
+
+    Stratified by default: a class's share is the same in both, up to one row.
+    """
+    shuffled = torch.randperm(len(y), generator=generator)
+    if conventions.stratified:
+        # Rows in class order, dealt alternately: every class is halved, and so is the whole.
+        shuffled = shuffled[y[shuffled].argsort(stable=True)]
+        return shuffled[1::2], shuffled[::2]
+    return shuffled[: len(y) // 2], shuffled[len(y) // 2 :]
+
+
+def _check(name: str, h: Tensor, y: Tensor, num_classes: int) -> None:
+    if h.dim() != 2 or y.shape != (len(h),):
+        raise ValueError(
+            f"{name} half: expected h (n, D) and labels (n,), got {tuple(h.shape)}, {tuple(y.shape)}"
+        )
+    wrong = ((y < 0) | (y >= num_classes)).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(f"{name} half: labels must be in 0..{num_classes - 1}; rows {wrong[:10]} aren't")
+    broken = (~torch.isfinite(h).all(dim=1)).nonzero().flatten().tolist()
+    if broken:
+        raise ValueError(f"{name} half: states of rows {broken[:10]} aren't finite; leave those records out")
+    missing = sorted(set(range(num_classes)) - set(y.tolist()))
+    if missing:
+        raise ValueError(f"{name} half: no rows of class {missing}; every class needs records in both halves")
