@@ -1,0 +1,73 @@
+"""`candor bundle`: what a bundle is, and whether it is whole. Neither command starts a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from model_store.bundle import Bundle
+
+bundle_app = typer.Typer(help="Check a bundle, or show what it holds.", no_args_is_help=True)
+
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The directory of the bundle.")]
+
+
+@bundle_app.command()
+def verify(directory: Directory) -> None:
+    """Check every byte of a bundle, and that its parts fit together. Exit code 1 if they don't."""
+    bundle = _load(directory)
+    typer.echo(f"{directory}: whole, {len(bundle.exemplars)} exemplars, digest {bundle.digest}")
+
+
+@bundle_app.command()
+def show(directory: Directory) -> None:
+    """Print what a bundle was made for, how, and at which alphas it has a region."""
+    typer.echo("\n".join(_describe(_load(directory))))
+
+
+def _load(directory: Path) -> Bundle:
+    from model_store.bundle import load_bundle
+    from model_store.errors import BundleError
+
+    try:
+        return load_bundle(directory)
+    except BundleError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _describe(bundle: Bundle) -> list[str]:
+    manifest, estimator = bundle.manifest, bundle.estimator
+    model, policy, support = manifest.model, manifest.policy, estimator.support
+    representation = manifest.representation
+    sizes = representation.block_sizes(model.hidden_size)
+    blocks = " + ".join(f"{part} {size}" for part, size in zip(representation.order, sizes, strict=True))
+    adapter = manifest.adapter
+    classes = [f"{c} = {name}" for c, name in enumerate(manifest.class_names)]
+    counts = [f"{name} {int((support.labels == c).sum())}" for c, name in enumerate(manifest.class_names)]
+    rows = {
+        "name": manifest.name,
+        "digest": bundle.digest,
+        "created": manifest.created,
+        "model": f"{model.name}, {model.architecture}, {model.dtype}, weights {model.weights_sha256[:12]}",
+        "adapter": f"{adapter.name}, {adapter.sha256[:12]}" if adapter else "none",
+        "representation": f"{blocks} = {sum(sizes)}, at the last token of {representation.tag}",
+        "evidence": ", ".join(representation.evidence) or "none",
+        "policy": f"temperature {policy.temperature:g}, top_p {policy.top_p:g}, top_k {policy.top_k}, "
+        f"max_tokens {policy.max_tokens}",
+        "system prompt": "none" if policy.system_prompt is None else repr(policy.system_prompt),
+        "classes": ", ".join(classes),
+        "support": f"{len(support)} rows of {support.h_prime.shape[1]}: {', '.join(counts)}",
+        "calibration": f"{len(estimator.calibration.labels)} rows",
+    }
+    for alpha, region in estimator.regions.items():
+        thresholds = ", ".join(f"{value:.3f}" for value in region.psi.tolist())
+        rows[f"region at {alpha:g}"] = (
+            f"rescaled similarity from {region.q_prime_min:.1f}, class thresholds {thresholds}"
+            if region.found
+            else "none found: nothing is admitted"
+        )
+    return [f"{label + ':':<16} {text}" for label, text in rows.items()]

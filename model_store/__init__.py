@@ -1,0 +1,1 @@
+"""Bundles: everything needed to score one served model, as one verified directory."""

@@ -1,0 +1,171 @@
+"""A bundle in memory: manifest, estimator, the exemplars' texts, the calibration report.
+
+    {estimator.safetensors, exemplars.jsonl, report.json, manifest.json and its seal}  <->  Bundle
+
+That the files are the published ones says nothing of whether they fit together, so loading also
+compares them with each other: the adaptor's input is the representation's width, the support's rows
+are the exemplars, the regions are the manifest's alphas.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from model_store import layout, strict_json
+from model_store.directory import read_directory
+from model_store.errors import ContentError, Difference
+from model_store.manifest import ESTIMATOR, EXEMPLARS, MANIFEST, REPORT, SEAL, FileEntry, Manifest, seal
+from sdm.conventions import DEFAULT
+from sdm.estimator import SDMEstimator
+
+_MOST_LINES = 10  # of a file of which every line may be wrong
+
+
+@dataclass(frozen=True)
+class Exemplar:
+    """The text behind one support row. label: -1 unlabelled, -99 out of distribution, else a class."""
+
+    id: str
+    label: int
+    prediction: int
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """exemplars: one per support row, in that order. digest: SHA-256 of manifest.json, hexadecimal."""
+
+    manifest: Manifest
+    estimator: SDMEstimator
+    exemplars: tuple[Exemplar, ...]
+    report: dict[str, Any]
+    digest: str
+
+
+def load_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """The bundle in a directory, every byte of it verified.
+
+    Raises BundleError: BundleNotFound, BundleDamaged, ManifestError or ContentError.
+    """
+    files = read_directory(Path(path))
+    manifest = files.manifest
+    exemplars = _read_exemplars(files.data[EXEMPLARS])
+    report = _read_report(files.data[REPORT])
+    tensors = _read_tensors(files.data[ESTIMATOR])
+    _check(manifest, tensors, exemplars)
+    try:
+        estimator = SDMEstimator.from_state(tensors)
+    except ValueError as error:
+        raise _inconsistent([Difference(ESTIMATOR, "an estimator", str(error))]) from None
+    return Bundle(manifest, estimator, exemplars, report, files.digest)
+
+
+def encode(
+    manifest: Manifest, estimator: SDMEstimator, exemplars: Sequence[Exemplar], report: dict[str, Any]
+) -> dict[str, bytes]:
+    """Every file of a bundle; `manifest.files` is filled in here.
+
+    The same content gives the same bytes. Raises ContentError or ManifestError for what no file can
+    hold; whether the parts fit together is seen on loading.
+    """
+    if estimator.conventions != DEFAULT:
+        expected = Difference("conventions", "the default ones", str(estimator.conventions))
+        raise ContentError("only an estimator of the default conventions can be served", [expected])
+    # Copies, since safetensors refuses tensors that share memory.
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in estimator.state().items()}
+    data = {
+        ESTIMATOR: save(tensors),
+        EXEMPLARS: b"".join(_dump(EXEMPLARS, asdict(one)) + b"\n" for one in exemplars),
+        REPORT: _dump(REPORT, report, indent=2) + b"\n",
+    }
+    listed = replace(manifest, files={name: FileEntry.of(content) for name, content in data.items()})
+    manifest_bytes = listed.to_bytes()
+    return {**data, MANIFEST: manifest_bytes, SEAL: seal(manifest_bytes)}
+
+
+def _dump(name: str, value: dict[str, Any], indent: int | None = None) -> bytes:
+    try:
+        return strict_json.dump(value, indent=indent)
+    except (ValueError, TypeError) as error:
+        what = "JSON: strings, finite numbers, lists, objects"
+        raise ContentError(
+            "the bundle cannot be written",
+            [Difference(name, what, str(error))],
+            "Write null for what has no finite value.",
+        ) from None
+
+
+def _read_tensors(data: bytes) -> dict[str, Tensor]:
+    try:
+        tensors = load(data)
+        # safetensors keeps the last of two tensors of one name.
+        strict_json.parse(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:  # KeyError: a type torch lacks
+        raise _inconsistent([Difference(ESTIMATOR, "tensors in safetensors", str(error))]) from None
+    return tensors
+
+
+def _read_exemplars(data: bytes) -> tuple[Exemplar, ...]:
+    faults: list[Difference] = []
+    exemplars: list[Exemplar] = []
+    *lines, rest = data.split(b"\n")  # not splitlines: U+2028 may stand unescaped in a string
+    if rest:
+        faults.append(Difference(EXEMPLARS, "a line feed at the end", "none"))
+    for number, line in enumerate(lines, start=1):
+        where = f"{EXEMPLARS} line {number}"
+        try:
+            exemplars.append(strict_json.decode(Exemplar, strict_json.parse(line), where, faults))
+        except ValueError as error:
+            faults.append(Difference(where, "a JSON object", str(error)))
+        if len(faults) >= _MOST_LINES:
+            break
+    if faults:
+        raise _inconsistent(faults)
+    return tuple(exemplars)
+
+
+def _read_report(data: bytes) -> dict[str, Any]:
+    try:
+        report = strict_json.parse(data)
+    except ValueError as error:
+        raise _inconsistent([Difference(REPORT, "a JSON object", str(error))]) from None
+    if not isinstance(report, dict):
+        raise _inconsistent([Difference(REPORT, "a JSON object", strict_json.show(report))])
+    return report
+
+
+def _check(manifest: Manifest, tensors: dict[str, Tensor], exemplars: Sequence[Exemplar]) -> None:
+    """Raises ContentError unless manifest, tensors and exemplars speak of the same estimator."""
+    width = sum(manifest.representation.block_sizes(manifest.model.hidden_size))
+    faults = layout.check(
+        tensors, d=width, c=len(manifest.class_names), a=len(manifest.alphas), n=len(exemplars)
+    )
+    if not faults:
+        alphas = tuple(sorted(tensors["regions.alpha"].tolist()))
+        if alphas != manifest.alphas:
+            faults.append(Difference("regions.alpha", f"the manifest's {manifest.alphas}", str(alphas)))
+        rows = zip(tensors["support.labels"].tolist(), tensors["support.predictions"].tolist(), strict=True)
+        for number, (one, (label, prediction)) in enumerate(zip(exemplars, rows, strict=True), start=1):
+            if (one.label, one.prediction) != (label, prediction):
+                where = f"{EXEMPLARS} line {number}"
+                expected = f"label {label}, prediction {prediction} as in support row {number - 1}"
+                faults.append(Difference(where, expected, f"{one.label}, {one.prediction}"))
+    if faults:
+        raise _inconsistent(faults[:_MOST_LINES])
+
+
+def _inconsistent(faults: Sequence[Difference]) -> ContentError:
+    return ContentError(
+        "the bundle's content does not fit together",
+        faults,
+        "Create the bundle anew with `candor calibrate`.",
+    )

@@ -1,0 +1,205 @@
+"""The manifest: what a bundle is, and the digest of every file in it.
+
+Its life: calibration describes what it calibrated (`Manifest`, `files` still empty); publishing adds
+size and SHA-256 of each file and writes manifest.json, then manifest.json.sha256 beside it.
+Loading goes the same way in reverse: the digest vouches for the manifest, the manifest for the files.
+
+    digest(bundle) = SHA-256(manifest.json)
+
+so two bundles have the same digest exactly if they are the same in every byte. The digests find
+damage and mix-ups. They do not prove who made a bundle: for that, compare the digest with one that
+came by another way.
+
+docs/bundle-format.md specifies every field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from engine.base import ModelIdentity, Representation
+from model_store import strict_json
+from model_store.errors import Difference, ManifestError
+
+FORMAT_VERSION = 1
+
+MANIFEST = "manifest.json"
+SEAL = "manifest.json.sha256"
+ESTIMATOR = "estimator.safetensors"
+EXEMPLARS = "exemplars.jsonl"
+REPORT = "report.json"
+
+LIMITS = {MANIFEST: 2**20, ESTIMATOR: 4 * 2**30, EXEMPLARS: 2**30, REPORT: 64 * 2**20}
+"""Most bytes a file may have, checked before it is read: it is held in memory as a whole."""
+
+LISTED = (ESTIMATOR, EXEMPLARS, REPORT)
+"""Files that the manifest vouches for."""
+
+NAMES = frozenset({MANIFEST, SEAL, *LISTED})
+"""Every file of a bundle; there are no others, and no folders."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """sha256: 64 lower-case hexadecimal digits. size: bytes."""
+
+    sha256: str
+    size: int
+
+    @classmethod
+    def of(cls, data: bytes) -> FileEntry:
+        return cls(hashlib.sha256(data).hexdigest(), len(data))
+
+
+@dataclass(frozen=True)
+class AdapterIdentity:
+    """Weights laid over the model's own when serving, for example a LoRA, by content."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How answers were generated for calibration; a request that leaves it is uncalibrated.
+
+    temperature in [0, 2], top_p in (0, 1], top_k >= 0 (0: all), max_tokens >= 1.
+    system_prompt: None where the records brought their own messages.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    system_prompt: str | None
+
+    def __post_init__(self) -> None:
+        if not (
+            0 <= self.temperature <= 2 and 0 < self.top_p <= 1 and self.top_k >= 0 and self.max_tokens >= 1
+        ):
+            raise ValueError(
+                "temperature must be in [0, 2], top_p in (0, 1], top_k >= 0, max_tokens >= 1; "
+                f"got {self.temperature}, {self.top_p}, {self.top_k}, {self.max_tokens}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What manifest.json says.
+
+    name: by which the bundle is chosen and served.
+    created: ISO 8601 in UTC, such as 2026-01-31T12:00:00Z.
+    adapter: None where the model's weights are served as they are.
+    alphas: target accuracies, ascending, each in (0.5, 1]; the estimator has one region for each.
+    class_names: name of class 0, 1, ...
+    provenance: where the data came from and how the bundle was made (digests, counts, seeds, settings).
+    files: entry of each name in `LISTED`; empty until published.
+
+    Raises ManifestError that lists every field out of its range.
+    """
+
+    format_version: int = FORMAT_VERSION
+    name: str
+    created: str
+    model: ModelIdentity
+    adapter: AdapterIdentity | None = None
+    representation: Representation
+    policy: Policy
+    alphas: tuple[float, ...]
+    class_names: tuple[str, ...]
+    provenance: dict[str, Any]
+    files: dict[str, FileEntry] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        faults: list[Difference] = []
+
+        def require(holds: bool, where: str, expected: str, actual: object) -> None:
+            if not holds:
+                faults.append(Difference(where, expected, strict_json.show(actual)))
+
+        require(
+            self.format_version == FORMAT_VERSION, "format_version", str(FORMAT_VERSION), self.format_version
+        )
+        require(bool(self.name.strip()), "name", "a name", self.name)
+        require(_is_utc(self.created), "created", "an ISO 8601 time in UTC", self.created)
+        require(self.model.hidden_size > 0, "model.hidden_size", "a positive integer", self.model.hidden_size)
+        alphas, names = self.alphas, self.class_names
+        require(
+            len(alphas) > 0
+            and list(alphas) == sorted(set(alphas))
+            and all(0.5 < alpha <= 1 for alpha in alphas),
+            "alphas",
+            "different numbers in (0.5, 1], ascending",
+            alphas,
+        )
+        require(
+            len(names) >= 2 and len(set(names)) == len(names) and all(name.strip() for name in names),
+            "class_names",
+            "two or more different names",
+            names,
+        )
+        # Exactly these names, so that no path can leave the directory.
+        if self.files and set(self.files) != set(LISTED):
+            require(False, "files", f"exactly {', '.join(LISTED)}", sorted(self.files))
+        for name in (one for one in LISTED if one in self.files):
+            entry, limit = self.files[name], LIMITS[name]
+            is_digest = re.fullmatch("[0-9a-f]{64}", entry.sha256) is not None
+            require(is_digest, f"files.{name}.sha256", "64 digits of 0-9a-f", entry.sha256)
+            require(0 <= entry.size <= limit, f"files.{name}.size", f"0 to {limit} bytes", entry.size)
+        if faults:
+            raise _invalid(faults)
+
+    def to_bytes(self) -> bytes:
+        """manifest.json. Raises ManifestError where provenance is not JSON."""
+        try:
+            return strict_json.dump(asdict(self), indent=2) + b"\n"
+        except (ValueError, TypeError) as error:
+            raise ManifestError(
+                "the manifest cannot be written",
+                [Difference("provenance", "JSON: strings, finite numbers, lists, objects", str(error))],
+                "Write null for what has no finite value.",
+            ) from None
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Manifest:
+        """The manifest in manifest.json's bytes. Raises ManifestError."""
+        faults: list[Difference] = []
+        try:
+            value = strict_json.parse(data)
+        except ValueError as error:
+            raise _invalid([Difference(MANIFEST, "a JSON object", str(error))]) from None
+        version = value.get("format_version") if isinstance(value, dict) else None
+        if type(version) is int and version != FORMAT_VERSION:  # first: another version has other fields
+            raise ManifestError(
+                "the bundle has another format",
+                [Difference("format_version", str(FORMAT_VERSION), str(version))],
+                "Use the version of candor that wrote it, or create the bundle anew with `candor calibrate`.",
+            )
+        manifest: Manifest = strict_json.decode(cls, value, "", faults)
+        if faults:
+            raise _invalid(faults)
+        if not manifest.files:
+            raise _invalid([Difference("files", f"exactly {', '.join(LISTED)}", "none")])
+        return manifest
+
+
+def _invalid(faults: list[Difference]) -> ManifestError:
+    return ManifestError(
+        "the manifest is not valid", faults, "Create the bundle anew with `candor calibrate`."
+    )
+
+
+def seal(manifest: bytes) -> bytes:
+    """manifest.json.sha256 for manifest.json's bytes, in the form that `sha256sum -c` checks."""
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
+
+
+def _is_utc(text: str) -> bool:
+    try:
+        return datetime.fromisoformat(text).utcoffset() == timedelta(0)
+    except ValueError:
+        return False
