@@ -1,0 +1,239 @@
+"""`candor calibrate` and `candor evaluate`: labelled data to a bundle, and a bundle to its figures.
+
+Files are read and checked before the engine starts. Progress goes to the error stream, results to the
+output, so that `--json` gives one JSON object alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from calibration.evaluate import Evaluation
+    from calibration.run import Answers, Asking, DataFile, Inputs
+    from engine.factory import EngineSettings
+    from model_store.bundle import Bundle
+    from model_store.manifest import Policy
+
+
+class EngineKind(StrEnum):
+    vllm = "vllm"
+    transformers = "transformers"
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[Path, typer.Option(help="Directory of the model: config.json, safetensors, tokenizer.")]
+Kind = Annotated[EngineKind, typer.Option("--engine", help="What generates.")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Records in flight at once.")]
+ContextLength = Annotated[
+    int, typer.Option(min=1, help="Longest sequence in tokens: prompt, answer and tag.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of splits, weights, sampling and the bootstrap.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="Folder where finished answers are kept for the next run; default: beside the bundle."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print all figures as one JSON object.")]
+
+
+def calibrate(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="Labelled records, JSON Lines (docs/calibration.md).")],
+    out: Annotated[Path, typer.Option(help="Where the bundle is published; must not exist yet.")],
+    alpha: Annotated[
+        list[float], typer.Option(help="Target accuracy, between 0.5 and 1; may be given several times.")
+    ],
+    test: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Held-out records that only report; default: a fifth of the data. May be repeated."
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the bundle; default: that of its folder.")] = None,
+    evidence: Annotated[
+        str,
+        typer.Option(help="Third block of the representation: names from engine.base.EVIDENCE, by commas."),
+    ] = "",
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer; longer ones are not calibrated.")
+    ] = 128,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0: greedy.")] = 0.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Layers trained on new halves; the best is kept.")] = 10,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each round.")] = 200,
+    exemplar_dim: Annotated[int, typer.Option(min=1, help="M, the size of an exemplar vector.")] = 1000,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-5,
+    seed: Seed = 0,
+    engine: Kind = EngineKind.vllm,
+    dtype: Annotated[Dtype, typer.Option(help="What the weights are served in.")] = Dtype.bfloat16,
+    max_model_len: ContextLength = 2048,
+    concurrency: Concurrency = 64,
+    hidden_cache: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """Make a bundle for a model from labelled data, and report how it does on held-out records.
+
+    A run that was stopped goes on from its cache when the same command is given again.
+    """
+    from calibration.fit import FitSettings
+    from calibration.report import table
+    from calibration.run import Asking, Inputs, make_bundle, require_free
+    from engine.base import Representation
+    from engine.factory import EngineSettings
+    from model_store.manifest import Policy
+
+    with _errors_told():
+        names = tuple(part.strip() for part in evidence.split(",") if part.strip())
+        try:
+            representation = (
+                Representation(order=("mean", "last", "evidence"), evidence=names)
+                if names
+                else Representation()
+            )
+            settings = FitSettings(
+                tuple(sorted(set(alpha))), rounds, epochs, exemplar_dim, learning_rate, seed
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        require_free(out)
+        inputs = Inputs.load(data, test or [])
+        engine_settings = EngineSettings(
+            model=model,
+            kind=engine.value,
+            representation=representation,
+            dtype=dtype.value,
+            max_model_len=max_model_len,
+        )
+        policy = Policy(
+            temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_tokens, system_prompt=None
+        )
+        asking = Asking(hidden_cache or _beside(out), concurrency, seed)
+        answers = asyncio.run(_answer(engine_settings, inputs, policy, asking))
+        made = make_bundle(inputs, answers, settings, out, name or out.resolve().name)
+    if as_json:
+        typer.echo(json.dumps({"bundle": str(out), "digest": made.digest, "report": made.report}))
+        return
+    typer.echo(table({"held out": made.evaluation}))
+    missing = [alpha for alpha, region in made.report["regions"].items() if not region["found"]]
+    if missing:
+        typer.echo(
+            f"\nNo region at alpha = {', '.join(missing)}: nothing is admitted there. "
+            "More records, easier prompts or --evidence may help."
+        )
+    typer.echo(f"\n{out}: digest {made.digest}")
+
+
+async def _answer(engine_settings: EngineSettings, inputs: Inputs, policy: Policy, asking: Asking) -> Answers:
+    """Closes the engine when all is answered: training needs its memory and cores."""
+    from calibration.run import answer_inputs
+    from engine.factory import start_engine
+    from engine.prompt import ChatFormat
+
+    chat = ChatFormat.from_directory(engine_settings.model)
+    engine = await start_engine(engine_settings, chat)
+    try:
+        return await answer_inputs(engine, chat, inputs, policy, asking)
+    finally:
+        await engine.close()
+
+
+def evaluate(
+    bundle: Annotated[Path, typer.Option(help="Directory of the bundle.")],
+    model: Model,
+    data: Annotated[Path, typer.Option(help="Labelled records that the bundle was not made from.")],
+    shifted: Annotated[
+        Path | None, typer.Option(help="Records of a related kind, such as longer ones.")
+    ] = None,
+    ood: Annotated[Path | None, typer.Option(help="Records of another kind altogether.")] = None,
+    seed: Seed = 0,
+    engine: Kind = EngineKind.vllm,
+    max_model_len: ContextLength = 2048,
+    concurrency: Concurrency = 64,
+    hidden_cache: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """Answer labelled records by the bundle's policy; report what it admits and how right that is."""
+    from calibration.run import Asking, DataFile, require_unseen
+    from model_store.bundle import load_bundle
+
+    with _errors_told():
+        loaded = load_bundle(bundle)
+        paths = {"test": data, "shifted": shifted, "ood": ood}
+        sets = {name: DataFile.load(path) for name, path in paths.items() if path is not None}
+        for file in sets.values():
+            require_unseen(loaded, file)
+        asking = Asking(hidden_cache or _beside(bundle), concurrency, seed)
+        evaluations = asyncio.run(_evaluate(loaded, model, engine, max_model_len, sets, asking))
+    if as_json:
+        figures = {name: evaluation.to_json() for name, evaluation in evaluations.items()}
+        typer.echo(json.dumps({"bundle": str(bundle), "digest": loaded.digest, "sets": figures}))
+    else:
+        from calibration.report import table
+
+        typer.echo(table(evaluations))
+
+
+async def _evaluate(
+    bundle: Bundle,
+    model: Path,
+    kind: EngineKind,
+    max_model_len: int,
+    sets: Mapping[str, DataFile],
+    asking: Asking,
+) -> dict[str, Evaluation]:
+    from app.backend import check_identity
+    from calibration.run import run_evaluation
+    from engine.factory import EngineSettings, start_engine
+    from engine.prompt import ChatFormat
+
+    chat = ChatFormat.from_directory(model)
+    engine = await start_engine(
+        EngineSettings(
+            model=model,
+            kind=kind.value,
+            representation=bundle.manifest.representation,
+            dtype=bundle.manifest.model.dtype,  # type: ignore[arg-type]  # any other is refused by the engine
+            max_model_len=max_model_len,
+        ),
+        chat,
+    )
+    try:
+        check_identity(engine, bundle)
+        return await run_evaluation(engine, chat, bundle, sets, asking)
+    finally:
+        await engine.close()
+
+
+def _beside(bundle: Path) -> Path:
+    """Where answers are cached unless told: a bundle's own folder holds its verified files alone."""
+    bundle = bundle.resolve()
+    return bundle.with_name(bundle.name + ".cache")
+
+
+@contextmanager
+def _errors_told() -> Iterator[None]:
+    """What is wrong with input, engine or bundle is said in one message, exit code 1, without a traceback."""
+    from calibration.errors import CalibrationError
+    from engine.base import EngineError
+    from model_store.errors import BundleError
+
+    try:
+        yield
+    except (CalibrationError, EngineError, BundleError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        typer.echo("Stopped. Finished answers are kept: the same command goes on from here.", err=True)
+        raise typer.Exit(130) from None

@@ -1,0 +1,66 @@
+"""`candor serve`: the server. What has no option here is set by its environment variable."""
+
+from __future__ import annotations
+
+import logging
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class EngineKind(StrEnum):
+    vllm = "vllm"
+    transformers = "transformers"
+
+
+def serve(
+    model: Annotated[Path | None, typer.Option(help="Directory of the model. [CANDOR_MODEL]")] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Directory of the bundle made for it. [CANDOR_BUNDLE]")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on, 127.0.0.1 by default.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on, 8000 by default.")] = None,
+    engine: Annotated[EngineKind | None, typer.Option(help="What generates, vllm by default.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Name that requests give as model.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Accuracy asked for where a request names none.")
+    ] = None,
+) -> None:
+    """Answer over HTTP, each answer with its calibrated reliability.
+
+    Every setting is also an environment variable, CANDOR_ and its name; an option goes before it.
+    """
+    from pydantic import ValidationError
+
+    from app.settings import Settings
+
+    given: dict[str, Any] = {
+        "model": model,
+        "bundle": bundle,
+        "host": host,
+        "port": port,
+        "engine": engine and engine.value,
+        "served_model_name": served_model_name,
+        "max_model_len": max_model_len,
+        "alpha": alpha,
+    }
+    try:
+        settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        for fault in error.errors():
+            name = ".".join(map(str, fault["loc"]))
+            typer.echo(f"candor: {_where(name)}{fault['msg']}", err=True)
+        raise typer.Exit(2) from None
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    from app.server import run  # reads torch: only once the settings are known to be good
+
+    raise typer.Exit(run(settings))
+
+
+def _where(name: str) -> str:
+    return f"--{name.replace('_', '-')} or CANDOR_{name.upper()}: " if name else ""

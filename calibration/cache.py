@@ -1,0 +1,107 @@
+"""Finished answers, kept so that a killed run goes on where it was.
+
+An answer costs a generation; a label, a split and a layer cost little. So what the engine gave for one
+record (the response and its h) is committed as soon as it is there, under a key that digests everything
+the answer depends on. Labels are not kept: a changed verifier needs no new generation.
+
+The file is one SQLite database in write-ahead mode. A process that dies by any signal leaves the answers
+committed so far and nothing torn; several runs may share a cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from calibration.errors import CacheError
+
+FILE_NAME = "answers.sqlite"
+
+
+@dataclass(frozen=True)
+class CachedAnswer:
+    """What the engine gave for one record. h: (D,) float32, as the representation orders it."""
+
+    response: str
+    truncated: bool
+    h: torch.Tensor
+
+
+def cache_key(**depends_on: Any) -> str:
+    """SHA-256 of all that an answer depends on, as JSON with sorted keys."""
+    text = json.dumps(depends_on, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class AnswerCache:
+    """A map from key to answer on disk; a context manager.
+
+    Raises CacheError, here and in every method, where the file is not such a cache, is locked or full.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / FILE_NAME
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = NORMAL")  # a power cut may cost the latest answers
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS answers "
+                "(key TEXT PRIMARY KEY, response TEXT NOT NULL, truncated INTEGER NOT NULL, h BLOB NOT NULL)"
+            )
+        except (OSError, sqlite3.Error) as error:
+            raise self._failed(error) from error
+
+    def get(self, key: str) -> CachedAnswer | None:
+        try:
+            row = self._database.execute(
+                "SELECT response, truncated, h FROM answers WHERE key = ?", (key,)
+            ).fetchone()
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+        if row is None:
+            return None
+        response, truncated, h = row
+        # Copied: the bytes that SQLite hands out are read-only.
+        return CachedAnswer(response, bool(truncated), torch.from_numpy(np.frombuffer(h, "<f4").copy()))
+
+    def put(self, key: str, answer: CachedAnswer) -> None:
+        """Durable against the death of this process once it returns."""
+        h = answer.h.to(torch.float32).numpy().astype("<f4").tobytes()
+        try:
+            self._database.execute(
+                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)",
+                (key, answer.response, answer.truncated, h),
+            )
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+
+    def __len__(self) -> int:
+        count: int = self._database.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
+        return count
+
+    def close(self) -> None:
+        self._database.close()
+
+    def __enter__(self) -> AnswerCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _failed(self, error: Exception) -> CacheError:
+        return CacheError(
+            f"the cache {self.path} cannot be used: {error}; free space or rights may help, "
+            "or delete the file to start anew, or name another folder with --hidden-cache"
+        )

@@ -1,0 +1,127 @@
+"""How good a bundle is on answers that it was not made from: shares admitted, and how right they are.
+
+For each alpha and both estimators (lower, which takes the sample size into account and serves by
+default, and plain):
+
+    admitted  the verdict y_hat lies in the region, whichever it is
+    answered  admitted and y_hat = 1: what a client in abstain mode gets to see
+
+Shares are of all records: an answer that cannot be scored is never served as reliable, so it counts as
+not admitted. Nothing here is fitted, chosen or loosened; the figures only report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import isnan, nan
+from typing import Any
+
+import torch
+
+from calibration.generate import Labelled, count_faults
+from calibration.intervals import Share, bootstrap
+from sdm.estimator import SDMEstimator
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One estimator at one alpha.
+
+    accuracy_answered: P(y = 1 | answered), the accuracy of what is let through.
+    accuracy_admitted: P(y_hat = y | admitted). class_accuracy: the same given y = 0 and given y = 1.
+    """
+
+    admitted: Share
+    answered: Share
+    accuracy_answered: Share
+    accuracy_admitted: Share
+    class_accuracy: tuple[Share, Share]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures over one set of labelled answers.
+
+    records: all of them. faults: those that could not be scored, by reason.
+    correct: share with y = 1, the accuracy of answering everything.
+    verdict: share of the scored with y_hat = y. ood: share of the scored that are out of distribution.
+    auroc: of SDM(z')_1 for y among the scored, with its bootstrap interval; None with one class alone.
+    lower, plain: by alpha.
+    """
+
+    records: int
+    faults: dict[str, int]
+    correct: Share
+    verdict: Share
+    ood: Share
+    auroc: tuple[float, float, float] | None
+    lower: dict[float, Reading]
+    plain: dict[float, Reading]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; alphas become strings, e.g. "0.9"."""
+        fields = asdict(self)
+        names = ("value", "low", "high")
+        fields["auroc"] = dict(zip(names, self.auroc or (None, None, None), strict=True))
+        for kind in ("lower", "plain"):
+            fields[kind] = {str(alpha): reading for alpha, reading in fields[kind].items()}
+        return fields
+
+
+def evaluate(
+    estimator: SDMEstimator, answers: Sequence[Labelled], alphas: Sequence[float], seed: int = 0
+) -> Evaluation:
+    """Scores labelled answers. seed: of the bootstrap alone. Raises ValueError without answers or alphas."""
+    if not answers or not alphas:
+        raise ValueError(f"expected answers and alphas, got {len(answers)} and {len(alphas)}")
+    scored = torch.tensor([answer.fault is None for answer in answers])  # (n,)
+    y = torch.tensor([answer.label for answer in answers])  # (n,)
+    # Rows of nan are never admitted: what cannot be scored takes the estimator's own path to that.
+    nowhere = torch.full_like(estimator.adaptor.mean, nan)
+    h = torch.stack([answer.h if answer.fault is None else nowhere for answer in answers])  # (n, D)
+    measurement = estimator.measure(h)
+    estimates = {alpha: estimator.judge(measurement, alpha) for alpha in alphas}
+    any_alpha = next(iter(estimates.values()))  # y_hat, SDM(z') and is_ood are the same at each
+    return Evaluation(
+        records=len(answers),
+        faults=count_faults(answers),
+        correct=Share.count(y == 1),
+        verdict=Share.count((any_alpha.y_hat == y)[scored]),
+        ood=Share.count(any_alpha.is_ood[scored]),
+        auroc=_auroc_with_interval(any_alpha.sdm[scored, 1], y[scored], seed),
+        lower={alpha: reading(e.admitted_lower, e.y_hat, y) for alpha, e in estimates.items()},
+        plain={alpha: reading(e.admitted, e.y_hat, y) for alpha, e in estimates.items()},
+    )
+
+
+def reading(admitted: torch.Tensor, y_hat: torch.Tensor, y: torch.Tensor) -> Reading:
+    """admitted: (n,) bool. y_hat, y: (n,) verdicts and labels in {0, 1}."""
+    answered = admitted & (y_hat == 1)
+    right = y_hat == y
+    return Reading(
+        admitted=Share.count(admitted),
+        answered=Share.count(answered),
+        accuracy_answered=Share.count(right[answered]),
+        accuracy_admitted=Share.count(right[admitted]),
+        class_accuracy=(Share.count(right[admitted & (y == 0)]), Share.count(right[admitted & (y == 1)])),
+    )
+
+
+def auroc(scores: torch.Tensor, y: torch.Tensor) -> float:
+    """P(score of a random y = 1 > score of a random y = 0), ties counting half; nan with one class alone."""
+    ones, zeros = scores[y == 1], scores[y == 0].sort().values
+    if len(ones) == 0 or len(zeros) == 0:
+        return nan
+    below = torch.searchsorted(zeros, ones, side="left")
+    not_above = torch.searchsorted(zeros, ones, side="right")
+    return float((below + not_above).double().mean() / (2 * len(zeros)))
+
+
+def _auroc_with_interval(
+    scores: torch.Tensor, y: torch.Tensor, seed: int
+) -> tuple[float, float, float] | None:
+    value = auroc(scores, y)
+    if isnan(value):
+        return None
+    return value, *bootstrap(lambda rows: auroc(scores[rows], y[rows]), len(y), seed)

@@ -1,0 +1,196 @@
+"""Labelled answers to an estimator, and what each part of the data is for.
+
+    fitting part    J times anew: training half      weights, support
+                                  calibration half   best epoch and round, distances, Algorithm 1
+    held-out part   nothing here: it only reports (`calibration.evaluate`)
+
+Halves are dealt by prompt and label (`calibration.splits`), so that no prompt is recognised across them. A
+round is a new deal and new weights; the lowest balanced calibration loss over all epochs of all rounds
+wins, the later one on ties (arXiv 2509.12760, section 3; `calibration.layer`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import inf
+from typing import Any
+
+import torch
+
+from calibration.errors import CalibrationError, DataError
+from calibration.generate import Labelled, count_faults, scorable
+from calibration.layer import LayerSettings, TrainedLayer, train_layer
+from calibration.splits import split
+from engine.base import Representation
+from sdm.adaptor import Block
+from sdm.estimator import SDMEstimator
+from sdm.region import minimum_points
+
+NUM_CLASSES = 2
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """alphas: target accuracies, each in (0.5, 1). rounds: J. exemplar_dim: M. The rest as in the papers.
+
+    Raises ValueError for values outside their range.
+    """
+
+    alphas: tuple[float, ...]
+    rounds: int = 10
+    epochs: int = 200
+    exemplar_dim: int = 1000
+    learning_rate: float = 1e-5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.alphas or not all(0.5 < alpha < 1 for alpha in self.alphas):
+            raise ValueError(
+                f"alpha is the target accuracy, between 0.5 and 1, e.g. 0.95; got {list(self.alphas)} "
+                "(at 1 no number of records gives a region)"
+            )
+        if min(self.rounds, self.epochs, self.exemplar_dim) < 1 or not 0 < self.learning_rate < inf:
+            raise ValueError(
+                "rounds, epochs and exemplar_dim must be at least 1 and the learning rate positive; got "
+                f"{self.rounds}, {self.epochs}, {self.exemplar_dim}, {self.learning_rate}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"alphas": list(self.alphas)}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which epoch was kept: round from 0, epoch from 1, and every round's lowest balanced loss."""
+
+    round: int
+    epoch: int
+    losses: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"best_round": self.round, "best_epoch": self.epoch, "losses": list(self.losses)}
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """training, calibration: the halves of the winning round; training in the support's order."""
+
+    estimator: SDMEstimator
+    training: list[Labelled]
+    calibration: list[Labelled]
+    chosen: Choice
+
+    @property
+    def answers(self) -> list[Labelled]:
+        return self.training + self.calibration
+
+
+def standardisation_blocks(representation: Representation, hidden_size: int) -> tuple[Block, ...]:
+    """How h is standardised: the papers' two scalars over all of it, or by block where evidence stands in it.
+
+    Two scalars over a thousand state entries would drown a handful of evidence features.
+    """
+    sizes = representation.block_sizes(hidden_size)
+    if not representation.evidence:
+        return ((sum(sizes), "scalar"),)
+    return tuple(
+        (size, "feature" if part == "evidence" else "scalar")
+        for part, size in zip(representation.order, sizes, strict=True)
+    )
+
+
+def set_aside(answers: Sequence[Labelled], share: float, seed: int) -> tuple[list[Labelled], list[Labelled]]:
+    """(fitting part, held-out part), stratified by label, no prompt in both."""
+    fitting, held_out = _deal(answers, (1 - share, share), seed)
+    return fitting, held_out
+
+
+def fit(
+    answers: Sequence[Labelled],
+    blocks: tuple[Block, ...],
+    settings: FitSettings,
+    progress: Callable[[int], object],
+) -> Fitted:
+    """The best of `settings.rounds` layers, with regions at every alpha. Same arguments, same estimator.
+
+    answers: the fitting part; those with a fault are left out. progress: called with 1 for each epoch done.
+    Raises DataError where a class has too few prompts for a region at any alpha; CalibrationError where
+    training diverges.
+    """
+    usable = scorable(answers)
+    _require_enough(answers, usable, min(settings.alphas))
+    layer_settings = LayerSettings(
+        exemplar_dim=settings.exemplar_dim,
+        epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        blocks=blocks,
+    )
+
+    def epoch_done(_epoch: int, _loss: float) -> None:
+        progress(1)
+
+    best: tuple[TrainedLayer, list[Labelled], list[Labelled], int] | None = None
+    losses: list[float] = []
+    for number, seed in enumerate(_seeds(settings.seed, settings.rounds)):
+        training, calibration = _deal(usable, (0.5, 0.5), seed)
+        try:
+            layer = train_layer(
+                *_tensors(training),
+                *_tensors(calibration),
+                num_classes=NUM_CLASSES,
+                generator=torch.Generator().manual_seed(seed),
+                alphas=settings.alphas,
+                settings=layer_settings,
+                progress=epoch_done,
+            )
+        except ValueError as error:
+            raise CalibrationError(
+                f"round {number} cannot be trained: {error}. Where values grew beyond bounds, "
+                "lower --learning-rate; where a half lacks a class, add prompts of it."
+            ) from error
+        losses.append(layer.loss)
+        if best is None or layer.loss <= best[0].loss:
+            best = layer, training, calibration, number
+    assert best is not None  # at least one round, by FitSettings
+    layer, training, calibration, number = best
+    return Fitted(layer.estimator, training, calibration, Choice(number, layer.best_epoch, tuple(losses)))
+
+
+def _deal(answers: Sequence[Labelled], shares: tuple[float, float], seed: int) -> list[list[Labelled]]:
+    parts = split(
+        [answer.prompt_digest for answer in answers], [answer.label for answer in answers], shares, seed
+    )
+    return [[answers[index] for index in part.tolist()] for part in parts]
+
+
+def _seeds(seed: int, count: int) -> list[int]:
+    """Seeds of the rounds, unlike each other and unlike those of a run with a neighbouring seed."""
+    drawn: list[int] = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return drawn
+
+
+def _tensors(answers: Sequence[Labelled]) -> tuple[torch.Tensor, torch.Tensor]:
+    """h (n, D) and y (n,)."""
+    return torch.stack([answer.h for answer in answers]), torch.tensor([answer.label for answer in answers])
+
+
+def _require_enough(answers: Sequence[Labelled], usable: Sequence[Labelled], alpha: float) -> None:
+    """Each class needs, in a calibration half, the points that Algorithm 1 asks for at the lowest alpha."""
+    # Prompts, not records: twins of one prompt stand in the same half and tell one story.
+    prompts = Counter(label for _, label in {(answer.prompt_digest, answer.label) for answer in usable})
+    needed = 2 * minimum_points(alpha)
+    if min(prompts[0], prompts[1]) >= needed:
+        return
+    faults = ", ".join(f"{count} {fault}" for fault, count in count_faults(answers).items()) or "none"
+    found = f"{prompts[1]} prompts answered right and {prompts[0]} answered wrong (answers dropped: {faults})"
+    if prompts[0] == 0 or prompts[1] == 0:
+        raise DataError(
+            f"expected both right and wrong answers to fit on, got {found}. "
+            "Check references and verifiers; if they are as meant, add harder or easier records."
+        )
+    raise DataError(
+        f"expected at least {needed} prompts of each kind to fit on, since a region at alpha = {alpha} takes half "
+        f"as many; got {found}. Add records, above all of the rarer kind, or lower alpha."
+    )

@@ -1,0 +1,221 @@
+"""Records to labelled answers with their h: the same engine, policy and chat format that will serve.
+
+A layer only speaks of answers made the way it was calibrated on, so this asks the engine exactly as the
+server does: the policy's system prompt and sampling, greedy or seeded per record. Given responses are
+summarised instead of generated. What the server could never admit is marked by its fault and kept out of
+fitting; held-out figures count it as not answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from typing import Literal
+
+import torch
+
+from calibration.cache import AnswerCache, CachedAnswer, cache_key
+from calibration.data import Label, Record
+from calibration.errors import CalibrationError, DataError
+from calibration.verifiers import load_verifier
+from engine.base import Engine, Generation, HiddenSummary, PromptTooLong, Representation, Sampling
+from engine.prompt import ChatFormat
+from model_store.manifest import Policy
+
+Fault = Literal["truncated", "incomplete", "non_finite"]
+"""Why an answer cannot be scored: it did not end on its own; not every position was counted; h is
+not finite."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One answer, its label and what the model's states said of it.
+
+    prompt_digest: equal for the same prompt (`Record.prompt_digest`). prompt, response: text to show.
+    label: 1 the response follows the instruction, 0 it does not.
+    h: (D,) float32; (0,) where the states could not be taken. fault: None iff it can be scored.
+    """
+
+    id: str
+    prompt_digest: str
+    prompt: str
+    response: str
+    label: Label
+    h: torch.Tensor
+    fault: Fault | None = None
+
+
+def scorable(answers: Sequence[Labelled]) -> list[Labelled]:
+    return [answer for answer in answers if answer.fault is None]
+
+
+def count_faults(answers: Sequence[Labelled]) -> dict[str, int]:
+    return dict(Counter(answer.fault for answer in answers if answer.fault is not None))
+
+
+async def collect(
+    engine: Engine,
+    chat: ChatFormat,
+    records: Sequence[Record],
+    policy: Policy,
+    representation: Representation,
+    cache: AnswerCache,
+    concurrency: int,
+    progress: Callable[[int], object],
+    seed: int = 0,
+) -> list[Labelled]:
+    """Answers and labels every record, in order; what `cache` holds is not asked for again.
+
+    concurrency: records in flight at once. progress: called with 1 for each record done.
+    seed: for sampled policies; every record draws its own stream from it.
+    Raises DataError (a prompt that the model cannot take, one answer with two labels), VerifierError,
+    CacheError, or the engine's own EngineDead and EngineError.
+    """
+    prompts = _encode(engine, chat, records, policy)
+    answers: dict[int, CachedAnswer] = {}
+    todo = iter(range(len(records)))
+
+    async def work() -> None:
+        for index in todo:  # shared: each record is taken by one worker
+            record = records[index]
+            sampling = _sampling(policy, record, seed)
+            key = _key(engine, record, policy, representation, sampling)
+            answer = cache.get(key)
+            if answer is None:
+                answer = await _ask(engine, chat, record, prompts[index], representation, sampling)
+                if answer.h.numel():  # one whose states were lost is tried again next time
+                    cache.put(key, answer)
+            answers[index] = answer
+            progress(1)
+
+    try:
+        async with asyncio.TaskGroup() as workers:
+            for _ in range(min(concurrency, len(records))):
+                workers.create_task(work())
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from errors
+    labelled = [_label(record, answers[index]) for index, record in enumerate(records)]
+    _refuse_contradictions(records, labelled)
+    return labelled
+
+
+def conversation(record: Record, policy: Policy) -> list[dict[str, str]]:
+    """The messages as they are served: the policy's system prompt leads where the record has none."""
+    if policy.system_prompt is None or any(message["role"] == "system" for message in record.messages):
+        return list(record.messages)
+    return [{"role": "system", "content": policy.system_prompt}, *record.messages]
+
+
+def _encode(engine: Engine, chat: ChatFormat, records: Sequence[Record], policy: Policy) -> list[list[int]]:
+    """Every prompt's ids, before the first is answered: a prompt too long is found now, not hours later."""
+    prompts, problems = [], []
+    for record in records:
+        try:
+            ids = chat.encode_chat(conversation(record, policy))
+        except ValueError as error:
+            problems.append(f'line {record.line} (id "{record.id}"): {error}')
+            continue
+        answer = policy.max_tokens if record.response is None else len(chat.encode_response(record.response))
+        if len(ids) + answer > engine.max_model_len:
+            problems.append(
+                f'line {record.line} (id "{record.id}"): {len(ids)} prompt tokens and {answer} for the '
+                f"answer exceed the model's {engine.max_model_len}"
+            )
+        prompts.append(ids)
+    if problems:
+        raise DataError.from_problems(
+            "prompts", problems, "Shorten or remove these records, or raise --max-model-len."
+        )
+    return prompts
+
+
+def _sampling(policy: Policy, record: Record, seed: int) -> Sampling:
+    digest = sha256(f"{seed}:{record.id}".encode()).digest()
+    return Sampling(
+        max_tokens=policy.max_tokens,
+        temperature=policy.temperature,
+        top_p=policy.top_p,
+        top_k=policy.top_k,
+        seed=int.from_bytes(digest[:4], "big") if policy.temperature > 0 else None,
+    )
+
+
+def _key(
+    engine: Engine, record: Record, policy: Policy, representation: Representation, sampling: Sampling
+) -> str:
+    identity = {name: value for name, value in asdict(engine.identity).items() if name != "name"}
+    return cache_key(
+        model=identity,  # with the digests of tokenizer and chat template
+        representation=representation.to_json(),
+        messages=conversation(record, policy),
+        # A given response does not depend on the policy; sampled twins are told apart by their seeds.
+        **({"sampling": asdict(sampling)} if record.response is None else {"response": record.response}),
+    )
+
+
+async def _ask(
+    engine: Engine,
+    chat: ChatFormat,
+    record: Record,
+    prompt_ids: list[int],
+    representation: Representation,
+    sampling: Sampling,
+) -> CachedAnswer:
+    try:
+        if record.response is not None:
+            summary = await engine.summarise(prompt_ids, chat.encode_response(record.response))
+            return CachedAnswer(record.response, False, _vector(summary, representation))
+        generation = None
+        async for piece in engine.generate(prompt_ids, sampling):
+            if isinstance(piece, Generation):
+                generation = piece
+    except PromptTooLong as error:
+        raise DataError(
+            f'line {record.line} (id "{record.id}"): {error}; shorten or remove the record, '
+            "or raise --max-model-len"
+        ) from error
+    if generation is None:
+        raise CalibrationError(f'the engine ended without an answer for "{record.id}"; run again to resume')
+    return CachedAnswer(generation.text, generation.truncated, _vector(generation.hidden, representation))
+
+
+def _vector(summary: HiddenSummary | None, representation: Representation) -> torch.Tensor:
+    if summary is None or not summary.complete:
+        return torch.empty(0)
+    return summary.vector(representation).to(torch.float32)
+
+
+def _label(record: Record, answer: CachedAnswer) -> Labelled:
+    label = record.label
+    if label is None:
+        assert record.verifier is not None  # one of the two, by `load_records`
+        label = 1 if load_verifier(record.verifier)(answer.response, record.reference) else 0
+    fault: Fault | None = None
+    if answer.truncated:
+        fault = "truncated"
+    elif answer.h.numel() == 0:
+        fault = "incomplete"
+    elif not answer.h.isfinite().all():
+        fault = "non_finite"
+    return Labelled(record.id, record.prompt_digest, record.prompt, answer.response, label, answer.h, fault)
+
+
+def _refuse_contradictions(records: Sequence[Record], labelled: Sequence[Labelled]) -> None:
+    first: dict[tuple[str, str], int] = {}
+    problems = []
+    for index, answer in enumerate(labelled):
+        other = first.setdefault((answer.prompt_digest, answer.response), index)
+        if labelled[other].label != answer.label:
+            problems.append(
+                f"lines {records[other].line} and {records[index].line}: same prompt, same answer, but "
+                f"labels {labelled[other].label} and {answer.label}"
+            )
+    if problems:
+        raise DataError.from_problems(
+            "labels",
+            problems,
+            "Give these records one reference and verifier, or remove all but one of each.",
+        )

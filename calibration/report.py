@@ -1,0 +1,112 @@
+"""The calibration report: what went in, what came out, and how it did on answers it had not seen.
+
+It lies in the bundle as report.json, plain JSON without infinities (an absent region has null thresholds).
+The server takes one figure from it, `reference_abstention_ratio`: the share of held-out prompts on which
+the lower estimator would have abstained, by which an operator sees that traffic has drifted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+from calibration.evaluate import Evaluation
+from calibration.fit import FitSettings, Fitted
+from calibration.generate import Labelled, count_faults
+from calibration.intervals import CONFIDENCE, Share
+from sdm.region import Region
+
+SCHEMA_VERSION = 1
+
+
+def build_report(
+    fitted: Fitted,
+    settings: FitSettings,
+    fitting: Sequence[Labelled],
+    held_out: Sequence[Labelled],
+    evaluation: Evaluation,
+) -> dict[str, Any]:
+    """report.json. fitting: the whole fitting part, those that could not be scored included."""
+    dropped = [answer for answer in fitting if answer.fault is not None]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "counts": {
+            "training_half": _counts(fitted.training),
+            "calibration_half": _counts(fitted.calibration),
+            "held_out": _counts(held_out),
+            "dropped": {"by_fault": count_faults(dropped), "ids": sorted(answer.id for answer in dropped)},
+        },
+        "training": fitted.chosen.to_json(),
+        "settings": settings.to_json(),
+        "regions": {str(alpha): _region(region) for alpha, region in fitted.estimator.regions.items()},
+        "interval_confidence": CONFIDENCE,
+        "held_out": evaluation.to_json(),
+        "reference_abstention_ratio": {
+            str(alpha): 1 - reading.answered.hits / reading.answered.of
+            for alpha, reading in evaluation.lower.items()
+        },
+        # By these a later evaluation knows a prompt that the bundle was made from.
+        "fitted_prompts": sorted({answer.prompt_digest for answer in fitted.answers}),
+    }
+
+
+def _counts(answers: Sequence[Labelled]) -> dict[str, float]:
+    ones = sum(answer.label for answer in answers)
+    return {"records": len(answers), "correct": ones, "base_rate": ones / len(answers)}
+
+
+def _region(region: Region) -> dict[str, Any]:
+    found = isfinite(region.q_prime_min)
+    return {
+        "found": found,
+        "rescaled_similarity_threshold": region.q_prime_min if found else None,
+        "class_thresholds": region.psi.tolist() if found else None,
+    }
+
+
+def table(evaluations: Mapping[str, Evaluation]) -> str:
+    """Evaluations by name as text: a line each for lower and plain at every alpha.
+
+    Shares are in per cent, as value [low, high].
+    """
+    return "\n\n".join(
+        "\n".join([_heading(name, evaluation), *_rows(evaluation)])
+        for name, evaluation in evaluations.items()
+    )
+
+
+def _heading(name: str, evaluation: Evaluation) -> str:
+    faults = ", ".join(f"{count} {fault}" for fault, count in evaluation.faults.items())
+    lines = [
+        f"{name}: {evaluation.records} records" + (f", of which not scorable: {faults}" if faults else ""),
+        f"  correct {_percent(evaluation.correct)}   verdict right {_percent(evaluation.verdict)}   "
+        f"out of distribution {_percent(evaluation.ood)}",
+    ]
+    if evaluation.auroc is not None:
+        value, low, high = evaluation.auroc
+        lines.append(f"  AUROC of SDM(z')_1: {value:.3f} [{low:.3f}, {high:.3f}]")
+    return "\n".join(lines)
+
+
+def _rows(evaluation: Evaluation) -> Iterable[str]:
+    titles = ("admitted", "answered", "right if answered", "right if admitted", "given y=0", "given y=1")
+    yield f"  {'alpha':<7}{'estimator':<11}" + "".join(f"{title:<22}" for title in titles).rstrip()
+    for alpha in evaluation.lower:
+        for kind, readings in (("lower", evaluation.lower), ("plain", evaluation.plain)):
+            reading = readings[alpha]
+            shares = (
+                reading.admitted,
+                reading.answered,
+                reading.accuracy_answered,
+                reading.accuracy_admitted,
+                *reading.class_accuracy,
+            )
+            cells = "".join(f"{_percent(share):<22}" for share in shares).rstrip()
+            yield f"  {alpha:<7}{kind:<11}{cells}"
+
+
+def _percent(share: Share) -> str:
+    if share.value is None or share.low is None or share.high is None:
+        return "-"
+    return f"{100 * share.value:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"

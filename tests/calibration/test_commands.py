@@ -1,0 +1,174 @@
+"""The commands as typed: a tiny real model on the transformers engine, and every mistake told before one starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner, Result
+
+from app.commands.calibrate import calibrate, evaluate
+from model_store.bundle import load_bundle
+
+FIT = ("--alpha", "0.9", "--alpha", "0.8", "--rounds", "1", "--epochs", "4", "--exemplar-dim", "8")
+ENGINE = ("--engine", "transformers", "--max-model-len", "128")
+
+
+def candor(*arguments: object) -> Result:
+    commands = typer.Typer()
+    commands.command()(calibrate)
+    commands.command()(evaluate)
+    return CliRunner().invoke(commands, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 16 dimensions with random weights and a tokenizer of bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(characters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    wrapped.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(wrapped),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=wrapped.eos_token_id,
+        bos_token_id=None,
+    )
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def given(path: Path, numbers: range) -> Path:
+    """Given answers: dots are right, exclamation marks are wrong."""
+    with path.open("w") as file:
+        for i in numbers:
+            right = i % 3 != 0
+            record = {
+                "id": f"r{i}",
+                "messages": [{"role": "user", "content": f"Item {i}."}],
+                "response": ("." if right else "!") * 6,
+                "label": int(right),
+            }
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+def test_from_the_command_line_to_a_bundle_and_its_figures(model: Path, tmp_path: Path) -> None:
+    data, test = given(tmp_path / "d.jsonl", range(120)), given(tmp_path / "t.jsonl", range(200, 230))
+    generated = tmp_path / "g.jsonl"
+    unanswerable = {
+        "id": "g",
+        "messages": [{"role": "user", "content": "Anything?"}],
+        "reference": "yes",
+        "verifier": "exact",
+    }
+    generated.write_text(json.dumps(unanswerable))
+
+    made = candor(
+        "calibrate", "--model", model, "--data", data, "--test", test, "--out", tmp_path / "bundle",
+        *FIT, *ENGINE, "--max-tokens", 8, "--dtype", "float32", "--evidence", "mean_logprob, length", "--json",
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    told = json.loads(made.stdout)
+    bundle = load_bundle(tmp_path / "bundle")
+    assert told["digest"] == bundle.digest
+    assert told["report"] == bundle.report
+    assert bundle.manifest.name == "bundle"
+    assert bundle.manifest.alphas == (0.8, 0.9)
+    assert bundle.manifest.representation.evidence == ("mean_logprob", "length")
+    assert bundle.manifest.model.dtype == "float32"
+    assert bundle.report["counts"]["held_out"] == {"records": 30, "correct": 20, "base_rate": 2 / 3}
+    assert (tmp_path / "bundle.cache" / "answers.sqlite").is_file()
+
+    common = ("evaluate", "--bundle", tmp_path / "bundle", "--model", model, "--data", test, *ENGINE)
+    found = candor(*common, "--ood", generated, "--json")
+    assert found.exit_code == 0, found.output
+    sets = json.loads(found.stdout)["sets"]
+    assert sets["test"] == bundle.report["held_out"]
+    assert sets["ood"]["faults"] == {"truncated": 1}  # random weights never end their answer
+
+    shown = candor(*common)
+    assert shown.exit_code == 0, shown.output
+    assert "test: 30 records" in shown.stdout
+
+    again = candor("calibrate", "--model", model, "--data", data, "--out", tmp_path / "bundle", *FIT, *ENGINE)
+    assert again.exit_code == 1
+    assert "exists already" in again.stderr
+    seen = candor(*common[:-5], data, *ENGINE)
+    assert seen.exit_code == 1
+    assert "line 1: the bundle was fitted on this prompt" in seen.stderr
+
+
+def test_another_model_than_the_bundles_is_refused(model: Path, tmp_path: Path) -> None:
+    data, test = given(tmp_path / "d.jsonl", range(120)), given(tmp_path / "t.jsonl", range(200, 230))
+    out = tmp_path / "bundle"
+    made = candor(
+        "calibrate", "--model", model, "--data", data, "--out", out, *FIT, *ENGINE, "--name", "first"
+    )
+    assert made.exit_code == 0, made.output
+    assert "held out: 24 records" in made.stdout
+    assert f"{out}: digest {load_bundle(out).digest}" in made.stdout
+    assert load_bundle(out).manifest.name == "first"
+    template = model / "chat_template.jinja"
+    kept = template.read_text()
+    template.write_text(kept + "!")
+    try:
+        refused = candor("evaluate", "--bundle", out, "--model", model, "--data", test, *ENGINE)
+    finally:
+        template.write_text(kept)
+    assert refused.exit_code == 1
+    assert "chat_template_sha256" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"--alpha": "95"}, "between 0.5 and 1"),
+        ({"--alpha": "1"}, "no number of records"),
+        ({"--evidence": "mood"}, "unknown evidence ['mood']"),
+        ({"--learning-rate": "0"}, "learning rate positive"),
+        ({"--temperature": "-1"}, "--temperature"),
+        ({"--concurrency": "0"}, "--concurrency"),
+        ({"--dtype": "int8"}, "--dtype"),
+        ({"--data": "missing.jsonl"}, "cannot be read"),
+        ({"--model": "no/such/model"}, "no/such/model"),
+    ],
+)
+def test_mistakes_are_told_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, str], says: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # so that rich does not break the lines that are looked for
+    monkeypatch.setenv("NO_COLOR", "1")
+    data = given(tmp_path / "d.jsonl", range(30))
+    values: dict[str, Any] = {"--model": tmp_path, "--data": data, "--out": tmp_path / "b", "--alpha": "0.9"}
+    typed = [part for pair in (values | arguments).items() for part in pair]
+    result = candor("calibrate", *typed, "--engine", "transformers")
+    assert result.exit_code in (1, 2)
+    assert says in result.stderr
+    assert isinstance(result.exception, SystemExit)  # told, not a traceback
+    assert [path.name for path in tmp_path.iterdir()] == ["d.jsonl"]
+
+
+def test_a_bundle_that_is_none(tmp_path: Path) -> None:
+    result = candor(
+        "evaluate", "--bundle", tmp_path / "none", "--model", tmp_path, "--data", tmp_path / "d.jsonl"
+    )
+    assert result.exit_code == 1
+    assert "there is no bundle" in result.stderr

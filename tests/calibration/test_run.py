@@ -1,0 +1,181 @@
+"""Files in, a published bundle out, with a scripted engine; and what stands there after a failure: nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calibration.errors import CalibrationError, DataError
+from calibration.fit import FitSettings
+from calibration.run import (
+    Asking,
+    DataFile,
+    Inputs,
+    answer_inputs,
+    make_bundle,
+    require_free,
+    require_unseen,
+    run_evaluation,
+)
+from engine.base import EngineDead
+from engine.prompt import ChatFormat
+from model_store.bundle import Bundle, load_bundle
+from model_store.manifest import Policy
+
+POLICY = Policy(temperature=0.0, top_p=1.0, top_k=0, max_tokens=16, system_prompt=None)
+SETTINGS = FitSettings(alphas=(0.8, 0.9), rounds=1, epochs=10, exemplar_dim=8, learning_rate=1e-2)
+
+MakeEngine = Callable[..., Any]
+Task = Callable[[Path, Sequence[int]], Path]
+
+
+def calibrate(
+    engine: Any, chat: ChatFormat, data: Path, held_out: Sequence[Path], folder: Path
+) -> tuple[Bundle, dict[str, Any]]:
+    inputs = Inputs.load(data, held_out)
+    asking = Asking(folder / "cache", concurrency=8)
+    answers = asyncio.run(answer_inputs(engine, chat, inputs, POLICY, asking))
+    made = make_bundle(inputs, answers, SETTINGS, folder / "bundle", "scripted")
+    bundle = load_bundle(folder / "bundle")
+    assert bundle.digest == made.digest
+    assert made.report["held_out"] == made.evaluation.to_json()
+    return bundle, made.report
+
+
+def test_a_bundle_holds_what_was_made_and_nothing_of_the_held_out_part(
+    make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
+) -> None:
+    engine = make_engine()
+    bundle, report = calibrate(engine, chat, task(tmp_path / "d.jsonl", range(300)), [], tmp_path)
+    manifest = bundle.manifest
+    assert (manifest.name, manifest.alphas, manifest.policy) == ("scripted", (0.8, 0.9), POLICY)
+    assert manifest.model == engine.identity
+    assert bundle.report == json.loads(json.dumps(report))
+    data = manifest.provenance["data"]
+    assert (data["file"], data["records"], data["given_responses"]) == ("d.jsonl", 300, 0)
+    assert (data["verifiers"], len(data["sha256"])) == (["exact"], 64)
+    assert str(tmp_path) not in json.dumps(manifest.provenance) + json.dumps(report)
+
+    counts = report["counts"]
+    parts = ("training_half", "calibration_half", "held_out")
+    assert [counts[part]["records"] for part in parts] == pytest.approx([120, 120, 60], abs=2)
+    assert sum(counts[part]["records"] for part in parts) == 300
+    assert len(report["fitted_prompts"]) == 300 - counts["held_out"]["records"]
+    assert len(bundle.exemplars) == counts["training_half"]["records"]
+    for row, exemplar in enumerate(bundle.exemplars):
+        assert exemplar.label == int(bundle.estimator.support.labels[row])
+        assert exemplar.prediction == int(bundle.estimator.support.predictions[row])
+        assert exemplar.label == int(exemplar.response == exemplar.prompt.removeprefix("number "))
+
+    for alpha in ("0.8", "0.9"):
+        answered = report["held_out"]["lower"][alpha]["answered"]
+        assert report["reference_abstention_ratio"][alpha] == pytest.approx(1 - answered["value"])
+        assert report["regions"][alpha]["found"] == (report["regions"][alpha]["class_thresholds"] is not None)
+    assert report["held_out"]["auroc"]["value"] > 0.9
+    assert report["held_out"]["plain"]["0.8"]["answered"]["hits"] > 10
+
+
+def test_the_held_out_files_do_not_touch_the_estimator(
+    make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
+) -> None:
+    data = task(tmp_path / "d.jsonl", range(150))
+    made = []
+    for name, numbers in (("a", range(1000, 1040)), ("b", range(2000, 2100))):
+        folder = tmp_path / name
+        folder.mkdir()
+        held_out = task(folder / "test.jsonl", numbers)
+        made.append(calibrate(make_engine(), chat, data, [held_out], folder))
+    (first, first_report), (second, second_report) = made
+    one, other = first.estimator.state(), second.estimator.state()
+    assert all(one[name].equal(other[name]) for name in one)
+    assert first_report["counts"]["held_out"]["records"] == 40
+    assert second_report["counts"]["held_out"]["records"] == 100
+    assert first_report["counts"]["training_half"] == second_report["counts"]["training_half"]
+
+
+def test_dropped_answers_are_counted_and_named(
+    make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = make_engine()
+    engine.overrides = {3: {"truncated": True}, 5: {"hidden": None}, 1001: {"truncated": True}}
+    held_out = task(tmp_path / "test.jsonl", range(1000, 1020))
+    _, report = calibrate(engine, chat, task(tmp_path / "d.jsonl", range(150)), [held_out], tmp_path)
+    assert report["counts"]["dropped"] == {"by_fault": {"truncated": 1, "incomplete": 1}, "ids": ["r3", "r5"]}
+    assert report["held_out"]["faults"] == {"truncated": 1}
+    assert report["held_out"]["lower"]["0.8"]["admitted"]["of"] == 20
+    written = capsys.readouterr()
+    assert "1 truncated, 1 incomplete of 150 answers cannot be scored" in written.err
+    assert written.out == ""
+
+
+def test_after_a_failure_nothing_stands_at_the_path_and_the_next_run_goes_on(
+    make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
+) -> None:
+    data = task(tmp_path / "d.jsonl", range(150))
+    dying = make_engine()
+    dying.overrides = {100: {"raises": EngineDead("gone")}}
+    with pytest.raises(EngineDead):
+        calibrate(dying, chat, data, [], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "d.jsonl"]
+    engine = make_engine()
+    calibrate(engine, chat, data, [], tmp_path)
+    assert 0 < len(engine.asked) <= 60
+
+
+def test_too_few_records_leave_nothing(
+    make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="prompts of each kind"):
+        calibrate(make_engine(), chat, task(tmp_path / "d.jsonl", range(20)), [], tmp_path)
+    assert not (tmp_path / "bundle").exists()
+    with pytest.raises(DataError, match="no record is left for the held-out part"):
+        calibrate(make_engine(), chat, task(tmp_path / "d.jsonl", [1]), [], tmp_path)
+
+
+def test_a_prompt_on_both_sides_is_refused_before_anything_is_answered(task: Task, tmp_path: Path) -> None:
+    data, held_out = task(tmp_path / "d.jsonl", range(10)), task(tmp_path / "t.jsonl", [20, 7])
+    with pytest.raises(DataError, match="line 2: same prompt as line 8"):
+        Inputs.load(data, [held_out])
+
+
+def test_only_an_empty_or_missing_folder_is_free(tmp_path: Path) -> None:
+    require_free(tmp_path / "new" / "deep")
+    require_free(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for taken in (tmp_path, tmp_path / "file", tmp_path / "link"):
+        with pytest.raises(CalibrationError, match="exists already"):
+            require_free(taken)
+
+
+def test_evaluation_of_a_bundle_repeats_what_the_report_says(
+    make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
+) -> None:
+    held_out = task(tmp_path / "test.jsonl", range(1000, 1060))
+    bundle, report = calibrate(
+        make_engine(), chat, task(tmp_path / "d.jsonl", range(150)), [held_out], tmp_path
+    )
+    engine = make_engine()
+    far = task(tmp_path / "far.jsonl", [-1, -2])
+    sets = {"test": DataFile.load(held_out), "ood": DataFile.load(far)}
+    asking = Asking(tmp_path / "cache", concurrency=2)
+    figures = asyncio.run(run_evaluation(engine, chat, bundle, sets, asking))
+    assert len(engine.asked) == 2  # the held-out answers come from the cache
+    assert figures["test"].to_json() == report["held_out"]
+    assert figures["ood"].records == 2
+
+
+def test_a_prompt_that_the_bundle_was_fitted_on_is_no_test(
+    make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
+) -> None:
+    held_out = task(tmp_path / "test.jsonl", range(1000, 1020))
+    bundle, _ = calibrate(make_engine(), chat, task(tmp_path / "d.jsonl", range(150)), [held_out], tmp_path)
+    require_unseen(bundle, DataFile.load(held_out))
+    seen = task(tmp_path / "seen.jsonl", [1000, 149])
+    with pytest.raises(DataError, match="line 2: the bundle was fitted on this prompt"):
+        require_unseen(bundle, DataFile.load(seen))
