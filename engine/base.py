@@ -90,6 +90,7 @@ class ModelIdentity:
     architecture: str
     hidden_size: int
     dtype: str
+    config_sha256: str
     weights_sha256: str
     tokenizer_sha256: str
     chat_template_sha256: str

@@ -9,6 +9,7 @@ import hashlib
 import json
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from engine.base import EngineError, ModelIdentity
 from engine.prompt import ChatFormat
@@ -32,6 +33,7 @@ def identify(model: Path, chat: ChatFormat, dtype: str) -> ModelIdentity:
         architecture=(config.get("architectures") or ["unknown"])[0],
         hidden_size=config["hidden_size"],
         dtype=dtype,
+        config_sha256=_config_digest(config),
         weights_sha256=_digest(*weights),
         tokenizer_sha256=_digest(*sorted(model.glob("tokenizer.json")), model / "tokenizer_config.json"),
         chat_template_sha256=hashlib.sha256(chat.template.encode()).hexdigest(),
@@ -46,6 +48,13 @@ def differences(expected: ModelIdentity, actual: ModelIdentity) -> list[str]:
         if field.name != "name"
         and (want := getattr(expected, field.name)) != (have := getattr(actual, field.name))
     ]
+
+
+def _config_digest(config: dict[str, Any]) -> str:
+    """Of what config.json says of the model itself: layers, rotary base, norms; not of who wrote it."""
+    aside = {"transformers_version", "_name_or_path", "torch_dtype", "dtype"}
+    kept = {key: value for key, value in config.items() if key not in aside}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(*files: Path) -> str:

@@ -12,6 +12,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
+# vLLM reads these while it is imported.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import torch
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import TokensPrompt
@@ -191,12 +196,13 @@ class VLLMEngine:
 
 def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
     on_cpu = current_platform.is_cpu()
+    kv_cache_bytes = settings.kv_cache_bytes
+    if on_cpu and kv_cache_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        kv_cache_bytes = 1 << 30  # vLLM's own choice is a share of all memory, which is often not free
     if on_cpu and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
         cores = sorted(os.sched_getaffinity(0))
         if len(cores) <= 4:  # vLLM keeps one core for itself, which on a small machine is half of it
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     worker = "vllm_cpu_worker.CaptureCPUWorker" if on_cpu else "vllm_gpu_worker.CaptureGPUWorker"
     return AsyncEngineArgs(
         model=str(settings.model),
@@ -205,7 +211,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         block_size=settings.block_size,
-        kv_cache_memory_bytes=settings.kv_cache_bytes,
+        kv_cache_memory_bytes=kv_cache_bytes,
         enforce_eager=settings.eager,
         async_scheduling=False,
         worker_cls=f"engine.{worker}",
