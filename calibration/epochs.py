@@ -98,9 +98,10 @@ def run_epochs(
     q = torch.full((len(train.x),), SOFTMAX_Q)
     d = torch.ones(len(train.x))
     for number, order in enumerate(orders, start=1):
-        for rows in torch.split(order, settings.batch_size):
-            z_prime = adaptor.logits(train.x[rows])
-            loss = sdm_loss(z_prime, q[rows], d[rows], train.labels[rows]).mean()
+        shuffled = (train.x[order], q[order], d[order], train.labels[order])
+        batches = zip(*(torch.split(tensor, settings.batch_size) for tensor in shuffled), strict=True)
+        for x, q_batch, d_batch, labels in batches:
+            loss = sdm_loss(adaptor.logits(x), q_batch, d_batch, labels).mean()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

@@ -24,7 +24,14 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-EVIDENCE = ("mean_logprob", "sum_logprob", "min_logprob", "mean_margin", "min_margin", "length")
+EVIDENCE = (
+    "log_mean_surprisal",
+    "log_sum_surprisal",
+    "log_max_surprisal",
+    "mean_margin",
+    "min_margin",
+    "log_length",
+)
 """Names a representation may declare as evidence, each a number over the answer's own tokens."""
 
 Part = Literal["mean", "last", "evidence"]

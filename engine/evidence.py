@@ -1,9 +1,13 @@
 """The generation's evidence: what the answer's own token probabilities say of it, in the same pass.
 
-For answer tokens t = 1..T with log-probability l_t under the model (temperature 1) and margin
-m_t = l_t - max_{v != token t} log p(v): mean, sum and least l_t, mean and least m_t, and ln T.
-A small model's final state alone says little of correctness; these few numbers say more
-(docs/log.md), and they cost nothing that generation has not paid already.
+For answer tokens t = 1..T let s_t = -log p(t) be the surprisal under the model (temperature 1) and
+m_t = log p(t) - max_{v != t} log p(v) the margin. The features:
+
+    ln(mean s + e), ln(sum s + e), ln(max s + e), mean m, min m, ln T,      e = 1e-4.
+
+Logarithms, because the sure answers crowd near s = 0, and they are the ones to be told apart. A small model's final
+state alone says little of correctness; these few numbers say more (docs/log.md), and generation has paid
+for them already.
 """
 
 from __future__ import annotations
@@ -18,20 +22,23 @@ from engine.base import TokenLogprob
 TOP = 2
 """Alternatives needed per token, so that the best other token is among them."""
 
+FLOOR = 1e-4
+"""e: surprisals below it are bfloat16's noise."""
+
 
 def from_logprobs(names: Sequence[str], tokens: Sequence[TokenLogprob]) -> torch.Tensor:
     """The named features, float32 (E,). An answer without tokens has 0 for each."""
     if not names or not tokens:
         return torch.zeros(len(names))
-    logprobs = [token.logprob for token in tokens]
+    surprisals = [-token.logprob for token in tokens]
     margins = [_margin(token) for token in tokens]
     values = {
-        "mean_logprob": sum(logprobs) / len(tokens),
-        "sum_logprob": sum(logprobs),
-        "min_logprob": min(logprobs),
+        "log_mean_surprisal": math.log(sum(surprisals) / len(tokens) + FLOOR),
+        "log_sum_surprisal": math.log(sum(surprisals) + FLOOR),
+        "log_max_surprisal": math.log(max(surprisals) + FLOOR),
         "mean_margin": sum(margins) / len(tokens),
         "min_margin": min(margins),
-        "length": math.log(len(tokens)),
+        "log_length": math.log(len(tokens)),
     }
     return torch.tensor([values[name] for name in names], dtype=torch.float32)
 

@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.inputs import TokensPrompt
+from vllm.inputs.engine import tokens_input
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -160,7 +160,7 @@ class VLLMEngine:
         self, ids: Sequence[int], params: SamplingParams
     ) -> AsyncGenerator[RequestOutput, None]:
         """vLLM's outputs for one request; vLLM's errors as ours. Closing it aborts the request."""
-        prompt = TokensPrompt(prompt_token_ids=list(ids))
+        prompt = tokens_input(list(ids))
         try:
             async with aclosing(self._llm.generate(prompt, params, uuid.uuid4().hex)) as outputs:
                 async for output in outputs:

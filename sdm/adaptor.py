@@ -26,8 +26,9 @@ def fit_standardisation(h: Tensor, blocks: Sequence[Block] | None = None) -> tup
 
     h: (n, D), n >= 2. blocks: widths that sum to D. A "scalar" block has one mean and one standard
     deviation over all its entries (the papers' standardisation, and the default over the whole of
-    h); a "feature" block has them per dimension, so that six numbers beside a thousand are not
-    drowned. Standard deviations divide by n - 1; a constant block keeps scale 1.
+    h); a "feature" block has them per dimension and is stretched until it varies as much in all as
+    the widest block does, so that six numbers beside a thousand have a say in distances. Standard
+    deviations divide by n - 1; a constant block keeps scale 1.
     """
     blocks = [(h.shape[1], "scalar")] if blocks is None else blocks
     widths = [width for width, _ in blocks]
@@ -39,6 +40,8 @@ def fit_standardisation(h: Tensor, blocks: Sequence[Block] | None = None) -> tup
     for part, (width, kind) in zip(torch.split(h.double(), widths, dim=1), blocks, strict=True):
         samples = part if kind == "feature" else part.reshape(-1, 1)
         mean, scale = samples.mean(0), samples.std(0)
+        if kind == "feature":
+            scale = scale * (width / max(widths)) ** 0.5
         means.append(mean.expand(width))
         scales.append(torch.where(scale > 0, scale, 1.0).expand(width))
     return torch.cat(means).float(), torch.cat(scales).float()

@@ -106,7 +106,7 @@ class SDMEstimator:
 
     def activate(self, seen: Measurement) -> tuple[Tensor, Tensor, Tensor]:
         """d (n,), SDM(z') (n, C), q' (n,): float32."""
-        d = self.ecdf.quantile(seen.d_nearest, self.conventions).where(seen.finite, 0.0)
+        d = self.ecdf.quantile(seen.d_nearest, self.conventions)
         scores, rescaled = _activate(seen, d)
         return d, scores, rescaled
 
@@ -116,7 +116,7 @@ class SDMEstimator:
             raise ValueError(f"no region at alpha = {alpha}; this estimator has {sorted(self.regions)}")
         region = self.regions[alpha]
         d, scores, rescaled = self.activate(seen)
-        is_ood = (rescaled < 1) | ~seen.finite
+        is_ood = rescaled < 1  # floor(q') = 0, also where a row isn't finite
         if self.conventions.zero_d_is_ood:
             is_ood |= d <= 0
         n_effective = effective_sample_size(rescaled, self.calibration.q_prime_by_class)

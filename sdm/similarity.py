@@ -41,7 +41,8 @@ def neighbourhood(
 
     exclude: (n,) support index that each query is not compared with.
     exact: False takes the rough distances at their word, for the many passes of training where a
-        rounding's worth of q is no matter; it is some times faster and may depend on the batch.
+        rounding's worth of q is no matter; it is faster, may depend on the batch, and leaves
+        `nearest` at -1.
     If no row remains, d_nearest = inf and nearest = -1.
     """
     q = torch.empty(len(queries), dtype=torch.int64)
@@ -66,7 +67,7 @@ def support_neighbourhood(
     queries, predictions = support.h_prime, support.predictions
     left_out = torch.arange(len(support))
     if conventions.self_exclusion == "first match":
-        left_out = neighbourhood(queries, predictions, support, exact=exact).nearest
+        left_out = neighbourhood(queries, predictions, support).nearest
     max_q = None if conventions.max_q is None else conventions.max_q - 1
     return neighbourhood(queries, predictions, support, exclude=left_out, max_q=max_q, exact=exact)
 
@@ -75,11 +76,11 @@ Counts = tuple[Tensor, Tensor, Tensor]
 
 
 def _count_roughly(block: Rough, valid: Tensor, support: Support) -> Counts:
-    shortest, nearest = block.distances.min(dim=1)
+    shortest = block.distances.amin(dim=1)
     boundary = _boundary(block, valid)
-    q = ((block.distances < boundary.unsqueeze(1)) & valid).sum(dim=1)
+    q = ((block.distances < boundary.unsqueeze(1)) & valid).sum(dim=1, dtype=torch.int32)
     d_nearest = (shortest + block.offset).clamp(min=0).float()
-    return q, d_nearest, torch.where(shortest < torch.inf, nearest, -1)
+    return q.long(), d_nearest, torch.full_like(q, -1, dtype=torch.int64)
 
 
 def _count_exactly(block: Rough, valid: Tensor, support: Support) -> Counts:
@@ -95,7 +96,7 @@ def _count_exactly(block: Rough, valid: Tensor, support: Support) -> Counts:
     near = (rough.amin(dim=1) + doubt).clamp(max=largest).unsqueeze(1)
     surely = (boundary - doubt).clamp(max=largest).unsqueeze(1)
     maybe = (boundary + doubt).clamp(max=largest).unsqueeze(1)
-    q = ((rough < surely) & valid).sum(dim=1)
+    q = ((rough < surely) & valid).sum(dim=1, dtype=torch.int32)
     rows, indices = ((rough <= near) | ((rough >= surely) & (rough <= maybe))).nonzero(as_tuple=True)
     exact = support.exact(block.queries, rows, indices)
 
@@ -104,7 +105,7 @@ def _count_exactly(block: Rough, valid: Tensor, support: Support) -> Counts:
     d_invalid, invalid = _first(exact[against], rows[against], indices[against], len(rough))
     edge = valid[indices] & (rough[rows, indices] >= surely[rows, 0])
     before = (exact < d_invalid[rows]) | ((exact == d_invalid[rows]) & (indices < invalid[rows]))
-    return q.index_add_(0, rows, (edge & before).long()), d_nearest.float(), nearest
+    return q.index_add_(0, rows, (edge & before).int()).long(), d_nearest.float(), nearest
 
 
 def _boundary(block: Rough, valid: Tensor) -> Tensor:

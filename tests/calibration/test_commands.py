@@ -83,7 +83,7 @@ def test_from_the_command_line_to_a_bundle_and_its_figures(model: Path, tmp_path
 
     made = candor(
         "calibrate", "--model", model, "--data", data, "--test", test, "--out", tmp_path / "bundle",
-        *FIT, *ENGINE, "--max-tokens", 8, "--dtype", "float32", "--evidence", "mean_logprob, length", "--json",
+        *FIT, *ENGINE, "--max-tokens", 8, "--dtype", "float32", "--evidence", "log_mean_surprisal, log_length", "--json",
     )  # fmt: skip
     assert made.exit_code == 0, made.output
     told = json.loads(made.stdout)
@@ -92,7 +92,7 @@ def test_from_the_command_line_to_a_bundle_and_its_figures(model: Path, tmp_path
     assert told["report"] == bundle.report
     assert bundle.manifest.name == "bundle"
     assert bundle.manifest.alphas == (0.8, 0.9)
-    assert bundle.manifest.representation.evidence == ("mean_logprob", "length")
+    assert bundle.manifest.representation.evidence == ("log_mean_surprisal", "log_length")
     assert bundle.manifest.model.dtype == "float32"
     assert bundle.report["counts"]["held_out"] == {"records": 30, "correct": 20, "base_rate": 2 / 3}
     assert (tmp_path / "bundle.cache" / "answers.sqlite").is_file()

@@ -68,7 +68,7 @@ def manifest() -> Manifest:
         model=ModelIdentity("tiny", "TinyForCausalLM", 4, "float32", "d" * 64, "a" * 64, "b" * 64, "c" * 64),
         adapter=AdapterIdentity("order", "d" * 64),
         representation=Representation(
-            order=("mean", "last", "evidence"), evidence=("mean_logprob", "min_margin", "length")
+            order=("mean", "last", "evidence"), evidence=("log_mean_surprisal", "min_margin", "log_length")
         ),
         policy=Policy(0.0, 1.0, 0, 64, "Order the words."),
         alphas=(0.9, 0.95),

@@ -67,3 +67,12 @@ def test_a_row_that_is_not_finite_is_flagged_and_zeroed(value: float) -> None:
     assert finite.tolist() == [True, False, True]
     assert not h_prime[1].any()
     assert not z_prime[1].any()
+
+
+def test_a_narrow_feature_block_has_as_much_say_as_a_wide_one() -> None:
+    h = torch.randn(500, 34, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    h[:, 32:] *= torch.tensor([100.0, 0.01])
+    mean, scale = fit_standardisation(h, [(32, "scalar"), (2, "feature")])
+    x = (h - mean) / scale
+    assert x[:, :32].var(0).sum().item() == pytest.approx(32, rel=0.05)  # 0.05: five standard errors
+    assert x[:, 32:].var(0).tolist() == pytest.approx([16.0, 16.0])

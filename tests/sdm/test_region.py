@@ -118,8 +118,9 @@ def test_no_threshold_rests_on_a_single_point() -> None:
 def test_a_missing_region_admits_nothing() -> None:
     nothing = find_region(torch.empty(0, 2), torch.empty(0), torch.empty(0, dtype=torch.int64), 0.9)
     assert (nothing.q_prime_min, nothing.psi.tolist()) == (math.inf, [math.inf, math.inf])
-    recorded = Region(0.9, math.inf, torch.zeros(2))  # psi = 0 would let any score through
-    for region in (nothing, recorded):
+    recorded = Region(0.9, math.inf, torch.zeros(2))
+    with_psi = Region(0.9, math.inf, torch.full((2,), 0.9))
+    for region in (nothing, recorded, with_psi):
         sure = torch.tensor([[1.0, 0.0]])
         admitted = region.admit(sure, torch.tensor([0]), torch.tensor([math.inf]), torch.tensor([False]))
         assert admitted.tolist() == [False]
@@ -151,6 +152,14 @@ def test_admission_needs_each_condition() -> None:
         torch.tensor([row[3] for row in rows]),
     )
     assert got.tolist() == [row[4] for row in rows]
+
+
+def test_two_classes_above_their_thresholds_are_not_admitted() -> None:
+    region = Region(0.9, 1.0, torch.tensor([0.5, 0.4]))
+    got = region.admit(
+        torch.tensor([[0.55, 0.45]]), torch.tensor([0]), torch.tensor([9.0]), torch.tensor([False])
+    )
+    assert got.tolist() == [False]
 
 
 def test_q_prime_lies_between_one_and_q_and_vanishes_with_q() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdm.conventions import RECORDED
 from sdm.similarity import neighbourhood, support_neighbourhood
-from sdm.support import Support
+from sdm.support import BLOCK, Support
 
 
 def naive_q(query: Tensor, c: int, support: Support, exclude: int | None = None) -> tuple[int, float, int]:
@@ -127,10 +127,11 @@ def test_many_blocks_give_what_one_does() -> None:
     generator = torch.Generator().manual_seed(9)
     labels = torch.randint(0, 2, (3000,), generator=generator)
     support = Support(torch.randn(3000, 4, generator=generator), labels, labels)
-    queries = torch.randn(800, 4, generator=generator)  # 2.4 million distances, over BLOCK
-    y_hat = torch.randint(0, 2, (800,), generator=generator)
+    queries = torch.randn(3000, 4, generator=generator)
+    y_hat = torch.randint(0, 2, (3000,), generator=generator)
+    assert all(int((y_hat == c).sum()) * len(support) > BLOCK for c in (0, 1))
     whole = neighbourhood(queries, y_hat, support)
-    parts = [neighbourhood(queries[i : i + 100], y_hat[i : i + 100], support) for i in range(0, 800, 100)]
+    parts = [neighbourhood(queries[i : i + 300], y_hat[i : i + 300], support) for i in range(0, 3000, 300)]
     assert torch.equal(whole.q, torch.cat([part.q for part in parts]))
     assert torch.equal(whole.d_nearest, torch.cat([part.d_nearest for part in parts]))
 

@@ -1,0 +1,139 @@
+"""The demo's task: complete a sentence by putting its last words in order.
+
+After the word-ordering task of arXiv 2510.26183: the last words of a sentence are taken off and shuffled, and the
+model writes the whole sentence. The paper takes three words. Here the model is taught two to five and asked up to
+twelve, so that some answers are almost surely right and some almost surely wrong: a region needs both kinds, since it
+asks that either be recognised. There is one right answer, so a verifier needs no judge.
+
+    python -m demo.task --sentences demo/sentences.txt --out var/demo
+
+writes train, calibration, test (held out), shifted (longer sentences) and ood (other tasks, shuffled words,
+other languages) as JSON lines. Every sentence stands in one file only, and gives one prompt there, two in train.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+INSTRUCTION = "Finish the sentence with the words in the right order.\nSentence: {start}\nWords: {words}"
+LONGEST = 20  # words; longer sentences are the shifted set
+EASY, EASY_WEIGHTS = range(2, 6), (9, 5, 2, 1)
+HARD = range(8, 13)
+SHARE_HARD = 0.25
+SEED = 20261121
+
+
+def prompt(start: str, words: Sequence[str]) -> str:
+    """What the user asks: the sentence's beginning and its last words, shuffled."""
+    return INSTRUCTION.format(start=start, words=" ".join(words))
+
+
+def completion(sentence: str) -> str:
+    """What the model is to write, before the verification tag."""
+    return f"<sentence>{sentence}</sentence>"
+
+
+def record(name: str, sentence: str, count: int, rng: random.Random) -> dict[str, Any] | None:
+    """One prompt from `sentence` with `count` words to order; None where two of those words are the same."""
+    words = sentence.split()
+    start, last = words[:-count], words[-count:]
+    if len(start) < 2 or len({word.lower() for word in last}) < count:
+        return None
+    shuffled = rng.sample(last, count)
+    message = {"role": "user", "content": prompt(" ".join(start), shuffled)}
+    return {
+        "id": name,
+        "messages": [message],
+        "reference": completion(sentence),
+        "verifier": "exact",
+    }
+
+
+def lessons(sentences: Sequence[str], rng: random.Random) -> Iterator[dict[str, Any]]:
+    """What the language model is taught: two prompts of each sentence, two to five words to order."""
+    for index, sentence in enumerate(sentences):
+        for count in rng.sample(EASY, 2):
+            if made := record(f"train-{index:05d}-{count}", sentence, count, rng):
+                yield made
+
+
+def questions(kind: str, sentences: Sequence[str], rng: random.Random) -> Iterator[dict[str, Any]]:
+    """What it is asked: one prompt of each sentence, one in four beyond what it was taught."""
+    for index, sentence in enumerate(sentences):
+        counts = rng.choices(EASY, EASY_WEIGHTS)
+        if rng.random() < SHARE_HARD:
+            counts = rng.sample(HARD, len(HARD)) + counts
+        made = (record(f"{kind}-{index:05d}-{count}", sentence, count, rng) for count in counts)
+        if first := next(filter(None, made), None):
+            yield first
+
+
+def out_of_distribution(sentences: Sequence[str], rng: random.Random) -> Iterator[dict[str, Any]]:
+    """Prompts that are not the task, though some look like it. None has a right answer: reference is empty."""
+    asks = (
+        "What is {a} plus {b}?",
+        "Wie viel Uhr ist es, wenn {a} Minuten nach {b} vergangen sind?",
+        "Écris un poème de {a} vers sur le nombre {b}.",
+        "List {a} colors.",
+        "Translate into Spanish: {sentence}",
+        "{sentence} Is that true?",
+        "Count the words: {sentence}",
+        "{shuffled}",
+        "Finish the sentence with the words in the right order.\nSentence: {shuffled}\nWords: {noise}",
+        "Finish the sentence with the words in the right order.\nSentence: {backwards}\nWords: {noise}",
+    )
+    for index, sentence in enumerate(sentences):
+        words = sentence.split()
+        content = asks[index % len(asks)].format(
+            a=rng.randint(2, 99),
+            b=rng.randint(2, 99),
+            sentence=sentence,
+            shuffled=" ".join(rng.sample(words, len(words))),
+            backwards=sentence[::-1],
+            noise=" ".join("".join(rng.sample("abcdefghijklmnopqrstuvwxyz", 5)) for _ in range(3)),
+        )
+        yield {
+            "id": f"ood-{index:05d}",
+            "messages": [{"role": "user", "content": content}],
+            "reference": "",
+            "verifier": "exact",
+        }
+
+
+def main(
+    sentences: Annotated[Path, typer.Option(help="one sentence a line")],
+    out: Annotated[Path, typer.Option(help="directory of the JSON lines files")],
+    train: Annotated[
+        int, typer.Option(help="sentences to train the language model on: the first ones")
+    ] = 2050,
+    test: Annotated[int, typer.Option(help="held-out prompts")] = 700,
+    ood: Annotated[int, typer.Option(help="out-of-distribution prompts")] = 250,
+) -> None:
+    lines = sentences.read_text(encoding="utf-8").splitlines()
+    taught = [line for line in lines[:train] if len(line.split()) <= LONGEST]
+    rest = lines[train:]
+    random.Random(SEED).shuffle(rest)
+    usual = [line for line in rest if len(line.split()) <= LONGEST]
+    longer = [line for line in rest if len(line.split()) > LONGEST]
+    made = {
+        "train": list(lessons(taught, random.Random(SEED + 1))),
+        "test": list(questions("test", usual[:test], random.Random(SEED + 2))),
+        "ood": list(out_of_distribution(usual[test : test + ood], random.Random(SEED + 3))),
+        "calibration": list(questions("calibration", usual[test + ood :], random.Random(SEED + 4))),
+        "shifted": list(questions("shifted", longer[:test], random.Random(SEED + 5))),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for kind, rows in made.items():
+        with (out / f"{kind}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        typer.echo(f"{len(rows):6d} prompts -> {out / kind}.jsonl")
+
+
+if __name__ == "__main__":
+    typer.run(main)
