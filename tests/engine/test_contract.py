@@ -63,6 +63,7 @@ class Bench:
         return self.runner.run(summarise())
 
     def assert_exact(self, prompt: list[int], answer: Generation) -> None:
+        """Where the model writes its tag after the usual separator, as it does after an answer."""
         actual, expected = answer.hidden, self.expected(prompt, answer)
         assert actual is not None
         assert actual.complete
@@ -151,9 +152,13 @@ def test_the_same_prompt_again_and_a_shared_prefix(bench: Bench) -> None:
 
 
 def test_the_next_turn_of_a_conversation(bench: Bench) -> None:
-    messages = [{"role": "user", "content": "Name three colors of the sea in winter, please."}]
+    first, second = ("The old man walked", "home. slowly"), ("The cat slept on", "roof. the")
+    messages = [{"role": "user", "content": TASK.format(*first)}]
     answer = bench.one(bench.chat.encode_chat(messages), Sampling(max_tokens=64))
-    messages += [{"role": "assistant", "content": answer.text}, {"role": "user", "content": "And in summer?"}]
+    messages += [
+        {"role": "assistant", "content": answer.text},
+        {"role": "user", "content": TASK.format(*second)},
+    ]
     prompt = bench.chat.encode_chat(messages)
     bench.assert_exact(prompt, bench.one(prompt))
 
@@ -178,7 +183,7 @@ def test_a_seeded_prompt_longer_than_the_chunk(bench: Bench) -> None:
 
 
 def test_several_sampled_choices(bench: Bench) -> None:
-    prompt = bench.ask("Tell me something about boats.")
+    prompt = bench.ask(TASK.format("Near the harbor", "slowly walked children the old of six boats"))
     seeds = [Sampling(max_tokens=20, temperature=1.0, seed=seed) for seed in range(4)]
     answers = bench.all(*((prompt, sampling) for sampling in seeds))
     assert len({answer.text for answer in answers}) > 1  # equal by chance: far below 1e-9
@@ -187,7 +192,7 @@ def test_several_sampled_choices(bench: Bench) -> None:
 
 
 def test_greedy_answers_repeat_and_seeds_repeat(bench: Bench) -> None:
-    prompt = bench.ask("Tell me something about boats.")
+    prompt = bench.ask(TASK.format("Near the harbor", "slowly walked children the old of six boats"))
     for sampling in (Sampling(max_tokens=12), SAMPLED):
         assert bench.one(prompt, sampling).text == bench.one(prompt, sampling).text
 

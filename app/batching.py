@@ -1,0 +1,76 @@
+"""Work that costs little more for many than for one, done off the event loop and in batches.
+
+Whatever arrives while a batch is being worked on forms the next one. Nobody waits for a batch to fill: an
+item that arrives when nothing runs starts at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class MicroBatcher(Generic[Item, Result]):
+    """Calls `work` on lists of at most `largest` items, in one thread, in order of arrival.
+
+    `work` returns one result per item, in their order.
+    """
+
+    def __init__(self, work: Callable[[list[Item]], Sequence[Result]], largest: int) -> None:
+        self._work = work
+        self._largest = largest
+        self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
+        self._runner: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="candor-scoring")
+
+    async def submit(self, item: Item) -> Result:
+        """The item's result; raises what `work` raised on its batch. Cancelling gives the item up."""
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, future))
+        if self._runner is None:
+            self._runner = asyncio.create_task(self._run())
+        return await future
+
+    def close(self) -> None:
+        """Takes no more work; what is waiting is dropped."""
+        if self._runner is not None:
+            self._runner.cancel()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                await self._work_on(self._next_batch())
+        finally:
+            self._runner = None
+
+    def _next_batch(self) -> list[tuple[Item, asyncio.Future[Result]]]:
+        batch: list[tuple[Item, asyncio.Future[Result]]] = []
+        while self._waiting and len(batch) < self._largest:
+            item, future = self._waiting.popleft()
+            if not future.done():  # else it was given up
+                batch.append((item, future))
+        return batch
+
+    async def _work_on(self, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:
+        if not batch:
+            return
+        items = [item for item, _ in batch]
+        try:
+            results = await asyncio.get_running_loop().run_in_executor(self._thread, self._work, items)
+            if len(results) != len(items):
+                raise RuntimeError(f"expected {len(items)} results from one batch, got {len(results)}")
+        except Exception as error:
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        for (_, future), result in zip(batch, results, strict=True):
+            if not future.done():
+                future.set_result(result)

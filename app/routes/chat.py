@@ -1,0 +1,22 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from app.rendering import ChatRenderer, Heading
+from app.responding import respond
+from app.routes.documented import ERRORS, STREAMED
+from app.schemas.openai import ChatCompletion, ChatCompletionRequest
+from app.state import Given
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS | STREAMED)
+async def create_chat_completion(body: ChatCompletionRequest, request: Request, services: Given) -> Response:
+    """An answer to a conversation, with its reliability."""
+    order = services.desk.chat(body)
+    heading = Heading.new("chatcmpl", body.model, services.bundle.digest)
+    renderer = ChatRenderer(heading, order, include_usage=body.wants_usage)
+    return await respond(request, order, renderer, services, stream=body.wants_stream)

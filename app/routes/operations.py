@@ -1,0 +1,89 @@
+"""For clients that ask what is served, and for operators and their machines."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from app.desk import ModelNotFound
+from app.routes.documented import ERRORS
+from app.schemas.openai import Model, ModelList, ServedBundle
+from app.state import Given, Services
+from engine.base import EngineDead
+
+router = APIRouter()
+
+_UNREADY: dict[int | str, dict[str, Any]] = {503: ERRORS[503]}
+
+
+@router.get("/v1/models")
+async def list_models(services: Given) -> ModelList:
+    """The one model served, its bundle and the alphas it was calibrated at."""
+    return ModelList(data=[_model(services)])
+
+
+@router.get("/v1/models/{model:path}", responses={404: ERRORS[404]})
+async def retrieve_model(model: str, services: Given) -> Model:
+    if model != services.desk.model_name:
+        raise ModelNotFound(f"the model {model!a} is not served here; see /v1/models")
+    return _model(services)
+
+
+@router.get("/livez")
+async def live() -> dict[str, str]:
+    """The process lives."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz", responses=_UNREADY)
+async def ready(services: Given) -> dict[str, str]:
+    """The engine was alive when it was last looked at: send requests."""
+    return _alive(services)
+
+
+@router.get("/health", responses=_UNREADY)
+async def healthy(services: Given) -> dict[str, str]:
+    """The engine is asked now."""
+    await services.watch.check()
+    return _alive(services)
+
+
+@router.get("/version")
+async def show_version(services: Given) -> dict[str, str]:
+    return {"version": version("candor"), "bundle": services.bundle.digest}
+
+
+@router.get("/load")
+async def show_load(services: Given) -> dict[str, int]:
+    """Answers being written or waiting to be, under the name that vLLM gives it."""
+    return {"server_load": services.admission.in_flight}
+
+
+@router.get("/metrics", response_class=Response)
+async def show_metrics(request: Request, services: Given) -> Response:
+    """For Prometheus: this server's metrics and the engine's own."""
+    content, content_type = services.metrics.exposition(request.headers.get("accept", ""))
+    return Response(content, headers={"content-type": content_type})
+
+
+def _alive(services: Services) -> dict[str, str]:
+    if not services.watch.alive:
+        raise EngineDead(str(services.watch.death.result()))
+    return {"status": "ok"}
+
+
+def _model(services: Services) -> Model:
+    return Model(
+        id=services.desk.model_name,
+        created=services.started,
+        max_model_len=services.engine.max_model_len,
+        reliability=ServedBundle(
+            bundle=services.bundle.digest,
+            alphas=list(services.desk.alphas),
+            default_alpha=services.desk.default_alpha,
+            estimator=services.estimator,
+            class_names=list(services.bundle.manifest.class_names),
+        ),
+    )

@@ -1,0 +1,185 @@
+"""One answer's path: generate, score, decide.
+
+    Order -> for each choice: Engine.generate -> Piece ...            while it is written
+                              hidden state -> Scorer.score -> Reading
+                              policy.decide -> Verdict -> Answer       once, at its end
+
+Closing the iterator of `events` cancels what the engine still does for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TypeVar, cast
+
+from app.admission import Admission
+from app.metrics import Metrics
+from app.orders import Job, Order, PairOrder, Replacement
+from app.policy import EstimatorKind, decide, ended_as_calibrated
+from app.scoring import Score, Scorer, ScoringFailed
+from app.verdict import Verdict
+from engine.base import (
+    Delta,
+    Engine,
+    EngineDead,
+    EngineError,
+    Generation,
+    HiddenSummary,
+    PromptTooLong,
+    TokenLogprob,
+)
+from model_store.bundle import Bundle
+
+logger = logging.getLogger("candor")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some of the text of the choice `index`, as it comes."""
+
+    index: int
+    text: str
+    logprobs: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished choice. verdict: None in mode off. replacement: shown instead where it is withheld."""
+
+    index: int
+    generation: Generation
+    verdict: Verdict | None
+    replacement: Replacement | None
+
+
+class AnswerService:
+    """Answers orders. Raises Overloaded, PromptTooLong, EngineDead or EngineError from its iterators."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        bundle: Bundle,
+        scorer: Scorer,
+        admission: Admission,
+        metrics: Metrics,
+        estimator: EstimatorKind,
+    ) -> None:
+        self._engine = engine
+        self._exemplars = bundle.exemplars
+        self._policy = bundle.manifest.policy
+        self._scorer = scorer
+        self._admission = admission
+        self._metrics = metrics
+        self._estimator = estimator
+
+    async def events(self, order: Order) -> AsyncGenerator[Piece | Answer, None]:
+        """Pieces of all choices as they come, and each choice's Answer at its end."""
+        with self._admission.admit(len(order.jobs)):
+            choices = [self._choice(index, job, order) for index, job in enumerate(order.jobs)]
+            async with aclosing(merged(choices)) as events:
+                async for event in events:
+                    yield event
+
+    async def answers(self, order: Order) -> list[Answer]:
+        """All choices, finished, in index order."""
+        async with aclosing(self.events(order)) as events:
+            found = [event async for event in events if isinstance(event, Answer)]
+        return sorted(found, key=lambda answer: answer.index)
+
+    async def score_pair(self, order: PairOrder) -> Verdict:
+        """The verdict on a given response."""
+        with self._admission.admit(1):
+            try:
+                hidden = await self._engine.summarise(order.prompt_ids, order.response_ids)
+            except (EngineDead, PromptTooLong):
+                raise
+            except EngineError as error:
+                logger.warning("no hidden state for a given pair: %s", error)
+                hidden = None
+            return await self._judge(hidden, order.alpha, order.exemplars, calibrated=order.calibrated)
+
+    async def _choice(self, index: int, job: Job, order: Order) -> AsyncGenerator[Piece | Answer, None]:
+        options = order.options
+        outputs = self._engine.generate(job.prompt_ids, job.sampling, capture=options.mode != "off")
+        generation: Generation | None = None
+        # Engines give generators: closing them is how a request is cancelled.
+        async with aclosing(cast("AsyncGenerator[Delta | Generation, None]", outputs)) as closing:
+            async for output in closing:
+                if isinstance(output, Generation):
+                    generation = output
+                else:
+                    yield Piece(index, output.text, output.logprobs)
+        if generation is None:
+            raise EngineError("the engine ended without an answer")
+        if options.mode == "off":
+            yield Answer(index, generation, None, None)
+            return
+        calibrated = order.calibrated and ended_as_calibrated(self._policy, generation)
+        verdict = await self._judge(
+            generation.hidden, options.alpha, options.exemplars, calibrated=calibrated
+        )
+        self._metrics.count(verdict)
+        yield Answer(index, generation, verdict, options.replacement if verdict.decision.abstained else None)
+
+    async def _judge(
+        self, hidden: HiddenSummary | None, alpha: float, exemplars: int, *, calibrated: bool
+    ) -> Verdict:
+        score: Score | None = None
+        started = perf_counter()
+        try:
+            score = await self._scorer.score(hidden, alpha, exemplars)
+        except ScoringFailed as error:
+            logger.warning("an answer could not be scored: %s", error)
+            self._metrics.scoring_failed(error.cause)
+        else:
+            self._metrics.scored(perf_counter() - started)
+        reading = score.reading if score else None
+        neighbours = score.neighbours if score else ()
+        return Verdict(
+            decision=decide(reading, calibrated=calibrated, estimator=self._estimator),
+            reading=reading,
+            calibrated=calibrated,
+            alpha=alpha,
+            exemplars=tuple((self._exemplars[neighbour.row], neighbour) for neighbour in neighbours),
+        )
+
+
+async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """Items of all sources as they come; the first error of one ends all. Closes what it was given."""
+    if len(sources) == 1:
+        async with aclosing(sources[0]) as source:
+            async for item in source:
+                yield item
+        return
+    queue: asyncio.Queue[tuple[T] | Exception | None] = asyncio.Queue()  # None: a source's end
+
+    async def drain(source: AsyncGenerator[T, None]) -> None:
+        try:
+            async with aclosing(source):
+                async for item in source:
+                    queue.put_nowait((item,))
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(drain(source)) for source in sources]
+    running = len(tasks)
+    try:
+        while running:
+            match await queue.get():
+                case None:
+                    running -= 1
+                case Exception() as error:
+                    raise error
+                case (item,):
+                    yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

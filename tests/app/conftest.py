@@ -1,0 +1,366 @@
+"""A real server on a free port, with a real estimator behind it and, in the engine's place, a script.
+
+The script decides what is said and which state comes with it. The estimator is a real one on 8 numbers,
+fitted on two clusters, so every region is reached by a state and not by a stub.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import pytest
+import torch
+import uvicorn
+
+from app.backend import Backend
+from app.main import create_app
+from app.settings import Settings
+from engine.base import (
+    Delta,
+    EngineDead,
+    Generation,
+    HiddenSummary,
+    ModelIdentity,
+    Representation,
+    Sampling,
+    TokenLogprob,
+)
+from model_store.bundle import Bundle, Exemplar
+from model_store.manifest import Manifest, Policy
+from sdm.adaptor import ExemplarAdaptor
+from sdm.estimator import SDMEstimator
+
+HIDDEN = 4
+ALPHAS = (0.9, 0.95)
+PER_CLASS = 400
+State = Literal[
+    "follows", "not_following", "thin", "edge", "far", "nan", "incomplete", "missing", "wrong_size"
+]
+
+
+def _clusters(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """h (2n, 8): class 0 around -2, class 1 around +2 in each number; labels (2n,)."""
+    centres = torch.tensor([-2.0, 2.0]).repeat_interleave(PER_CLASS)
+    h = centres.unsqueeze(1) + torch.randn(2 * PER_CLASS, 2 * HIDDEN, generator=generator)
+    return h, (centres > 0).long()
+
+
+@pytest.fixture(scope="session")
+def estimator() -> SDMEstimator:
+    """h' = h, z' = (-s, s) with s = mean(h) / 2: the two clusters lie at s = -1 and 1."""
+    width = 2 * HIDDEN
+    adaptor = ExemplarAdaptor(torch.zeros(width), torch.ones(width), width, 2)
+    with torch.no_grad():
+        adaptor.exemplar.weight.copy_(torch.eye(width))
+        adaptor.exemplar.bias.zero_()
+        adaptor.head.weight.copy_(torch.tensor([[-1.0], [1.0]]) * torch.full((1, width), 0.5 / width))
+        adaptor.head.bias.zero_()
+    generator = torch.Generator().manual_seed(0)
+    return SDMEstimator.fit(adaptor, _clusters(generator), _clusters(generator), ALPHAS)
+
+
+@pytest.fixture(scope="session")
+def identity() -> ModelIdentity:
+    return ModelIdentity("tiny", "TinyForCausalLM", HIDDEN, "float32", "d" * 64, "a" * 64, "b" * 64, "c" * 64)
+
+
+@pytest.fixture(scope="session")
+def bundle(estimator: SDMEstimator, identity: ModelIdentity) -> Bundle:
+    support = estimator.support
+    rows = zip(support.labels.tolist(), support.predictions.tolist(), strict=True)
+    exemplars = tuple(
+        Exemplar(f"e{i}", label, prediction, f"prompt {i}", f"response {i}")
+        for i, (label, prediction) in enumerate(rows)
+    )
+    manifest = Manifest(
+        name="tiny",
+        created="2026-01-01T00:00:00+00:00",
+        model=identity,
+        representation=Representation(),
+        policy=Policy(temperature=0.0, top_p=1.0, top_k=0, max_tokens=16, system_prompt="Be brief."),
+        alphas=ALPHAS,
+        class_names=("does not follow", "follows"),
+        provenance={},
+    )
+    report = {"reference_abstention_ratio": {"0.9": 0.25, "0.95": 0.5}}
+    return Bundle(manifest, estimator, exemplars, report, "0123456789abcdef" * 4)
+
+
+class LetterFormat:
+    """Stands in for a chat format: one token a letter; turns are set off by control tokens above Unicode."""
+
+    START, END = 0x110000, 0x110001
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        if any(message["role"] == "user" and "{%" in message["content"] for message in messages):
+            raise ValueError("the model's chat template refused these messages: no templates here")
+        ids: list[int] = []
+        for message in messages:
+            ids += [self.START, *self.encode_text(f"{message['role']}:{message['content']}"), self.END]
+        return [*ids, self.START]
+
+    def encode_text(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    encode_response = encode_text
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(i) if i < self.START else "|" for i in ids)
+
+
+@dataclass(frozen=True)
+class Script:
+    """What the engine says to a prompt that contains a given text.
+
+    fails: raised after the pieces. hangs: nothing more comes after the pieces.
+    """
+
+    pieces: tuple[str, ...] = ("The", " answer", ".")
+    state: State = "follows"
+    finish: Literal["stop", "length"] = "stop"
+    completion_tokens: int = 3
+    pause_s: float = 0.0
+    fails: Exception | None = None
+    hangs: bool = False
+
+
+@dataclass
+class ScriptedEngine:
+    """An engine that follows scripts and keeps a record of what it was asked."""
+
+    identity: ModelIdentity
+    representation: Representation = field(default_factory=Representation)
+    max_model_len: int = 512
+    scripts: dict[str, Script] = field(default_factory=dict)
+    asked: list[tuple[str, Sampling, bool]] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    running: int = 0
+    dead: bool = False
+    closed: bool = False
+
+    def script(self, prompt: str, **what: Any) -> str:
+        """Sets what is said to prompts that contain `prompt`, and returns it."""
+        self.scripts[prompt] = Script(**what)
+        return prompt
+
+    def samplings(self, prompt: str) -> list[Sampling]:
+        """How prompts that contain `prompt` were sampled."""
+        return [sampling for text, sampling, _ in self.asked if prompt in text]
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
+    ) -> AsyncGenerator[Delta | Generation, None]:
+        text = LetterFormat().decode(prompt_ids)
+        script = next((script for key, script in self.scripts.items() if key in text), Script())
+        self.asked.append((text, sampling, capture))
+        self.running += 1
+        try:
+            for delta in self._deltas(script, sampling):
+                await asyncio.sleep(script.pause_s)
+                yield delta
+            if script.hangs:
+                await asyncio.Event().wait()
+            if script.fails:
+                raise script.fails
+            yield self._generation(script, prompt_ids, sampling, capture)
+        except (GeneratorExit, asyncio.CancelledError):
+            self.cancelled.append(text)
+            raise
+        finally:
+            self.running -= 1
+
+    def _deltas(self, script: Script, sampling: Sampling) -> list[Delta]:
+        if sampling.logprobs is None:
+            return [Delta(piece) for piece in script.pieces]
+        return [Delta(piece, (_logprob(piece),)) for piece in script.pieces]
+
+    def _generation(
+        self, script: Script, prompt_ids: Sequence[int], sampling: Sampling, capture: bool
+    ) -> Generation:
+        return Generation(
+            text="".join(script.pieces),
+            token_ids=tuple(range(script.completion_tokens)),
+            finish_reason=script.finish,
+            tagged=True,
+            truncated=script.finish == "length",
+            hidden=_hidden(script.state) if capture else None,
+            prompt_tokens=len(prompt_ids),
+            completion_tokens=script.completion_tokens,
+            logprobs=tuple(delta.logprobs[0] for delta in self._deltas(script, sampling))
+            if sampling.logprobs is not None
+            else (),
+        )
+
+    async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
+        text = LetterFormat().decode(prompt_ids)
+        script = next((script for key, script in self.scripts.items() if key in text), Script())
+        if script.fails:
+            raise script.fails
+        hidden = _hidden(script.state)
+        assert hidden is not None
+        return hidden
+
+    async def check(self) -> None:
+        if self.dead:
+            raise EngineDead("the script ended")
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+def _logprob(piece: str) -> TokenLogprob:
+    """With two alternatives, however many are asked for."""
+    return TokenLogprob(1, piece, -0.5, ((1, piece, -0.5), (2, "other", float("-inf"))))
+
+
+def _hidden(state: State) -> HiddenSummary | None:
+    """A state that the fitted estimator judges as the name says (`test_scoring` checks that it does)."""
+    if state == "missing":
+        return None
+    size = HIDDEN + 1 if state == "wrong_size" else HIDDEN
+    value = {
+        "follows": 2.0,
+        "not_following": -2.0,
+        "thin": 1.0,
+        "edge": 0.75,
+        "far": 40.0,
+        "nan": float("nan"),
+    }
+    half = torch.full((size,), value.get(state, 2.0))
+    return HiddenSummary(half, half, torch.empty(0), 10, complete=state != "incomplete")
+
+
+@pytest.fixture
+def engine(identity: ModelIdentity) -> ScriptedEngine:
+    return ScriptedEngine(identity)
+
+
+@pytest.fixture
+def hidden() -> Callable[[State], HiddenSummary | None]:
+    return _hidden
+
+
+@pytest.fixture
+def backend(engine: ScriptedEngine, bundle: Bundle) -> Backend:
+    return Backend(engine, LetterFormat(), bundle)  # type: ignore[arg-type]
+
+
+def make_settings(**given: Any) -> Settings:
+    return Settings(**{"model": Path("model"), "bundle": Path("bundle"), **given})
+
+
+@pytest.fixture
+def settings() -> Callable[..., Settings]:
+    """Settings of a test: given values over defaults."""
+    return make_settings
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_settings_from_outside() -> None:
+    for name in [name for name in os.environ if name.startswith("CANDOR_")]:
+        del os.environ[name]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that listens. ended: set when the engine's death was reported."""
+
+    url: str
+    engine: ScriptedEngine
+    client: httpx.Client
+    ended: threading.Event
+
+    def chat(self, prompt: str, **more: Any) -> httpx.Response:
+        messages = [{"role": "user", "content": prompt}]
+        return self.client.post("/v1/chat/completions", json={"model": "tiny", "messages": messages, **more})
+
+    def chunks(self, prompt: str, **more: Any) -> list[dict[str, Any]]:
+        """A streamed chat's chunks; the last must be [DONE]."""
+        return events(self.chat(prompt, stream=True, **more).text)
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    """The JSON of each event of a stream that ends as it should."""
+    lines = text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+@contextmanager
+def running(engine: ScriptedEngine, bundle: Bundle, settings: Settings) -> Iterator[Running]:
+    """A server in a thread; afterwards, everything that the engine was asked for must have ended."""
+    backend = Backend(engine, LetterFormat(), bundle)  # type: ignore[arg-type]
+    ended = threading.Event()
+    app = create_app(settings, backend, ended.set)
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            until(lambda: server.started)
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            with httpx.Client(base_url=url, timeout=30) as client:
+                yield Running(url, engine, client, ended)
+        finally:
+            server.should_exit = True
+            thread.join(10)
+    assert engine.closed
+    assert engine.running == 0
+
+
+Serve = Callable[..., AbstractContextManager[Running]]
+
+
+@pytest.fixture
+def serve(engine: ScriptedEngine, bundle: Bundle) -> Serve:
+    """`with serve(alpha=0.95) as server`: a server with these settings; `policy` goes into the bundle."""
+
+    def start(policy: Policy | None = None, **given: Any) -> AbstractContextManager[Running]:
+        served = bundle
+        if policy is not None:
+            served = replace(bundle, manifest=replace(bundle.manifest, policy=policy))
+        return running(engine, served, make_settings(**{"engine_check_interval_s": 0.02, **given}))
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def _shared_server(identity: ModelIdentity, bundle: Bundle) -> Iterator[Running]:
+    with running(ScriptedEngine(identity), bundle, make_settings()) as server:
+        yield server
+
+
+@pytest.fixture
+def server(_shared_server: Running) -> Iterator[Running]:
+    """A server with default settings, whose engine knows no script. Its metrics are those of all tests."""
+    engine = _shared_server.engine
+    engine.scripts.clear()
+    engine.asked.clear()
+    engine.cancelled.clear()
+    yield _shared_server
+    until(lambda: engine.running == 0)
+
+
+def until(holds: Callable[[], bool], within_s: float = 5.0) -> None:
+    """Waits for something that another thread does; fails if it does not come."""
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def wait_until() -> Callable[..., None]:
+    return until

@@ -1,0 +1,151 @@
+"""Routes for operators: what is served, how it does, and the metrics."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client import REGISTRY, Counter, Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open_metrics
+from prometheus_client.parser import text_string_to_metric_families
+
+DIGEST = "0123456789abcdef" * 4
+
+
+def families(response: httpx.Response) -> dict[str, Metric]:
+    return {family.name: family for family in text_string_to_metric_families(response.text)}
+
+
+def samples(server: Any) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Values by name and labels; all of them are of this model."""
+    found = {}
+    for name, family in families(server.client.get("/metrics")).items():
+        if name.startswith("sdm_"):
+            for sample in family.samples:
+                assert sample.labels.pop("model_name") == "tiny"
+                found[sample.name, frozenset(sample.labels.items())] = sample.value
+    return found
+
+
+def test_models(server: Any) -> None:
+    [model] = server.client.get("/v1/models").json()["data"]
+    assert model["created"] > 1_700_000_000
+    assert model | {"created": 0} == {
+        "id": "tiny",
+        "object": "model",
+        "created": 0,
+        "owned_by": "candor",
+        "max_model_len": 512,
+        "reliability": {
+            "bundle": DIGEST,
+            "alphas": [0.9, 0.95],
+            "default_alpha": 0.9,
+            "estimator": "lower",
+            "class_names": ["does not follow", "follows"],
+        },
+    }
+
+
+def test_served_name(serve: Any) -> None:
+    with serve(served_model_name="org/other") as server:
+        assert server.client.get("/v1/models").json()["data"][0]["id"] == "org/other"
+        assert server.client.get("/v1/models/org/other").json()["id"] == "org/other"
+        assert server.chat("ask").status_code == 404
+
+
+def test_version(server: Any) -> None:
+    assert server.client.get("/version").json() == {"version": version("candor"), "bundle": DIGEST}
+
+
+def test_answers_are_counted_by_verdict(serve: Any) -> None:
+    with serve() as server:
+        for state in ("far", "edge", "missing", "wrong_size"):
+            server.engine.script(state, state=state)
+        server.chat("ask", n=2)
+        for prompt in ("far", "edge", "missing", "wrong_size"):
+            server.chat(prompt, reliability={"mode": "abstain"}, stream=True)
+        server.chat("ask", reliability={"mode": "off"})
+        server.client.post("/v1/reliability", json={"prompt": "ask", "response": "x"})
+        found = samples(server)
+    answers = {
+        (labels["region"], labels["decision"], labels["reason"]): value
+        for (name, pairs), value in found.items()
+        if name == "sdm_answers_total"
+        for labels in [dict(pairs)]
+    }
+    assert answers == {
+        ("high", "answered", "none"): 2,
+        ("ood", "abstained", "out_of_distribution"): 1,
+        ("low", "abstained", "below_similarity_threshold"): 1,
+        ("unavailable", "abstained", "scoring_unavailable"): 2,
+    }
+    assert found["sdm_scoring_failures_total", frozenset({("cause", "not_captured")})] == 1
+    assert found["sdm_scoring_failures_total", frozenset({("cause", "error")})] == 1
+    for name in ("sdm_probability", "sdm_distance_quantile", "sdm_rescaled_similarity"):
+        assert found[f"{name}_count", frozenset()] == 4
+    # With the given pair, whose verdict is not an answer.
+    assert found["sdm_scoring_duration_seconds_count", frozenset()] == 5
+
+
+def test_what_is_in_use(server: Any) -> None:
+    found = samples(server)
+    for alpha, ratio in (("0.9", 0.25), ("0.95", 0.5)):
+        assert found["sdm_bundle_info", frozenset({("bundle", DIGEST), ("alpha", alpha)})] == 1
+        assert found["sdm_reference_abstention_ratio", frozenset({("alpha", alpha)})] == ratio
+    for label in ("0", "1"):
+        assert found["sdm_support_size", frozenset({("label", label)})] == 400
+
+
+def test_the_reference_is_the_lower_estimators(serve: Any) -> None:
+    with serve(estimator="plain") as server:
+        assert not [name for name, _ in samples(server) if name == "sdm_reference_abstention_ratio"]
+
+
+@pytest.fixture
+def engine_counter() -> Any:
+    counter = Counter("vllm:test_requests", "As vLLM registers it.", ["model_name"])
+    yield counter
+    REGISTRY.unregister(counter)
+
+
+def test_the_engines_own_metrics_pass_through(server: Any, engine_counter: Counter) -> None:
+    engine_counter.labels("tiny").inc(7)
+    response = server.client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert 'vllm:test_requests_total{model_name="tiny"} 7.0' in response.text
+    assert "sdm_bundle_info" in response.text
+
+
+def test_open_metrics(server: Any) -> None:
+    server.chat("ask")
+    accept = {"accept": "application/openmetrics-text; version=1.0.0"}
+    response = server.client.get("/metrics", headers=accept)
+    assert response.headers["content-type"].startswith("application/openmetrics-text")
+    names = [family.name for family in parse_open_metrics(response.text)]
+    assert len(names) == len(set(names))
+    assert "sdm_answers" in names
+
+
+def test_two_servers_do_not_share_their_counts(serve: Any) -> None:
+    with serve() as first:
+        first.chat("ask")
+        assert samples(first)["sdm_probability_count", frozenset()] == 1
+    with serve() as second:
+        assert ("sdm_probability_count", frozenset()) not in samples(second)
+
+
+def test_the_interface_describes_itself(server: Any) -> None:
+    document = server.client.get("/openapi.json").json()
+    chat = document["paths"]["/v1/chat/completions"]["post"]
+    assert chat["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith(
+        "ChatCompletionRequest"
+    )
+    assert set(chat["responses"]) == {"200", "400", "404", "413", "422", "500", "503"}
+    unprocessable = chat["responses"]["422"]["content"]["application/json"]["schema"]
+    assert unprocessable == {"$ref": "#/components/schemas/ErrorBody"}
+    fields = document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
+    assert fields["tools"]["enum"] == [None, []]
+    for path in ("/docs", "/redoc"):  # they would load from another host
+        assert server.client.get(path).status_code == 404

@@ -1,0 +1,243 @@
+"""Starting and ending: what is refused before anything runs, exit codes, and what is not imported."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import ValidationError
+
+from app.admission import Refused
+from app.backend import Backend, check_identity
+from app.server import run
+from app.settings import Settings
+from engine.base import EngineError, IdentityMismatch, Representation
+from model_store.manifest import AdapterIdentity
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def candor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("CANDOR_")}
+    return subprocess.run(
+        [sys.executable, "-c", "from app.cli import main; main()", *arguments],
+        cwd=ROOT,
+        env={**clean, **environment, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def test_neither_vllm_nor_transformers_is_imported() -> None:
+    code = (
+        "import sys, app.main, app.server\n"
+        "print(sorted({'vllm', 'transformers', 'tokenizers', 'calibration', 'finetune'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, app.cli; print(sorted({'torch', 'fastapi', 'uvicorn'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    shown = candor("--help")
+    assert shown.returncode == 0
+    for command in ("serve", "calibrate", "evaluate", "bundle"):
+        assert command in shown.stdout
+
+
+def test_serve_without_what_it_needs() -> None:
+    done = candor("serve", "--port", "70000", CANDOR_ESTIMATOR="best")
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert len(lines) == 4
+    for name in ("model", "bundle", "port", "estimator"):
+        assert any(line.startswith(f"candor: --{name} or CANDOR_{name.upper()}: ") for line in lines)
+
+
+def test_serve_without_a_bundle(tmp_path: Path) -> None:
+    done = candor("serve", "--model", str(tmp_path), "--port", "0", CANDOR_BUNDLE=str(tmp_path / "none"))
+    assert done.returncode == 1
+    assert "candor: there is no bundle" in done.stderr
+    assert "candor calibrate" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+class TestSettings:
+    def test_environment_and_options(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CANDOR_MODEL", "m")
+        monkeypatch.setenv("CANDOR_PORT", "8123")
+        monkeypatch.setenv("CANDOR_MAX_MODEL_LEN", "")
+        settings = Settings(bundle=Path("b"), port=9)
+        assert (settings.model, settings.bundle, settings.port) == (Path("m"), Path("b"), 9)
+        assert settings.max_model_len == 2048
+
+    def test_every_setting_says_what_it_is(self) -> None:
+        for name, field in Settings.model_fields.items():
+            assert field.description, name
+            assert field.description.endswith("."), name
+
+    def test_a_request_that_could_never_be_let_in(self, settings: Any) -> None:
+        with pytest.raises(ValidationError, match="could never be let in"):
+            settings(max_choices=10, max_in_flight=9)
+
+
+class TestIdentity:
+    def test_the_same(self, backend: Backend) -> None:
+        check_identity(backend.engine, backend.bundle)
+
+    def test_all_differences_at_once(self, backend: Backend, engine: Any, identity: Any) -> None:
+        engine.identity = replace(identity, dtype="bfloat16", hidden_size=6, weights_sha256="f" * 64)
+        engine.representation = Representation(order=("last", "mean"))
+        with pytest.raises(IdentityMismatch) as refused:
+            check_identity(engine, backend.bundle)
+        message = str(refused.value)
+        for part in ("float32", "bfloat16", "a" * 64, "f" * 64, "hidden_size", "representation", "8", "12"):
+            assert part in message
+        assert "candor calibrate" in message
+
+    def test_the_name_alone_does_not_matter(self, backend: Backend, engine: Any, identity: Any) -> None:
+        engine.identity = replace(identity, name="moved")
+        check_identity(engine, backend.bundle)
+
+    def test_an_adapter_that_is_not_served(self, backend: Backend) -> None:
+        manifest = replace(backend.bundle.manifest, adapter=AdapterIdentity("lora", "d" * 64))
+        with pytest.raises(IdentityMismatch, match="lora"):
+            check_identity(backend.engine, replace(backend.bundle, manifest=manifest))
+
+
+@pytest.fixture
+def _sigterm_is_restored() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@contextmanager
+def started(port: int) -> Iterator[httpx.Client]:
+    """A client of the server, once it listens."""
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        for _ in range(3000):
+            try:
+                client.get("/readyz")
+                break
+            except httpx.ConnectError:
+                time.sleep(0.01)
+        yield client
+
+
+@pytest.mark.usefixtures("_sigterm_is_restored")
+class TestRun:
+    """`candor serve` from its settings to its exit code, with a script in the engine's place."""
+
+    def test_a_dead_engine_ends_the_server_with_1(self, settings: Any, backend: Backend, engine: Any) -> None:
+        port = free_port()
+
+        async def start(_: Settings) -> Backend:
+            return backend
+
+        def kill() -> int:
+            try:
+                with started(port) as client:
+                    return client.get("/readyz").status_code
+            finally:
+                engine.dead = True
+
+        with ThreadPoolExecutor() as pool:
+            killer = pool.submit(kill)
+            assert run(settings(port=port, engine_check_interval_s=0.02), start) == 1
+            assert killer.result() == 200
+        assert engine.closed
+
+    def test_sigterm_finishes_what_is_running_and_ends_with_0(
+        self, settings: Any, backend: Backend, engine: Any
+    ) -> None:
+        port = free_port()
+        engine.script("slow", pieces=("a",) * 10, pause_s=0.05)
+
+        async def start(_: Settings) -> Backend:
+            return backend
+
+        def ask() -> list[str]:
+            body = {"model": "tiny", "messages": [{"role": "user", "content": "slow"}], "stream": True}
+            try:
+                with (
+                    started(port) as client,
+                    client.stream("POST", "/v1/chat/completions", json=body) as response,
+                ):
+                    lines = response.iter_lines()
+                    first = next(lines)
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return [first, *lines]
+            except BaseException:
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise
+
+        with ThreadPoolExecutor() as pool:
+            asker = pool.submit(ask)
+            with pytest.raises(SystemExit) as ended:
+                run(settings(port=port), start)
+            answers = asker.result()
+        assert ended.value.code == 0
+        assert answers[-2:] == ["data: [DONE]", ""]
+        assert sum('"content":"a"' in line for line in answers) == 10
+        assert engine.closed
+
+    @pytest.mark.parametrize(
+        "failure", [EngineError("no memory"), IdentityMismatch("dtype differs"), Refused("alpha", None)]
+    )
+    def test_what_fails_at_start_is_one_message(
+        self, settings: Any, failure: Exception, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        async def start(_: Settings) -> Backend:
+            raise failure
+
+        assert run(settings(port=0), start) == 1
+        assert capsys.readouterr().err == f"candor: {failure}\n"
+
+    def test_a_taken_port_is_known_before_the_engine_starts(
+        self, settings: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        async def start(_: Settings) -> Backend:
+            raise AssertionError("too late")
+
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            assert run(settings(port=port), start) == 1
+        assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+    def test_an_alpha_the_bundle_does_not_have(
+        self, settings: Any, backend: Backend, engine: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        async def start(_: Settings) -> Backend:
+            await asyncio.sleep(0)
+            return backend
+
+        assert run(settings(port=0, alpha=0.97), start) == 1
+        assert "CANDOR_ALPHA: expected an alpha the bundle was calibrated at (0.9, 0.95), got 0.97" in (
+            capsys.readouterr().err
+        )
+        assert engine.closed
