@@ -40,7 +40,7 @@ test: setup
 	@echo "== Python environment in .venv"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
 	$(BIN)/python -m pip install --quiet uv==0.13.9
-	$(UV) --requirement requirements/$(EXTRA).txt $(TORCH) $(OVERRIDES)
+	$(UV) --compile-bytecode --requirement requirements/$(EXTRA).txt $(TORCH) $(OVERRIDES)
 	$(UV) --no-deps --editable .
 	touch $@
 

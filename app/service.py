@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from app.admission import Admission
 from app.metrics import Metrics
@@ -24,7 +24,6 @@ from app.policy import EstimatorKind, decide, ended_as_calibrated
 from app.scoring import Score, Scorer, ScoringFailed
 from app.verdict import Verdict
 from engine.base import (
-    Delta,
     Engine,
     EngineDead,
     EngineError,
@@ -108,9 +107,8 @@ class AnswerService:
         options = order.options
         outputs = self._engine.generate(job.prompt_ids, job.sampling, capture=options.mode != "off")
         generation: Generation | None = None
-        # Engines give generators: closing them is how a request is cancelled.
-        async with aclosing(cast("AsyncGenerator[Delta | Generation, None]", outputs)) as closing:
-            async for output in closing:
+        async with aclosing(outputs):
+            async for output in outputs:
                 if isinstance(output, Generation):
                     generation = output
                 else:

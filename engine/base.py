@@ -18,7 +18,7 @@ including that one: template, prompt, answer and tag.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -189,7 +189,7 @@ class Engine(Protocol):
 
     def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
-    ) -> AsyncIterator[Delta | Generation]:
+    ) -> AsyncGenerator[Delta | Generation, None]:
         """Yields deltas while the answer is written, then exactly one `Generation`.
 
         Closing the iterator early cancels the request and frees its place in the engine.

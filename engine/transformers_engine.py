@@ -7,7 +7,7 @@ what the definitions say, so the contract tests hold the fast engine to it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.utils import logging as transformers_logging
 
 from engine.answer import Answer
 from engine.base import Delta, Generation, HiddenSummary, PromptTooLong, Sampling, TokenLogprob
@@ -41,6 +42,7 @@ class TransformersEngine:
         self._chat = chat
         self._tag_ids = chat.encode_response(settings.representation.tag)
         self._closing_ids = chat.encode_response(SEPARATOR + settings.representation.tag)
+        transformers_logging.disable_progress_bar()
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             str(settings.model), dtype=getattr(torch, settings.dtype), local_files_only=True
         ).eval()
@@ -50,7 +52,7 @@ class TransformersEngine:
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
-    ) -> AsyncIterator[Delta | Generation]:
+    ) -> AsyncGenerator[Delta | Generation, None]:
         room = self.max_model_len - len(prompt_ids) - len(self._closing_ids) - 1
         if room < 1:
             raise PromptTooLong(

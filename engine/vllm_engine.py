@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -57,11 +57,14 @@ class VLLMEngine:
         self._chat = chat
         self._tag_ids = chat.encode_response(settings.representation.tag)
         self._closing_ids = chat.encode_response(SEPARATOR + settings.representation.tag)
-        self._llm = AsyncLLM.from_engine_args(_engine_args(settings))
+        try:
+            self._llm = AsyncLLM.from_engine_args(_engine_args(settings))
+        except Exception as error:  # whatever it is, the server has one message for it
+            raise EngineError(f"vLLM did not start: {error}; its log above says more") from error
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
-    ) -> AsyncIterator[Delta | Generation]:
+    ) -> AsyncGenerator[Delta | Generation, None]:
         params = self._params(prompt_ids, sampling, capture)
         answer = Answer(self.representation.tag, self._tag_ids, sampling.logprobs is not None)
         async with aclosing(self._submit(prompt_ids, params)) as outputs:

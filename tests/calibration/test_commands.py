@@ -83,7 +83,8 @@ def test_from_the_command_line_to_a_bundle_and_its_figures(model: Path, tmp_path
 
     made = candor(
         "calibrate", "--model", model, "--data", data, "--test", test, "--out", tmp_path / "bundle",
-        *FIT, *ENGINE, "--max-tokens", 8, "--dtype", "float32", "--evidence", "log_mean_surprisal, log_length", "--json",
+        *FIT, *ENGINE, "--max-tokens", 8, "--dtype", "float32", "--evidence", "log_mean_surprisal, log_length",
+        "--json",
     )  # fmt: skip
     assert made.exit_code == 0, made.output
     told = json.loads(made.stdout)

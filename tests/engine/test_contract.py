@@ -243,7 +243,7 @@ def test_a_cancelled_request_leaves_the_engine_answering(bench: Bench) -> None:
         stream = bench.engine.generate(prompt, Sampling(max_tokens=500))
         async for _ in stream:
             break
-        await stream.aclose()  # type: ignore[attr-defined]
+        await stream.aclose()
 
     bench.runner.run(hang_up())
     bench.assert_exact(prompt, bench.one(prompt))
