@@ -26,6 +26,7 @@ LONGEST = 20  # words; longer sentences are the shifted set
 EASY, EASY_WEIGHTS = range(2, 6), (9, 5, 2, 1)
 HARD = range(8, 13)
 SHARE_HARD = 0.25
+NO_ANSWER = "(nothing is right here)"
 SEED = 20261121
 
 
@@ -75,7 +76,7 @@ def questions(kind: str, sentences: Sequence[str], rng: random.Random) -> Iterat
 
 
 def out_of_distribution(sentences: Sequence[str], rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Prompts that are not the task, though some look like it. None has a right answer: reference is empty."""
+    """Prompts that are not the task, though some look like it. None has a right answer."""
     asks = (
         "What is {a} plus {b}?",
         "Wie viel Uhr ist es, wenn {a} Minuten nach {b} vergangen sind?",
@@ -101,7 +102,7 @@ def out_of_distribution(sentences: Sequence[str], rng: random.Random) -> Iterato
         yield {
             "id": f"ood-{index:05d}",
             "messages": [{"role": "user", "content": content}],
-            "reference": "",
+            "reference": NO_ANSWER,
             "verifier": "exact",
         }
 

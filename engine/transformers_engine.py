@@ -89,7 +89,7 @@ class TransformersEngine:
         answer = Answer(self.representation.tag, self._tag_ids, sampling.logprobs is not None)
         draw = _Draw(sampling)
         sequence = _Sequence(self._model)
-        logits = sequence.feed(prompt_ids)
+        logits = sequence.feed(prompt_ids)[-1]
         text, stopped = "", False
         while len(answer.token_ids) < sampling.max_tokens:
             token = draw(logits, answer.token_ids)
@@ -102,7 +102,7 @@ class TransformersEngine:
                 yield delta
             if ended or stopped:
                 break
-            logits = sequence.feed([token])
+            logits = sequence.feed([token])[-1]
             if answer.token_ids[-len(self._tag_ids) :] == self._tag_ids:
                 break
         if delta := answer.finish():
@@ -132,12 +132,11 @@ class TransformersEngine:
 
     def _summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
         sequence = _Sequence(self._model)
-        logits = sequence.feed(prompt_ids)
-        logprobs = []
-        for token in response_ids:
-            logprobs.append(self._token_logprob(logits, token, TOP))
-            logits = sequence.feed([token])
+        logits = sequence.feed([*prompt_ids, *response_ids], keep=len(response_ids) + 1)
         sequence.feed(self._closing_ids)
+        logprobs = [
+            self._token_logprob(row, token, TOP) for row, token in zip(logits, response_ids, strict=False)
+        ]
         return sequence.summary(from_logprobs(self.representation.evidence, logprobs))
 
     def _settled(self, ids: Sequence[int]) -> str:
@@ -167,19 +166,19 @@ class _Sequence:
         self._positions = 0
 
     @torch.inference_mode()
-    def feed(self, ids: Sequence[int]) -> torch.Tensor:
-        """Logits (V,) float32 after the last of `ids`."""
+    def feed(self, ids: Sequence[int], keep: int = 1) -> torch.Tensor:
+        """Logits (keep, V) float32 after each of the last `keep` of `ids`."""
         out = self._model(
             torch.tensor([list(ids)]),
             past_key_values=self._cache,
             output_hidden_states=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
         )
         states = out.hidden_states[-1][0].float()  # (len(ids), H), after the final norm
         self._sum = self._sum + states.sum(0)
         self._last = states[-1].clone()
         self._positions += len(ids)
-        logits: torch.Tensor = out.logits[0, -1].float()
+        logits: torch.Tensor = out.logits[0].float()
         return logits
 
     def summary(self, evidence: torch.Tensor) -> HiddenSummary:

