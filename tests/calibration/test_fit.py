@@ -127,7 +127,7 @@ def test_training_that_diverges_says_what_to_do() -> None:
 
 def test_blocks_are_the_papers_two_scalars_without_evidence_and_by_part_with_it() -> None:
     assert standardisation_blocks(Representation(), 16) == ((32, "scalar"),)
-    with_evidence = Representation(order=("last", "evidence", "mean"), evidence=("length", "min_margin"))
+    with_evidence = Representation(order=("last", "evidence", "mean"), evidence=("log_length", "min_margin"))
     assert standardisation_blocks(with_evidence, 16) == ((16, "scalar"), (2, "feature"), (16, "scalar"))
 
 

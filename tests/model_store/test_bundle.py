@@ -20,6 +20,7 @@ from engine.base import Representation
 from model_store.bundle import Bundle, Exemplar, encode, load_bundle
 from model_store.errors import BundleDamaged, BundleError, ContentError
 from model_store.manifest import ESTIMATOR, EXEMPLARS, MANIFEST, NAMES, REPORT, FileEntry, Manifest
+from sdm.arithmetic import LARGEST
 from sdm.conventions import RECORDED
 from sdm.estimator import SDMEstimator
 from sdm.support import Support
@@ -305,7 +306,7 @@ def test_any_estimator_comes_back_to_the_bit(
         "adaptor.exemplar.bias": numbers(exemplar_dim),
         "adaptor.head.weight": numbers(classes, exemplar_dim),
         "adaptor.head.bias": numbers(classes),
-        "support.h_prime": numbers(rows, exemplar_dim),
+        "support.h_prime": numbers(rows, exemplar_dim).clamp(-LARGEST, LARGEST),
         "support.labels": labels(rows),
         "support.predictions": labels(rows),
         "ecdf.values": torch.cat(distances),
