@@ -86,8 +86,8 @@ def out_of_distribution(sentences: Sequence[str], rng: random.Random) -> Iterato
         "{sentence} Is that true?",
         "Count the words: {sentence}",
         "{shuffled}",
-        "Finish the sentence with the words in the right order.\nSentence: {shuffled}\nWords: {noise}",
-        "Finish the sentence with the words in the right order.\nSentence: {backwards}\nWords: {noise}",
+        INSTRUCTION.format(start="{shuffled}", words="{noise}"),
+        INSTRUCTION.format(start="{backwards}", words="{noise}"),
     )
     for index, sentence in enumerate(sentences):
         words = sentence.split()

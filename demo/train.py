@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from demo.task import SEED
+from demo.task import SEED, completion
 from engine.base import Representation
 from engine.prompt import ChatFormat
 from finetune.examples import Example, negative, positive
@@ -35,12 +35,11 @@ def examples(data: Path, chat: ChatFormat, negatives: float) -> list[Example]:
 
 
 def _wrong(reference: str, count: int, rng: random.Random) -> str:
-    opening, closing = "<sentence>", "</sentence>"
-    words = reference.removeprefix(opening).removesuffix(closing).split()
+    words = reference.removeprefix("<sentence>").removesuffix("</sentence>").split()
     last = words[-count:]
     while last == words[-count:]:
         last = rng.sample(last, count)
-    return opening + " ".join(words[:-count] + last) + closing
+    return completion(" ".join(words[:-count] + last))
 
 
 def main(
