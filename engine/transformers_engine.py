@@ -23,11 +23,12 @@ from transformers.generation import (
 from transformers.utils import logging as transformers_logging
 
 from engine.answer import Answer
-from engine.base import Delta, Generation, HiddenSummary, PromptTooLong, Sampling, TokenLogprob
+from engine.base import Delta, Generation, HiddenSummary, Sampling, TokenLogprob
 from engine.evidence import TOP, from_logprobs
 from engine.factory import EngineSettings
 from engine.identity import identify
 from engine.prompt import SEPARATOR, ChatFormat
+from engine.room import require_fit, room_for_answer
 
 T = TypeVar("T")
 
@@ -53,12 +54,7 @@ class TransformersEngine:
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
     ) -> AsyncGenerator[Delta | Generation, None]:
-        room = self.max_model_len - len(prompt_ids) - len(self._closing_ids) - 1
-        if room < 1:
-            raise PromptTooLong(
-                f"the prompt takes {len(prompt_ids)} tokens; at most {len(prompt_ids) + room - 1} fit beside an "
-                f"answer in this model's {self.max_model_len}"
-            )
+        room = room_for_answer(len(prompt_ids), len(self._closing_ids), self.max_model_len)
         steps = self._steps(prompt_ids, replace(sampling, max_tokens=min(sampling.max_tokens, room)), capture)
         try:
             while (item := await self._run(lambda: next(steps, None))) is not None:
@@ -68,10 +64,7 @@ class TransformersEngine:
 
     async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
         total = len(prompt_ids) + len(response_ids) + len(self._closing_ids)
-        if total >= self.max_model_len:
-            raise PromptTooLong(
-                f"prompt and response take {total} tokens with the tag; at most {self.max_model_len - 1} fit"
-            )
+        require_fit(total, self.max_model_len)
         return await self._run(lambda: self._summarise(prompt_ids, response_ids))
 
     async def check(self) -> None:

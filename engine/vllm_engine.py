@@ -33,7 +33,6 @@ from engine.base import (
     EngineError,
     Generation,
     HiddenSummary,
-    PromptTooLong,
     Sampling,
     TokenLogprob,
 )
@@ -41,6 +40,7 @@ from engine.evidence import TOP, from_logprobs
 from engine.factory import EngineSettings
 from engine.identity import identify
 from engine.prompt import SEPARATOR, ChatFormat
+from engine.room import require_fit, room_for_answer
 from engine.vllm_scheduler import KEY
 
 _Logprobs = Mapping[int, Any]
@@ -131,10 +131,7 @@ class VLLMEngine:
     ) -> HiddenSummary:
         """One request over prompt, response and tag; `known` is the evidence where it was taken before."""
         ids = [*prompt_ids, *response_ids, *self._closing_ids]
-        if len(ids) >= self.max_model_len:
-            raise PromptTooLong(
-                f"prompt and response take {len(ids)} tokens with the tag; at most {self.max_model_len - 1} fit"
-            )
+        require_fit(len(ids), self.max_model_len)
         ask = self.representation.evidence and known is None
         params = SamplingParams(
             max_tokens=1,
@@ -174,13 +171,7 @@ class VLLMEngine:
             raise EngineError(f"vLLM could not answer: {error.__cause__ or error}") from error
 
     def _params(self, prompt_ids: Sequence[int], sampling: Sampling, capture: bool) -> SamplingParams:
-        # Leaves room for the tag and the token sampled after it, so that any answer can be scored.
-        room = self.max_model_len - len(prompt_ids) - len(self._closing_ids) - 1
-        if room < 1:
-            raise PromptTooLong(
-                f"the prompt takes {len(prompt_ids)} tokens; at most {len(prompt_ids) + room - 1} fit beside an "
-                f"answer in this model's {self.max_model_len}"
-            )
+        room = room_for_answer(len(prompt_ids), len(self._closing_ids), self.max_model_len)
         wanted = [sampling.logprobs, TOP if capture and self.representation.evidence else None]
         return SamplingParams(
             max_tokens=min(sampling.max_tokens, room),
