@@ -15,17 +15,18 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from calibration.errors import DataError, VerifierError
 from calibration.verifiers import load_verifier, normalise, reference_problem
 from model_store import strict_json
 
 Label = Literal[0, 1]
+T = TypeVar("T")
 
 ROLES = ("system", "user", "assistant")
 COMMON = frozenset({"id", "messages"})
@@ -63,9 +64,13 @@ class Record:
 
     @cached_property
     def prompt_digest(self) -> str:
-        """16 hex digits, equal iff the prompts are the same (chance collisions at 2^-64 a pair)."""
-        content = [[message["role"], normalise(message["content"])] for message in self.messages]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        return prompt_digest(self.messages)
+
+
+def prompt_digest(messages: Sequence[dict[str, str]]) -> str:
+    """16 hex digits, equal iff the prompts are the same (chance collisions at 2^-64 a pair)."""
+    content = [[message["role"], normalise(message["content"])] for message in messages]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def load_records(path: Path) -> list[Record]:
@@ -75,25 +80,39 @@ def load_records(path: Path) -> list[Record]:
     wrong types, an unusable verifier or reference, a repeated id, one answer with two labels; or no
     record at all.
     """
+    return parse_lines(path, _record, REMEDY, lambda records: _repeated_ids(records) + _given_twice(records))
+
+
+def parse_lines(
+    path: Path,
+    parse: Callable[[dict[str, Any], int], T],
+    remedy: str,
+    check: Callable[[list[T]], list[str]] = lambda _: [],
+) -> list[T]:
+    """Every line of a JSON Lines file through `parse` (object, line number from 1), blank lines skipped.
+
+    parse: raises ValueError with what is wrong. check: problems among all of them.
+    Raises DataError.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; check the path") from error
-    records: list[Record] = []
+    made: list[T] = []
     problems: list[str] = []
     for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            records.append(_parse(line, number))
+            made.append(parse(_object(line, number), number))
         except ValueError as error:
             problems.append(f"line {number}: {error}")
-    problems += _repeated_ids(records) + _given_twice(records)
+    problems += check(made)
     if problems:
-        raise DataError.from_problems(path, problems, REMEDY)
-    if not records:
-        raise DataError(f"{path} holds no record; {REMEDY[0].lower()}{REMEDY[1:]}")
-    return records
+        raise DataError.from_problems(path, problems, remedy)
+    if not made:
+        raise DataError(f"{path} holds no record; {remedy[0].lower()}{remedy[1:]}")
+    return made
 
 
 def require_disjoint(
@@ -110,8 +129,8 @@ def require_disjoint(
         raise DataError.from_problems(other_path, problems, "Remove these prompts from one of the two files.")
 
 
-def _parse(line: bytes, number: int) -> Record:
-    """One record. Raises ValueError with what is wrong, without the line number."""
+def _object(line: bytes, number: int) -> dict[str, Any]:
+    """The JSON object on a line. Raises ValueError with what is wrong, without the line number."""
     try:
         fields = strict_json.parse(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
     except json.JSONDecodeError as error:
@@ -122,10 +141,14 @@ def _parse(line: bytes, number: int) -> Record:
         raise ValueError("a string holds half of a surrogate pair") from error
     if not isinstance(fields, dict):
         raise ValueError(f"expected an object, got {_kind(fields)}")
+    return fields
+
+
+def _record(fields: dict[str, Any], number: int) -> Record:
     _require_fields(fields)
     if not isinstance(fields["id"], str) or not fields["id"]:
         raise ValueError(f'"id" must be a non-empty string, not {_kind(fields["id"])}')
-    messages = _messages(fields["messages"])
+    messages = read_messages(fields["messages"])
     if "response" in fields:
         if not isinstance(fields["response"], str):
             raise ValueError(f'"response" must be a string, not {_kind(fields["response"])}')
@@ -155,7 +178,8 @@ def _require_fields(fields: dict[str, Any]) -> None:
         raise ValueError(f"{'; '.join(complaints)} (expected {', '.join(sorted(expected))})")
 
 
-def _messages(value: Any) -> tuple[dict[str, str], ...]:
+def read_messages(value: Any) -> tuple[dict[str, str], ...]:
+    """A conversation. Raises ValueError with what is wrong."""
     if not isinstance(value, list) or not value:
         raise ValueError(f'"messages" must be a non-empty list, not {_kind(value)}')
     for index, message in enumerate(value):

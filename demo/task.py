@@ -7,8 +7,8 @@ asks that either be recognised. There is one right answer, so a verifier needs n
 
     python -m demo.task --sentences demo/sentences.txt --out var/demo
 
-writes train, calibration, test (held out), shifted (longer sentences) and ood (other tasks, shuffled words,
-other languages) as JSON lines. Every sentence stands in one file only, and gives one prompt there, two in train.
+writes train and development (pairs to fine-tune on), calibration, test (held out), shifted (longer sentences) and
+ood (other tasks, shuffled words, other languages) as JSON lines. Every sentence stands in one file only, and gives one prompt there, two in train.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ HARD = range(8, 13)
 SHARE_HARD = 0.25
 NO_ANSWER = "(nothing is right here)"
 SEED = 20261121
+DEVELOPMENT = 100  # sentences to choose the checkpoint by
 
 
 def prompt(start: str, words: Sequence[str]) -> str:
@@ -56,12 +57,19 @@ def record(name: str, sentence: str, count: int, rng: random.Random) -> dict[str
     }
 
 
-def lessons(sentences: Sequence[str], rng: random.Random) -> Iterator[dict[str, Any]]:
-    """What the language model is taught: two prompts of each sentence, two to five words to order."""
+def lessons(kind: str, sentences: Sequence[str], rng: random.Random) -> Iterator[dict[str, Any]]:
+    """What the language model is taught, as pairs (finetune.data): two prompts of each sentence, two to five
+    words to order. The wrong answer has them in another order."""
+    wrong = random.Random(SEED)
     for index, sentence in enumerate(sentences):
         for count in rng.sample(EASY, 2):
-            if made := record(f"train-{index:05d}-{count}", sentence, count, rng):
-                yield made
+            if made := record(f"{kind}-{index:05d}-{count}", sentence, count, rng):
+                start, last = sentence.split()[:-count], sentence.split()[-count:]
+                other = last
+                while other == last:
+                    other = wrong.sample(last, count)
+                negative = completion(" ".join([*start, *other]))
+                yield made | {"positive": made["reference"], "negative": negative}
 
 
 def questions(kind: str, sentences: Sequence[str], rng: random.Random) -> Iterator[dict[str, Any]]:
@@ -123,7 +131,8 @@ def main(
     usual = [line for line in rest if len(line.split()) <= LONGEST]
     longer = [line for line in rest if len(line.split()) > LONGEST]
     made = {
-        "train": list(lessons(taught, random.Random(SEED + 1))),
+        "train": list(lessons("train", taught[:-DEVELOPMENT], random.Random(SEED + 1))),
+        "development": list(lessons("development", taught[-DEVELOPMENT:], random.Random(SEED + 6))),
         "test": list(questions("test", usual[:test], random.Random(SEED + 2))),
         "ood": list(out_of_distribution(usual[test : test + ood], random.Random(SEED + 3))),
         "calibration": list(questions("calibration", usual[test + ood :], random.Random(SEED + 4))),

@@ -18,30 +18,27 @@ from engine.prompt import SEPARATOR, ChatFormat
 
 @dataclass(frozen=True)
 class Example:
-    """ids: the whole document. learnt: index of the first id that is a target of the loss."""
+    """ids: the whole document. learnt: index of the first id that is a target of the loss.
+    tag: index of the last id of the verification tag, where h is taken."""
 
     ids: tuple[int, ...]
     learnt: int
+    tag: int
 
 
 def positive(chat: ChatFormat, prompt_ids: Sequence[int], response: str, tag: str) -> Example:
-    return Example((*prompt_ids, *_answer(chat, response, tag, "Yes")), len(prompt_ids))
+    return _document(chat, prompt_ids, response, tag, "Yes")
 
 
 def negative(chat: ChatFormat, prompt_ids: Sequence[int], response: str, tag: str) -> Example:
-    answer = _answer(chat, response, tag, "No")
-    verdict = chat.encode_response(_verdict(tag, "No"))
-    return Example((*prompt_ids, *answer), len(prompt_ids) + len(answer) - len(verdict) - 1)
+    return _document(chat, prompt_ids, response, tag, "No")
 
 
-def _answer(chat: ChatFormat, response: str, tag: str, verdict: str) -> list[int]:
-    """Response, separator, verdict and end token; pieces are tokenised as they are when served."""
-    return [
-        *chat.encode_response(response),
-        *chat.encode_response(SEPARATOR + _verdict(tag, verdict)),
-        chat.end_id,
-    ]
-
-
-def _verdict(tag: str, verdict: str) -> str:
-    return f"{tag}{verdict}{tag.replace('<', '</', 1)}"
+def _document(chat: ChatFormat, prompt_ids: Sequence[int], response: str, tag: str, verdict: str) -> Example:
+    """Prompt, response, tag, verdict, end; the pieces are tokenised as they are when served."""
+    before = [*prompt_ids, *chat.encode_response(response)]
+    separator = chat.encode_response(SEPARATOR)
+    opening = chat.encode_response(SEPARATOR + tag)
+    closing = [*chat.encode_response(verdict + tag.replace("<", "</", 1)), chat.end_id]
+    learnt = len(prompt_ids) if verdict == "Yes" else len(before) + len(separator)
+    return Example((*before, *opening, *closing), learnt, len(before) + len(opening) - 1)

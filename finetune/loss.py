@@ -38,9 +38,15 @@ def next_token_loss(
     ones = torch.ones(targets.shape, dtype=logits.dtype, device=logits.device)
     log_base = ones if log_base is None else log_base.detach().to(ones) * ones
     d = ones if d is None else d.detach().to(ones) * ones
-    scaled = logits[:, :-1] * (d * log_base).unsqueeze(2)  # (B, L - 1, V)
-    losses = F.cross_entropy(scaled.flatten(0, 1), targets.flatten(), ignore_index=MASKED, reduction="none")
-    return (losses / log_base.flatten()).sum() / (targets != MASKED).sum().clamp(min=1)
+    losses = token_losses(logits[:, :-1].flatten(0, 1), targets.flatten(), log_base.flatten(), d.flatten())
+    return losses.sum() / (targets != MASKED).sum().clamp(min=1)
+
+
+def token_losses(logits: Tensor, targets: Tensor, log_base: Tensor, d: Tensor | None = None) -> Tensor:
+    """l_t of T predicting positions: logits (T, V), targets (T,), ln(beta) (T,) and d (T,) or 1 -> (T,)."""
+    scale = log_base if d is None else d * log_base
+    losses = F.cross_entropy(logits * scale.unsqueeze(1), targets, ignore_index=MASKED, reduction="none")
+    return losses / log_base
 
 
 def sdm_next_token_loss(logits: Tensor, labels: Tensor, sdm_at_reward: Tensor) -> Tensor:

@@ -1,144 +1,399 @@
-"""Cross-entropy fine-tuning with LoRA on the learnt positions of each document.
+"""Fine-tuning a language model into an SDM language model (arXiv 2510.26183, section 4).
 
-Logits are computed at the learnt positions alone: at small models the LM head is a good part of a step, and
-most positions are prompt. Documents are batched by length, so little of a batch is padding.
+    epoch      states of all training documents -> an SDM layer, held fixed           finetune.supervision
+    step       documents right or wrong by a coin, wrong ones static or generated     finetune.negatives
+               one forward pass: logits at learnt positions and h                     finetune.forward
+               h -> SDM(z')_r -> the base of each document's loss                     finetune.objectives
+    half epoch loss on held-out documents with an SDM layer of their own; the lowest is kept
+
+accelerate runs it on one CPU, one GPU or several (docs/finetuning.md). Every draw is a function of seed, epoch
+and document, the learning rate of the step, so that a run that was stopped and goes on
+(`resume`) ends as one that was not.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import csv
+import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from finetune.examples import Example
+from engine.base import Representation
+from engine.prompt import ChatFormat
+from finetune import objectives, passes
+from finetune.batches import Batch, collate, shuffled_batches
+from finetune.data import Pair
+from finetune.errors import FinetuneError
+from finetune.examples import Example, negative, positive
+from finetune.forward import LearntPositions
+from finetune.generation import generate
+from finetune.merge import merge, replace_directory
+from finetune.model import load_model
+from finetune.negatives import Negatives, draw
+from finetune.settings import FinetuneSettings
+from finetune.supervision import Supervision
+from finetune.teacher import TopTokens, choose_c
+from finetune.uncertainty import failure_rates, smoothing
+
+TAG = Representation().tag
+REPORTED_ALPHA = 0.9
+LOG_EVERY = 10
 
 
-@dataclass(frozen=True)
-class TrainingSettings:
-    """learning_rate: peak; linear warm-up over `warmup` of the steps, then linear decay to 0."""
+class _Side:
+    """The documents of one set of pairs: training or held out."""
 
-    learning_rate: float = 1e-3
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    batch_size: int = 16
-    epochs: int = 1
-    lora_rank: int = 16
-    lora_alpha: int = 32
-    seed: int = 0
-    compile: bool = True
-    checkpoint_every: int = 50
+    def __init__(
+        self, name: str, chat: ChatFormat, pairs: Sequence[Pair], settings: FinetuneSettings
+    ) -> None:
+        self.pairs = pairs
+        self.negatives = Negatives(pairs, settings, name)
+        system = [{"role": "system", "content": settings.system_prompt}] if settings.system_prompt else []
+        self.prompts = [chat.encode_chat([*system, *pair.messages]) for pair in pairs]
+        self._chat = chat
+
+    def right(self, number: int) -> Example:
+        return positive(self._chat, self.prompts[number], self.pairs[number].positive, TAG)
+
+    def example(self, purpose: str, epoch: int, number: int) -> tuple[Example, int]:
+        """The document to show and its r."""
+        if self.negatives.is_positive(purpose, epoch, number):
+            return self.right(number), 1
+        wrong = self.negatives.pick(purpose, epoch, number)
+        return negative(self._chat, self.prompts[number], wrong, TAG), 0
+
+    def examples(self, purpose: str, epoch: int) -> tuple[list[Example], Tensor]:
+        shown = [self.example(purpose, epoch, number) for number in range(len(self.pairs))]
+        return [example for example, _ in shown], torch.tensor([r for _, r in shown])
 
 
-def train_lora(model_dir: Path, examples: Sequence[Example], out: Path, settings: TrainingSettings) -> Path:
-    """Trains an adapter of `model_dir` on `examples`, writes it to `out` in peft's format and returns `out`.
+class Trainer:
+    """One run. `run` trains and returns the directory of the merged model.
 
-    A run that was stopped goes on from `out`'s last checkpoint with the same order of documents.
+    out: model/ (merged, to be served), adapter/ (with LoRA), metrics.csv, tensorboard/, settings.json;
+    checkpoint/ until the run is done.
     """
-    import peft
-    from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(settings.seed)
-    # Eager attention: at these lengths the fused kernel's backward pass alone took a third of a step.
-    base = AutoModelForCausalLM.from_pretrained(
-        str(model_dir), dtype=torch.bfloat16, local_files_only=True, attn_implementation="eager"
-    )
-    config = peft.LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        task_type="CAUSAL_LM",
-    )
-    model = peft.get_peft_model(base, config)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
-    )
-    batches = [b for epoch in range(settings.epochs) for b in _batches(examples, settings, epoch)]
-    warmup = max(1, int(settings.warmup * len(batches)))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda s: min((s + 1) / warmup, (len(batches) - s) / max(1, len(batches) - warmup))
-    )
-    if settings.compile:
-        # Layer by layer: all layers share one compilation, which takes seconds instead of minutes.
-        torch._dynamo.config.specialize_float = True  # the adapters' scale is a constant
-        for layer in base.model.layers:
-            layer.compile(dynamic=True)
-        base.enable_input_require_grads()  # else the first layer differs from the others and is compiled apart
+    def __init__(
+        self,
+        model: Path,
+        train: Sequence[Pair],
+        held_out: Sequence[Pair],
+        out: Path,
+        settings: FinetuneSettings,
+        teacher: Path | None = None,
+    ) -> None:
+        from accelerate import Accelerator
 
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / "checkpoint.pt"
-    start = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        if state["settings"] != asdict(settings):
-            raise ValueError(f"{checkpoint} is of a run with other settings; remove it or keep the settings")
-        peft.set_peft_model_state_dict(model, state["adapter"])
-        optimiser.load_state_dict(state["optimiser"])
-        schedule.load_state_dict(state["schedule"])
-        start = state["step"]
-    progress = tqdm(batches[start:], initial=start, total=len(batches), desc="fine-tuning", unit="batch")
-    average = None
-    for step, batch in enumerate(progress, start + 1):
-        loss = _loss(model, *batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
-        optimiser.zero_grad(set_to_none=True)
-        average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
-        progress.set_postfix(loss=f"{average:.4f}")
-        if step % settings.checkpoint_every == 0:
-            state = {
-                "settings": asdict(settings),
-                "adapter": peft.get_peft_model_state_dict(model),
-                "optimiser": optimiser.state_dict(),
-                "schedule": schedule.state_dict(),
-                "step": step,
-            }
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").rename(checkpoint)
-    model.to(torch.bfloat16).save_pretrained(str(out))
-    checkpoint.unlink(missing_ok=True)
-    return out
+        if (settings.loss == "first") != (teacher is not None):
+            raise FinetuneError('a teacher goes with loss "first", and "first" with a teacher')
+        self.settings, self.out, self.base = settings, out, model
+        self.accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else "no")
+        self.chat = ChatFormat.from_directory(model)
+        self.train = _Side("train", self.chat, train, settings)
+        self.held_out = _Side("held out", self.chat, held_out, settings)
+        self._steps_per_epoch = -(-len(train) // settings.batch_size)
+        self._steps = settings.epochs * self._steps_per_epoch
+        self._evaluated = {
+            round((i + 1) * self._steps_per_epoch / settings.evaluations) + epoch * self._steps_per_epoch
+            for epoch in range(settings.epochs)
+            for i in range(settings.evaluations)
+        }
+        scorer = LearntPositions(load_model(model, settings))
+        self._parameters = [p for p in scorer.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(
+            self._parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
+        self.scorer, self.optimiser = self.accelerator.prepare(scorer, optimiser)
+        self._teacher = self._load_teacher(teacher) if teacher else None
+        # What a checkpoint holds beside model and optimiser:
+        self.step = 0
+        self.supervision: Supervision | None = None
+        self.best: float | None = None
+        self.history: list[dict[str, float]] = []
+        self.smoothing = torch.zeros(len(train))
+        self.c = 1.0
+
+    @property
+    def _lm(self) -> Any:
+        return self.accelerator.unwrap_model(self.scorer).model
+
+    def run(self, resume: bool = False) -> Path:
+        """Raises FinetuneError where `out` holds another run, or none to resume."""
+        self._open(resume)
+        bar = tqdm(
+            total=self._steps,
+            initial=self.step,
+            desc="fine-tuning",
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+        )
+        if self.step == 0:
+            self._prepare()
+        while self.step < self._steps:
+            epoch, within = divmod(self.step, self._steps_per_epoch)
+            if within == 0:
+                self._begin_epoch(epoch)
+            batches = self._batches(epoch)
+            if within % self.settings.generate_ahead == 0:
+                ahead = batches[within : within + self.settings.generate_ahead]
+                self._generate(self.train, "step", epoch, [number for batch in ahead for number in batch])
+            loss = self._step(epoch, batches[within])
+            self.step += 1
+            if self.step % LOG_EVERY == 0 or self.step == self._steps:
+                self._log({"loss": loss, "learning_rate": self._learning_rate(self.step - 1)})
+            if self.step in self._evaluated:
+                self._evaluate(epoch)
+            if (within + 1) % self.settings.checkpoint_every == 0 or self.step % self._steps_per_epoch == 0:
+                self._save()
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}")
+        return self._finish()
+
+    def _prepare(self) -> None:
+        """What "ual" and "first" need to know before the first step."""
+        if self.settings.loss == "ual":
+            torch.manual_seed(self.settings.seed)
+            sampled = self._answers(self.train.prompts, self.settings.samples)
+            self.smoothing = smoothing(failure_rates(self.train.pairs, sampled))
+        if self._teacher is not None:
+            right = [self.held_out.right(number) for number in range(len(self.held_out.pairs))]
+            size = self.settings.micro_batch
+            self.c = choose_c(
+                (self._top_tokens(batch), batch.targets.cpu())
+                for batch in (collate(right[i : i + size]) for i in range(0, len(right), size))
+            )
+
+    def _begin_epoch(self, epoch: int) -> None:
+        for side in (self.train, self.held_out):
+            side.negatives.begin_epoch()
+        if self.settings.loss == "sdm":
+            examples, r = self.train.examples("layer", epoch)
+            h = passes.states(self.accelerator, self.scorer, examples, self.settings.micro_batch)
+            self.supervision = Supervision.train(
+                h, r, self.settings.layer, seed=1000 * epoch + self.settings.seed
+            )
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        lengths = [len(prompt) for prompt in self.train.prompts]
+        return shuffled_batches(lengths, self.settings.batch_size, draw(self.settings.seed, "order", epoch))
+
+    def _generate(self, side: _Side, purpose: str, epoch: int, numbers: Sequence[int]) -> None:
+        wanted = side.negatives.to_generate(purpose, epoch, numbers)
+        texts = self._answers([side.prompts[number] for number in wanted])
+        side.negatives.offer(wanted, [text for (text,) in texts])
+
+    def _answers(self, prompts: Sequence[Sequence[int]], samples: int = 0) -> list[list[str]]:
+        return passes.answers(
+            self.accelerator,
+            prompts,
+            lambda mine: generate(self._lm, self.chat, mine, TAG, self.settings.max_tokens, samples=samples),
+        )
+
+    def _step(self, epoch: int, numbers: Sequence[int]) -> float:
+        """One update from the documents `numbers`; the mean loss over all their targets."""
+        accelerator = self.accelerator
+        shown = {number: self.train.example("step", epoch, number) for number in numbers}
+        targets = sum(len(example.ids) - example.learnt for example, _ in shown.values())
+        total = torch.zeros((), device=accelerator.device)
+        shares = passes.spread(
+            numbers, self.settings.micro_batch, accelerator.process_index, accelerator.num_processes
+        )
+        for share, counts in shares:
+            batch = collate([shown[number][0] for number in share])
+            r = torch.tensor([shown[number][1] for number in share])
+            loss = self._losses(batch, self.train, torch.tensor(share), r, self.supervision).sum() / targets
+            loss = loss if counts else 0 * loss
+            accelerator.backward(loss * accelerator.num_processes)  # processes' gradients are averaged
+            total += loss.detach()
+        for group in self.optimiser.param_groups:
+            group["lr"] = self._learning_rate(self.step)
+        accelerator.clip_grad_norm_(self._parameters, 1.0)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        mean = float(accelerator.reduce(total, "sum"))
+        if mean != mean:
+            raise FinetuneError(f"the loss of step {self.step} isn't finite: lower the learning rate")
+        return mean
+
+    def _losses(
+        self, batch: Batch, side: _Side, numbers: Tensor, r: Tensor, supervision: Supervision | None
+    ) -> Tensor:
+        """(T,) of the batch's targets. numbers, r: (B,) which documents, and whether right."""
+        batch = batch.to(self.accelerator.device)
+        logits, h = self.scorer(batch)
+        match self.settings.loss:
+            case "sdm":
+                assert supervision is not None
+                value = supervision.sdm_at(h.cpu(), numbers, r).to(logits.device)
+                return objectives.sdm_loss(logits, batch.targets, value[batch.document])
+            case "ual" if side is self.train:
+                e = self.smoothing[numbers].to(logits.device)
+                return objectives.smoothed_cross_entropy(logits, batch.targets, e[batch.document])
+            case "first":
+                top = self._top_tokens(batch)
+                return objectives.distillation(logits, top.ids, top.recalibrated(self.c))
+        return objectives.cross_entropy(logits, batch.targets)
+
+    def _evaluate(self, epoch: int) -> None:
+        """Held-out loss, and what an SDM layer of the held-out documents' own would admit.
+
+        The draws are those of epoch 0 every time, so that losses differ by the model alone.
+        """
+        side, settings = self.held_out, self.settings
+        self._generate(side, "evaluation", epoch, range(len(side.pairs)))
+        examples, r = side.examples("evaluation", 0)
+        h = passes.states(self.accelerator, self.scorer, examples, settings.micro_batch)
+        own = Supervision.train(h, r, settings.layer, seed=settings.seed)
+        total = torch.zeros((), dtype=torch.float64)
+        targets = sum(len(example.ids) - example.learnt for example in examples)
+        shares = passes.spread(
+            range(len(examples)),
+            settings.micro_batch,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        for share, counts in shares:
+            numbers = torch.tensor(share)
+            batch = collate([examples[i] for i in share])
+            with torch.no_grad():
+                losses = self._losses(batch, side, numbers, r[numbers], own)
+            total += counts * losses.double().sum().cpu()
+        loss = float(self.accelerator.reduce(total.to(self.accelerator.device), "sum")) / targets
+        estimator = own.estimator.with_regions([REPORTED_ALPHA])
+        admitted = estimator.estimate(h[own.row < 0], REPORTED_ALPHA).admitted.float().mean()
+        self._log({"held_out_loss": loss, "admitted": float(admitted)})
+        if self.best is None or loss < self.best:
+            self.best = loss
+            self._keep()
+
+    def _learning_rate(self, step: int) -> float:
+        warmup = max(1, round(self.settings.warmup * self._steps))
+        rising, falling = (step + 1) / warmup, (self._steps - step) / max(1, self._steps - warmup)
+        return self.settings.learning_rate * min(1.0, rising, falling)
+
+    def _load_teacher(self, directory: Path) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        teacher = AutoModelForCausalLM.from_pretrained(
+            str(directory),
+            dtype=torch.bfloat16 if self.settings.bf16 else torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        return LearntPositions(teacher.eval().to(self.accelerator.device))
+
+    @torch.no_grad()
+    def _top_tokens(self, batch: Batch) -> TopTokens:
+        assert self._teacher is not None
+        return TopTokens.of(self._teacher(batch.to(self.accelerator.device))[0])
+
+    # What is kept on disk.
+
+    def _open(self, resume: bool) -> None:
+        told = self.out / "settings.json"
+        settings = json.dumps(self.settings.to_json(), indent=2) + "\n"
+        if resume:
+            if not told.exists():
+                raise FinetuneError(f"{self.out} holds no run to resume; leave out --resume to begin one")
+            if told.read_text(encoding="utf-8") != settings:
+                raise FinetuneError(f"{told} has other settings: give those to resume, or another --out")
+            self._load()
+        elif self.out.exists() and any(self.out.iterdir()):
+            raise FinetuneError(f"{self.out} is not empty: give --resume to go on, or another --out")
+        self.accelerator.wait_for_everyone()
+        self.out.mkdir(parents=True, exist_ok=True)
+        told.write_text(settings, encoding="utf-8")
+
+    def _log(self, values: dict[str, float]) -> None:
+        self.history.append({"step": self.step, "epoch": self.step / self._steps_per_epoch} | values)
+        if not self.accelerator.is_main_process:
+            return
+        names = list(dict.fromkeys(name for row in self.history for name in row))
+        with (self.out / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, names)
+            table.writeheader()
+            table.writerows(self.history)
+        self._board(values, self.step)
+
+    def _board(self, values: dict[str, float], step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(self.out / "tensorboard"), purge_step=step) as board:
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
+
+    def _keep(self) -> None:
+        """The best model so far."""
+        state = self.accelerator.get_state_dict(self.scorer)
+        own = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        if self.accelerator.is_main_process:
+            replace_directory(
+                self.out / "best", lambda path: self._lm.save_pretrained(str(path), state_dict=own)
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _save(self) -> None:
+        """A checkpoint takes the place of the last one at once, so that one is always whole."""
+        unfinished, checkpoint = self.out / "checkpoint.unfinished", self.out / "checkpoint"
+        self.accelerator.save_state(str(unfinished))
+        if self.accelerator.is_main_process:
+            torch.save(
+                {
+                    "step": self.step,
+                    "supervision": None if self.supervision is None else self.supervision.state(),
+                    "negatives": [(s.negatives.current, s.negatives.last) for s in self._sides()],
+                    "best": self.best,
+                    "history": self.history,
+                    "smoothing": self.smoothing,
+                    "c": self.c,
+                },
+                unfinished / "run.pt",
+            )
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            unfinished.rename(checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _load(self) -> None:
+        checkpoint = self.out / "checkpoint"
+        if not checkpoint.exists():
+            return  # stopped before the first: begins anew
+        self.accelerator.load_state(str(checkpoint))
+        run = torch.load(checkpoint / "run.pt", weights_only=True)
+        self.step, self.best, self.history = run["step"], run["best"], run["history"]
+        self.smoothing, self.c = run["smoothing"], run["c"]
+        for side, (current, last) in zip(self._sides(), run["negatives"], strict=True):
+            side.negatives.current, side.negatives.last = current, last
+        if run["supervision"] is not None:
+            self.supervision = Supervision.from_state(run["supervision"])
+
+    def _sides(self) -> tuple[_Side, _Side]:
+        return self.train, self.held_out
+
+    def _finish(self) -> Path:
+        """The best model becomes `out`/model, ready to be served, and its adapter `out`/adapter."""
+        final = self.out / "model"
+        if self.accelerator.is_main_process:
+            best = self.out / "best"
+            if self.settings.lora_rank:
+                replace_directory(final, lambda path: merge(self.base, best, path))
+                shutil.rmtree(self.out / "adapter", ignore_errors=True)
+                best.rename(self.out / "adapter")
+            else:
+                replace_directory(final, lambda path: _whole(self.base, best, path))
+                shutil.rmtree(best)
+            shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        return final
 
 
-def _loss(
-    model: Any, ids: torch.Tensor, attention: torch.Tensor, index: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """Mean cross-entropy over the learnt positions. ids, attention (B, L); index, targets (T,) into (B*L)."""
-    with torch.autocast("cpu", torch.bfloat16):
-        inner = model.get_base_model()
-        states = inner.model(input_ids=ids, attention_mask=attention, use_cache=False)[0]  # (B, L, H)
-        logits = inner.lm_head(states.flatten(0, 1)[index])  # (T, V)
-    return torch.nn.functional.cross_entropy(logits.float(), targets)
-
-
-def _batches(
-    examples: Sequence[Example], settings: TrainingSettings, epoch: int
-) -> Iterator[tuple[torch.Tensor, ...]]:
-    """One epoch's batches in random order, documents of like length together."""
-    rng = random.Random(settings.seed * 1000 + epoch)
-    order = sorted(range(len(examples)), key=lambda i: (len(examples[i].ids), rng.random()))
-    chunks = [order[i : i + settings.batch_size] for i in range(0, len(order), settings.batch_size)]
-    rng.shuffle(chunks)
-    for chunk in chunks:
-        yield _collate([examples[i] for i in chunk])
-
-
-def _collate(batch: Sequence[Example]) -> tuple[torch.Tensor, ...]:
-    width = max(len(example.ids) for example in batch)
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    attention = torch.zeros(len(batch), width, dtype=torch.long)
-    index, targets = [], []
-    for row, example in enumerate(batch):
-        ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        attention[row, : len(example.ids)] = 1
-        for position in range(example.learnt, len(example.ids)):
-            index.append(row * width + position - 1)  # the state before a token predicts it
-            targets.append(example.ids[position])
-    return ids, attention, torch.tensor(index), torch.tensor(targets)
+def _whole(base: Path, best: Path, out: Path) -> None:
+    """Every parameter was trained: the best weights with the base's tokenizer."""
+    shutil.copytree(base, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+    shutil.copytree(best, out, dirs_exist_ok=True)

@@ -1,0 +1,194 @@
+"""`candor finetune` and `candor data word-ordering`: a language model that can be judged, and data to make one.
+
+Several processes or devices: `accelerate launch --config_file finetune/configs/... -m app.cli finetune ...`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+data_app = typer.Typer(help="Data to fine-tune and calibrate on.", no_args_is_help=True)
+
+
+class Loss(StrEnum):
+    sdm = "sdm"
+    ce = "ce"
+    ual = "ual"
+    first = "first"
+
+
+class Switch(StrEnum):
+    on = "on"
+    off = "off"
+
+
+Share = Annotated[float, typer.Option(min=0, max=1)]
+
+
+def finetune(
+    model: Annotated[Path, typer.Option(help="Directory of the pretrained model.")],
+    data: Annotated[Path, typer.Option(help="Pairs to train on, JSON Lines (docs/finetuning.md).")],
+    held_out: Annotated[Path, typer.Option(help="Pairs to choose the checkpoint by, with other prompts.")],
+    out: Annotated[Path, typer.Option(help="Where the run goes; its model/ is served.")],
+    loss: Annotated[Loss, typer.Option(help="What is minimised.")] = Loss.sdm,
+    hard_negatives: Annotated[
+        Switch, typer.Option(help="Learn from the model's own wrong answers too, after the first epoch.")
+    ] = Switch.on,
+    teacher: Annotated[Path | None, typer.Option(help="Directory of the teacher of --loss first.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="Leads every conversation.")] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 2,
+    batch_size: Annotated[int, typer.Option(min=1, help="Documents a step, over all processes.")] = 16,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Documents a forward pass and process.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Peak; linear warm-up, then linear decay.")] = 3e-4,
+    lora_rank: Annotated[int, typer.Option(min=0, help="0 trains every parameter.")] = 16,
+    gamma_plus: Annotated[
+        float, typer.Option(min=0, max=1, help="How often a document is shown as a positive.")
+    ] = 0.5,
+    gamma_gen: Annotated[
+        float, typer.Option(min=0, max=1, help="How often a negative is generated anew.")
+    ] = 0.5,
+    gamma_diversity: Annotated[
+        float, typer.Option(min=0, max=1, help="How often a generated negative is shown, if there is one.")
+    ] = 0.5,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest generated answer.")] = 128,
+    layer_epochs: Annotated[int, typer.Option(min=1, help="Epochs of the SDM layers on the way.")] = 200,
+    layer_dim: Annotated[int, typer.Option(min=1, help="M, the size of their exemplar vectors.")] = 1000,
+    layer_learning_rate: Annotated[float, typer.Option(help="Of their Adam.")] = 1e-5,
+    evaluations: Annotated[int, typer.Option(min=1, help="An epoch.")] = 2,
+    samples: Annotated[int, typer.Option(min=1, help="Sampled answers a prompt, of --loss ual.")] = 4,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps; a multiple of 16.")] = 64,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    bf16: bool = True,
+    gradient_checkpointing: bool = False,
+    compile: bool = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+) -> None:
+    """Fine-tune a language model into an SDM language model (arXiv 2510.26183).
+
+    A run that was stopped at any moment goes on with --resume and ends as one that was not.
+    """
+    with _errors_told():
+        from calibration.epochs import LayerSettings
+        from finetune.data import load_pairs, require_apart
+        from finetune.settings import FinetuneSettings
+        from finetune.trainer import Trainer
+
+        try:
+            settings = FinetuneSettings(
+                loss=loss.value,
+                hard_negatives=hard_negatives is Switch.on,
+                epochs=epochs,
+                batch_size=batch_size,
+                micro_batch=micro_batch,
+                learning_rate=learning_rate,
+                lora_rank=lora_rank,
+                gamma_plus=gamma_plus,
+                gamma_gen=gamma_gen,
+                gamma_diversity=gamma_diversity,
+                system_prompt=system_prompt,
+                max_tokens=max_tokens,
+                layer=LayerSettings(layer_dim, layer_epochs, learning_rate=layer_learning_rate),
+                evaluations=evaluations,
+                samples=samples,
+                checkpoint_every=checkpoint_every,
+                seed=seed,
+                bf16=bf16,
+                gradient_checkpointing=gradient_checkpointing,
+                compile=compile,
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        pairs, others = load_pairs(data), load_pairs(held_out)
+        require_apart(data, pairs, held_out, others)
+        final = Trainer(model, pairs, others, out, settings, teacher).run(resume)
+    typer.echo(f"{final}: next, `candor calibrate --model {final} ...`")
+
+
+@data_app.command("word-ordering")
+def word_ordering(
+    sentences: Annotated[
+        list[str],
+        typer.Option(help="A file of one sentence a line, a WikiSplit .tsv, or hf:NAME; may be repeated."),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the JSON Lines files.")],
+    words: Annotated[
+        str, typer.Option(help="How many last words are shuffled: 3, or 2-5 for mixed difficulty.")
+    ] = "3",
+    length: Annotated[str, typer.Option(help="Words of a sentence.")] = "5-59",
+    shifted_length: Annotated[str, typer.Option(help="Words of a sentence of the shifted test set.")] = "60",
+    train: Annotated[int, typer.Option(min=1, help="Prompts.")] = 5000,
+    development: Annotated[int, typer.Option(min=1, help="Prompts to choose the checkpoint by.")] = 500,
+    calibration: Annotated[int, typer.Option(min=1, help="Prompts.")] = 5000,
+    test: Annotated[int, typer.Option(min=1, help="Prompts.")] = 2000,
+    shifted: Annotated[int, typer.Option(min=0, help="Prompts.")] = 2000,
+    also_test: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FILE: sentences for a test set of their own, such as Harvard's; repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """The data of arXiv 2510.26183 from any sentences: put a sentence's last words in order."""
+    with _errors_told():
+        from finetune import word_ordering as task
+
+        sizes = task.Sizes(
+            words=_range("words", words),
+            length=_range("length", length),
+            shifted_length=_range("shifted-length", shifted_length),
+            train=train,
+            development=development,
+            calibration=calibration,
+            test=test,
+            shifted=shifted,
+        )
+        tests = dict(_named(entry) for entry in also_test or [])
+        files = task.build(
+            [line for source in sentences for line in task.read_sentences(source)],
+            {name: task.read_sentences(source) for name, source in tests.items()},
+            sizes,
+            seed,
+        )
+        task.write(files, out)
+    for name, lines in files.items():
+        typer.echo(f"{len(lines):6d} prompts -> {out / name}.jsonl")
+    typer.echo(f'The prompts hold the words alone; the task is the system prompt: "{task.SYSTEM_PROMPT}"')
+
+
+def _range(name: str, text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    try:
+        bounds = int(low), int(high or low)
+    except ValueError:
+        bounds = 0, 0
+    if not 1 <= bounds[0] <= bounds[1]:
+        raise typer.BadParameter(f'--{name}: expected a number or a range such as 2-5, got "{text}"')
+    return bounds
+
+
+def _named(entry: str) -> tuple[str, str]:
+    name, equals, source = entry.partition("=")
+    if not (equals and name and source):
+        raise typer.BadParameter(f'--also-test: expected NAME=FILE, got "{entry}"')
+    return name, source
+
+
+@contextmanager
+def _errors_told() -> Iterator[None]:
+    """What is wrong with input is said in one message, exit code 1, without a traceback."""
+    from calibration.errors import CalibrationError
+    from finetune.errors import FinetuneError
+
+    try:
+        yield
+    except (CalibrationError, FinetuneError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        typer.echo("Stopped. --resume goes on from the last checkpoint.", err=True)
+        raise typer.Exit(130) from None

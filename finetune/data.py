@@ -1,0 +1,73 @@
+"""Pairs to fine-tune on, one JSON object a line; every line is checked before anything is trained.
+
+    {"id", "messages", "reference", "verifier", "positive", "negative"}
+
+`positive` is an answer that follows the instruction, `negative` one that does not (both without the
+verification tag, which is added); `reference` and `verifier` tell whether an answer that the
+model itself generates is right (calibration.verifiers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calibration.data import parse_lines, prompt_digest, read_messages
+from calibration.errors import DataError, VerifierError
+from calibration.verifiers import load_verifier, reference_problem
+
+FIELDS = frozenset({"id", "messages", "reference", "verifier", "positive", "negative"})
+REMEDY = f"Every line is one JSON object with {', '.join(sorted(FIELDS))}. Correct these lines and run again."
+
+
+@dataclass(frozen=True)
+class Pair:
+    """messages: the conversation to answer, the last by the user."""
+
+    id: str
+    messages: tuple[dict[str, str], ...]
+    reference: Any
+    verifier: str
+    positive: str
+    negative: str
+
+    def is_right(self, response: str) -> bool:
+        return load_verifier(self.verifier)(response, self.reference)
+
+
+def load_pairs(path: Path) -> list[Pair]:
+    """Raises DataError that lists the offending lines, or says that the file has none."""
+    return parse_lines(path, _parse, REMEDY)
+
+
+def require_apart(path: Path, pairs: Sequence[Pair], other_path: Path, others: Sequence[Pair]) -> None:
+    """Raises DataError where a prompt stands in both files: the checkpoint would be chosen on seen prompts."""
+    seen = {prompt_digest(pair.messages) for pair in pairs}
+    if shared := [pair.id for pair in others if prompt_digest(pair.messages) in seen]:
+        raise DataError(
+            f"expected other prompts in {other_path} than in {path}, but {len(shared)} are the same, "
+            f'first "{shared[0]}": remove them from one of the two'
+        )
+
+
+def _parse(fields: dict[str, Any], _line: int) -> Pair:
+    missing, unknown = sorted(FIELDS - fields.keys()), sorted(fields.keys() - FIELDS)
+    if missing or unknown:
+        raise ValueError(f"missing {missing}, unknown {unknown} (expected {', '.join(sorted(FIELDS))})")
+    for name in ("id", "verifier", "positive", "negative"):
+        if not isinstance(fields[name], str) or (name != "negative" and not fields[name]):
+            raise ValueError(f'"{name}" must be a non-empty string')
+    try:
+        load_verifier(fields["verifier"])
+    except VerifierError as error:
+        raise ValueError(str(error)) from error
+    if problem := reference_problem(fields["verifier"], fields["reference"]):
+        raise ValueError(problem)
+    made = Pair(**(fields | {"messages": read_messages(fields["messages"])}))
+    if not made.is_right(made.positive):
+        raise ValueError(f'"positive" is wrong by verifier "{made.verifier}"')
+    if made.is_right(made.negative):
+        raise ValueError(f'"negative" is right by verifier "{made.verifier}"')
+    return made

@@ -1,0 +1,61 @@
+"""The language model as it is trained: LoRA adapters or every parameter, compiled where that pays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.settings import FinetuneSettings
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def load_model(directory: Path, settings: FinetuneSettings) -> Any:
+    """A transformers model, wrapped by peft where `lora_rank` is above 0.
+
+    Frozen weights are bfloat16 (float32 without `bf16`); trained ones are always float32.
+    """
+    from transformers import AutoModelForCausalLM
+
+    frozen = torch.bfloat16 if settings.bf16 else torch.float32
+    base = AutoModelForCausalLM.from_pretrained(
+        str(directory),
+        dtype=frozen if settings.lora_rank else torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        # On CPUs the fused attention's backward pass alone took a third of a step at these lengths.
+        attn_implementation="sdpa" if torch.cuda.is_available() else "eager",
+    )
+    base.generation_config.update(temperature=None, top_p=None, top_k=None)
+    if settings.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.compile:
+        _compile_layers(base, bool(settings.lora_rank))
+    return _with_adapters(base, settings) if settings.lora_rank else base
+
+
+def _with_adapters(base: Any, settings: FinetuneSettings) -> Any:
+    import peft
+
+    # Drawn from the seed, so that every process and every resumed run begins with the same adapters.
+    torch.manual_seed(settings.seed)
+    return peft.get_peft_model(
+        base,
+        peft.LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=2 * settings.lora_rank,
+            target_modules=TARGETS,
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def _compile_layers(base: Any, lora: bool) -> None:
+    """Layer by layer: all share one compilation, which takes seconds instead of minutes."""
+    torch._dynamo.config.specialize_float = True  # the adapters' scale is a constant
+    for layer in base.get_decoder().layers:
+        layer.compile(dynamic=True)
+    if lora:  # else the first layer, whose input needs no gradient, differs from the others
+        base.enable_input_require_grads()

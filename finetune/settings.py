@@ -1,0 +1,76 @@
+"""What a fine-tuning run is told; one object, stored with its checkpoints, since a run goes on only as it began."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from calibration.epochs import LayerSettings
+
+Loss = Literal["sdm", "ce", "ual", "first"]
+"""sdm: base 2 + SDM(z')_r (arXiv 2510.26183). ce: cross-entropy. ual: label smoothing by uncertainty
+(2406.04854). first: distillation of a teacher's recalibrated top five (2408.12168)."""
+
+
+COUNTS = (
+    *("epochs", "batch_size", "micro_batch", "max_tokens", "evaluations", "samples"),
+    *("generate_ahead", "checkpoint_every"),
+)
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """The defaults are for LoRA on a small model; docs/finetuning.md has the papers'.
+
+    batch_size: documents a step, over all processes. micro_batch: documents a forward pass and process.
+    learning_rate: peak; linear warm-up over `warmup` of the steps, then linear decay to 0.
+    lora_rank: 0 trains every parameter. lora_alpha is twice the rank.
+    gamma_plus: how often a document is shown as a positive. hard_negatives: whether wrong answers that the model
+    generates are shown beside the static ones, after the first epoch; gamma_gen: how often a negative is
+    generated anew; gamma_diversity: how often a generated one, where there is one, takes the static one's place.
+    layer: of the SDM layers trained on the way. evaluations: an epoch; each trains a layer of its own.
+    generate_ahead: steps whose hard negatives are generated together. checkpoint_every: steps.
+    Raises ValueError for values outside their range.
+    """
+
+    loss: Loss = "sdm"
+    hard_negatives: bool = True
+    epochs: int = 2
+    batch_size: int = 16
+    micro_batch: int = 16
+    learning_rate: float = 3e-4
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    lora_rank: int = 16
+    gamma_plus: float = 0.5
+    gamma_gen: float = 0.5
+    gamma_diversity: float = 0.5
+    system_prompt: str | None = None
+    max_tokens: int = 128
+    seed: int = 0
+    layer: LayerSettings = field(default_factory=LayerSettings)
+    evaluations: int = 2
+    samples: int = 4
+    generate_ahead: int = 16
+    checkpoint_every: int = 64
+    bf16: bool = True
+    gradient_checkpointing: bool = False
+    compile: bool = True
+
+    def __post_init__(self) -> None:
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("gamma_plus", "gamma_gen", "gamma_diversity", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.learning_rate <= 0 or self.lora_rank < 0:
+            raise ValueError("learning_rate must be above 0 and lora_rank not below 0")
+        if self.checkpoint_every % self.generate_ahead:
+            raise ValueError(
+                f"checkpoint_every ({self.checkpoint_every}) must be a multiple of generate_ahead "
+                f"({self.generate_ahead}): a checkpoint lies between two rounds of generation"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,62 @@
+"""A language model small enough to be trained in a test, with a real tokenizer, and pairs to train it on."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune import word_ordering
+from finetune.data import Pair
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "var" / "models" / "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two random layers of width 32 behind SmolLM2's tokenizer and chat template."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if not DEMO.exists():
+        pytest.fail(f"{DEMO} is missing: run `make setup`")
+    out = tmp_path_factory.mktemp("models") / "tiny"
+    shutil.copytree(DEMO, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = LlamaConfig.from_pretrained(
+        DEMO,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(out)
+    return out
+
+
+def make_pairs(name: str, count: int) -> list[Pair]:
+    rng = random.Random(name)
+    words = ["red", "blue", "green", "old", "new", "small", "large", "kind", "wild", "calm", "proud", "young"]
+    made = []
+    while len(made) < count:
+        sentence = " ".join(["The", *rng.sample(words, 6), "end."])
+        if record := word_ordering.pair(f"{name}-{len(made)}", sentence, 3, rng):
+            made.append(Pair(**(record | {"messages": tuple(record["messages"])})))
+    return made
+
+
+@pytest.fixture(scope="session")
+def pairs() -> list[Pair]:
+    return make_pairs("train", 32)
+
+
+@pytest.fixture(scope="session")
+def held_out() -> list[Pair]:
+    return make_pairs("held out", 16)
