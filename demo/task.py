@@ -8,7 +8,8 @@ asks that either be recognised. There is one right answer, so a verifier needs n
     python -m demo.task --sentences demo/sentences.txt --out var/demo
 
 writes train and development (pairs to fine-tune on), calibration, test (held out), shifted (longer sentences) and
-ood (other tasks, shuffled words, other languages) as JSON lines. Every sentence stands in one file only, and gives one prompt there, two in train.
+ood (other tasks, shuffled words, other languages) as JSON lines.
+Every sentence stands in one file only, and gives one prompt there, two in train.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ def load_model(directory: Path, settings: FinetuneSettings) -> Any:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.compile:
         _compile_layers(base, bool(settings.lora_rank))
-    return _with_adapters(base, settings) if settings.lora_rank else base
+    model = _with_adapters(base, settings) if settings.lora_rank else base
+    return model.train()  # all of it: a compiled layer that changes its mode is compiled again
 
 
 def _with_adapters(base: Any, settings: FinetuneSettings) -> Any:

@@ -1,0 +1,92 @@
+"""Every row's model answers the same prompts; what the engine said is cached, so a stopped run goes on.
+
+h is taken with the evidence at its end; the papers' h is the rest.
+
+The papers' final layer is fitted on documents instead: each calibration prompt with its right answer or, by a
+coin, a wrong one: the model's own if that is wrong, else the static negative (arXiv 2510.26183, section 4). What
+of them the model did not write is summarised as a given response.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from calibration.cache import AnswerCache
+from calibration.data import Record, load_records
+from calibration.generate import Labelled, collect
+from engine.base import EVIDENCE, Representation
+from engine.factory import EngineSettings, start_engine
+from engine.prompt import ChatFormat
+from finetune.word_ordering import SYSTEM_PROMPT
+from model_store.manifest import Policy
+
+SETS = ("calibration", "test", "harvard", "shifted")
+REPRESENTATION = Representation(order=("mean", "last", "evidence"), evidence=EVIDENCE)
+POLICY = Policy(temperature=0.0, top_p=1.0, top_k=0, max_tokens=40, system_prompt=SYSTEM_PROMPT)
+CONCURRENCY = 64
+
+
+@dataclass(frozen=True)
+class Answers:
+    """own: the model's greedy answers by set. documents: of the calibration prompts, in order."""
+
+    own: dict[str, list[Labelled]]
+    documents: list[Labelled]
+
+
+def answer(model: Path, data: Path, cache: Path, engine: str) -> Answers:
+    return asyncio.run(_answer(model, data, cache, engine))
+
+
+def sets_of(data: Path) -> dict[str, list[Record]]:
+    """Harvard's sentences are a set where they were given."""
+    return {name: load_records(data / f"{name}.jsonl") for name in SETS if (data / f"{name}.jsonl").exists()}
+
+
+async def _answer(model: Path, data: Path, cache: Path, kind: Any) -> Answers:
+    chat = ChatFormat.from_directory(model)
+    settings = EngineSettings(
+        model=model, kind=kind, representation=REPRESENTATION, max_model_len=512, eager=True
+    )
+    engine = await start_engine(settings, chat)
+    try:
+        with AnswerCache(cache) as answers:
+
+            async def ask(name: str, records: list[Record]) -> list[Labelled]:
+                with tqdm(total=len(records), desc=f"{model.parent.name}: {name}", unit="answer") as bar:
+                    return await collect(
+                        engine, chat, records, POLICY, REPRESENTATION, answers, CONCURRENCY, bar.update
+                    )
+
+            own = {name: await ask(name, records) for name, records in sets_of(data).items()}
+            documents = _documents(data, own["calibration"])
+            given = iter(await ask("documents", [d for d in documents if isinstance(d, Record)]))
+        return Answers(own, [next(given) if isinstance(d, Record) else d for d in documents])
+    finally:
+        await engine.close()
+
+
+def _documents(data: Path, own: list[Labelled]) -> list[Record | Labelled]:
+    """Per calibration prompt a response to be summarised, or the model's own wrong answer."""
+    rng = random.Random(0)
+    shown: list[Record | Labelled] = []
+    lines = (data / "calibration-pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    for number, (line, generated) in enumerate(zip(lines, own, strict=True), start=1):
+        made = json.loads(line)
+        if rng.random() < 0.5:
+            response, label = made["positive"], 1
+        elif generated.label == 0 and generated.fault is None:
+            shown.append(generated)
+            continue
+        else:
+            response, label = made["negative"], 0
+        messages = tuple(made["messages"])
+        shown.append(Record(made["id"], messages, number, response=response, label=label))
+    return shown

@@ -1,0 +1,116 @@
+"""The final SDM layer of a row, three ways, and what each admits of the row's own answers.
+
+documents   the papers': h, on right answers and wrong ones shown by a coin, the model's own wrong
+            answer where it has one, else the static negative (arXiv 2510.26183, section 4)
+answers     h, on the model's own answers to the calibration prompts, as `candor calibrate` does
+evidence    the same with the generation's evidence beside h
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.word_ordering.answers import REPRESENTATION, Answers
+from calibration.data import Record
+from calibration.errors import CalibrationError
+from calibration.evaluate import auroc
+from calibration.fit import FitSettings, fit, standardisation_blocks
+from calibration.generate import Labelled
+from calibration.intervals import Share
+from engine.base import EVIDENCE, Representation
+from finetune.encoding import TAG, parse
+from sdm.estimator import SDMEstimator
+
+ALPHAS = (0.9, 0.95)
+SETTINGS = FitSettings(ALPHAS, rounds=5, epochs=100, exemplar_dim=256, learning_rate=1e-4)
+
+
+def final_layers(answers: Answers, records: dict[str, list[Record]]) -> dict[str, Any]:
+    """Figures of every layer on every set, as plain JSON values."""
+    sets = {name: own for name, own in answers.own.items() if name != "calibration"}
+    papers = {name: [_papers(answer) for answer in own] for name, own in answers.own.items()}
+    result: dict[str, Any] = {
+        "accuracy": {name: _accuracy(own, records[name]) for name, own in answers.own.items()},
+        "layers": {},
+    }
+    for layer, (fitted_on, judged, representation) in {
+        "documents": ([_papers(answer) for answer in answers.documents], papers, Representation()),
+        "answers": (papers["calibration"], papers, Representation()),
+        "evidence": (answers.own["calibration"], answers.own, REPRESENTATION),
+    }.items():
+        hidden = (answers.own["test"][0].h.numel() - len(EVIDENCE)) // 2
+        blocks = standardisation_blocks(representation, hidden)
+        try:
+            fitted = fit(fitted_on, blocks, SETTINGS, lambda _: None)
+        except CalibrationError as error:
+            result["layers"][layer] = {"failed": str(error)}
+            continue
+        result["layers"][layer] = {name: judge(fitted.estimator, judged[name]) for name in sets}
+    return result
+
+
+def judge(estimator: SDMEstimator, own: Sequence[Labelled]) -> dict[str, Any]:
+    """The papers' tables of one set: by alpha, for the plain region (theirs) and the lower one (served)."""
+    h = torch.stack([answer.h for answer in own])
+    unscored = torch.tensor([answer.fault is not None for answer in own])
+    h[unscored] = torch.nan  # never admitted
+    y = torch.tensor([answer.label for answer in own])
+    seen = estimator.measure(h)
+    figures: dict[str, Any] = {}
+    for alpha in ALPHAS:
+        estimate = estimator.judge(seen, alpha)
+        for name, admitted in (("plain", estimate.admitted), ("lower", estimate.admitted_lower)):
+            figures[f"{name} {alpha}"] = _counts(admitted, estimate.y_hat, y)
+    one = estimate.sdm[:, 1]
+    figures["auroc"] = auroc(one, y)
+    figures["scores"] = [round(value, 4) for value in one.tolist()]
+    figures["right"] = y.tolist()
+    return figures
+
+
+def _counts(admitted: Tensor, y_hat: Tensor, y: Tensor) -> dict[str, list[int]]:
+    """hits and of: admitted of all, right among them, by true class and by verdict."""
+
+    def pair(hits: Tensor) -> list[int]:
+        share = Share.count(hits)
+        return [share.hits, share.of]
+
+    right = y_hat == y
+    return {
+        "admitted": pair(admitted),
+        "right": pair(right[admitted]),
+        "class 0": pair(right[admitted & (y == 0)]),
+        "class 1": pair(right[admitted & (y == 1)]),
+        "verdict 0": pair(right[admitted & (y_hat == 0)]),
+        "verdict 1": pair(right[admitted & (y_hat == 1)]),
+    }
+
+
+def _papers(answer: Labelled) -> Labelled:
+    return replace(answer, h=answer.h[: len(answer.h) - len(EVIDENCE)] if answer.h.numel() else answer.h)
+
+
+def _accuracy(own: Sequence[Labelled], records: Sequence[Record]) -> dict[str, list[int]]:
+    """exact: tags and all, the label. sentence: the first tagged sentence has the reference's words (the public
+    code's check). three: exact among the prompts with the papers' three words."""
+    three = [answer.label for answer in own if answer.id.endswith("-3")]
+    sentence = [
+        _words(answer.response) == _words(record.reference)
+        for answer, record in zip(own, records, strict=True)
+    ]
+    return {
+        "exact": [sum(answer.label for answer in own), len(own)],
+        "sentence": [sum(sentence), len(own)],
+        "three": [sum(three), len(three)],
+    }
+
+
+def _words(response: str) -> list[str] | None:
+    """Of the first tagged sentence; None without one."""
+    sentences = parse(f"{response}\n{TAG}Yes</verified>").sentences
+    return sentences[0].split() if sentences else None
