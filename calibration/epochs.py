@@ -8,8 +8,14 @@ the calibration half,
 
     (1/C) sum_c mean over calibration rows of class c of -log_{2+q} SDM(z')_y.
 
-Costs. A step goes through V W (C x D) instead of h', and Adam is fused, so an epoch's time is in embedding
-both halves and comparing them: two matrix products, whose distances are taken at single precision.
+Costs. h' and z' are linear in x, so a step needs no h': with A = V W (C x D) the logits are A x, and with the logits'
+gradients G (B x C) and R = G' x (C x D) the weights' are
+
+    dL/dW = V' R,    dL/dV = R W' + (sum of G) b',
+
+outer products of rank C, made a block of rows at a time, stepped by Adam and folded into the next A while
+the block is in the cache (`Weights.step`). What is left is Adam's arithmetic, one embedding of both halves
+an epoch, and their comparison (`calibration.comparison`), at single precision.
 """
 
 from __future__ import annotations
@@ -20,12 +26,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdm.activation import SOFTMAX_Q, balanced_loss, sdm_loss
+from calibration.comparison import Grouped, compare_others, compare_own
+from sdm.activation import SOFTMAX_Q, balanced_loss, sdm_loss, sdm_loss_gradient
 from sdm.adaptor import Block, ExemplarAdaptor
 from sdm.conventions import DEFAULT, Conventions
 from sdm.distance import ClasswiseECDF
-from sdm.similarity import neighbourhood, support_neighbourhood
+from sdm.similarity import Neighbourhood, neighbourhood, support_neighbourhood
 from sdm.support import Support
+
+BLOCK_ROWS = 100
+"""Rows of W stepped at once: with their gradient they stay in a second-level cache."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,79 @@ class Epoch:
         return float(self.calibration.class_loss.mean())
 
 
+class Weights:
+    """The adaptor's weights in one matrix [W | b | V'] (M, D + 1 + C), with Adam's moments, and c (C,).
+
+    Adam without weight decay, schedule or clipping (betas 0.9 and 0.999, eps 1e-8).
+    """
+
+    def __init__(self, adaptor: ExemplarAdaptor, learning_rate: float) -> None:
+        self._adaptor = adaptor
+        self._rate = learning_rate
+        self._width = adaptor.input_dim + 1
+        exemplar, head = adaptor.exemplar, adaptor.head
+        with torch.no_grad():
+            rows = torch.cat([exemplar.weight, exemplar.bias.unsqueeze(1), head.weight.T], dim=1)
+            self._parts = [self._part(block) for block in torch.split(rows, BLOCK_ROWS)]
+            self._offset = self._part(head.bias.clone())
+            self.collapsed = head.weight @ rows[:, : self._width]  # [A | V b], (C, D + 1)
+        self._gradient = torch.empty(BLOCK_ROWS, rows.shape[1])
+        self._steps = torch.zeros(())
+
+    @staticmethod
+    def _part(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Values and both moments."""
+        return values, torch.zeros_like(values), torch.zeros_like(values)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """z' (B, C) of x (B, D)."""
+        return x @ self.collapsed[:, :-1].T + self.collapsed[:, -1] + self._offset[0]
+
+    def step(self, x: Tensor, gradient: Tensor) -> None:
+        """One step down dL/dz' (B, C), the gradient at the logits of x (B, D)."""
+        total = gradient.sum(dim=0)  # (C,)
+        pulled = torch.cat([gradient.T @ x, total.unsqueeze(1)], dim=1)  # (C, D + 1)
+        collapsed = torch.zeros_like(self.collapsed)
+        self._steps += 1
+        for part in self._parts:
+            inner, head = part[0][:, : self._width], part[0][:, self._width :]  # [W | b], V'
+            slope = self._gradient[: len(inner)]
+            torch.mm(head, pulled, out=slope[:, : self._width])
+            slope[:, self._width :] = (pulled @ inner.T).T
+            self._adam(part, slope)
+            collapsed.addmm_(head.T, inner)
+        self._adam(self._offset, total)
+        self.collapsed = collapsed
+
+    def _adam(self, part: tuple[Tensor, Tensor, Tensor], gradient: Tensor) -> None:
+        values, first, second = part
+        # What torch.optim.Adam(fused=True) calls; through it, blocks would have to wait for each other.
+        torch._fused_adam_(
+            [values],
+            [gradient],
+            [first],
+            [second],
+            [],
+            [self._steps],
+            lr=self._rate,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=0.0,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """To the adaptor they came from."""
+        rows = torch.cat([part[0] for part in self._parts])
+        self._adaptor.exemplar.weight.copy_(rows[:, : self._width - 1])
+        self._adaptor.exemplar.bias.copy_(rows[:, self._width - 1])
+        self._adaptor.head.weight.copy_(rows[:, self._width :].T)
+        self._adaptor.head.bias.copy_(self._offset[0])
+
+
 def run_epochs(
     adaptor: ExemplarAdaptor,
     train: Half,
@@ -91,20 +174,17 @@ def run_epochs(
 ) -> Iterator[Epoch]:
     """Trains `adaptor` in place, one epoch for each of `orders` (n,), permutations of the training rows.
 
-    Adam without weight decay, schedule or clipping; the last batch may be short.
-    exact: compare by the exact distances in every epoch too, which takes longer.
+    The last batch may be short. exact: compare by the exact distances, as scoring does, which takes longer.
     """
-    optimiser = torch.optim.Adam(adaptor.parameters(), lr=settings.learning_rate, fused=True)
+    weights = Weights(adaptor, settings.learning_rate)
     q = torch.full((len(train.x),), SOFTMAX_Q)
     d = torch.ones(len(train.x))
     for number, order in enumerate(orders, start=1):
         shuffled = (train.x[order], q[order], d[order], train.labels[order])
         batches = zip(*(torch.split(tensor, settings.batch_size) for tensor in shuffled), strict=True)
         for x, q_batch, d_batch, labels in batches:
-            loss = sdm_loss(adaptor.logits(x), q_batch, d_batch, labels).mean()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+            weights.step(x, sdm_loss_gradient(weights.logits(x), q_batch, d_batch, labels))
+        weights.write()
         after = Epoch(number, *score_halves(adaptor, train, calibration, conventions, exact))
         q, d = after.train.q.float(), after.train.d
         yield after
@@ -122,16 +202,27 @@ def score_halves(
     classes = adaptor.num_classes
     h_train, z_train = adaptor(train.x)
     h_cal, z_cal = adaptor(calibration.x)
-    y_cal = z_cal.argmax(dim=1)
-    support = Support(h_train, train.labels, z_train.argmax(dim=1))
-    own = support_neighbourhood(support, conventions, exact=exact)
-    near = neighbourhood(h_cal, y_cal, support, max_q=conventions.max_q, exact=exact)
-    scores = []
-    for half, z_prime, found in ((train, z_train, own), (calibration, z_cal, near)):
-        ecdf = ClasswiseECDF.fit(found.d_nearest, found.q, half.labels, classes)
-        d = ecdf.quantile(found.d_nearest, conventions)
-        losses = sdm_loss(z_prime, found.q.float(), d, half.labels)
-        class_loss = balanced_loss(losses, half.labels, classes)
-        correct = z_prime.argmax(dim=1) == half.labels
-        scores.append(Scores(found.q, found.d_nearest, d, losses, correct, class_loss))
-    return scores[0], scores[1]
+    y_train, y_cal = z_train.argmax(dim=1), z_cal.argmax(dim=1)
+    # Which of two twins is found first is for exact distances to say.
+    if exact or conventions.self_exclusion == "first match":
+        support = Support(h_train, train.labels, y_train)
+        own = support_neighbourhood(support, conventions)
+        near = neighbourhood(h_cal, y_cal, support, max_q=conventions.max_q)
+    else:
+        grouped = Grouped.of(h_train, train.labels, y_train, classes)
+        own = compare_own(grouped, conventions.max_q)
+        near = compare_others(h_cal, y_cal, grouped, conventions.max_q)
+    return (
+        _scores(train.labels, z_train, own, classes, conventions),
+        _scores(calibration.labels, z_cal, near, classes, conventions),
+    )
+
+
+def _scores(
+    labels: Tensor, z_prime: Tensor, found: Neighbourhood, classes: int, conventions: Conventions
+) -> Scores:
+    ecdf = ClasswiseECDF.fit(found.d_nearest, found.q, labels, classes)
+    d = ecdf.quantile(found.d_nearest, conventions)
+    losses = sdm_loss(z_prime, found.q.float(), d, labels)
+    correct = z_prime.argmax(dim=1) == labels
+    return Scores(found.q, found.d_nearest, d, losses, correct, balanced_loss(losses, labels, classes))

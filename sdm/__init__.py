@@ -5,6 +5,7 @@ The mathematics and nothing else: no paths, no logging, no clock, no environment
     adaptor        h -> h', z'
     arithmetic     sums that do not depend on the batch
     support        exemplars, exact nearest search
+    sketch         bytes that settle most of a large support's distances
     similarity     q
     distance       d
     activation     SDM(z') and its loss

@@ -48,6 +48,13 @@ def sdm_loss(z_prime: Tensor, q: Tensor, d: Tensor, labels: Tensor) -> Tensor:
     return losses / log_base
 
 
+def sdm_loss_gradient(z_prime: Tensor, q: Tensor, d: Tensor, labels: Tensor) -> Tensor:
+    """Gradient of the mean of `sdm_loss` at z': (n, C), in z's dtype. It is d (SDM - onehot) / n."""
+    activated = torch.softmax(z_prime * (d * torch.log(2 + q)).unsqueeze(1), dim=1)
+    activated[torch.arange(len(labels)), labels] -= 1
+    return activated * (d / len(labels)).unsqueeze(1)
+
+
 def balanced_loss(losses: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Class means of per-row losses: (n,), (n,) -> (C,) float64; an absent class counts 0.
 

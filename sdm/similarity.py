@@ -10,13 +10,14 @@ cap unless `max_q` gives one; a row compared with a support it belongs to is lef
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sdm.conventions import DEFAULT, Conventions
-from sdm.support import Rough, Support
+from sdm.support import BLOCK, Support
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,82 +36,112 @@ def neighbourhood(
     *,
     exclude: Tensor | None = None,
     max_q: int | None = None,
-    exact: bool = True,
 ) -> Neighbourhood:
     """q, nearest distance and nearest row of queries (n, M), finite, with predictions y_hat (n,).
 
     exclude: (n,) support index that each query is not compared with.
-    exact: False takes the rough distances at their word, for the many passes of training where a
-        rounding's worth of q is no matter; it is faster, may depend on the batch, and leaves
-        `nearest` at -1.
     If no row remains, d_nearest = inf and nearest = -1.
     """
     q = torch.empty(len(queries), dtype=torch.int64)
     d_nearest = torch.empty(len(queries))
     nearest = torch.empty(len(queries), dtype=torch.int64)
-    count = _count_exactly if exact else _count_roughly
     for c in predictions.unique(sorted=True).tolist():
         valid = support.valid(c)
         members = (predictions == c).nonzero().squeeze(1)
-        for block in support.rough(queries[members]):
+        left_out = None if exclude is None else exclude[members]
+        for block in _doubtful_pairs(queries[members], valid, support, left_out):
             rows = members[block.rows]
-            if exclude is not None:
-                block.distances.scatter_(1, exclude[rows].unsqueeze(1), torch.inf)
-            q[rows], d_nearest[rows], nearest[rows] = count(block, valid, support)
+            q[rows], d_nearest[rows], nearest[rows] = _settle(block, queries[rows], valid, support)
     return Neighbourhood(q if max_q is None else q.clamp(max=max_q), d_nearest, nearest)
 
 
-def support_neighbourhood(
-    support: Support, conventions: Conventions = DEFAULT, *, exact: bool = True
-) -> Neighbourhood:
+def support_neighbourhood(support: Support, conventions: Conventions = DEFAULT) -> Neighbourhood:
     """The support's own rows compared with the support, each leaving one row out."""
     queries, predictions = support.h_prime, support.predictions
     left_out = torch.arange(len(support))
     if conventions.self_exclusion == "first match":
         left_out = neighbourhood(queries, predictions, support).nearest
     max_q = None if conventions.max_q is None else conventions.max_q - 1
-    return neighbourhood(queries, predictions, support, exclude=left_out, max_q=max_q, exact=exact)
+    return neighbourhood(queries, predictions, support, exclude=left_out, max_q=max_q)
 
 
-Counts = tuple[Tensor, Tensor, Tensor]
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """What is left to decide of the queries at `rows`.
 
-
-def _count_roughly(block: Rough, valid: Tensor, support: Support) -> Counts:
-    shortest = block.distances.amin(dim=1)
-    boundary = _boundary(block, valid)
-    q = ((block.distances < boundary.unsqueeze(1)) & valid).sum(dim=1, dtype=torch.int32)
-    d_nearest = (shortest + block.offset).clamp(min=0).float()
-    return q.long(), d_nearest, torch.full_like(q, -1, dtype=torch.int64)
-
-
-def _count_exactly(block: Rough, valid: Tensor, support: Support) -> Counts:
-    """Which rows the rough distances leave in doubt, and the exact distances of those.
-
-    The nearest row lies within twice the slack of the smallest rough distance, and likewise the nearest
-    invalid row; a valid row further than that below the latter is surely nearer.
+    q (b,): valid rows that surely come before any invalid one. Pairs (queries[i], indices[i]), by position in the
+    block and in the support: they hold each query's nearest row, its nearest invalid row, and every valid row that
+    may come before that and isn't counted in q.
     """
-    rough, doubt = block.distances, 2 * block.slack
+
+    rows: slice
+    q: Tensor
+    queries: Tensor
+    indices: Tensor
+
+
+def _doubtful_pairs(
+    queries: Tensor, valid: Tensor, support: Support, exclude: Tensor | None
+) -> Iterator[_Pairs]:
+    """By rough distances to all rows; of a large support, by its sketch first, then rough ones to what is left."""
+    if support.sketch is None:
+        for block in support.rough(queries):
+            if exclude is not None:
+                block.distances.scatter_(1, exclude[block.rows].unsqueeze(1), torch.inf)
+            yield _Pairs(block.rows, *_sift(block.distances, block.slack, valid))
+        return
+    for start in range(0, len(queries), size := max(1, BLOCK // len(support))):
+        rows = slice(start, start + size)
+        distances, slack = support.sketch.distances(queries[rows])
+        if exclude is not None:
+            distances.scatter_(1, exclude[rows].unsqueeze(1), torch.inf)
+        counted, who, indices = _sift(distances, slack, valid)
+        rough, slack = support.rough_pairs(queries[rows], who, indices)
+        # One line a query, as long as the longest.
+        place = torch.arange(len(who)) - torch.searchsorted(who, who)
+        width = int(place.max()) + 1 if len(place) else 0
+        lines = torch.full((len(distances), width), torch.inf)
+        lines[who, place] = rough
+        known = torch.zeros((len(distances), width), dtype=torch.int64)
+        known[who, place] = indices
+        more, who, columns = _sift(lines, slack, valid[known])
+        yield _Pairs(rows, counted + more, who, known[who, columns])
+
+
+def _sift(distances: Tensor, slack: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What distances (b, k) within a slack (b,) of the truth tell: as `_Pairs`, with columns for indices.
+
+    valid: (k,) or (b, k). The nearest row lies within twice the slack of the smallest distance, and likewise the
+    nearest invalid row; a valid row further than that below the latter is surely nearer.
+    """
     # Finite bounds, so that a left-out row (at infinity) is in no one's doubt.
     largest = torch.finfo(torch.float32).max
-    boundary = _boundary(block, valid)
-    near = (rough.amin(dim=1) + doubt).clamp(max=largest).unsqueeze(1)
-    surely = (boundary - doubt).clamp(max=largest).unsqueeze(1)
-    maybe = (boundary + doubt).clamp(max=largest).unsqueeze(1)
-    q = ((rough < surely) & valid).sum(dim=1, dtype=torch.int32)
-    rows, indices = ((rough <= near) | ((rough >= surely) & (rough <= maybe))).nonzero(as_tuple=True)
-    exact = support.exact(block.queries, rows, indices)
+    doubt = 2 * slack.double()
+    boundary = _least(distances + torch.where(valid, torch.inf, 0.0)).double()
+    near, surely, maybe = (
+        bound.clamp(max=largest).float().unsqueeze(1)
+        for bound in (_least(distances).double() + doubt, boundary - doubt, boundary + doubt)
+    )
+    open_ = (distances <= near) | ((distances >= surely) & (distances <= maybe))
+    q = ((distances < surely) & valid & ~open_).sum(dim=1, dtype=torch.int32).long()
+    rows, columns = open_.nonzero(as_tuple=True)
+    return q, rows, columns
 
-    d_nearest, nearest = _first(exact, rows, indices, len(rough))
+
+def _settle(pairs: _Pairs, queries: Tensor, valid: Tensor, support: Support) -> tuple[Tensor, Tensor, Tensor]:
+    """q, d_nearest and nearest row (b,) of a block's queries (b, M), by the exact distances of what is left."""
+    rows, indices = pairs.queries, pairs.indices
+    exact = support.exact(queries, rows, indices)
+    d_nearest, nearest = _first(exact, rows, indices, len(queries))
     against = ~valid[indices]
-    d_invalid, invalid = _first(exact[against], rows[against], indices[against], len(rough))
-    edge = valid[indices] & (rough[rows, indices] >= surely[rows, 0])
+    d_invalid, invalid = _first(exact[against], rows[against], indices[against], len(queries))
     before = (exact < d_invalid[rows]) | ((exact == d_invalid[rows]) & (indices < invalid[rows]))
-    return q.index_add_(0, rows, (edge & before).int()).long(), d_nearest.float(), nearest
+    return pairs.q.index_add(0, rows, (~against & before).long()), d_nearest.float(), nearest
 
 
-def _boundary(block: Rough, valid: Tensor) -> Tensor:
-    """The smallest rough distance of an invalid row, inf where there is none: (b,)."""
-    return (block.distances + torch.where(valid, torch.inf, 0.0)).amin(dim=1)
+def _least(distances: Tensor) -> Tensor:
+    """The smallest of each row: (b, k) -> (b,), inf where k = 0."""
+    return distances.amin(dim=1) if distances.shape[1] else torch.full((len(distances),), torch.inf)
 
 
 def _first(exact: Tensor, rows: Tensor, indices: Tensor, count: int) -> tuple[Tensor, Tensor]:

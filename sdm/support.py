@@ -12,7 +12,8 @@ the product s . a~ in float32 differs from the truth by at most gamma |s| |a~|, 
 the order of summation (Higham, eq. 3.5), and so the rough distance from the exact one by a known
 `slack`. A row whose rough distance is more than twice the slack from a decision can't change it; the
 others are computed exactly. Centring one side suffices to keep the slack small where exemplars
-share a large common offset. Reading the support once is nearly the whole cost of a query.
+share a large common offset. Reading the support once is nearly the whole cost of a query; a large support
+is therefore read through a sketch of it first (`sdm.sketch`).
 
 Memory: queries are taken in blocks, so that rough distances never exceed `BLOCK` numbers, or one row of them.
 """
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from sdm.arithmetic import LARGEST, UNIT_32, pair_distances
+from sdm.sketch import SMALLEST, Sketch, multiplies_exactly
 
 BLOCK = 2**22
 """Numbers held at once beside the support itself: 16 MiB, enough rows for an efficient matrix product."""
@@ -34,16 +36,14 @@ BLOCK = 2**22
 
 @dataclass(frozen=True, eq=False)
 class Rough:
-    """Rough distances of some queries, up to a constant a query: |distances + offset - exact| <= slack.
+    """Rough distances of some queries: each is, up to a constant a query, off by at most the slack.
 
-    rows: the queries' positions; queries (b, M); distances (b, N) float32; offset (b,) float64;
-    slack (b,) float32.
+    rows: the queries' positions; queries (b, M); distances (b, N) float32; slack (b,) float32.
     """
 
     rows: slice
     queries: Tensor
     distances: Tensor
-    offset: Tensor
     slack: Tensor
 
 
@@ -89,6 +89,13 @@ class Support:
     def _longest(self) -> float:
         return float(self.h_prime.norm(dim=1).max())  # max |s|
 
+    @cached_property
+    def sketch(self) -> Sketch | None:
+        """Of a large support; else None."""
+        if self.h_prime.numel() < SMALLEST or not multiplies_exactly(self.h_prime.shape[1]):
+            return None
+        return Sketch(self.h_prime, self._centre)
+
     def valid(self, c: int) -> Tensor:
         """Which rows are valid for class c: (N,) bool."""
         return (self.labels == c) & (self.predictions == c)
@@ -107,16 +114,26 @@ class Support:
         for start in range(0, len(queries), size):
             block = queries[start : start + size]
             centred = block - self._centre
-            length = centred.double().norm(dim=1)
-            offset = length.square() + 2 * centred.double() @ self._centre.double()
             if len(block) == 1:
                 distances = torch.addmv(self._norms, self.h_prime, centred[0], alpha=-2).unsqueeze(0)
             else:
                 distances = torch.addmm(self._norms, centred, self.h_prime.T, alpha=-2)
-            yield Rough(slice(start, start + len(block)), block, distances, offset, self._slack(length))
+            yield Rough(slice(start, start + len(block)), block, distances, self._slack(centred))
 
-    def _slack(self, length: Tensor) -> Tensor:
-        """Bound on the error of rough distances for queries of centred length (b,), doubled for safety."""
+    def rough_pairs(self, queries: Tensor, rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Rough distances (p,) of pairs (queries[rows[i]], support row indices[i]), rows ascending; slack (b,)."""
+        centred = queries - self._centre
+        if 2 * len(rows) > len(self):  # reading all rows in order is quicker than gathering many
+            products = (centred @ self.h_prime.T)[rows, indices]
+        else:
+            counts = torch.bincount(rows, minlength=len(queries)).tolist()
+            parts = zip(torch.split(indices, counts), centred, strict=True)
+            products = torch.cat([self.h_prime[part] @ query for part, query in parts])
+        return torch.add(self._norms[indices], products, alpha=-2), self._slack(centred)
+
+    def _slack(self, centred: Tensor) -> Tensor:
+        """Bound (b,) on the error of rough distances for centred queries (b, M), doubled for safety."""
+        length: Tensor = centred.double().norm(dim=1)
         unit = UNIT_32 if torch.get_float32_matmul_precision() == "highest" else 2.0**-8
         width = self.h_prime.shape[1]
         product = 2 * (unit + width * UNIT_32) * self._longest * length

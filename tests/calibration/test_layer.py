@@ -95,18 +95,26 @@ def test_the_first_epoch_is_the_softmax_s() -> None:
 
 def test_later_epochs_train_with_what_the_epoch_before_left() -> None:
     h, labels = rows(40, 9)
-    adaptor = ExemplarAdaptor(torch.zeros(12), torch.ones(12), 6, 2, generator(6))
+    adaptor, start = (ExemplarAdaptor(torch.zeros(12), torch.ones(12), 6, 2, generator(6)) for _ in range(2))
     half = Half(adaptor.standardise(h), labels)
     order = torch.arange(40)
     epochs = run_epochs(adaptor, half, half, [order, order], LayerSettings(batch_size=40, learning_rate=0.01))
     first = next(epochs)
-    z_prime = adaptor(half.x)[1]
-    expected = torch.autograd.grad(
-        sdm_loss(z_prime, first.train.q.float(), first.train.d, labels).mean(), adaptor.head.bias
-    )[0]
+    parameters = list(adaptor.parameters())
+    loss = sdm_loss(adaptor(half.x)[1], first.train.q.float(), first.train.d, labels).mean()
+    slopes = torch.autograd.grad(loss, parameters)
+    softmax_slopes = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(start(half.x)[1], labels), list(start.parameters())
+    )
+    # Adam's second step, from its definition.
+    expected = []
+    for weights, slope, earlier in zip(parameters, slopes, softmax_slopes, strict=True):
+        mean = (0.9 * 0.1 * earlier + 0.1 * slope) / (1 - 0.9**2)
+        square = (0.999 * 0.001 * earlier**2 + 0.001 * slope**2) / (1 - 0.999**2)
+        expected.append(weights.detach() - 0.01 * mean / (square.sqrt() + 1e-8))
     next(epochs)
-    assert adaptor.head.bias.grad is not None
-    assert torch.allclose(adaptor.head.bias.grad, expected, atol=1e-6)
+    for got, wanted in zip(adaptor.parameters(), expected, strict=True):
+        assert torch.allclose(got, wanted, atol=1e-5)
     assert first.train.q.float().std() > 0  # q tells rows apart, so the check above is one
 
 

@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from sdm.activation import SOFTMAX_Q, balanced_loss, log_base_sdm, log_sdm, sdm, sdm_loss
+from sdm.activation import (
+    SOFTMAX_Q,
+    balanced_loss,
+    log_base_sdm,
+    log_sdm,
+    sdm,
+    sdm_loss,
+    sdm_loss_gradient,
+)
 
 
 def example(n: int = 40, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -80,3 +88,12 @@ def test_loss_at_distance_zero_has_no_gradient_and_its_known_value() -> None:
 def test_balanced_loss_weighs_classes_alike_and_absent_ones_nought() -> None:
     losses, labels = torch.tensor([1.0, 2.0, 3.0, 10.0]), torch.tensor([0, 0, 0, 2])
     assert balanced_loss(losses, labels, 3).tolist() == [2.0, 0.0, 10.0]
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_the_closed_gradient_is_autograd_s(classes: int) -> None:
+    z, q, d = example(classes=classes)
+    z.requires_grad_()
+    labels = torch.arange(40) % classes
+    sdm_loss(z, q.float(), d, labels).mean().backward()
+    assert torch.allclose(sdm_loss_gradient(z.detach(), q.float(), d, labels), z.grad, atol=1e-7)

@@ -136,19 +136,6 @@ def test_many_blocks_give_what_one_does() -> None:
     assert torch.equal(whole.d_nearest, torch.cat([part.d_nearest for part in parts]))
 
 
-def test_rough_counting_agrees_where_nothing_is_close() -> None:
-    generator = torch.Generator().manual_seed(10)
-    labels = torch.randint(0, 2, (500,), generator=generator)
-    support = Support(torch.randn(500, 6, generator=generator), labels, labels)
-    queries, y_hat = (
-        torch.randn(200, 6, generator=generator),
-        torch.randint(0, 2, (200,), generator=generator),
-    )
-    rough, exact = (neighbourhood(queries, y_hat, support, exact=flag) for flag in (False, True))
-    assert torch.equal(rough.q, exact.q)
-    assert torch.allclose(rough.d_nearest, exact.d_nearest, atol=1e-4)
-
-
 def test_lower_matmul_precision_costs_time_not_exactness() -> None:
     generator = torch.Generator().manual_seed(11)
     labels = torch.randint(0, 2, (300,), generator=generator)

@@ -28,9 +28,18 @@ def test_rough_distances_keep_within_their_slack(offset: float, count: int) -> N
     support = make_support(500, 64, 0, offset)
     queries = torch.randn(count, 64, generator=torch.Generator().manual_seed(1)) + offset
     exact = all_exact(queries, support)
+    centre = support.h_prime.mean(dim=0)
+    centred = (queries - centre).double()
+    constant = (centred.square().sum(dim=1) + 2 * centred @ centre.double()).unsqueeze(1)
     for block in support.rough(queries):
-        rough = block.distances.double() + block.offset.unsqueeze(1)
+        rough = block.distances.double() + constant[block.rows]
         assert ((rough - exact[block.rows]).abs() <= block.slack.unsqueeze(1)).all()
+    for k in (3, 400):  # gathered, and read in order
+        indices = torch.arange(0, 500, 500 // k)[:k].repeat(count)
+        rows = torch.arange(count).repeat_interleave(len(indices) // count)
+        rough, slack = support.rough_pairs(queries, rows, indices)
+        error = rough.double() + constant[rows, 0] - exact[rows, indices]
+        assert (error.abs() <= slack[rows]).all()
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
