@@ -7,7 +7,8 @@ default, and plain):
     answered  admitted and y_hat = 1: what a client in abstain mode gets to see
 
 Shares are of all records: an answer that cannot be scored is never served as reliable, so it counts as
-not admitted. Nothing here is fitted, chosen or loosened; the figures only report.
+not admitted. Where the policy resamples, the figures of a region are of what it serves (`calibration.served`), those
+without one of first attempts. Nothing here is fitted, chosen or loosened; the figures only report.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import torch
 
 from calibration.generate import Labelled, count_faults
 from calibration.intervals import Share, bootstrap
+from calibration.served import Attempts, Served
+from model_store.certificate import EstimatorKind
 from sdm.estimator import SDMEstimator
 
 
@@ -30,6 +33,8 @@ class Reading:
 
     accuracy_answered: P(y = 1 | answered), the accuracy of what is let through.
     accuracy_admitted: P(y_hat = y | admitted). class_accuracy: the same given y = 0 and given y = 1.
+    answered_of_class: P(answered | y), given y = 0 and given y = 1. tokens: written for one answer on average,
+    all attempts together.
     """
 
     admitted: Share
@@ -37,6 +42,8 @@ class Reading:
     accuracy_answered: Share
     accuracy_admitted: Share
     class_accuracy: tuple[Share, Share]
+    answered_of_class: tuple[Share, Share]
+    tokens: float
 
 
 @dataclass(frozen=True)
@@ -75,14 +82,16 @@ def evaluate(
     """Scores labelled answers. seed: of the bootstrap alone. Raises ValueError without answers or alphas."""
     if not answers or not alphas:
         raise ValueError(f"expected answers and alphas, got {len(answers)} and {len(alphas)}")
-    scored = torch.tensor([answer.fault is None for answer in answers])  # (n,)
-    y = torch.tensor([answer.label for answer in answers])  # (n,)
-    # Rows of nan are never admitted: what cannot be scored takes the estimator's own path to that.
-    nowhere = torch.full_like(estimator.adaptor.mean, nan)
-    h = torch.stack([answer.h if answer.fault is None else nowhere for answer in answers])  # (n, D)
-    measurement = estimator.measure(h)
-    estimates = {alpha: estimator.judge(measurement, alpha) for alpha in alphas}
-    any_alpha = next(iter(estimates.values()))  # y_hat, SDM(z') and is_ood are the same at each
+    attempts = Attempts.measure(estimator, answers)
+    single = attempts.first(1)
+    scored, y = single.scored[:, 0], single.y[:, 0]  # (n,)
+    any_alpha = estimator.judge(
+        single.measurement, alphas[0]
+    )  # y_hat, SDM(z') and is_ood are the same at each
+
+    def by_alpha(kind: EstimatorKind) -> dict[float, Reading]:
+        return {alpha: reading_of(attempts.served(estimator, alpha, kind)) for alpha in alphas}
+
     return Evaluation(
         records=len(answers),
         faults=count_faults(answers),
@@ -90,21 +99,22 @@ def evaluate(
         verdict=Share.count((any_alpha.y_hat == y)[scored]),
         ood=Share.count(any_alpha.is_ood[scored]),
         auroc=_auroc_with_interval(any_alpha.sdm[scored, 1], y[scored], seed),
-        lower={alpha: reading(e.admitted_lower, e.y_hat, y) for alpha, e in estimates.items()},
-        plain={alpha: reading(e.admitted, e.y_hat, y) for alpha, e in estimates.items()},
+        lower=by_alpha("lower"),
+        plain=by_alpha("plain"),
     )
 
 
-def reading(admitted: torch.Tensor, y_hat: torch.Tensor, y: torch.Tensor) -> Reading:
-    """admitted: (n,) bool. y_hat, y: (n,) verdicts and labels in {0, 1}."""
-    answered = admitted & (y_hat == 1)
-    right = y_hat == y
+def reading_of(served: Served) -> Reading:
+    admitted, answered, y = served.admitted, served.answered, served.y
+    right = served.y_hat == y
     return Reading(
         admitted=Share.count(admitted),
         answered=Share.count(answered),
         accuracy_answered=Share.count(right[answered]),
         accuracy_admitted=Share.count(right[admitted]),
         class_accuracy=(Share.count(right[admitted & (y == 0)]), Share.count(right[admitted & (y == 1)])),
+        answered_of_class=(Share.count(answered[y == 0]), Share.count(answered[y == 1])),
+        tokens=float(served.tokens.double().mean()),
     )
 
 

@@ -6,14 +6,15 @@
 
 Halves are dealt by prompt and label (`calibration.splits`), so that no prompt is recognised across them. A
 round is a new deal and new weights; the lowest balanced calibration loss over all epochs of all rounds
-wins, the later one on ties (arXiv 2509.12760, section 3; `calibration.layer`).
+wins, the later one on ties (arXiv 2509.12760, section 3; `calibration.layer`). Layers are fitted on each
+prompt's first attempt; where the policy resamples, regions come from running it (`calibration.served`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import inf
 from typing import Any
 
@@ -22,7 +23,8 @@ import torch
 from calibration.errors import CalibrationError, DataError
 from calibration.generate import Labelled, count_faults, scorable
 from calibration.layer import LayerSettings, TrainedLayer, train_layer
-from calibration.splits import split
+from calibration.served import Attempts, regions_of_policy
+from calibration.splits import draw, split
 from engine.base import Representation
 from sdm.adaptor import Block
 from sdm.estimator import SDMEstimator
@@ -107,6 +109,14 @@ def set_aside(answers: Sequence[Labelled], share: float, seed: int) -> tuple[lis
     return fitting, held_out
 
 
+def set_aside_for_certification(
+    answers: Sequence[Labelled], share: float, seed: int
+) -> tuple[list[Labelled], list[Labelled]]:
+    """(rest, certification part): prompts drawn at random, whatever their labels."""
+    rest, drawn = draw([answer.prompt_digest for answer in answers], share, seed)
+    return [answers[i] for i in rest.tolist()], [answers[i] for i in drawn.tolist()]
+
+
 def fit(
     answers: Sequence[Labelled],
     blocks: tuple[Block, ...],
@@ -155,7 +165,11 @@ def fit(
             best = layer, training, calibration, number
     assert best is not None  # at least one round, by FitSettings
     layer, training, calibration, number = best
-    return Fitted(layer.estimator, training, calibration, Choice(number, layer.best_epoch, tuple(losses)))
+    estimator = layer.estimator
+    if calibration[0].more:  # the layer speaks of single attempts, the region of what the policy serves
+        regions = regions_of_policy(estimator, Attempts.measure(estimator, calibration))
+        estimator = replace(estimator, regions=regions)
+    return Fitted(estimator, training, calibration, Choice(number, layer.best_epoch, tuple(losses)))
 
 
 def _deal(answers: Sequence[Labelled], shares: tuple[float, float], seed: int) -> list[list[Labelled]]:

@@ -1,7 +1,8 @@
 """Records to labelled answers with their h: the same engine, policy and chat format that will serve.
 
 A layer only speaks of answers made the way it was calibrated on, so this asks the engine exactly as the
-server does: the policy's system prompt and sampling, greedy or seeded per record. Given responses are
+server does: the policy's system prompt and sampling, greedy or seeded per record. Where the policy resamples,
+all attempts are made, since the region decides which one is served (`calibration.served`). Given responses are
 summarised instead of generated. What the server could never admit is marked by its fault and kept out of
 fitting; held-out figures count it as not answered.
 """
@@ -11,8 +12,9 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
+from itertools import product
 from typing import Literal
 
 import torch
@@ -37,6 +39,7 @@ class Labelled:
     prompt_digest: equal for the same prompt (`Record.prompt_digest`). prompt, response: text to show.
     label: 1 the response follows the instruction, 0 it does not.
     h: (D,) float32; (0,) where the states could not be taken. fault: None iff it can be scored.
+    tokens: of the response. more: further attempts at the same prompt, in order, where the policy resamples.
     """
 
     id: str
@@ -46,6 +49,13 @@ class Labelled:
     label: Label
     h: torch.Tensor
     fault: Fault | None = None
+    tokens: int = 0
+    more: tuple[Labelled, ...] = ()
+
+    @property
+    def attempts(self) -> tuple[Labelled, ...]:
+        """All of them, this first."""
+        return (self, *self.more)
 
 
 def scorable(answers: Sequence[Labelled]) -> list[Labelled]:
@@ -69,35 +79,39 @@ async def collect(
 ) -> list[Labelled]:
     """Answers and labels every record, in order; what `cache` holds is not asked for again.
 
-    concurrency: records in flight at once. progress: called with 1 for each record done.
+    concurrency: answers in flight at once. progress: called with 1 for each answer done, of which there are
+    `policy.resample` a record.
     seed: for sampled policies; every record draws its own stream from it.
     Raises DataError (a prompt that the model cannot take, one answer with two labels), VerifierError,
     CacheError, or the engine's own EngineDead and EngineError.
     """
     prompts = _encode(engine, chat, records, policy)
-    answers: dict[int, CachedAnswer] = {}
-    todo = iter(range(len(records)))
+    answers: dict[tuple[int, int], CachedAnswer] = {}
+    todo = iter(list(product(range(len(records)), range(policy.resample))))
 
     async def work() -> None:
-        for index in todo:  # shared: each record is taken by one worker
+        for index, attempt in todo:  # shared: each is taken by one worker
             record = records[index]
-            sampling = _sampling(policy, record, seed)
+            sampling = _sampling(policy, record, seed, attempt)
             key = _key(engine, record, policy, representation, sampling)
             answer = cache.get(key)
             if answer is None:
                 answer = await _ask(engine, chat, record, prompts[index], representation, sampling)
                 if answer.h.numel():  # one whose states were lost is tried again next time
                     cache.put(key, answer)
-            answers[index] = answer
+            answers[index, attempt] = answer
             progress(1)
 
     try:
         async with asyncio.TaskGroup() as workers:
-            for _ in range(min(concurrency, len(records))):
+            for _ in range(min(concurrency, len(records) * policy.resample)):
                 workers.create_task(work())
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from errors
-    labelled = [_label(record, answers[index]) for index, record in enumerate(records)]
+    labelled = []
+    for index, record in enumerate(records):
+        first, *more = (_label(record, answers[index, attempt], chat) for attempt in range(policy.resample))
+        labelled.append(replace(first, more=tuple(more)))
     _refuse_contradictions(records, labelled)
     return labelled
 
@@ -118,6 +132,10 @@ def _encode(engine: Engine, chat: ChatFormat, records: Sequence[Record], policy:
         except ValueError as error:
             problems.append(f'line {record.line} (id "{record.id}"): {error}')
             continue
+        if record.response is not None and policy.resample > 1:
+            problems.append(
+                f'line {record.line} (id "{record.id}"): its response is given, but this policy resamples'
+            )
         answer = policy.max_tokens if record.response is None else len(chat.encode_response(record.response))
         if len(ids) + answer > engine.max_model_len:
             problems.append(
@@ -127,13 +145,16 @@ def _encode(engine: Engine, chat: ChatFormat, records: Sequence[Record], policy:
         prompts.append(ids)
     if problems:
         raise DataError.from_problems(
-            "prompts", problems, "Shorten or remove these records, or raise --max-model-len."
+            "prompts",
+            problems,
+            "Shorten or remove these records, or raise --max-model-len; given responses go with --resample 1.",
         )
     return prompts
 
 
-def _sampling(policy: Policy, record: Record, seed: int) -> Sampling:
-    digest = sha256(f"{seed}:{record.id}".encode()).digest()
+def _sampling(policy: Policy, record: Record, seed: int, attempt: int) -> Sampling:
+    stream = f"{seed}:{record.id}" + (f":{attempt}" if attempt else "")
+    digest = sha256(stream.encode()).digest()
     return Sampling(
         max_tokens=policy.max_tokens,
         temperature=policy.temperature,
@@ -188,7 +209,7 @@ def _vector(summary: HiddenSummary | None, representation: Representation) -> to
     return summary.vector(representation).to(torch.float32)
 
 
-def _label(record: Record, answer: CachedAnswer) -> Labelled:
+def _label(record: Record, answer: CachedAnswer, chat: ChatFormat) -> Labelled:
     label = record.label
     if label is None:
         assert record.verifier is not None  # one of the two, by `load_records`
@@ -200,18 +221,30 @@ def _label(record: Record, answer: CachedAnswer) -> Labelled:
         fault = "incomplete"
     elif not answer.h.isfinite().all():
         fault = "non_finite"
-    return Labelled(record.id, record.prompt_digest, record.prompt, answer.response, label, answer.h, fault)
+    return Labelled(
+        record.id,
+        record.prompt_digest,
+        record.prompt,
+        answer.response,
+        label,
+        answer.h,
+        fault,
+        len(chat.encode_response(answer.response)),
+    )
 
 
 def _refuse_contradictions(records: Sequence[Record], labelled: Sequence[Labelled]) -> None:
-    first: dict[tuple[str, str], int] = {}
+    first: dict[tuple[str, str], tuple[Record, int]] = {}
     problems = []
-    for index, answer in enumerate(labelled):
-        other = first.setdefault((answer.prompt_digest, answer.response), index)
-        if labelled[other].label != answer.label:
+    answers = [
+        (record, one) for record, answer in zip(records, labelled, strict=True) for one in answer.attempts
+    ]
+    for record, answer in answers:
+        other, label = first.setdefault((answer.prompt_digest, answer.response), (record, answer.label))
+        if label != answer.label:
             problems.append(
-                f"lines {records[other].line} and {records[index].line}: same prompt, same answer, but "
-                f"labels {labelled[other].label} and {answer.label}"
+                f"lines {other.line} and {record.line}: same prompt, same answer, but "
+                f"labels {label} and {answer.label}"
             )
     if problems:
         raise DataError.from_problems(

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from math import nan
+from functools import lru_cache
+from math import log, log1p, nan
 
 import torch
 
@@ -55,14 +56,31 @@ def clopper_pearson(hits: int, of: int, confidence: float = CONFIDENCE) -> tuple
     return low, high
 
 
+def lower_bound(hits: int, of: int, delta: float) -> float:
+    """One-sided: the true probability lies at or above it with confidence 1 - delta, delta in (0, 0.5)."""
+    low, _ = clopper_pearson(hits, of, confidence=1 - 2 * delta)
+    return low
+
+
 def binomial_cdf(k: int, n: int, p: float) -> float:
-    """P(X <= k) for X ~ Binomial(n, p), 0 < p < 1, summed from logarithms so that no term overflows."""
-    i = torch.arange(k + 1, dtype=torch.float64)
-    size = torch.tensor(float(n), dtype=torch.float64)
-    log_choose = torch.lgamma(size + 1) - torch.lgamma(i + 1) - torch.lgamma(size - i + 1)
-    probability = torch.tensor(p, dtype=torch.float64)
-    terms = log_choose + i * torch.log(probability) + (n - i) * torch.log1p(-probability)
-    return min(1.0, float(torch.logsumexp(terms, 0).exp()))
+    """P(X <= k) for X ~ Binomial(n, p), 0 < p < 1."""
+    return 1 - float(binomial_tails(n, p)[k + 1])
+
+
+def binomial_tails(n: int, p: float) -> torch.Tensor:
+    """P(X >= k) for k = 0, ..., n + 1, the last 0: (n + 2,) float64; from logarithms, so that no term overflows."""
+    i, log_choose = _log_choose(n)
+    terms = (log_choose + i * log(p) + (n - i) * log1p(-p)).exp()
+    return torch.nn.functional.pad(terms.flip(0).cumsum(0).flip(0).clamp(max=1), (0, 1))
+
+
+@lru_cache(maxsize=16)
+def _log_choose(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """k = 0, ..., n and ln(n choose k), both (n + 1,) float64; kept, since a bound asks for many p at one n."""
+    k = torch.arange(n + 1, dtype=torch.float64)
+    return k, torch.lgamma(torch.tensor(n + 1, dtype=torch.float64)) - torch.lgamma(k + 1) - torch.lgamma(
+        n - k + 1
+    )
 
 
 def bootstrap(

@@ -11,13 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
+from calibration.base_rates import base_rate_report
+from calibration.certificate import Certification
 from calibration.evaluate import Evaluation
 from calibration.fit import FitSettings, Fitted
 from calibration.generate import Labelled, count_faults
 from calibration.intervals import CONFIDENCE, Share
 from sdm.region import Region
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def build_report(
@@ -26,6 +28,7 @@ def build_report(
     fitting: Sequence[Labelled],
     held_out: Sequence[Labelled],
     evaluation: Evaluation,
+    certification: Certification | None,
 ) -> dict[str, Any]:
     """report.json. fitting: the whole fitting part, those that could not be scored included."""
     dropped = [answer for answer in fitting if answer.fault is not None]
@@ -42,12 +45,19 @@ def build_report(
         "regions": {str(alpha): _region(region) for alpha, region in fitted.estimator.regions.items()},
         "interval_confidence": CONFIDENCE,
         "held_out": evaluation.to_json(),
+        "base_rates": base_rate_report(evaluation),
+        "certification": None if certification is None else certification.to_json(),
         "reference_abstention_ratio": {
             str(alpha): 1 - reading.answered.hits / reading.answered.of
             for alpha, reading in evaluation.lower.items()
         },
+        # By these a comparison finds the half again (`calibration.compare.halves`).
+        "calibration_prompts": sorted({answer.prompt_digest for answer in fitted.calibration}),
         # By these a later evaluation knows a prompt that the bundle was made from.
-        "fitted_prompts": sorted({answer.prompt_digest for answer in fitted.answers}),
+        "fitted_prompts": sorted(
+            {answer.prompt_digest for answer in fitted.answers}
+            | (certification.prompts if certification else set())
+        ),
     }
 
 
@@ -91,7 +101,7 @@ def _heading(name: str, evaluation: Evaluation) -> str:
 
 def _rows(evaluation: Evaluation) -> Iterable[str]:
     titles = ("admitted", "answered", "right if answered", "right if admitted", "given y=0", "given y=1")
-    yield f"  {'alpha':<7}{'estimator':<11}" + "".join(f"{title:<22}" for title in titles).rstrip()
+    yield f"  {'alpha':<7}{'estimator':<11}" + "".join(f"{title:<22}" for title in titles) + "tokens"
     for alpha in evaluation.lower:
         for kind, readings in (("lower", evaluation.lower), ("plain", evaluation.plain)):
             reading = readings[alpha]
@@ -102,8 +112,8 @@ def _rows(evaluation: Evaluation) -> Iterable[str]:
                 reading.accuracy_admitted,
                 *reading.class_accuracy,
             )
-            cells = "".join(f"{_percent(share):<22}" for share in shares).rstrip()
-            yield f"  {alpha:<7}{kind:<11}{cells}"
+            cells = "".join(f"{_percent(share):<22}" for share in shares)
+            yield f"  {alpha:<7}{kind:<11}{cells}{reading.tokens:.1f}"
 
 
 def _percent(share: Share) -> str:

@@ -2,8 +2,10 @@
 
     read and check every file        before the engine starts
     answer and label                 cached, so a killed run goes on here
+    set aside the certification part where a certificate is wanted; or take it from its own file
     set aside the held-out part      or take it from its own files
     fit on the rest                  J rounds
+    certify                          what is let through
     evaluate on the held-out part    reports only
     publish                          atomic: a bundle or nothing
 
@@ -15,18 +17,20 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from calibration.cache import AnswerCache
+from calibration.certificate import Certification, Wanted, certify
 from calibration.data import Record, load_records, require_disjoint
 from calibration.errors import CalibrationError, DataError
 from calibration.evaluate import Evaluation, evaluate
-from calibration.fit import FitSettings, fit, set_aside, standardisation_blocks
+from calibration.fit import FitSettings, fit, set_aside, set_aside_for_certification, standardisation_blocks
 from calibration.generate import Labelled, collect, count_faults
 from calibration.report import build_report
 from engine.base import Engine, ModelIdentity, Representation
@@ -69,17 +73,25 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Inputs:
-    """fitting: the file to fit on. held_out: files that only report; empty: a part of `fitting` does."""
+    """fitting: the file to fit on. held_out: files that only report; empty: a part of `fitting` does.
+    certification: the file to certify on; None: a part of `fitting` does, where a certificate is wanted."""
 
     fitting: DataFile
     held_out: tuple[DataFile, ...]
+    certification: DataFile | None = None
 
     @classmethod
-    def load(cls, fitting: Path, held_out: Sequence[Path]) -> Inputs:
-        """Raises DataError, also where a prompt stands both in `fitting` and in a held-out file."""
-        inputs = cls(DataFile.load(fitting), tuple(map(DataFile.load, held_out)))
-        for file in inputs.held_out:
-            require_disjoint(fitting, inputs.fitting.records, file.path, file.records)
+    def load(cls, fitting: Path, held_out: Sequence[Path], certification: Path | None = None) -> Inputs:
+        """Raises DataError, also where a prompt stands in files with different purposes."""
+        inputs = cls(
+            DataFile.load(fitting),
+            tuple(map(DataFile.load, held_out)),
+            None if certification is None else DataFile.load(certification),
+        )
+        purposes = [[inputs.fitting], [inputs.certification] if inputs.certification else [], inputs.held_out]
+        for one, other in combinations(purposes, 2):
+            for file, against in product(one, other):
+                require_disjoint(file.path, file.records, against.path, against.records)
         return inputs
 
 
@@ -102,7 +114,7 @@ def require_free(out: Path) -> None:
 class Answers:
     """Everything that was asked of the engine, and who answered; the engine is not needed any more.
 
-    held_out: empty where `Inputs.held_out` is.
+    held_out: empty where `Inputs.held_out` is; so is certification.
     """
 
     model: ModelIdentity
@@ -110,31 +122,63 @@ class Answers:
     policy: Policy
     fitting: list[Labelled]
     held_out: list[Labelled]
+    certification: list[Labelled] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Certifying:
+    """share: of the prompts, set aside for it where they have no file of their own. Raises ValueError unless
+    it is in (0, 1)."""
+
+    wanted: Wanted
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"the share to certify on must be between 0 and 1, got {self.share}")
 
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """A published bundle. evaluation: on the held-out part; it stands in the report too."""
+    """A published bundle. evaluation: on the held-out part; it stands in the report too, as certification does."""
 
     digest: str
     evaluation: Evaluation
     report: dict[str, Any]
+    certification: Certification | None
 
 
 async def answer_inputs(
     engine: Engine, chat: ChatFormat, inputs: Inputs, policy: Policy, asking: Asking
 ) -> Answers:
     """Raises CalibrationError or EngineError; what was answered until then is cached."""
-    fitting = await _answer(engine, chat, inputs.fitting, policy, asking, "answering")
+    fitting = await answer_file(engine, chat, inputs.fitting, policy, asking, "answering")
     held_out: list[Labelled] = []
     for file in inputs.held_out:
-        held_out += await _answer(engine, chat, file, policy, asking, "answering held-out records")
-    return Answers(engine.identity, engine.representation, policy, fitting, held_out)
+        held_out += await answer_file(engine, chat, file, policy, asking, "answering held-out records")
+    certification: list[Labelled] = []
+    if inputs.certification is not None:
+        certification = await answer_file(
+            engine, chat, inputs.certification, policy, asking, "answering records to certify on"
+        )
+    return Answers(engine.identity, engine.representation, policy, fitting, held_out, certification)
 
 
-def make_bundle(inputs: Inputs, answers: Answers, settings: FitSettings, out: Path, name: str) -> Made:
-    """Fits, evaluates, publishes. Raises CalibrationError or BundleError; then nothing stands at `out`."""
-    fitting, held_out = answers.fitting, answers.held_out
+def make_bundle(
+    inputs: Inputs,
+    answers: Answers,
+    settings: FitSettings,
+    out: Path,
+    name: str,
+    certifying: Certifying | None = None,
+) -> Made:
+    """Fits, certifies, evaluates, publishes. certifying: None where no certificate is wanted.
+
+    Raises CalibrationError or BundleError; then nothing stands at `out`.
+    """
+    fitting, held_out, apart = answers.fitting, answers.held_out, answers.certification
+    if certifying is not None and inputs.certification is None:
+        fitting, apart = set_aside_for_certification(fitting, certifying.share, settings.seed)
     if not inputs.held_out:
         fitting, held_out = set_aside(fitting, HELD_OUT_SHARE, settings.seed)
     if not held_out:
@@ -142,8 +186,11 @@ def make_bundle(inputs: Inputs, answers: Answers, settings: FitSettings, out: Pa
     blocks = standardisation_blocks(answers.representation, answers.model.hidden_size)
     with tqdm(total=settings.rounds * settings.epochs, desc="training", unit="epoch") as bar:
         fitted = fit(fitting, blocks, settings, bar.update)
+    certification = None
+    if certifying is not None:
+        certification = certify(fitted.estimator, fitted.calibration, apart, certifying.wanted)
     evaluation = evaluate(fitted.estimator, held_out, settings.alphas, settings.seed)
-    report = build_report(fitted, settings, fitting, held_out, evaluation)
+    report = build_report(fitted, settings, fitting, held_out, evaluation, certification)
     manifest = Manifest(
         name=name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -152,8 +199,11 @@ def make_bundle(inputs: Inputs, answers: Answers, settings: FitSettings, out: Pa
         policy=answers.policy,
         alphas=settings.alphas,
         class_names=CLASS_NAMES,
+        certificates=certification.certificates if certification else (),
         provenance={
             "data": inputs.fitting.to_json(),
+            "certification_data": inputs.certification and inputs.certification.to_json(),
+            "certification_share": certifying.share if certifying and not inputs.certification else None,
             "held_out_data": [file.to_json() for file in inputs.held_out],
             "held_out_share": None if inputs.held_out else HELD_OUT_SHARE,
             "counts": report["counts"],
@@ -166,7 +216,8 @@ def make_bundle(inputs: Inputs, answers: Answers, settings: FitSettings, out: Pa
             fitted.training, fitted.estimator.support.predictions.tolist(), strict=True
         )
     ]
-    return Made(publish(out, manifest, fitted.estimator, exemplars, report), evaluation, report)
+    digest = publish(out, manifest, fitted.estimator, exemplars, report)
+    return Made(digest, evaluation, report, certification)
 
 
 async def run_evaluation(
@@ -179,7 +230,7 @@ async def run_evaluation(
     """
     evaluations = {}
     for name, file in sets.items():
-        answers = await _answer(engine, chat, file, bundle.manifest.policy, asking, f"answering {name}")
+        answers = await answer_file(engine, chat, file, bundle.manifest.policy, asking, f"answering {name}")
         evaluations[name] = evaluate(bundle.estimator, answers, bundle.manifest.alphas, asking.seed)
     return evaluations
 
@@ -198,12 +249,12 @@ def require_unseen(bundle: Bundle, file: DataFile) -> None:
         )
 
 
-async def _answer(
+async def answer_file(
     engine: Engine, chat: ChatFormat, file: DataFile, policy: Policy, asking: Asking, title: str
 ) -> list[Labelled]:
     with (
         AnswerCache(asking.cache) as cache,
-        tqdm(total=len(file.records), desc=title, unit="answer") as bar,
+        tqdm(total=len(file.records) * policy.resample, desc=title, unit="answer") as bar,
     ):
         answers = await collect(
             engine,
@@ -216,10 +267,11 @@ async def _answer(
             bar.update,
             asking.seed,
         )
-    if faults := count_faults(answers):
+    attempts = [attempt for answer in answers for attempt in answer.attempts]
+    if faults := count_faults(attempts):
         told = ", ".join(f"{count} {fault}" for fault, count in faults.items())
         tqdm.write(
-            f"{file.path}: {told} of {len(answers)} answers cannot be scored: left out of fitting, "
+            f"{file.path}: {told} of {len(attempts)} answers cannot be scored: left out of fitting, "
             "counted as not admitted in figures",
             file=sys.stderr,
         )

@@ -53,3 +53,18 @@ def split(
         parts[part] += blocks[block]
         lacking[part] -= count
     return [torch.tensor(sorted(part), dtype=torch.int64) for part in parts]
+
+
+def draw(groups: Sequence[Hashable], share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rest, drawn): a random share of the groups, whole, whatever their size and labels.
+
+    For what a probability is computed of: a stratified part is no independent sample, since its labels are
+    those that the others left. Both are ascending int64 indices. Raises ValueError unless 0 < share < 1.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"the share to draw must be between 0 and 1, got {share}")
+    distinct = list(dict.fromkeys(groups))
+    order: list[int] = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = {distinct[i] for i in order[: round(share * len(distinct))]}
+    is_drawn = torch.tensor([group in chosen for group in groups], dtype=torch.bool)
+    return (~is_drawn).nonzero().flatten(), is_drawn.nonzero().flatten()

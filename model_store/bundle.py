@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,16 @@ def _check(manifest: Manifest, tensors: dict[str, Tensor], exemplars: Sequence[E
         alphas = tuple(sorted(tensors["regions.alpha"].tolist()))
         if alphas != manifest.alphas:
             faults.append(Difference("regions.alpha", f"the manifest's {manifest.alphas}", str(alphas)))
+        thresholds = dict(
+            zip(tensors["regions.alpha"].tolist(), tensors["regions.q_prime_min"].tolist(), strict=True)
+        )
+        for certificate in manifest.certificates:
+            least, region = certificate.rescaled_similarity_min, thresholds.get(certificate.alpha, inf)
+            if least < region:
+                where = f"certificates, {certificate.estimator} at {certificate.alpha}"
+                faults.append(
+                    Difference(where, f"rescaled_similarity_min from the region's {region}", str(least))
+                )
         rows = zip(tensors["support.labels"].tolist(), tensors["support.predictions"].tolist(), strict=True)
         for number, (one, (label, prediction)) in enumerate(zip(exemplars, rows, strict=True), start=1):
             if (one.label, one.prediction) != (label, prediction):

@@ -23,9 +23,10 @@ from typing import Any
 
 from engine.base import ModelIdentity, Representation
 from model_store import strict_json
+from model_store.certificate import Certificate, EstimatorKind
 from model_store.errors import Difference, ManifestError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 MANIFEST = "manifest.json"
 SEAL = "manifest.json.sha256"
@@ -69,6 +70,8 @@ class Policy:
 
     temperature in [0, 2], top_p in (0, 1], top_k >= 0 (0: all), max_tokens >= 1.
     system_prompt: None where the records brought their own messages.
+    resample: most answers written for one prompt, until one lies in the region and is judged right; 1: the
+    first is it. Above 1 only with a temperature above 0.
     """
 
     temperature: float
@@ -76,6 +79,7 @@ class Policy:
     top_k: int
     max_tokens: int
     system_prompt: str | None
+    resample: int = 1
 
     def __post_init__(self) -> None:
         if not (
@@ -84,6 +88,11 @@ class Policy:
             raise ValueError(
                 "temperature must be in [0, 2], top_p in (0, 1], top_k >= 0, max_tokens >= 1; "
                 f"got {self.temperature}, {self.top_p}, {self.top_k}, {self.max_tokens}"
+            )
+        if self.resample < 1 or (self.resample > 1 and self.temperature == 0):
+            raise ValueError(
+                "resample must be at least 1, and above 1 it needs a temperature above 0, or every try is the same; "
+                f"got resample {self.resample}, temperature {self.temperature}"
             )
 
 
@@ -96,6 +105,7 @@ class Manifest:
     adapter: None where the model's weights are served as they are.
     alphas: target accuracies, ascending, each in (0.5, 1]; the estimator has one region for each.
     class_names: name of class 0, 1, ...
+    certificates: what was certified of the answers let through; at most one for each alpha and estimator.
     provenance: where the data came from and how the bundle was made (digests, counts, seeds, settings).
     files: entry of each name in `LISTED`; empty until published.
 
@@ -111,6 +121,7 @@ class Manifest:
     policy: Policy
     alphas: tuple[float, ...]
     class_names: tuple[str, ...]
+    certificates: tuple[Certificate, ...] = ()
     provenance: dict[str, Any]
     files: dict[str, FileEntry] = field(default_factory=dict)
 
@@ -142,6 +153,13 @@ class Manifest:
             "two or more different names",
             names,
         )
+        certified = [(one.alpha, one.estimator) for one in self.certificates]
+        require(
+            len(set(certified)) == len(certified) and {alpha for alpha, _ in certified} <= set(alphas),
+            "certificates",
+            f"at most one for each estimator and alpha of {list(alphas)}",
+            certified,
+        )
         # Exactly these names, so that no path can leave the directory.
         if self.files and set(self.files) != set(LISTED):
             require(False, "files", f"exactly {', '.join(LISTED)}", sorted(self.files))
@@ -152,6 +170,10 @@ class Manifest:
             require(0 <= entry.size <= limit, f"files.{name}.size", f"0 to {limit} bytes", entry.size)
         if faults:
             raise _invalid(faults)
+
+    def certificate(self, alpha: float, estimator: EstimatorKind) -> Certificate | None:
+        """What was certified of the region at alpha under that estimator."""
+        return next((c for c in self.certificates if (c.alpha, c.estimator) == (alpha, estimator)), None)
 
     def to_bytes(self) -> bytes:
         """manifest.json. Raises ManifestError where provenance is not JSON."""
@@ -173,10 +195,12 @@ class Manifest:
         except ValueError as error:
             raise _invalid([Difference(MANIFEST, "a JSON object", str(error))]) from None
         version = value.get("format_version") if isinstance(value, dict) else None
-        if type(version) is int and version != FORMAT_VERSION:  # first: another version has other fields
+        if type(version) is int and version == 1:
+            value = _from_version_1(value, faults)
+        elif type(version) is int and version != FORMAT_VERSION:  # first: another version has other fields
             raise ManifestError(
                 "the bundle has another format",
-                [Difference("format_version", str(FORMAT_VERSION), str(version))],
+                [Difference("format_version", f"1 or {FORMAT_VERSION}", str(version))],
                 "Use the version of candor that wrote it, or create the bundle anew with `candor calibrate`.",
             )
         manifest: Manifest = strict_json.decode(cls, value, "", faults)
@@ -185,6 +209,21 @@ class Manifest:
         if not manifest.files:
             raise _invalid([Difference("files", f"exactly {', '.join(LISTED)}", "none")])
         return manifest
+
+
+def _from_version_1(value: dict[str, Any], faults: list[Difference]) -> dict[str, Any]:
+    """Version 1 knew neither certificates nor resampling: it has none, and the first answer is it."""
+    policy = value.get("policy")
+    if "certificates" in value:
+        faults.append(Difference("certificates", "no such field", strict_json.show(value["certificates"])))
+    if isinstance(policy, dict):
+        if "resample" in policy:
+            faults.append(
+                Difference("policy.resample", "no such field", strict_json.show(policy["resample"]))
+            )
+        policy = policy | {"resample": 1}
+    named = {"policy": policy} if "policy" in value else {}
+    return value | named | {"certificates": [], "format_version": FORMAT_VERSION}
 
 
 def _invalid(faults: list[Difference]) -> ManifestError:

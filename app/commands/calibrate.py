@@ -1,4 +1,4 @@
-"""`candor calibrate` and `candor evaluate`: labelled data to a bundle, and a bundle to its figures.
+"""`candor calibrate`: labelled data to a bundle. Its options and manners are `candor evaluate`'s too.
 
 Files are read and checked before the engine starts. Progress goes to the error stream, results to the
 output, so that `--json` gives one JSON object alone.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -17,10 +17,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from calibration.evaluate import Evaluation
-    from calibration.run import Answers, Asking, DataFile, Inputs
+    from calibration.run import Answers, Asking, Inputs
     from engine.factory import EngineSettings
-    from model_store.bundle import Bundle
     from model_store.manifest import Policy
 
 
@@ -62,6 +60,15 @@ def calibrate(
             help="Held-out records that only report; default: a fifth of the data. May be repeated."
         ),
     ] = None,
+    certify: Annotated[
+        float | None,
+        typer.Option(help="Accuracy to certify among the answered, on records set aside; e.g. 0.95."),
+    ] = None,
+    delta: Annotated[float, typer.Option(help="Chance that a certificate is false, at most.")] = 0.05,
+    certify_share: Annotated[float, typer.Option(help="Share of the prompts set aside to certify on.")] = 0.2,
+    certify_data: Annotated[
+        Path | None, typer.Option(help="Records to certify on, in place of a share of the data.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the bundle; default: that of its folder.")] = None,
     evidence: Annotated[
         str,
@@ -70,7 +77,14 @@ def calibrate(
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer; longer ones are not calibrated.")
     ] = 128,
+    system_prompt: Annotated[
+        str | None, typer.Option(help="Leads every conversation that has none, also when served.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0: greedy.")] = 0.0,
+    resample: Annotated[
+        int,
+        typer.Option(min=1, help="Most answers to a prompt, until one is reliable; above 1: sampled ones."),
+    ] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Layers trained on new halves; the best is kept.")] = 10,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of each round.")] = 200,
     exemplar_dim: Annotated[int, typer.Option(min=1, help="M, the size of an exemplar vector.")] = 1000,
@@ -87,14 +101,16 @@ def calibrate(
 
     A run that was stopped goes on from its cache when the same command is given again.
     """
+    from calibration.base_rates import base_rate_table
+    from calibration.certificate import Wanted, told
     from calibration.fit import FitSettings
     from calibration.report import table
-    from calibration.run import Asking, Inputs, make_bundle, require_free
+    from calibration.run import Asking, Certifying, Inputs, make_bundle, require_free
     from engine.base import Representation
     from engine.factory import EngineSettings
     from model_store.manifest import Policy
 
-    with _errors_told():
+    with errors_told():
         names = tuple(part.strip() for part in evidence.split(",") if part.strip())
         try:
             representation = (
@@ -105,10 +121,21 @@ def calibrate(
             settings = FitSettings(
                 tuple(sorted(set(alpha))), rounds, epochs, exemplar_dim, learning_rate, seed
             )
+            if certify_data is not None and certify is None:
+                raise ValueError("--certify-data says where to certify; say with --certify which accuracy")
+            certifying = None if certify is None else Certifying(Wanted(certify, delta), certify_share)
+            policy = Policy(
+                temperature=temperature,
+                top_p=1.0,
+                top_k=0,
+                max_tokens=max_tokens,
+                system_prompt=system_prompt,
+                resample=resample,
+            )
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         require_free(out)
-        inputs = Inputs.load(data, test or [])
+        inputs = Inputs.load(data, test or [], certify_data)
         engine_settings = EngineSettings(
             model=model,
             kind=engine.value,
@@ -116,12 +143,9 @@ def calibrate(
             dtype=dtype.value,
             max_model_len=max_model_len,
         )
-        policy = Policy(
-            temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_tokens, system_prompt=None
-        )
-        asking = Asking(hidden_cache or _beside(out), concurrency, seed)
+        asking = Asking(hidden_cache or beside(out), concurrency, seed)
         answers = asyncio.run(_answer(engine_settings, inputs, policy, asking))
-        made = make_bundle(inputs, answers, settings, out, name or out.resolve().name)
+        made = make_bundle(inputs, answers, settings, out, name or out.resolve().name, certifying)
     if as_json:
         typer.echo(json.dumps({"bundle": str(out), "digest": made.digest, "report": made.report}))
         return
@@ -132,6 +156,9 @@ def calibrate(
             f"\nNo region at alpha = {', '.join(missing)}: nothing is admitted there. "
             "More records, easier prompts or --evidence may help."
         )
+    typer.echo("\n" + base_rate_table(made.evaluation))
+    if made.certification is not None:
+        typer.echo("\n" + told(made.certification))
     typer.echo(f"\n{out}: digest {made.digest}")
 
 
@@ -149,81 +176,14 @@ async def _answer(engine_settings: EngineSettings, inputs: Inputs, policy: Polic
         await engine.close()
 
 
-def evaluate(
-    bundle: Annotated[Path, typer.Option(help="Directory of the bundle.")],
-    model: Model,
-    data: Annotated[Path, typer.Option(help="Labelled records that the bundle was not made from.")],
-    shifted: Annotated[
-        Path | None, typer.Option(help="Records of a related kind, such as longer ones.")
-    ] = None,
-    ood: Annotated[Path | None, typer.Option(help="Records of another kind altogether.")] = None,
-    seed: Seed = 0,
-    engine: Kind = EngineKind.vllm,
-    max_model_len: ContextLength = 2048,
-    concurrency: Concurrency = 64,
-    hidden_cache: Cache = None,
-    as_json: Json = False,
-) -> None:
-    """Answer labelled records by the bundle's policy; report what it admits and how right that is."""
-    from calibration.run import Asking, DataFile, require_unseen
-    from model_store.bundle import load_bundle
-
-    with _errors_told():
-        loaded = load_bundle(bundle)
-        paths = {"test": data, "shifted": shifted, "ood": ood}
-        sets = {name: DataFile.load(path) for name, path in paths.items() if path is not None}
-        for file in sets.values():
-            require_unseen(loaded, file)
-        asking = Asking(hidden_cache or _beside(bundle), concurrency, seed)
-        evaluations = asyncio.run(_evaluate(loaded, model, engine, max_model_len, sets, asking))
-    if as_json:
-        figures = {name: evaluation.to_json() for name, evaluation in evaluations.items()}
-        typer.echo(json.dumps({"bundle": str(bundle), "digest": loaded.digest, "sets": figures}))
-    else:
-        from calibration.report import table
-
-        typer.echo(table(evaluations))
-
-
-async def _evaluate(
-    bundle: Bundle,
-    model: Path,
-    kind: EngineKind,
-    max_model_len: int,
-    sets: Mapping[str, DataFile],
-    asking: Asking,
-) -> dict[str, Evaluation]:
-    from app.backend import check_identity
-    from calibration.run import run_evaluation
-    from engine.factory import EngineSettings, start_engine
-    from engine.prompt import ChatFormat
-
-    chat = ChatFormat.from_directory(model)
-    engine = await start_engine(
-        EngineSettings(
-            model=model,
-            kind=kind.value,
-            representation=bundle.manifest.representation,
-            dtype=bundle.manifest.model.dtype,  # type: ignore[arg-type]  # any other is refused by the engine
-            max_model_len=max_model_len,
-        ),
-        chat,
-    )
-    try:
-        check_identity(engine, bundle)
-        return await run_evaluation(engine, chat, bundle, sets, asking)
-    finally:
-        await engine.close()
-
-
-def _beside(bundle: Path) -> Path:
+def beside(bundle: Path, suffix: str = ".cache") -> Path:
     """Where answers are cached unless told: a bundle's own folder holds its verified files alone."""
     bundle = bundle.resolve()
-    return bundle.with_name(bundle.name + ".cache")
+    return bundle.with_name(bundle.name + suffix)
 
 
 @contextmanager
-def _errors_told() -> Iterator[None]:
+def errors_told() -> Iterator[None]:
     """What is wrong with input, engine or bundle is said in one message, exit code 1, without a traceback."""
     from calibration.errors import CalibrationError
     from engine.base import EngineError

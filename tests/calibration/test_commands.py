@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
-from app.commands.calibrate import calibrate, evaluate
+from app.commands.calibrate import calibrate
+from app.commands.evaluate import evaluate
 from model_store.bundle import load_bundle
 
 FIT = ("--alpha", "0.9", "--alpha", "0.8", "--rounds", "1", "--epochs", "4", "--exemplar-dim", "8")
@@ -83,6 +85,7 @@ def test_from_the_command_line_to_a_bundle_and_its_figures(model: Path, tmp_path
 
     made = candor(
         "calibrate", "--model", model, "--data", data, "--test", test, "--out", tmp_path / "bundle",
+        "--certify", "0.6", "--delta", "0.2", "--certify-data", given(tmp_path / "c.jsonl", range(300, 330)),
         *FIT, *ENGINE, "--max-tokens", 8, "--dtype", "float32", "--evidence", "log_mean_surprisal, log_length",
         "--json",
     )  # fmt: skip
@@ -92,6 +95,10 @@ def test_from_the_command_line_to_a_bundle_and_its_figures(model: Path, tmp_path
     assert told["digest"] == bundle.digest
     assert told["report"] == bundle.report
     assert bundle.manifest.name == "bundle"
+    certification = told["report"]["certification"]
+    assert (certification["accuracy"], certification["delta"], certification["records"]) == (0.6, 0.2, 30)
+    found = [one["certificate"] for one in certification["sought"] if one["certificate"]]
+    assert json.loads(json.dumps([asdict(one) for one in bundle.manifest.certificates])) == found
     assert bundle.manifest.alphas == (0.8, 0.9)
     assert bundle.manifest.representation.evidence == ("log_mean_surprisal", "log_length")
     assert bundle.manifest.model.dtype == "float32"
@@ -121,10 +128,15 @@ def test_another_model_than_the_bundles_is_refused(model: Path, tmp_path: Path) 
     data, test = given(tmp_path / "d.jsonl", range(120)), given(tmp_path / "t.jsonl", range(200, 230))
     out = tmp_path / "bundle"
     made = candor(
-        "calibrate", "--model", model, "--data", data, "--out", out, *FIT, *ENGINE, "--name", "first"
-    )
+        "calibrate", "--model", model, "--data", data, "--out", out, *FIT, *ENGINE, "--name", "first",
+        "--certify", "0.9", "--certify-share", "0.25",
+    )  # fmt: skip
     assert made.exit_code == 0, made.output
-    assert "held out: 24 records" in made.stdout
+    assert "held out: 18 records" in made.stdout  # a fifth of what 30 to certify on leave
+    assert "right if answered, were another share of answers right (natural:" in made.stdout
+    assert "certified on 30 records: 0.9 of the answered are right" in made.stdout or (
+        "No certificate: no region" in made.stdout
+    )
     assert f"{out}: digest {load_bundle(out).digest}" in made.stdout
     assert load_bundle(out).manifest.name == "first"
     template = model / "chat_template.jinja"
@@ -146,6 +158,12 @@ def test_another_model_than_the_bundles_is_refused(model: Path, tmp_path: Path) 
         ({"--evidence": "mood"}, "unknown evidence ['mood']"),
         ({"--learning-rate": "0"}, "learning rate positive"),
         ({"--temperature": "-1"}, "--temperature"),
+        ({"--certify": "95"}, "accuracy to certify must be between 0 and 1"),
+        ({"--certify": "0.9", "--delta": "0.5"}, "delta between 0 and 0.5"),
+        ({"--certify": "0.9", "--certify-share": "1"}, "share to certify on must be between 0 and 1"),
+        ({"--certify-data": "c.jsonl"}, "say with --certify which accuracy"),
+        ({"--resample": "3"}, "needs a temperature above 0"),
+        ({"--resample": "0"}, "--resample"),
         ({"--concurrency": "0"}, "--concurrency"),
         ({"--dtype": "int8"}, "--dtype"),
         ({"--data": "missing.jsonl"}, "cannot be read"),

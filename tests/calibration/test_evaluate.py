@@ -8,10 +8,11 @@ from math import isnan
 import pytest
 import torch
 
-from calibration.evaluate import auroc, evaluate, reading
+from calibration.evaluate import Reading, auroc, evaluate, reading_of
 from calibration.generate import Labelled
 from calibration.intervals import Share, clopper_pearson
 from calibration.report import table
+from calibration.served import Served
 from sdm.adaptor import ExemplarAdaptor
 from sdm.estimator import SDMEstimator
 
@@ -42,6 +43,14 @@ def line_estimator(alphas: tuple[float, ...] = ALPHAS) -> SDMEstimator:
     return SDMEstimator.fit(adaptor, halves[0], halves[1], alphas)
 
 
+def reading(admitted: torch.Tensor, y_hat: torch.Tensor, y: torch.Tensor) -> Reading:
+    """Of answers with one attempt each, of 1, 2, ... tokens."""
+    n = len(y)
+    none = torch.zeros(n)
+    tokens = torch.arange(1, n + 1)
+    return reading_of(Served(y, y_hat, admitted, none, none, torch.ones(n), tokens))
+
+
 def test_a_reading_counts() -> None:
     #                         answered  answered  admitted  not       answered  admitted
     admitted = torch.tensor([True, True, True, False, True, True])
@@ -54,6 +63,8 @@ def test_a_reading_counts() -> None:
     assert (found.accuracy_admitted.hits, found.accuracy_admitted.of) == (3, 5)
     assert [(share.hits, share.of) for share in found.class_accuracy] == [(1, 2), (2, 3)]
     assert (found.accuracy_answered.low, found.accuracy_answered.high) == clopper_pearson(2, 3)
+    assert [(share.hits, share.of) for share in found.answered_of_class] == [(1, 2), (2, 4)]
+    assert found.tokens == 3.5
 
 
 def test_a_reading_of_nothing_admitted_has_no_accuracy() -> None:

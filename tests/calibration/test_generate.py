@@ -347,3 +347,37 @@ def test_a_file_that_is_no_cache_is_said_to_be_none(tmp_path: Path) -> None:
 def test_keys_digest_every_part_and_ignore_the_order_of_keys() -> None:
     assert cache_key(a=1, b={"x": 1, "y": 2}) == cache_key(b={"y": 2, "x": 1}, a=1)
     assert len({cache_key(a=1), cache_key(a="1"), cache_key(b=1), cache_key(a=[1])}) == 4
+
+
+def test_a_policy_that_resamples_makes_every_attempt_with_a_seed_of_its_own(
+    make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
+) -> None:
+    records = load_records(task(tmp_path / "d.jsonl", [1, 2]))
+    single, engine = make_engine(), make_engine()
+    (alone, _) = gather(single, chat, records, tmp_path / "one", policy=SAMPLED)
+    done: list[int] = []
+    answers = gather(
+        engine, chat, records, tmp_path / "three", policy=replace(SAMPLED, resample=3), progress=done.append
+    )
+    assert [len(answer.attempts) for answer in answers] == [3, 3]
+    assert all(one.id == answer.id for answer in answers for one in answer.attempts)
+    assert sum(done) == len(engine.asked) == 6
+    seeds = {sampling.seed for _, sampling in engine.asked}
+    assert len(seeds) == 6
+    assert single.asked[0][1].seed in seeds  # the first attempt is the answer of the policy without more
+    assert alone.tokens == len(alone.response) > 0
+    again = make_engine()
+    gather(again, chat, records, tmp_path / "three", policy=replace(SAMPLED, resample=3))
+    assert again.asked == []
+
+
+def test_given_responses_cannot_be_resampled(
+    make_engine: MakeEngine, chat: ChatFormat, tmp_path: Path
+) -> None:
+    record = Record("g", user("number 7"), line=4, response="7", label=1)
+    engine = make_engine()
+    with pytest.raises(
+        DataError, match=r'line 4 \(id "g"\): its response is given, but this policy resamples'
+    ):
+        gather(engine, chat, [record], tmp_path, policy=replace(SAMPLED, resample=2))
+    assert engine.asked == []

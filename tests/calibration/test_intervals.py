@@ -8,7 +8,14 @@ from math import comb, isnan, nan, sqrt
 import pytest
 import torch
 
-from calibration.intervals import Share, binomial_cdf, bootstrap, clopper_pearson
+from calibration.intervals import (
+    Share,
+    binomial_cdf,
+    binomial_tails,
+    bootstrap,
+    clopper_pearson,
+    lower_bound,
+)
 
 
 def test_no_hit_and_all_hits_have_closed_forms() -> None:
@@ -40,6 +47,23 @@ def test_the_distribution_function_stays_finite_where_terms_would_overflow() -> 
     # P(X = n/2) = 1 / sqrt(pi n / 2) to relative 1/(4n).
     expected = (1 - 1 / sqrt(torch.pi * 10_000)) / 2
     assert binomial_cdf(9_999, 20_000, 0.5) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_tails_by_hand_and_against_the_distribution_function() -> None:
+    assert binomial_tails(2, 0.9).tolist() == pytest.approx([1.0, 0.99, 0.81, 0.0], abs=1e-12)
+    assert binomial_tails(0, 0.3).tolist() == [1.0, 0.0]
+    tails = binomial_tails(60, 0.35)
+    exact = [sum(comb(60, i) * 0.35**i * 0.65 ** (60 - i) for i in range(k, 61)) for k in range(62)]
+    assert tails.tolist() == pytest.approx(exact, abs=1e-12)
+    assert binomial_cdf(20, 60, 0.35) == pytest.approx(1 - exact[21], abs=1e-12)
+
+
+def test_a_one_sided_bound_puts_all_of_delta_on_one_side() -> None:
+    # n of n: bound^n = delta. k of n: P(X >= k | bound) = delta.
+    assert lower_bound(59, 59, 0.05) == pytest.approx(0.05 ** (1 / 59), abs=1e-9)
+    assert float(binomial_tails(80, lower_bound(71, 80, 0.1))[71]) == pytest.approx(0.1, abs=1e-9)
+    assert lower_bound(71, 80, 0.025) == clopper_pearson(71, 80)[0]
+    assert lower_bound(0, 7, 0.05) == 0.0
 
 
 def test_a_wider_confidence_is_a_wider_interval_and_more_draws_a_narrower() -> None:

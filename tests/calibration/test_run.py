@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from calibration.certificate import Wanted
 from calibration.errors import CalibrationError, DataError
 from calibration.fit import FitSettings
 from calibration.run import (
     Asking,
+    Certifying,
     DataFile,
     Inputs,
+    Made,
     answer_inputs,
     make_bundle,
     require_free,
@@ -179,3 +183,90 @@ def test_a_prompt_that_the_bundle_was_fitted_on_is_no_test(
     seen = task(tmp_path / "seen.jsonl", [1000, 149])
     with pytest.raises(DataError, match="line 2: the bundle was fitted on this prompt"):
         require_unseen(bundle, DataFile.load(seen))
+
+
+WANTED = Wanted(0.8, 0.1)
+
+
+def certified(
+    engine: Any, chat: ChatFormat, inputs: Inputs, folder: Path, policy: Policy = POLICY
+) -> tuple[Bundle, Made]:
+    asking = Asking(folder / "cache", concurrency=8)
+    answers = asyncio.run(answer_inputs(engine, chat, inputs, policy, asking))
+    made = make_bundle(inputs, answers, SETTINGS, folder / "bundle", "scripted", Certifying(WANTED, 0.3))
+    return load_bundle(folder / "bundle"), made
+
+
+def test_a_certificate_comes_from_prompts_that_nothing_else_saw(
+    make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
+) -> None:
+    inputs = Inputs.load(task(tmp_path / "d.jsonl", range(400)), [])
+    bundle, made = certified(make_engine(), chat, inputs, tmp_path)
+    found = made.certification
+    assert found is not None
+    assert bundle.manifest.certificates == found.certificates != ()
+    for one in found.certificates:
+        assert (one.accuracy, one.confidence, one.records) == (0.8, 0.9, 120)
+        assert one.right <= one.answered <= 120
+        assert one.rescaled_similarity_min >= bundle.estimator.regions[one.alpha].q_prime_min
+    report = bundle.report
+    assert report["certification"] == json.loads(json.dumps(found.to_json()))
+    counts = report["counts"]
+    parts = ("training_half", "calibration_half", "held_out")
+    assert sum(counts[part]["records"] for part in parts) == 280
+    # Neither fitted on nor left for a later evaluation.
+    assert len(found.prompts) == 120
+    assert found.prompts <= set(report["fitted_prompts"])
+    assert len(report["fitted_prompts"]) == 400 - counts["held_out"]["records"]
+    assert not {exemplar.prompt for exemplar in bundle.exemplars} & {
+        record.prompt for record in inputs.fitting.records if record.prompt_digest in found.prompts
+    }
+    assert bundle.manifest.provenance["certification_share"] == 0.3
+    assert bundle.manifest.provenance["certification_data"] is None
+
+
+def test_a_file_to_certify_on_leaves_the_rest_as_it_was(
+    make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
+) -> None:
+    data, apart = task(tmp_path / "d.jsonl", range(200)), task(tmp_path / "c.jsonl", range(1000, 1150))
+    for name in ("plain", "certified"):
+        (tmp_path / name).mkdir()
+    without, _ = calibrate(make_engine(), chat, data, [], tmp_path / "plain")
+    bundle, made = certified(make_engine(), chat, Inputs.load(data, [], apart), tmp_path / "certified")
+    one, other = without.estimator.state(), bundle.estimator.state()
+    assert all(one[name].equal(other[name]) for name in one)
+    assert without.manifest.certificates == ()
+    assert without.report["certification"] is None
+    assert made.certification is not None
+    assert len(made.certification.prompts) == 150
+    assert bundle.manifest.provenance["certification_data"]["file"] == "c.jsonl"
+    assert bundle.manifest.provenance["certification_share"] is None
+
+
+def test_a_prompt_to_certify_on_stands_in_no_other_file(task: Task, tmp_path: Path) -> None:
+    data, held_out = task(tmp_path / "d.jsonl", range(10)), task(tmp_path / "t.jsonl", range(20, 30))
+    for numbers in ([40, 3], [40, 25]):
+        apart = task(tmp_path / "c.jsonl", numbers)
+        with pytest.raises(DataError, match="same prompt as line"):
+            Inputs.load(data, [held_out], apart)
+
+
+def test_a_policy_that_resamples_is_what_is_calibrated(
+    make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
+) -> None:
+    policy = replace(POLICY, temperature=0.7, resample=2)
+    inputs = Inputs.load(task(tmp_path / "d.jsonl", range(300)), [])
+    engine = make_engine()
+    bundle, made = certified(engine, chat, inputs, tmp_path, policy)
+    assert len(engine.asked) == 600
+    assert bundle.manifest.policy.resample == 2
+    # The scripted engine says the same twice: what is not served at once costs a second answer.
+    reading = made.evaluation.plain[0.8]
+    assert reading.answered.value is not None
+    once = make_engine()
+    (tmp_path / "once").mkdir()
+    _, single = certified(once, chat, inputs, tmp_path / "once", replace(policy, resample=1))
+    assert reading.answered.hits == single.evaluation.plain[0.8].answered.hits
+    assert single.evaluation.plain[0.8].tokens < reading.tokens < 2 * single.evaluation.plain[0.8].tokens
+    with pytest.raises(ValueError, match="share to certify on"):
+        Certifying(WANTED, 1.0)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration.splits import split
+from calibration.splits import draw, split
 
 RECORDS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 1)), max_size=60)
 SHARES = st.sampled_from([(1.0,), (0.5, 0.5), (0.4, 0.4, 0.2), (0.9, 0.1)])
@@ -67,3 +67,28 @@ def test_shares_that_are_none(shares: tuple[float, ...]) -> None:
 def test_groups_and_labels_of_different_lengths() -> None:
     with pytest.raises(ValueError, match="got 2 and 1"):
         split([0, 1], [0], (1.0,), 0)
+
+
+def test_a_draw_takes_whole_groups_at_random_whatever_their_labels_and_sizes() -> None:
+    groups = [i // 3 if i < 30 else i for i in range(130)]  # ten of three, a hundred of one
+    rest, drawn = draw(groups, 0.2, seed=1)
+    assert sorted([*rest.tolist(), *drawn.tolist()]) == list(range(130))
+    assert not {groups[i] for i in rest} & {groups[i] for i in drawn}
+    assert len({groups[i] for i in drawn}) == 22
+    assert draw(groups, 0.2, seed=1)[1].equal(drawn)
+    assert not draw(groups, 0.2, seed=2)[1].equal(drawn)
+
+
+def test_every_group_is_as_likely_to_be_drawn() -> None:
+    """A group of ten beside 19 of one: in 1,000 draws of 5 groups of 20, each in a quarter; 4 standard errors."""
+    groups = [0] * 10 + list(range(1, 20))
+    counts = torch.zeros(20)
+    for seed in range(1000):
+        counts[torch.tensor([groups[i] for i in draw(groups, 0.25, seed)[1].tolist()]).unique()] += 1
+    assert (counts / 1000 - 0.25).abs().max() < 4 * (0.25 * 0.75 / 1000) ** 0.5
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1])
+def test_a_share_that_is_none(share: float) -> None:
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        draw([1, 2, 3], share, 0)

@@ -11,6 +11,7 @@ import torch
 
 from engine.base import ModelIdentity, Representation
 from model_store.bundle import Exemplar, encode
+from model_store.certificate import Certificate
 from model_store.manifest import (
     LISTED,
     MANIFEST,
@@ -73,6 +74,7 @@ def manifest() -> Manifest:
         policy=Policy(0.0, 1.0, 0, 64, "Order the words."),
         alphas=(0.9, 0.95),
         class_names=("wrong", "right"),
+        certificates=(Certificate(0.9, "lower", 0.95, 0.95, 250.0, 400, 120, 119, 0.961),),
         provenance={"data_sha256": "e" * 64, "counts": {"train": 40}, "seeds": [0, 1], "rate": 0.1},
     )
 

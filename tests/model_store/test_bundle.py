@@ -129,6 +129,18 @@ def test_alphas(files: Files, write: Write, vouch: Vouch) -> None:
     assert "regions.alpha" in _faults(vouch(files, alphas=(0.9,)), write)
 
 
+def test_a_certificate_looser_than_its_region(
+    files: Files, write: Write, vouch: Vouch, manifest: Manifest
+) -> None:
+    region = load(files[ESTIMATOR])["regions.q_prime_min"][0].item()
+    (certificate,) = manifest.certificates
+    fitting = replace(certificate, rescaled_similarity_min=region)
+    assert _load(vouch(files, certificates=(fitting,)), write).manifest.certificates == (fitting,)
+    loose = replace(certificate, rescaled_similarity_min=region - 0.001)
+    faults = _faults(vouch(files, certificates=(loose,)), write)
+    assert list(faults) == ["certificates, lower at 0.9"]
+
+
 def test_classes(files: Files, write: Write, vouch: Vouch) -> None:
     faults = _faults(vouch(files, class_names=("a", "b", "c")), write)
     assert faults["adaptor.head.bias"] == ("float32 (C), C = 3", "float32 (2)")
@@ -328,6 +340,7 @@ def test_any_estimator_comes_back_to_the_bit(
         model=replace(manifest.model, hidden_size=width),
         representation=Representation(),
         alphas=tuple(sorted(alphas)),
+        certificates=(),
         class_names=tuple("abcd"[:classes]),
     )
     bundle = _load(encode(described, estimator, exemplars, {"text": texts}), write)

@@ -54,6 +54,9 @@ def test_show(folder: Path) -> None:
     assert shown["support"] == "40 rows of 5: wrong 20, right 20"
     assert shown["region at 0.9"].startswith("rescaled similarity from ")
     assert "region at 0.95" in shown
+    assert shown["certified at 0.9, lower"] == (
+        "accuracy 0.95 with confidence 0.95, rescaled similarity from 250.0: 119 of 120 answered were right"
+    )
 
 
 def test_importing_the_command_loads_nothing_heavy() -> None:

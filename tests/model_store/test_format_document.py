@@ -12,6 +12,7 @@ import pytest
 
 from model_store import errors
 from model_store.bundle import Exemplar
+from model_store.certificate import Certificate
 from model_store.layout import layout
 from model_store.manifest import LIMITS, NAMES, Manifest
 
@@ -48,6 +49,8 @@ def test_every_field_of_the_manifest_is_described(example: dict[str, Any]) -> No
     for key, value in example.items():
         if key == "files":
             expected |= {"files", "files.*.sha256", "files.*.size"}
+        elif key == "certificates":
+            expected |= {"certificates"} | {f"certificates[].{field.name}" for field in fields(Certificate)}
         elif isinstance(value, dict) and key != "provenance":
             expected |= {f"{key}.{inner}" for inner in value} | ({"adapter"} if key == "adapter" else set())
         else:

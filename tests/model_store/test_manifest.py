@@ -14,10 +14,14 @@ from typing import Any
 import pytest
 
 from engine.base import ModelIdentity
+from model_store.certificate import Certificate
 from model_store.errors import ManifestError
 from model_store.manifest import LIMITS, LISTED, MANIFEST, REPORT, SEAL, FileEntry, Manifest, Policy, seal
 
 Files = dict[str, bytes]
+
+
+AT_0_9 = Certificate(0.9, "lower", 0.95, 0.95, 2.0, 400, 120, 119, 0.961)
 
 
 def _paths(value: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -54,7 +58,7 @@ def test_without_an_adapter(manifest: Manifest) -> None:
 
 def test_every_missing_field_is_named(fields: dict[str, Any]) -> None:
     paths = _paths(fields)
-    assert len(paths) > 30  # twelve fields, half of them objects
+    assert len(paths) > 30  # thirteen fields, half of them objects
     for path in paths:
         changed = json.loads(json.dumps(fields))
         holder = changed
@@ -78,8 +82,8 @@ def test_unknown_fields_are_named_all_at_once(fields: dict[str, Any]) -> None:
 
 
 def test_another_format_is_said_before_its_fields(fields: dict[str, Any]) -> None:
-    with pytest.raises(ManifestError, match="format_version: expected 1, got 2") as caught:
-        _parse({"format_version": 2, "quite": "different"})
+    with pytest.raises(ManifestError, match="format_version: expected 1 or 2, got 3") as caught:
+        _parse({"format_version": 3, "quite": "different"})
     assert len(caught.value.differences) == 1
     assert "version of candor" in caught.value.remedy
     with pytest.raises(ManifestError, match="format_version: expected an integer, got true"):
@@ -141,12 +145,15 @@ def test_entries(fields: dict[str, Any], entry: dict[str, Any], where: str) -> N
         ({"class_names": ("one", "one")}, "class_names"),
         ({"class_names": ("one", "")}, "class_names"),
         ({"format_version": 3}, "format_version"),
+        ({"format_version": 1}, "format_version"),  # what is written is of this version
+        ({"certificates": (AT_0_9, AT_0_9)}, "certificates"),
+        ({"alphas": (0.8, 0.95), "certificates": (AT_0_9,)}, "certificates"),  # of no region
         ({"model": ModelIdentity("m", "M", 0, "float32", "", "", "", "")}, "model.hidden_size"),
     ],
 )
 def test_ranges(manifest: Manifest, changed: dict[str, Any], where: str) -> None:
     with pytest.raises(ManifestError) as caught:
-        replace(manifest, **changed)
+        replace(manifest, **({"certificates": ()} | changed))
     assert [one.where for one in caught.value.differences] == [where]
 
 
@@ -168,6 +175,76 @@ def test_policy_ranges(fields: dict[str, Any], wrong: tuple[float, float, int, i
     fields["policy"].update(zip(names, wrong, strict=True))
     with pytest.raises(ManifestError, match="policy: expected a valid Policy"):
         _parse(fields)
+
+
+@pytest.mark.parametrize(("temperature", "resample"), [(0.0, 2), (0.7, 0), (0.7, -1)])
+def test_resampling_needs_answers_that_differ(temperature: float, resample: int) -> None:
+    with pytest.raises(ValueError, match=f"got resample {resample}, temperature {temperature}"):
+        Policy(temperature, 1.0, 0, 16, None, resample)
+    assert Policy(0.7, 1.0, 0, 16, None, 2).resample == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"accuracy": 1.0}, "accuracy must be in"),
+        ({"confidence": 0.4}, "confidence in"),
+        ({"rescaled_similarity_min": 0.5}, "at least 1"),
+        ({"rescaled_similarity_min": float("inf")}, "at least 1"),
+        ({"right": 121}, "right <= answered"),
+        ({"answered": 401}, "answered <= records"),
+        ({"right": 0, "answered": 0}, "0 < right"),
+        ({"lower_bound": 0.94}, "does not show an accuracy of 0.95"),
+    ],
+)
+def test_a_certificate_that_its_own_counts_do_not_bear_out(
+    fields: dict[str, Any], wrong: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        replace(AT_0_9, **wrong)
+    fields["certificates"][0].update(wrong)
+    if "inf" not in map(str, wrong.values()):
+        with pytest.raises(ManifestError, match=r"certificates\[0\]: expected a valid Certificate"):
+            _parse(fields)
+
+
+def test_a_certificate_covers_from_its_threshold_on() -> None:
+    assert [AT_0_9.covers(q_prime) for q_prime in (1.999, 2.0, 400.0)] == [False, True, True]
+
+
+def test_a_certificate_is_found_by_region_and_estimator(manifest: Manifest) -> None:
+    (one,) = manifest.certificates
+    assert manifest.certificate(0.9, "lower") == one
+    assert manifest.certificate(0.9, "plain") is manifest.certificate(0.95, "lower") is None
+
+
+class TestVersion1:
+    """It knew neither certificates nor resampling."""
+
+    @pytest.fixture
+    def old(self, fields: dict[str, Any]) -> dict[str, Any]:
+        del fields["certificates"], fields["policy"]["resample"]
+        return fields | {"format_version": 1}
+
+    def test_it_is_read_as_what_it_meant(self, old: dict[str, Any], fields: dict[str, Any]) -> None:
+        read = _parse(old)
+        assert (read.certificates, read.policy.resample, read.format_version) == ((), 1, 2)
+        assert read.name == fields["name"]
+
+    def test_what_it_lacks_besides_is_still_missing(self, old: dict[str, Any]) -> None:
+        del old["policy"]["top_p"], old["name"]
+        with pytest.raises(ManifestError) as caught:
+            _parse(old)
+        assert {one.where for one in caught.value.differences} == {"policy.top_p", "name"}
+        with pytest.raises(ManifestError, match="policy: expected an object, got nothing"):
+            _parse({key: value for key, value in old.items() if key != "policy"} | {"name": "n"})
+
+    def test_fields_of_the_next_version_are_none_of_its_own(self, old: dict[str, Any]) -> None:
+        old["certificates"] = []
+        old["policy"]["resample"] = 1
+        with pytest.raises(ManifestError) as caught:
+            _parse(old)
+        assert {one.where for one in caught.value.differences} == {"certificates", "policy.resample"}
 
 
 def test_an_unknown_evidence_is_refused(fields: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""Whether certificates keep their word, over many redraws of everything."""

@@ -1,0 +1,137 @@
+"""What the server would serve, of answers that are there already: the policy and the verdict, run on labelled data.
+
+    attempt 1, 2, ..., k   written until one is *answered*: admitted at alpha and judged right
+    served                 that attempt, or the last one
+
+k = 1 is one answer a prompt. An attempt that cannot be scored is not answered, so the next one follows, as in
+`app.service`. Regions and certificates of a policy that resamples come from what it serves, not from its attempts:
+taking the first answer that looks right also picks those that only look it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf, nan
+
+import torch
+from torch import Tensor
+
+from calibration.generate import Labelled
+from model_store.certificate import EstimatorKind
+from sdm.estimator import SDMEstimator
+from sdm.outputs import Measurement
+from sdm.region import Region, find_region
+
+_STRIDES = 50
+"""Where no threshold would do, a fiftieth of what is left is cut off before the policy is run again."""
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """One row a prompt: the attempt that is served. All (n,) but sdm (n, C).
+
+    admitted: by the estimator that chose. q_prime: what its threshold is compared with, so q' at d_lower
+    for the lower one. attempts: how many were written, from 1. tokens: of all those.
+    """
+
+    y: Tensor
+    y_hat: Tensor
+    admitted: Tensor
+    sdm: Tensor
+    q_prime: Tensor
+    attempts: Tensor
+    tokens: Tensor
+
+    @property
+    def answered(self) -> Tensor:
+        """(n,) bool: what a client in abstain mode gets to see."""
+        return self.admitted & (self.y_hat == 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Attempts:
+    """k attempts at each of n prompts, measured once for all alphas.
+
+    measurement: of n k rows, the attempts of a prompt side by side. y, scored, tokens: (n, k).
+    """
+
+    measurement: Measurement
+    y: Tensor
+    scored: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def measure(cls, estimator: SDMEstimator, answers: Sequence[Labelled]) -> Attempts:
+        """Raises ValueError where answers have different numbers of attempts."""
+        rows = [answer.attempts for answer in answers]
+        if len({len(row) for row in rows}) != 1:
+            counts = sorted({len(row) for row in rows})
+            raise ValueError(f"expected answers, all with the same number of attempts, got {counts}")
+        # Rows of nan are never admitted: what cannot be scored takes the estimator's own path to that.
+        nowhere = torch.full_like(estimator.adaptor.mean, nan)
+        h = torch.stack([one.h if one.fault is None else nowhere for row in rows for one in row])  # (n k, D)
+        return cls(
+            estimator.measure(h),
+            torch.tensor([[one.label for one in row] for row in rows]),
+            torch.tensor([[one.fault is None for one in row] for row in rows]),
+            torch.tensor([[one.tokens for one in row] for row in rows]),
+        )
+
+    def first(self, k: int) -> Attempts:
+        """As if at most k attempts had been allowed."""
+        n, most = self.y.shape
+        rows = torch.arange(n * most).view(n, most)[:, :k].flatten()
+        kept = {name: value[rows] for name, value in vars(self.measurement).items()}
+        return Attempts(Measurement(**kept), self.y[:, :k], self.scored[:, :k], self.tokens[:, :k])
+
+    def served(self, estimator: SDMEstimator, alpha: float, kind: EstimatorKind) -> Served:
+        """estimator: the one that measured, perhaps with other regions."""
+        n, k = self.y.shape
+        estimate = estimator.judge(self.measurement, alpha)
+        lower = kind == "lower"
+        admitted = estimate.admitted_lower if lower else estimate.admitted
+        answered = (admitted & (estimate.y_hat == 1)).view(n, k)
+        at = torch.where(answered.any(dim=1), answered.int().argmax(dim=1), k - 1)  # argmax: the first
+        row = torch.arange(n) * k + at
+        return Served(
+            y=self.y.gather(1, at.unsqueeze(1)).squeeze(1),
+            y_hat=estimate.y_hat[row],
+            admitted=admitted[row],
+            sdm=estimate.sdm[row],
+            q_prime=(estimate.q_prime_lower if lower else estimate.q_prime)[row],
+            attempts=at + 1,
+            tokens=self.tokens.cumsum(dim=1).gather(1, at.unsqueeze(1)).squeeze(1),
+        )
+
+
+def regions_of_policy(estimator: SDMEstimator, attempts: Attempts) -> Mapping[float, Region]:
+    """The estimator's regions, tightened until Algorithm 1 accepts what the policy serves within them.
+
+    attempts: at the calibration half's prompts. The region decides which attempt is served, and the served
+    attempts decide the region: so its thresholds only ever rise, until the (1 - alpha) quantile of every class, over
+    what is served with q' >= q'_min, is at least alpha and at most psi. With one attempt they stay as they are.
+    """
+    return {alpha: _settled(estimator, attempts, region) for alpha, region in estimator.regions.items()}
+
+
+def _settled(estimator: SDMEstimator, attempts: Attempts, region: Region) -> Region:
+    while region.found:
+        served = attempts.served(replace(estimator, regions={region.alpha: region}), region.alpha, "plain")
+        inside = served.q_prime >= region.q_prime_min
+        q_prime = served.q_prime[inside].sort().values
+        if len(q_prime) == 0:
+            break
+        found = find_region(
+            served.sdm[inside], served.q_prime[inside], served.y[inside], region.alpha, estimator.conventions
+        )
+        if found.q_prime_min > q_prime[0]:  # not of all that is served within: try a stricter one
+            above = q_prime[q_prime > q_prime[0]]
+            stride = len(above) // _STRIDES
+            least = found.q_prime_min if found.found else float(above[stride]) if len(above) else inf
+            region = replace(region, q_prime_min=least)
+        elif bool((found.psi > region.psi).any()):
+            region = replace(region, psi=torch.maximum(region.psi, found.psi))
+        else:
+            return region
+    return Region(region.alpha, inf, torch.full_like(region.psi, inf))

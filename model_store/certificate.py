@@ -1,0 +1,60 @@
+"""What was shown of the answers that a bundle lets through, on records set aside for nothing else.
+
+    answered   admitted by `estimator` in the region at `alpha`, judged right, q' >= rescaled_similarity_min
+    shown      P(right | answered) >= accuracy
+
+With probability `confidence` at least, over draws of the certification records, a certificate that was issued
+is true. It speaks of prompts drawn as those records were, one by one, and of each certificate by itself.
+How it is found: `calibration.certificate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import Literal
+
+EstimatorKind = Literal["lower", "plain"]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """alpha, estimator: which region. accuracy: what is certified. confidence: 1 - delta.
+
+    rescaled_similarity_min: q' from which answers are covered, >= 1; of the lower estimator, q' at d_lower.
+    records: prompts set aside. answered: those answered within the certified region. right: those of them
+    answered rightly. lower_bound: exact one-sided bound for P(right | answered) at `confidence`.
+
+    Raises ValueError where counts, bound and claim do not agree.
+    """
+
+    alpha: float
+    estimator: EstimatorKind
+    accuracy: float
+    confidence: float
+    rescaled_similarity_min: float
+    records: int
+    answered: int
+    right: int
+    lower_bound: float
+
+    def __post_init__(self) -> None:
+        if not (0 < self.accuracy < 1 and 0.5 <= self.confidence < 1):
+            raise ValueError(
+                f"accuracy must be in (0, 1) and confidence in [0.5, 1), got {self.accuracy}, {self.confidence}"
+            )
+        if not (isfinite(self.rescaled_similarity_min) and self.rescaled_similarity_min >= 1):
+            raise ValueError(
+                f"rescaled_similarity_min must be at least 1, got {self.rescaled_similarity_min}"
+            )
+        if not 0 < self.right <= self.answered <= self.records:
+            raise ValueError(
+                "expected 0 < right <= answered <= records, "
+                f"got {self.right}, {self.answered}, {self.records}"
+            )
+        if not self.accuracy <= self.lower_bound <= 1:
+            raise ValueError(f"the bound {self.lower_bound} does not show an accuracy of {self.accuracy}")
+
+    def covers(self, rescaled_similarity: float) -> bool:
+        """Whether an answer of the region with this q' is among those that were certified."""
+        return rescaled_similarity >= self.rescaled_similarity_min
