@@ -14,7 +14,8 @@ from typing import Annotated
 
 import typer
 
-from app.commands.calibrate import EngineKind, evaluate
+from app.commands.calibrate import EngineKind
+from app.commands.evaluate import evaluate
 from demo import task
 
 ROOT = Path(__file__).resolve().parent.parent

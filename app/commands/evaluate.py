@@ -1,0 +1,184 @@
+"""`candor evaluate`: a bundle to its figures on records that it was not made from, alone or beside other methods.
+
+Files are read and checked before the engine starts. Progress goes to the error stream, results to the
+output, so that `--json` gives one JSON object alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from app.commands.calibrate import (
+    Cache,
+    Concurrency,
+    ContextLength,
+    EngineKind,
+    Json,
+    Kind,
+    Model,
+    Seed,
+    beside,
+    errors_told,
+)
+
+if TYPE_CHECKING:
+    from calibration.compare_run import CompareSettings, Material
+    from calibration.evaluate import Evaluation
+    from calibration.run import Asking, DataFile
+    from model_store.bundle import Bundle
+
+
+def evaluate(
+    bundle: Annotated[Path, typer.Option(help="Directory of the bundle.")],
+    model: Model,
+    data: Annotated[Path, typer.Option(help="Labelled records that the bundle was not made from.")],
+    shifted: Annotated[
+        Path | None, typer.Option(help="Records of a related kind, such as longer ones.")
+    ] = None,
+    ood: Annotated[Path | None, typer.Option(help="Records of another kind altogether.")] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="Other methods to stand beside the bundle: all, or names by commas."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --compare: the records that the bundle was made from; others learn from them."
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="With --compare: folder of the report; default: beside the bundle."),
+    ] = None,
+    ensemble: Annotated[int, typer.Option(min=2, help="With --compare: layers of the ensemble.")] = 3,
+    asked: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="With --compare: records of each file that methods which ask the model again are tried on; 0: none.",
+        ),
+    ] = 200,
+    seed: Seed = 0,
+    engine: Kind = EngineKind.vllm,
+    max_model_len: ContextLength = 2048,
+    concurrency: Concurrency = 64,
+    hidden_cache: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """Answer labelled records by the bundle's policy; report what it admits and how right that is.
+
+    With --compare, other methods judge the same answers from the same hidden states, and a report is written.
+    """
+    from calibration.run import Asking, DataFile, require_unseen
+    from model_store.bundle import load_bundle
+
+    with errors_told():
+        settings = _compare_settings(compare, calibration, ensemble, asked, seed)
+        loaded = load_bundle(bundle)
+        paths = {"test": data, "shifted": shifted, "ood": ood}
+        sets = {name: DataFile.load(path) for name, path in paths.items() if path is not None}
+        for file in sets.values():
+            require_unseen(loaded, file)
+        fitted = DataFile.load(calibration) if settings and calibration else None
+        asking = Asking(hidden_cache or beside(bundle), concurrency, seed)
+        evaluations, material = asyncio.run(
+            _ask(loaded, model, engine, max_model_len, sets, fitted, settings, asking)
+        )
+        figures = {name: evaluation.to_json() for name, evaluation in evaluations.items()}
+        told: dict[str, Any] = {"bundle": str(bundle), "digest": loaded.digest, "sets": figures}
+        if settings and material:
+            told |= _compare(loaded, material, settings, report or beside(bundle, ".comparison"), as_json)
+    if as_json:
+        typer.echo(json.dumps(told))
+    elif not settings:
+        from calibration.report import table
+
+        typer.echo(table(evaluations))
+
+
+def _compare_settings(
+    compare: str | None, calibration: Path | None, ensemble: int, asked: int, seed: int
+) -> CompareSettings | None:
+    """None without --compare."""
+    if compare is None:
+        return None
+    try:
+        from calibration.comparators import COMPARATORS, SAMPLERS
+        from calibration.compare_run import CompareSettings
+    except ImportError as error:
+        raise typer.BadParameter(f"--compare needs what candor[compare] installs: {error}") from error
+    if calibration is None:
+        raise typer.BadParameter("--compare needs --calibration: the records that the bundle was made from")
+    names = tuple(part.strip() for part in compare.split(",") if part.strip())
+    try:
+        return CompareSettings(
+            (*COMPARATORS, *SAMPLERS) if names == ("all",) else names, ensemble, asked, seed
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+async def _ask(
+    bundle: Bundle,
+    model: Path,
+    kind: EngineKind,
+    max_model_len: int,
+    sets: Mapping[str, DataFile],
+    fitted: DataFile | None,
+    settings: CompareSettings | None,
+    asking: Asking,
+) -> tuple[dict[str, Evaluation], Material | None]:
+    """Closes the engine when all is answered: comparators need its memory and cores."""
+    from app.backend import check_identity
+    from calibration.run import run_evaluation
+    from engine.factory import EngineSettings, start_engine
+    from engine.prompt import ChatFormat
+
+    chat = ChatFormat.from_directory(model)
+    engine = await start_engine(
+        EngineSettings(
+            model=model,
+            kind=kind.value,
+            representation=bundle.manifest.representation,
+            dtype=bundle.manifest.model.dtype,  # type: ignore[arg-type]  # any other is refused by the engine
+            max_model_len=max_model_len,
+        ),
+        chat,
+    )
+    try:
+        check_identity(engine, bundle)
+        evaluations = await run_evaluation(engine, chat, bundle, sets, asking)
+        if settings is None or fitted is None:
+            return evaluations, None
+        from calibration.compare_run import gather
+
+        return evaluations, await gather(engine, chat, bundle, fitted, sets, settings, asking)
+    finally:
+        await engine.close()
+
+
+def _compare(
+    bundle: Bundle, material: Material, settings: CompareSettings, folder: Path, as_json: bool
+) -> dict[str, Any]:
+    """Writes the report; prints its tables unless JSON was asked for, and returns that JSON's part."""
+    from calibration.compare_run import run_comparison, write
+    from calibration.compare_tables import as_text, cost_table, heading, tables
+
+    comparison = run_comparison(material, settings)
+    written = write(bundle, comparison, folder)
+    if not as_json:
+        for name, one in comparison.sets.items():
+            typer.echo(heading(name, one) + "\n")
+            typer.echo("\n\n".join(as_text(table) for table in tables(comparison, name, one)) + "\n")
+        for name, one in comparison.sampled.items():
+            typer.echo(f"{heading(name, one)}, also by methods that ask again\n")
+            several = (cost_table(name, one), *tables(comparison, name, one))
+            typer.echo("\n\n".join(as_text(table) for table in several) + "\n")
+        typer.echo("Intervals and figures: " + ", ".join(str(path) for path in written))
+    return {"comparison": comparison.to_json(), "report": [str(path) for path in written]}
