@@ -20,7 +20,7 @@ from grafana_foundation_sdk.builders import text
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard
 from grafana_foundation_sdk.models.text import TextMode
-from panels import MODEL, RUNBOOK_UID, SECTIONS, SOURCE, Panel, heat, lines, or_none, quantiles, rate
+from panels import MODEL, RUNBOOK_UID, SECTIONS, SOURCE, Panel, heat, lines, quantiles, rate
 
 ANSWERS = "suffix: answers/s"
 
@@ -78,17 +78,17 @@ def abstentions() -> list[Panel]:
             "Abstentions",
             {
                 "answered": rate(answers, 'decision="answered"'),
-                "abstained": or_none(rate(answers, 'decision="abstained", region!="ood"'), "region"),
-                "ood": or_none(rate(answers, 'region="ood"'), "region"),
+                "abstained": rate(answers, 'decision="abstained", region!="ood"'),
+                "ood": rate(answers, 'region="ood"'),
             },
             unit=ANSWERS,
             stacked=True,
         ),
         lines(
             "Abstention rate against its reference",
-            "Share of answers abstained from. The reference is what calibration measured on held-out prompts at "
-            "the lowest alpha. Outside the alerts' bounds, half way to one and half way to zero, this traffic is "
-            "not what the bundle was calibrated for, or the server does not judge as it was calibrated.",
+            "Share of answers abstained from. The reference is what calibration measured on held-out prompts, at the "
+            "alphas that were asked for. Outside the alerts' bounds, half way to one and half way to zero, this "
+            "traffic is not what the bundle was calibrated for, or the server does not judge as it was calibrated.",
             "CandorAbstentionHigh",
             {
                 "{{model_name}}": f"model:sdm_abstention:ratio_rate5m{{{MODEL}}}",
@@ -104,18 +104,23 @@ def abstentions() -> list[Panel]:
             "Abstentions by reason",
             "Why answers were withheld. The runbook has a line on each reason.",
             "Abstentions",
-            {"{{reason}}": or_none(rate(answers, 'decision="abstained"', "reason"), "reason")},
+            {"{{reason}}": rate(answers, 'decision="abstained"', "reason")},
             unit=ANSWERS,
             stacked=True,
         ),
         lines(
-            "Answers by region",
-            "high: admitted at alpha. low: known, but not reliable enough. ood: unlike the calibration. "
-            "unavailable: could not be scored.",
-            "Abstentions",
-            {"{{region}}": rate(answers, by="region")},
-            unit=ANSWERS,
-            stacked=True,
+            "Out of distribution against its reference",
+            "Share of answers unlike anything calibrated, over half an hour. The reference is what calibration "
+            "measured on held-out prompts. Far above it, other users, another task or a changed prompt have come.",
+            "CandorOutOfDistribution",
+            {
+                "{{model_name}}": f"model:sdm_ood:ratio_rate30m{{{MODEL}}}",
+                "{{model_name}}: reference": f"model:sdm_reference_ood:ratio{{{MODEL}}}",
+                "{{model_name}}: alert above": f"model:sdm_reference_ood:ratio{{{MODEL}}} + 0.15",
+            },
+            unit="percentunit",
+            steps={"orange": 0.9},
+            share=True,
         ),
         lines(
             "Budget burn",
@@ -133,7 +138,7 @@ def abstentions() -> list[Panel]:
             "Answers that could not be scored",
             "By cause. Any is worth a look: such answers are unavailable and, in mode abstain, withheld.",
             "CandorUnavailable",
-            {"{{cause}}": or_none(rate("sdm_scoring_failures_total", by="cause"), "cause")},
+            {"{{cause}}": rate("sdm_scoring_failures_total", by="cause")},
             unit=ANSWERS,
             steps={"red": 0.001},
         ),

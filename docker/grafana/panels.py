@@ -86,11 +86,6 @@ def quantiles(metric: str) -> dict[str, str]:
     return {f"p{share * 100:g}": f"histogram_quantile({share}, {buckets})" for share in (0.5, 0.95, 0.99)}
 
 
-def or_none(expression: str, label: str) -> str:
-    """A line at zero where nothing has happened yet."""
-    return f'{expression} or on () label_replace(vector(0), "{label}", "none yet", "", "")'
-
-
 def _described(panel: P, title: str, description: str, section: str, unit: str, steps: Steps) -> P:
     number = list(SECTIONS).index(section) + 1
     link = d.DashboardLink(f"Runbook: {section}").type(dashboard.DashboardLinkType.LINK)

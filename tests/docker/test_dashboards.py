@@ -16,7 +16,13 @@ import yaml
 
 Run = Callable[..., str]
 
-ANSWERS = {"model_name": "m", "region": "high", "decision": "answered", "reason": "none"}
+ANSWERS = {
+    "model_name": "m",
+    "alpha": "0.9",
+    "region": "high",
+    "decision": "answered",
+    "reason": "none",
+}
 ABSTAINED = ANSWERS | {"region": "low", "decision": "abstained", "reason": "below_class_threshold"}
 ENGINE = {"model_name": "m", "engine": "0"}
 
@@ -91,6 +97,8 @@ def _series() -> list[dict[str, str]]:
     counters = [
         ("sdm_answers_total", ANSWERS),
         ("sdm_answers_total", ABSTAINED),
+        ("sdm_answers_total", ABSTAINED | {"region": "ood", "reason": "out_of_distribution"}),
+        ("sdm_scoring_failures_total", model | {"cause": "timeout"}),
         ("sdm_feedback_total", model | {"region": "high", "correct": "true"}),
         ("vllm:prompt_tokens_total", ENGINE),
         ("vllm:generation_tokens_total", ENGINE),

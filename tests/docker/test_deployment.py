@@ -102,6 +102,7 @@ def test_chart_runs_as_nobody_on_a_gpu(run: Run) -> None:
     assert container["livenessProbe"]["httpGet"]["path"] == "/livez"
     assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
     assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/cache", "/tmp", "/dev/shm"}
+    assert container["env"] == [{"name": "CANDOR_OPEN_TO_ALL", "value": "true"}]
 
 
 def test_chart_finds_the_servers_under_the_job_that_alerts_watch(run: Run) -> None:
@@ -113,13 +114,22 @@ def test_chart_finds_the_servers_under_the_job_that_alerts_watch(run: Run) -> No
 
 def test_chart_with_everything_is_valid_kubernetes(run: Run, tmp_path: Path) -> None:
     documents = _chart(
-        run, "model.claim=models", "model.path=m", "bundle.path=b", "gpus=0", "autoscaling.enabled=true"
+        run,
+        *("model.claim=models", "model.path=m", "bundle.path=b", "gpus=0", "autoscaling.enabled=true"),
+        *("keys.secret=keys", "monitoring.keySecret.name=scraper", "monitoring.keySecret.key=key"),
     )
+    (monitor,) = (one for one in documents if one["kind"] == "PodMonitor")
+    [endpoint] = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["authorization"] == {"credentials": {"name": "scraper", "key": "key"}}
     (deployment,) = (one for one in documents if one["kind"] == "Deployment")
     environment = {
         one["name"]: one["value"] for one in deployment["spec"]["template"]["spec"]["containers"][0]["env"]
     }
-    assert environment == {"CANDOR_MODEL": "/models/m", "CANDOR_BUNDLE": "/models/b"}
+    assert environment == {
+        "CANDOR_MODEL": "/models/m",
+        "CANDOR_BUNDLE": "/models/b",
+        "CANDOR_KEYS": "/keys/keys",
+    }
     assert "replicas" not in deployment["spec"]
     file = tmp_path / "chart.yaml"
     own = [one for one in documents if not one["apiVersion"].startswith("monitoring.coreos.com")]
