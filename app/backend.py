@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from app.desk import default_alpha
+from app.desk import certified_alphas, default_alpha
 from engine.base import Engine, IdentityMismatch
 from engine.identity import differences
 from model_store.bundle import Bundle, load_bundle
@@ -37,6 +37,7 @@ async def start_backend(settings: Settings) -> Backend:
 
     bundle = load_bundle(settings.bundle)
     default_alpha(settings.alpha, bundle.manifest.alphas)  # refused before the engine takes its time
+    certified_alphas(bundle.manifest, settings)  # so is this
     alphas = ",".join(map(str, bundle.manifest.alphas))
     logger.info("bundle name=%s digest=%s alphas=%s", bundle.manifest.name, bundle.digest, alphas)
     logger.info("starting engine=%s model=%s", settings.engine, settings.model)
@@ -52,6 +53,7 @@ async def start_backend(settings: Settings) -> Backend:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             kv_cache_bytes=settings.kv_cache_bytes,
             eager=settings.eager,
+            served_model_name=settings.served_model_name or bundle.manifest.name,
         ),
         chat,
     )

@@ -29,13 +29,17 @@ class MicroBatcher(Generic[Item, Result]):
         self._runner: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="candor-scoring")
 
-    async def submit(self, item: Item) -> Result:
-        """The item's result; raises what `work` raised on its batch. Cancelling gives the item up."""
+    def put(self, item: Item) -> asyncio.Future[Result]:
+        """Queues it at once. The future has its result, or what `work` raised on its batch."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
         if self._runner is None:
             self._runner = asyncio.create_task(self._run())
-        return await future
+        return future
+
+    async def submit(self, item: Item) -> Result:
+        """The item's result; raises what `work` raised on its batch. Cancelling gives the item up."""
+        return await self.put(item)
 
     def close(self) -> None:
         """Takes no more work; what is waiting is dropped."""

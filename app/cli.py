@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import typer
 
+from app.commands.batch import batch
 from app.commands.bundle import bundle_app
-from app.commands.calibrate import calibrate, evaluate
+from app.commands.calibrate import calibrate
+from app.commands.chat import chat
+from app.commands.evaluate import evaluate
+from app.commands.finetune import data_app, finetune
+from app.commands.key import key
 from app.commands.serve import serve
 
 cli = typer.Typer(
@@ -16,11 +21,20 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
 )
 cli.command()(serve)
+cli.command()(chat)
+cli.command()(batch)
+cli.command()(key)
 cli.command()(calibrate)
 cli.command()(evaluate)
+cli.command()(finetune)
 cli.add_typer(bundle_app, name="bundle")
+cli.add_typer(data_app, name="data")
 
 
 def main() -> None:
     """The console entry."""
     cli()
+
+
+if __name__ == "__main__":
+    main()

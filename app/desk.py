@@ -21,6 +21,7 @@ from engine.base import PromptTooLong, Sampling
 if TYPE_CHECKING:
     from app.backend import Backend
     from app.settings import Settings
+    from model_store.manifest import Manifest
 
 
 class ModelNotFound(Exception):
@@ -35,8 +36,12 @@ class OrderDesk:
         self.model_name = model_name
         self.alphas = manifest.alphas
         self.default_alpha = default_alpha(settings.alpha, manifest.alphas)
+        self._certified_only = settings.certified_only
+        self._certified_alphas = certified_alphas(manifest, settings)
         self._chat = backend.chat
         self._policy = manifest.policy
+        self._tag = manifest.representation.tag
+        self.most_exemplars = settings.max_exemplars
         self._room = backend.engine.max_model_len
         self._limits = Limits.of(settings, backend.engine.max_model_len)
         self._refusal_text = settings.refusal_text
@@ -81,8 +86,12 @@ class OrderDesk:
         return PairOrder(
             prompt_ids=prompt_ids,
             response_ids=response_ids,
-            calibrated=calibrated and len(response_ids) <= self._policy.max_tokens,
-            alpha=self._alpha(body.alpha, "alpha"),
+            # No answer of the served model holds its tag: that is where an answer ends.
+            calibrated=calibrated
+            and len(response_ids) <= self._policy.max_tokens
+            and self._tag not in body.response,
+            alpha=(alpha := self._alpha(body.alpha, "alpha")),
+            certified=self._certified(body.certified, alpha, "certified"),
             exemplars=body.exemplars,
         )
 
@@ -112,11 +121,14 @@ class OrderDesk:
                         prompt_ids, replace(sampling, max_tokens=length, seed=_nth_seed(body.seed, len(jobs)))
                     )
                 )
+        calibrated = calibrated and samples_as_calibrated(self._policy, sampling)
+        options = self._options(body.reliability or ReliabilityOptions(), streamed=body.wants_stream)
         return Order(
             jobs=tuple(jobs),
             prompt_tokens=sum(map(len, prompts)),
-            calibrated=calibrated and samples_as_calibrated(self._policy, sampling),
-            options=self._options(body.reliability or ReliabilityOptions(), streamed=body.wants_stream),
+            calibrated=calibrated,
+            options=options,
+            attempts=self._policy.resample if calibrated and options.mode != "off" else 1,
         )
 
     def _sampling(self, body: GenerationRequest, logprobs: int | None) -> Sampling:
@@ -135,9 +147,11 @@ class OrderDesk:
         at_most(self._limits.exemplars, asked.exemplars, "exemplars", "reliability.exemplars")
         withholds = asked.mode == "abstain"
         by_default = "buffered" if withholds else "optimistic"
+        alpha = self._alpha(asked.alpha, "reliability.alpha")
         return Options(
             mode=asked.mode,
-            alpha=self._alpha(asked.alpha, "reliability.alpha"),
+            alpha=alpha,
+            certified=self._certified(asked.certified, alpha, "reliability.certified"),
             buffered=streamed and (asked.stream or by_default) == "buffered",
             exemplars=asked.exemplars,
             replacement=self._replacement(asked) if withholds else None,
@@ -156,6 +170,13 @@ class OrderDesk:
 
     def _alpha(self, asked: float | None, param: str) -> float:
         return self.default_alpha if asked is None else _calibrated(asked, self.alphas, param)
+
+    def _certified(self, asked: bool | None, alpha: float, param: str) -> bool:
+        """Whether only certified answers count: where the server or the request says so."""
+        wanted = self._certified_only or bool(asked)
+        if wanted:
+            _require_certified(alpha, self._certified_alphas, param)
+        return wanted
 
     def _check_model(self, name: str) -> None:
         if name != self.model_name:
@@ -195,6 +216,27 @@ def default_alpha(wanted: float | None, alphas: Sequence[float]) -> float:
     Raises Refused where the bundle does not have the operator's.
     """
     return alphas[0] if wanted is None else _calibrated(wanted, alphas, "CANDOR_ALPHA")
+
+
+def certified_alphas(manifest: Manifest, settings: Settings) -> list[float]:
+    """Where answers are certified under the operator's estimator.
+
+    Raises Refused where only certified answers count and the default alpha has no certificate.
+    """
+    found = [one.alpha for one in manifest.certificates if one.estimator == settings.estimator]
+    if settings.certified_only:
+        _require_certified(default_alpha(settings.alpha, manifest.alphas), found, "CANDOR_CERTIFIED_ONLY")
+    return found
+
+
+def _require_certified(alpha: float, certified: Sequence[float], param: str) -> None:
+    if alpha not in certified:
+        known = ", ".join(map(str, certified)) or "none"
+        raise Refused(
+            f"{param}: expected an alpha at which the bundle has a certificate ({known}), got {alpha}; "
+            "make one with candor calibrate --certify",
+            param,
+        )
 
 
 def _calibrated(alpha: float, alphas: Sequence[float], param: str) -> float:

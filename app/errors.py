@@ -1,10 +1,13 @@
 """Where errors become HTTP: once, here, in OpenAI's error body.
 
     400  the body is not JSON, or prompt and answer exceed the model's context
-    404  no such model or path           405  no such method
-    413  the body is too large           422  a field is wrong, too large or not supported
+    401  no key, or an unknown one       403  a key without the scope
+    404  no such model, answer or path   405  no such method
+    408  the body comes too slowly       413  the body is too large
+    422  a field is wrong, too large or not supported
+    429  the key has had its share for now (Retry-After)
     500  the engine or this server failed
-    503  overloaded (Retry-After), or the engine is dead
+    503  overloaded, not answered in time, or the engine is dead (Retry-After)
 
 An abstention is not an error.
 """
@@ -22,10 +25,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from app.admission import Overloaded, Refused
+from app.admission import Overloaded, Refused, TooFast
 from app.desk import ModelNotFound
-from app.interruption import ClientGone
+from app.feedback import FeedbackLost, NoSuchAnswer
+from app.golden import GoldenMismatch
+from app.interruption import ClientGone, DeadlineExceeded
 from app.schemas.errors import Error, ErrorBody, ErrorType
+from app.security import Forbidden, Unauthorized
 from engine.base import EngineDead, EngineError, PromptTooLong
 
 logger = logging.getLogger("candor")
@@ -62,6 +68,21 @@ def describe(error: Exception) -> HttpError:
             return HttpError(400, str(error), None, "context_length_exceeded")
         case Refused():
             return HttpError(422, str(error), error.param, error.code)
+        case Unauthorized():
+            message = "expected a key that this server knows, sent as `authorization: Bearer KEY`"
+            return HttpError(401, message, None, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+        case Forbidden():
+            return HttpError(403, str(error), None, "insufficient_scope")
+        case NoSuchAnswer():
+            return HttpError(404, str(error), "id", "answer_not_found")
+        case FeedbackLost():
+            return HttpError(503, str(error), None, "feedback_not_kept", {"Retry-After": "10"})
+        case DeadlineExceeded():
+            return HttpError(503, str(error), None, "deadline_exceeded", {"Retry-After": "1"})
+        case TooFast():
+            return HttpError(
+                429, str(error), None, "rate_limit_exceeded", {"Retry-After": str(error.retry_after_s)}
+            )
         case Overloaded():
             return HttpError(503, str(error), None, "overloaded", {"Retry-After": str(error.retry_after_s)})
         case EngineDead():
@@ -73,6 +94,8 @@ def describe(error: Exception) -> HttpError:
             return _describe_validation(error.errors())
         case HTTPException():
             return _describe_http(error)
+        case GoldenMismatch():
+            return HttpError(503, str(error), None, "golden_mismatch", {"Retry-After": "30"})
         case EngineError():
             return HttpError(500, f"the engine could not answer: {error}", None, "engine_error")
         case _:
@@ -86,6 +109,9 @@ def install(app: FastAPI) -> None:
         PromptTooLong,
         Refused,
         Overloaded,
+        NoSuchAnswer,
+        FeedbackLost,
+        DeadlineExceeded,
         EngineError,
         RequestValidationError,
         HTTPException,

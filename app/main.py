@@ -6,52 +6,80 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
+from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry
 
 from app import errors
-from app.admission import Admission
+from app.admission import Admission, RateLimit
 from app.backend import Backend
 from app.desk import OrderDesk
+from app.feedback import FeedbackStore
+from app.golden import Golden
 from app.metrics import Metrics
-from app.middleware import BodyLimit, RequestId
-from app.routes import chat, completions, operations, reliability
+from app.middleware import BodyLimit, Gate, RequestId
+from app.routes import chat, completions, feedback, operations, reliability, served
+from app.routes.console import Console
+from app.routes.documented import ERRORS
 from app.scoring import Scorer
+from app.security import KeyRing
 from app.service import AnswerService
 from app.settings import Settings
 from app.state import LifespanState, Services
+from app.tracing import NO_TRACER, Traced
 from app.watch import EngineWatch
 
 
 def create_app(
-    settings: Settings, backend: Backend, on_engine_death: Callable[[], None] = lambda: None
+    settings: Settings,
+    backend: Backend,
+    on_engine_death: Callable[[], None] = lambda: None,
+    tracer: Tracer = NO_TRACER,
 ) -> FastAPI:
     """Serves `backend`, which it owns from then on: the engine is closed when the application ends.
 
     on_engine_death: called once; what runs the application should end it.
-    Raises Refused where the settings ask for an alpha that the bundle does not have.
+    Raises Refused where the settings ask for an alpha that the bundle does not have, KeyFileError or
+    FeedbackFileError for a file that cannot be used.
     """
     bundle = backend.bundle
+    keys = KeyRing(settings.keys) if settings.keys else None
+    golden = Golden(backend)
     desk = OrderDesk(backend, settings, settings.served_model_name or bundle.manifest.name)
+
+    store = FeedbackStore(settings.feedback, bundle.digest) if settings.feedback else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[LifespanState]:
-        watch = EngineWatch(backend.engine, settings.engine_check_interval_s, on_engine_death)
+        watch = EngineWatch(
+            backend.engine,
+            settings.engine_check_interval_s,
+            settings.engine_stall_timeout_s,
+            on_engine_death,
+        )
         metrics = Metrics(CollectorRegistry(), desk.model_name)
         metrics.describe(bundle, settings.estimator)
         scorer = Scorer(bundle.estimator, bundle.manifest.representation, settings.scoring_timeout_s)
-        admission = Admission(settings.max_in_flight)
-        service = AnswerService(backend.engine, bundle, scorer, admission, metrics, settings.estimator)
+        admission = Admission(settings.max_in_flight, settings.max_in_flight_tokens)
+        service = AnswerService(
+            backend.engine, bundle, scorer, admission, metrics, watch, settings.estimator, tracer
+        )
         services = Services(
             engine=backend.engine,
             bundle=bundle,
             desk=desk,
             service=service,
             admission=admission,
+            token_rate=RateLimit(settings.tokens_per_minute, "tokens"),
             watch=watch,
+            golden=golden,
+            feedback=store,
             metrics=metrics,
             estimator=settings.estimator,
+            request_timeout_s=settings.request_timeout_s,
             started=int(time.time()),
         )
         watching = asyncio.create_task(watch.run())
@@ -60,12 +88,22 @@ def create_app(
         finally:
             watching.cancel()
             scorer.close()
+            if store is not None:
+                await store.close()
             await backend.engine.close()
 
     app = FastAPI(title="Candor", lifespan=lifespan, docs_url=None, redoc_url=None)
-    for module in (chat, completions, reliability, operations):
-        app.include_router(module.router)
+    # So that the document says that keys are taken; app.middleware.Gate asks for them.
+    keyed = [Depends(HTTPBearer(auto_error=False))] if keys else []
+    turned_away: dict[int | str, dict[str, Any]] = (
+        {status: ERRORS[status] for status in (401, 403)} if keys else {}
+    )
+    for module in (chat, completions, reliability, feedback, served, operations):
+        app.include_router(module.router, dependencies=keyed, responses=turned_away)
+    app.mount("/console", Console(), name="console")
     errors.install(app)
     app.add_middleware(BodyLimit, most=settings.max_body_bytes)
-    app.add_middleware(RequestId)
+    app.add_middleware(Gate, keys=keys, rate=RateLimit(settings.requests_per_minute, "requests"))
+    app.add_middleware(RequestId, log_bodies=settings.log_bodies)
+    app.add_middleware(Traced, tracer=tracer)
     return app

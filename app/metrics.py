@@ -1,18 +1,24 @@
 """What operators see: how often it abstains and why, how sure it is, what scoring costs.
 
 The instruments live on a registry of their own. vLLM keeps its `vllm:*` metrics on the process's default
-registry; `/metrics` shows both.
+registry; `/metrics` shows both. Counters and histograms begin at 0 for every label they can have: a rate needs
+a value before the first event, and a dashboard tells "none" from "unknown".
+
+Samples of a traced request carry its trace id as an exemplar, which OpenMetrics alone can show.
 """
 
 from __future__ import annotations
 
 from collections import Counter as Tally
 from collections.abc import Iterable
+from typing import get_args
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
 from prometheus_client.exposition import choose_encoder
 
-from app.policy import EstimatorKind
+from app.policy import EstimatorKind, Reason, RegionName
+from app.scoring import Cause
+from app.tracing import exemplar
 from app.verdict import Verdict
 from model_store.bundle import Bundle
 
@@ -21,6 +27,18 @@ _PROBABILITIES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 
 # Uniform where answers are like the calibration's, but the least quantiles are those that matter.
 _QUANTILES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _COUNTS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
+REGION_OF: dict[Reason, RegionName] = {
+    "out_of_distribution": "ood",
+    "below_similarity_threshold": "low",
+    "below_class_threshold": "low",
+    "predicted_not_following": "high",
+    "not_certified": "high",
+    "no_region_at_alpha": "low",
+    "uncalibrated_request": "low",
+    "scoring_unavailable": "unavailable",
+}
+"""Where each reason to abstain is met."""
+
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
@@ -34,7 +52,7 @@ class Metrics:
         self._answers = Counter(
             "sdm_answers",
             "Answers that were checked, by verdict.",
-            (*label, "region", "decision", "reason"),
+            (*label, "alpha", "region", "decision", "reason"),
             registry=registry,
         )
         self._probability = Histogram(
@@ -67,10 +85,22 @@ class Metrics:
             (*label, "cause"),
             registry=registry,
         )
+        self._feedback = Counter(
+            "sdm_feedback",
+            "Labels that came back for answers given, by the verdict's region.",
+            (*label, "region", "correct"),
+            registry=registry,
+        )
         self._reference = Gauge(
             "sdm_reference_abstention_ratio",
             "Share of answers abstained from that calibration measured.",
             (*label, "alpha"),
+            registry=registry,
+        )
+        self._reference_ood = Gauge(
+            "sdm_reference_ood_ratio",
+            "Share of answers out of distribution that calibration measured on held-out prompts.",
+            label,
             registry=registry,
         )
         self._bundle_info = Gauge(
@@ -81,34 +111,63 @@ class Metrics:
         )
 
     def describe(self, bundle: Bundle, estimator: EstimatorKind) -> None:
-        """Says what is in use."""
+        """Says what is in use, and that nothing has happened yet."""
         for alpha in bundle.manifest.alphas:
             self._bundle_info.labels(self._model, bundle.digest, str(alpha)).set(1)
         if estimator == "lower":  # the one whose abstentions calibration measures
             for alpha_name, ratio in bundle.report.get("reference_abstention_ratio", {}).items():
                 self._reference.labels(self._model, alpha_name).set(ratio)
-        for label, size in Tally(exemplar.label for exemplar in bundle.exemplars).items():
+        for label, size in Tally(one.label for one in bundle.exemplars).items():
             self._support_size.labels(self._model, str(label)).set(size)
+        if (ood := bundle.report.get("held_out", {}).get("ood")) is not None:
+            self._reference_ood.labels(self._model).set(ood["value"])
+        self._begin(bundle.manifest.alphas)
+
+    def _begin(self, alphas: Iterable[float]) -> None:
+        for alpha in map(str, alphas):
+            self._answers.labels(self._model, alpha, "high", "answered", "none")
+            for reason, region in REGION_OF.items():
+                self._answers.labels(self._model, alpha, region, "abstained", reason)
+        for cause in get_args(Cause):
+            self._scoring_failures.labels(self._model, cause)
+        for region in get_args(RegionName):
+            for correct in ("true", "false"):
+                self._feedback.labels(self._model, region, correct)
+        for histogram in (
+            self._probability,
+            self._distance_quantile,
+            self._rescaled_similarity,
+            self._scoring_duration,
+        ):
+            histogram.labels(self._model)
 
     def count(self, verdict: Verdict) -> None:
         """One answer that was given or withheld."""
         decision = verdict.decision
         self._answers.labels(
             self._model,
+            str(verdict.alpha),
             decision.region,
             "abstained" if decision.abstained else "answered",
             decision.reason or "none",
-        ).inc()
+        ).inc(exemplar=exemplar())
         if verdict.reading is not None:
-            self._probability.labels(self._model).observe(verdict.reading.probability)
-            self._distance_quantile.labels(self._model).observe(verdict.reading.distance_quantile)
-            self._rescaled_similarity.labels(self._model).observe(verdict.reading.rescaled_similarity)
+            for histogram, value in (
+                (self._probability, verdict.reading.probability),
+                (self._distance_quantile, verdict.reading.distance_quantile),
+                (self._rescaled_similarity, verdict.reading.rescaled_similarity),
+            ):
+                histogram.labels(self._model).observe(value, exemplar())
 
     def scored(self, seconds: float) -> None:
-        self._scoring_duration.labels(self._model).observe(seconds)
+        self._scoring_duration.labels(self._model).observe(seconds, exemplar())
 
     def scoring_failed(self, cause: str) -> None:
         self._scoring_failures.labels(self._model, cause).inc()
+
+    def feedback(self, region: str, correct: bool) -> None:
+        """The first label that comes for an answer."""
+        self._feedback.labels(self._model, region, str(correct).lower()).inc()
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """The page for a scraper that accepts this, and its content type."""

@@ -1,11 +1,12 @@
 """From what the estimator measured to what the client is told. Pure functions.
 
-    region = unavailable   nothing was measured
-             ood           the estimator knows nothing like it: floor(q') = 0, d = 0, or a non-finite state
+    region = unavailable   nothing was measured: no state, one that is not finite, no score in time
+             ood           the estimator knows nothing like it: floor(q') = 0 or d = 0
              low           the request left the calibrated policy, or the estimator does not admit
              high          the estimator admits at alpha
 
-    abstained = not (region = high and y_hat = FOLLOWS)
+    abstained = not (region = high and y_hat = FOLLOWS), and where only certified answers are wanted,
+                also where no certificate covers q'
 
 The order matters: an answer that could not be checked is never reported as checked, and one that was
 generated in another way than the calibration's is never reported as reliable.
@@ -18,15 +19,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.base import Generation, Sampling
+from model_store.certificate import Certificate
+from model_store.certificate import EstimatorKind as EstimatorKind
 from model_store.manifest import Policy
 
 RegionName = Literal["high", "low", "ood", "unavailable"]
-EstimatorKind = Literal["lower", "plain"]
 Reason = Literal[
     "out_of_distribution",
     "below_similarity_threshold",
     "below_class_threshold",
     "predicted_not_following",
+    "not_certified",
     "no_region_at_alpha",
     "uncalibrated_request",
     "scoring_unavailable",
@@ -67,15 +70,35 @@ class Reading:
 
 @dataclass(frozen=True)
 class Decision:
-    """abstained: whether the answer is not to be relied on. reason: None iff it is."""
+    """abstained: whether the answer is not to be relied on. reason: None iff it is.
+
+    certificate: what was certified of answers like this one; None where nothing was.
+    """
 
     region: RegionName
     abstained: bool
     reason: Reason | None
+    certificate: Certificate | None = None
+
+    @property
+    def settles(self) -> bool:
+        """Whether a policy that resamples ends with this answer: in the region and judged right."""
+        return self.reason in (None, "not_certified")
 
 
-def decide(reading: Reading | None, *, calibrated: bool, estimator: EstimatorKind) -> Decision:
-    """The verdict on one answer. reading: None where it could not be scored."""
+def decide(
+    reading: Reading | None,
+    *,
+    calibrated: bool,
+    estimator: EstimatorKind,
+    certificate: Certificate | None = None,
+    certified_only: bool = False,
+) -> Decision:
+    """The verdict on one answer. reading: None where it could not be scored.
+
+    certificate: of the region at the reading's alpha under this estimator, if there is one. certified_only: abstain
+    from what it does not cover.
+    """
     if reading is None:
         return Decision("unavailable", True, "scoring_unavailable")
     if reading.is_ood:
@@ -83,13 +106,15 @@ def decide(reading: Reading | None, *, calibrated: bool, estimator: EstimatorKin
     if not calibrated:
         return Decision("low", True, "uncalibrated_request")
     lower = estimator == "lower"
+    similarity = reading.rescaled_similarity_lower if lower else reading.rescaled_similarity
     if reading.admitted_lower if lower else reading.admitted:
-        if reading.prediction == FOLLOWS:
-            return Decision("high", False, None)
-        return Decision("high", True, "predicted_not_following")
+        if reading.prediction != FOLLOWS:
+            return Decision("high", True, "predicted_not_following")
+        if certificate is not None and certificate.covers(similarity):
+            return Decision("high", False, None, certificate)
+        return Decision("high", True, "not_certified") if certified_only else Decision("high", False, None)
     if math.isinf(reading.similarity_threshold):
         return Decision("low", True, "no_region_at_alpha")
-    similarity = reading.rescaled_similarity_lower if lower else reading.rescaled_similarity
     if similarity < reading.similarity_threshold:
         return Decision("low", True, "below_similarity_threshold")
     return Decision("low", True, "below_class_threshold")

@@ -106,7 +106,7 @@ class Renderer(ABC):
         return f"{self._head}{choice}{self._tail}{more}}}\n\n".encode()
 
     def _usage(self, answers: Sequence[Answer]) -> Usage:
-        written = sum(answer.generation.completion_tokens for answer in answers)
+        written = sum(answer.completion_tokens for answer in answers)
         prompt = self._order.prompt_tokens
         return Usage(prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written)
 

@@ -7,14 +7,15 @@ ordinary error. What fails later is a last chunk with the error body, and no [DO
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from app.errors import describe
-from app.interruption import ClientGone, unless_interrupted
+from app.feedback import GivenVerdict
+from app.interruption import ClientGone, DeadlineExceeded, seconds_for, unless_interrupted
 from app.orders import Order
 from app.rendering import Renderer
 from app.service import Answer, Piece
@@ -37,11 +38,25 @@ async def respond(
     *,
     stream: bool,
 ) -> Response:
-    """Raises what the service raises, or ClientGone."""
+    """Raises what the service raises, Refused, TooFast, DeadlineExceeded or ClientGone."""
     service, watch = services.service, services.watch
+    within_s = seconds_for(request, services.request_timeout_s)
+    services.admission.check(len(order.jobs), order.tokens)  # first: who is not served is not charged
+    services.token_rate.take(request.state.caller, order.tokens)
+
+    def note(*answers: Answer) -> None:
+        if services.feedback is not None:
+            services.feedback.note(
+                GivenVerdict(renderer.heading.id, answer.index, answer.verdict)
+                for answer in answers
+                if answer.verdict
+            )
+
     if stream and not order.options.buffered:
-        return EventStream(_as_they_come(service.events(order), renderer, len(order.jobs)), watch)
-    answers = await unless_interrupted(service.answers(order), request.receive, watch)
+        chunks = _as_they_come(service.events(order), renderer, len(order.jobs), note)
+        return EventStream(chunks, watch, within_s)
+    answers = await unless_interrupted(service.answers(order), request.receive, watch, within_s)
+    note(*answers)
     headers = verdict_headers(answers, services.bundle.digest)
     if stream:
         return Response(_buffered(answers, renderer), headers=headers, media_type=_STREAM)
@@ -75,7 +90,10 @@ def _buffered(answers: Sequence[Answer], renderer: Renderer) -> bytes:
 
 
 async def _as_they_come(
-    events: AsyncGenerator[Piece | Answer, None], renderer: Renderer, choices: int
+    events: AsyncGenerator[Piece | Answer, None],
+    renderer: Renderer,
+    choices: int,
+    note: Callable[[Answer], None],
 ) -> AsyncGenerator[bytes, None]:
     answers: list[Answer] = []
     opening = b"".join(renderer.opening(index) for index in range(choices))
@@ -85,6 +103,7 @@ async def _as_they_come(
                 chunk = renderer.piece(event)
             else:
                 answers.append(event)
+                note(event)
                 chunk = renderer.replacement(event, _SET_OFF) + renderer.finish(event)
             yield opening + chunk
             opening = b""
@@ -92,26 +111,27 @@ async def _as_they_come(
 
 
 class EventStream(Response):
-    """Server-sent events from an iterator, closed as soon as the client leaves or the engine dies."""
+    """Server-sent events from an iterator, closed as soon as the client leaves, its time is up or the engine dies."""
 
     media_type = _STREAM
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None], watch: EngineWatch) -> None:
+    def __init__(self, chunks: AsyncGenerator[bytes, None], watch: EngineWatch, within_s: float) -> None:
         super().__init__(headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
         self._chunks = chunks
         self._watch = watch
+        self._within_s = within_s
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_interrupted(self._send(send), receive, self._watch)
+            await unless_interrupted(self._send(send), receive, self._watch, self._within_s)
         except ClientGone:
             return
         except Exception as error:
             if not self._started:
                 raise
-            foreseen = isinstance(error, EngineError)
+            foreseen = isinstance(error, EngineError | DeadlineExceeded)
             logger.error("a stream broke off: %r", error, exc_info=None if foreseen else error)
             last = f"data: {describe(error).body.model_dump_json()}\n\n".encode()
             await send({"type": "http.response.body", "body": last, "more_body": False})

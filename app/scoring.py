@@ -19,7 +19,7 @@ from app.policy import Reading
 from engine.base import HiddenSummary, Representation
 from sdm.estimator import Estimate, SDMEstimator
 
-Cause = Literal["not_captured", "incomplete", "timeout", "error"]
+Cause = Literal["not_captured", "incomplete", "non_finite", "timeout", "error"]
 
 LARGEST_BATCH = 64
 """Rows measured at once; bounds the memory of the distances, rows x support."""
@@ -76,11 +76,14 @@ class Scorer:
             raise ScoringFailed("incomplete", "the engine did not count every position")
         try:
             query = _Query(self._vector(hidden), alpha, exemplars)
-            return await asyncio.wait_for(self._batcher.submit(query), self._timeout_s)
+            score = await asyncio.wait_for(self._batcher.submit(query), self._timeout_s)
         except TimeoutError as error:
             raise ScoringFailed("timeout", f"no score within {self._timeout_s} s") from error
         except Exception as error:
             raise ScoringFailed("error", f"{type(error).__name__}: {error}") from error
+        if score is None:
+            raise ScoringFailed("non_finite", "the hidden state, or what was made of it, is no finite number")
+        return score
 
     def close(self) -> None:
         self._batcher.close()
@@ -92,7 +95,8 @@ class Scorer:
             raise ValueError(f"expected h of shape {expected}, got {tuple(h.shape)}")
         return h
 
-    def _score_batch(self, queries: list[_Query]) -> list[Score]:
+    def _score_batch(self, queries: list[_Query]) -> list[Score | None]:
+        """None for a state that is not finite: that is no reading of the answer, but a fault of the machine."""
         with torch.inference_mode():
             h = torch.stack([query.h for query in queries])  # (n, D)
             measurement = self._estimator.measure(h)
@@ -104,7 +108,10 @@ class Scorer:
                 estimate = self._estimator.judge(measurement, alpha)
                 threshold = self._estimator.regions[alpha].q_prime_min
                 readings |= {row: read(estimate, row, threshold) for row in rows}
-            return [Score(readings[row], self._neighbours(query)) for row, query in enumerate(queries)]
+            return [
+                Score(readings[row], self._neighbours(query)) if finite else None
+                for row, (query, finite) in enumerate(zip(queries, measurement.finite.tolist(), strict=True))
+            ]
 
     def _neighbours(self, query: _Query) -> tuple[Neighbour, ...]:
         if not query.exemplars:
@@ -114,7 +121,6 @@ class Scorer:
         return tuple(
             Neighbour(row, math.sqrt(distance))
             for distance, row in zip(squared[0].tolist(), rows[0].tolist(), strict=True)
-            if row >= 0  # -1: the state is not finite and near to nothing
         )
 
 

@@ -1,18 +1,23 @@
 """From settings to a running server, and from its end to an exit code.
 
-    bind the port -> load and verify the bundle -> start the engine -> compare identities -> serve
+    bind the port -> load and verify the bundle -> start the engine -> compare identities
+                  -> ask the golden prompts -> serve
 
 Whatever fails before serving is one readable message and code 1, and nothing is left running. The port is
-bound first, for that is known at once, but only listened on when answers can be given.
+bound first, for that is known at once, but only listened on when answers can be given. Keys and certificate are
+looked at first too. Without keys nothing but this machine is listened to.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
+import ssl
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import NoReturn
@@ -21,8 +26,12 @@ import uvicorn
 
 from app.admission import Refused
 from app.backend import Backend, start_backend
+from app.feedback import FeedbackFileError
+from app.golden import Golden
 from app.main import create_app
+from app.security import KeyFileError, read_keys
 from app.settings import Settings
+from app.tracing import tracer_from_environment
 from engine.base import EngineError
 from model_store.errors import BundleError
 
@@ -31,6 +40,8 @@ logger = logging.getLogger("candor")
 Start = Callable[[Settings], Awaitable[Backend]]
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_GRACE_S = 30
+"""Beyond the drain: how long a server with a dead engine may take to end by itself."""
 
 
 class StartError(Exception):
@@ -49,23 +60,28 @@ def run(settings: Settings, start: Start = start_backend) -> int:
             return runner.run(_serve(settings, start))
     except KeyboardInterrupt:
         return 0
-    except (BundleError, EngineError, Refused, StartError) as error:
+    except (BundleError, EngineError, FeedbackFileError, KeyFileError, Refused, StartError) as error:
         print(f"candor: {error}", file=sys.stderr)
         return 1
 
 
 async def _serve(settings: Settings, start: Start) -> int:
-    with _bind(settings.host, settings.port) as listener:
+    _check_access(settings)
+    with _bind(settings.host, settings.port) as listener, tracer_from_environment() as tracer:
         backend = await start(settings)
         engine_died = False
+        last_resort = threading.Timer(settings.drain_timeout_s + _GRACE_S, os._exit, [1])
+        last_resort.daemon = True
 
         def end() -> None:
             nonlocal engine_died
             engine_died = server.should_exit = True
+            last_resort.start()  # an engine that is stuck may not even let itself be closed
 
         try:
-            app = create_app(settings, backend, on_engine_death=end)
-        except Refused:
+            await _prove(backend, settings.engine_stall_timeout_s)
+            app = create_app(settings, backend, on_engine_death=end, tracer=tracer)
+        except BaseException:
             await backend.engine.close()
             raise
         config = uvicorn.Config(
@@ -74,10 +90,51 @@ async def _serve(settings: Settings, start: Start) -> int:
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=settings.drain_timeout_s,
+            ssl_certfile=settings.tls_certificate,
+            ssl_keyfile=settings.tls_key,
         )
         server = _Server(config, settings.served_model_name or backend.bundle.manifest.name)
-        await server.serve(sockets=[listener])
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            last_resort.cancel()
         return 1 if engine_died else 0
+
+
+def _check_access(settings: Settings) -> None:
+    """What can be known at once. Raises StartError or KeyFileError."""
+    if settings.keys is not None:
+        names = ", ".join(key.name for key in read_keys(settings.keys))
+        logger.info("keys of %s: whoever has none of them is refused", names)
+    elif settings.host in _LOOPBACK:
+        logger.info("no API keys: listening on %s alone, whoever is on this machine may ask", settings.host)
+    elif settings.open_to_all:
+        logger.warning("no API keys: whoever reaches %s may ask", settings.host)
+    else:
+        raise StartError(
+            f"without API keys this server listens on 127.0.0.1 alone, not on {settings.host}: make a key with "
+            "`candor key NAME --file keys` and give the file with --keys (or set CANDOR_OPEN_TO_ALL=true where "
+            "nobody but you reaches that address)"
+        )
+    if settings.tls_certificate is not None:
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(settings.tls_certificate, settings.tls_key)
+        except OSError as error:  # also ssl.SSLError
+            raise StartError(f"cannot use the certificate {settings.tls_certificate}: {error}") from error
+
+
+async def _prove(backend: Backend, within_s: float) -> None:
+    """Raises GoldenMismatch, EngineError or StartError unless the engine answers as calibrated."""
+    check = asyncio.create_task(Golden(backend).check())
+    await asyncio.wait({check}, timeout=within_s)
+    if not check.done():
+        check.cancel()
+        raise StartError(
+            f"the engine did not answer the golden prompts within {within_s:g} s; a slow one needs a larger "
+            "CANDOR_ENGINE_STALL_TIMEOUT_S"
+        )
+    check.result()
 
 
 class _Server(uvicorn.Server):
@@ -88,13 +145,19 @@ class _Server(uvicorn.Server):
         self._model_name = model_name
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        for listener in sockets or ():
-            host, port = listener.getsockname()[:2]
-            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        try:
+            await super().startup(sockets)
+            # uvloop does not raise where listening fails, but closes the socket: that is an OSError here.
+            addresses = [listener.getsockname()[:2] for listener in sockets or ()]
+        except OSError as error:
+            await self.lifespan.shutdown()
+            raise StartError(
+                "cannot listen: somebody else does on the same port by now; choose another with --port"
+            ) from error
+        for host, port in addresses:
+            protocol = "https" if self.config.is_ssl else "http"
+            url = f"{protocol}://[{host}]:{port}" if ":" in host else f"{protocol}://{host}:{port}"
             logger.info("ready url=%s model=%s", url, self._model_name)
-            if host not in _LOOPBACK:
-                logger.warning("there are no API keys: whoever reaches %s can ask", host)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -12,17 +12,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+from contextlib import aclosing, closing
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TypeVar
+
+from opentelemetry.trace import Tracer
 
 from app.admission import Admission
 from app.metrics import Metrics
 from app.orders import Job, Order, PairOrder, Replacement
 from app.policy import EstimatorKind, decide, ended_as_calibrated
 from app.scoring import Score, Scorer, ScoringFailed
+from app.tracing import NO_TRACER, AnswerTrace
 from app.verdict import Verdict
+from app.watch import EngineWatch
 from engine.base import (
     Engine,
     EngineDead,
@@ -49,12 +53,21 @@ class Piece:
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished choice. verdict: None in mode off. replacement: shown instead where it is withheld."""
+    """A finished choice. verdict: None in mode off. replacement: shown instead where it is withheld.
+
+    discarded_tokens: of attempts before this one, where the policy resamples.
+    """
 
     index: int
     generation: Generation
     verdict: Verdict | None
     replacement: Replacement | None
+    discarded_tokens: int = 0
+
+    @property
+    def completion_tokens(self) -> int:
+        """What it cost."""
+        return self.generation.completion_tokens + self.discarded_tokens
 
 
 class AnswerService:
@@ -67,19 +80,24 @@ class AnswerService:
         scorer: Scorer,
         admission: Admission,
         metrics: Metrics,
+        watch: EngineWatch,
         estimator: EstimatorKind,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._engine = engine
         self._exemplars = bundle.exemplars
         self._policy = bundle.manifest.policy
+        self._certificate = bundle.manifest.certificate
         self._scorer = scorer
         self._admission = admission
         self._metrics = metrics
+        self._watch = watch
         self._estimator = estimator
+        self._tracer = tracer
 
     async def events(self, order: Order) -> AsyncGenerator[Piece | Answer, None]:
         """Pieces of all choices as they come, and each choice's Answer at its end."""
-        with self._admission.admit(len(order.jobs)):
+        with self._admission.admit(len(order.jobs), order.tokens):
             choices = [self._choice(index, job, order) for index, job in enumerate(order.jobs)]
             async with aclosing(merged(choices)) as events:
                 async for event in events:
@@ -93,40 +111,72 @@ class AnswerService:
 
     async def score_pair(self, order: PairOrder) -> Verdict:
         """The verdict on a given response."""
-        with self._admission.admit(1):
+        with self._admission.admit(1, order.tokens):
             try:
-                hidden = await self._engine.summarise(order.prompt_ids, order.response_ids)
+                with self._watch.waiting():
+                    hidden = await self._engine.summarise(order.prompt_ids, order.response_ids)
             except (EngineDead, PromptTooLong):
                 raise
             except EngineError as error:
                 logger.warning("no hidden state for a given pair: %s", error)
                 hidden = None
-            return await self._judge(hidden, order.alpha, order.exemplars, calibrated=order.calibrated)
+            return await self._judge(
+                hidden, order.alpha, order.exemplars, order.certified, calibrated=order.calibrated
+            )
 
     async def _choice(self, index: int, job: Job, order: Order) -> AsyncGenerator[Piece | Answer, None]:
+        """By the policy: of several attempts nothing is told until one is reliable, or the last is written."""
+        answer: Answer | None = None
+        discarded = 0
+        for number in range(order.attempts):
+            discarded += answer.generation.completion_tokens if answer else 0
+            async with aclosing(self._attempt(index, job.attempt(number), order)) as events:
+                async for event in events:
+                    if isinstance(event, Answer):
+                        answer = event
+                    elif order.attempts == 1:
+                        yield event
+            if answer and answer.verdict and answer.verdict.decision.settles:
+                break
+        assert answer is not None  # an attempt ends with its answer, or raises
+        if answer.verdict is not None:
+            verdict = replace(answer.verdict, attempts=number + 1)
+            self._metrics.count(verdict)
+            answer = replace(answer, verdict=verdict)
+        if order.attempts > 1:
+            yield Piece(index, answer.generation.text, answer.generation.logprobs)
+        yield replace(answer, discarded_tokens=discarded)
+
+    async def _attempt(self, index: int, job: Job, order: Order) -> AsyncGenerator[Piece | Answer, None]:
         options = order.options
-        outputs = self._engine.generate(job.prompt_ids, job.sampling, capture=options.mode != "off")
-        generation: Generation | None = None
-        async with aclosing(outputs):
-            async for output in outputs:
-                if isinstance(output, Generation):
-                    generation = output
-                else:
-                    yield Piece(index, output.text, output.logprobs)
-        if generation is None:
-            raise EngineError("the engine ended without an answer")
-        if options.mode == "off":
-            yield Answer(index, generation, None, None)
-            return
-        calibrated = order.calibrated and ended_as_calibrated(self._policy, generation)
-        verdict = await self._judge(
-            generation.hidden, options.alpha, options.exemplars, calibrated=calibrated
-        )
-        self._metrics.count(verdict)
-        yield Answer(index, generation, verdict, options.replacement if verdict.decision.abstained else None)
+        with closing(AnswerTrace(self._tracer, index)) as trace:
+            outputs = self._watch.heard(
+                self._engine.generate(job.prompt_ids, job.sampling, capture=options.mode != "off")
+            )
+            generation: Generation | None = None
+            async with aclosing(outputs):
+                async for output in outputs:
+                    if isinstance(output, Generation):
+                        generation = output
+                    else:
+                        yield Piece(index, output.text, output.logprobs)
+            if generation is None:
+                raise EngineError("the engine ended without an answer")
+            trace.generated(generation)
+            if options.mode == "off":
+                yield Answer(index, generation, None, None)
+                return
+            calibrated = order.calibrated and ended_as_calibrated(self._policy, generation)
+            verdict = await self._judge(
+                generation.hidden, options.alpha, options.exemplars, options.certified, calibrated=calibrated
+            )
+            trace.judged(verdict)
+            yield Answer(
+                index, generation, verdict, options.replacement if verdict.decision.abstained else None
+            )
 
     async def _judge(
-        self, hidden: HiddenSummary | None, alpha: float, exemplars: int, *, calibrated: bool
+        self, hidden: HiddenSummary | None, alpha: float, exemplars: int, certified: bool, *, calibrated: bool
     ) -> Verdict:
         score: Score | None = None
         started = perf_counter()
@@ -140,7 +190,13 @@ class AnswerService:
         reading = score.reading if score else None
         neighbours = score.neighbours if score else ()
         return Verdict(
-            decision=decide(reading, calibrated=calibrated, estimator=self._estimator),
+            decision=decide(
+                reading,
+                calibrated=calibrated,
+                estimator=self._estimator,
+                certificate=self._certificate(alpha, self._estimator),
+                certified_only=certified,
+            ),
             reading=reading,
             calibrated=calibrated,
             alpha=alpha,

@@ -24,7 +24,8 @@ class Settings(BaseSettings):
     model: Path = Field(description="Directory of the model to serve: config.json, safetensors, tokenizer.")
     bundle: Path = Field(description="Directory of the bundle that was calibrated for this model.")
     host: str = Field(
-        default="127.0.0.1", description="Address to listen on. There are no API keys yet: keep it local."
+        default="127.0.0.1",
+        description="Address to listen on; without keys, only one of this machine itself.",
     )
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     served_model_name: str | None = Field(
@@ -32,6 +33,21 @@ class Settings(BaseSettings):
         min_length=1,
         description="Name that requests give as `model`; without it, the bundle's name.",
     )
+
+    keys: Path | None = Field(
+        default=None,
+        description="File of API keys' hashes, made by `candor key`; without it whoever reaches the server may "
+        "ask.",
+    )
+    open_to_all: bool = Field(
+        default=False,
+        description="Listen on other addresses without keys too: for a container whose port only this machine "
+        "reaches.",
+    )
+    tls_certificate: Path | None = Field(
+        default=None, description="Certificate chain in PEM; with it the server speaks HTTPS alone."
+    )
+    tls_key: Path | None = Field(default=None, description="The certificate's private key in PEM.")
 
     engine: Literal["vllm", "transformers"] = Field(default="vllm", description="What generates.")
     max_model_len: PositiveInt = Field(
@@ -54,6 +70,10 @@ class Settings(BaseSettings):
     alpha: float | None = Field(
         default=None,
         description="Accuracy asked for where a request names none; without it, the lowest the bundle has.",
+    )
+    certified_only: bool = Field(
+        default=False,
+        description="Abstain also from reliable answers that the bundle's certificate does not cover.",
     )
     refusal_text: str = Field(
         default="I do not know this reliably enough to answer.",
@@ -88,9 +108,42 @@ class Settings(BaseSettings):
     max_in_flight: PositiveInt = Field(
         default=256, description="Answers being written or waiting to be; above it, 503 with Retry-After."
     )
+    max_in_flight_tokens: PositiveInt = Field(
+        default=1 << 19,
+        description="Tokens of their prompts and, at their longest, answers; above it, 503 with Retry-After.",
+    )
+    requests_per_minute: PositiveInt | None = Field(
+        default=None,
+        description="Requests for answers that each key may make; above it, 429 with Retry-After.",
+    )
+    tokens_per_minute: PositiveInt | None = Field(
+        default=None,
+        description="Tokens that each key may ask for, prompts and longest answers; above it, 429 with "
+        "Retry-After.",
+    )
+    request_timeout_s: PositiveFloat = Field(
+        600.0,
+        description="Seconds an answer may take, waiting included; a client asks for fewer with the header "
+        "`x-request-timeout`. Then 503, and its place in the engine is free.",
+    )
+
+    feedback: Path | None = Field(
+        default=None, description="SQLite file for verdicts and feedback on them; without it none is taken."
+    )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Log lines for people, or one JSON object a line."
+    )
+    log_bodies: bool = Field(
+        default=False, description="Log what clients send and get, prompts and answers included."
+    )
 
     engine_check_interval_s: PositiveFloat = Field(
         1.0, description="Seconds between looks at the engine's health."
+    )
+    engine_stall_timeout_s: PositiveFloat = Field(
+        120.0,
+        description="Seconds of silence, while somebody waits, after which the engine is asked for one token; "
+        "without it for as long again, the server ends with code 1.",
     )
     drain_timeout_s: PositiveInt = Field(
         default=30, description="Seconds that running answers get after SIGTERM."
@@ -103,4 +156,6 @@ class Settings(BaseSettings):
                 f"max_choices ({self.max_choices}) must not exceed max_in_flight ({self.max_in_flight}): "
                 "such a request could never be let in"
             )
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together: give both or neither")
         return self

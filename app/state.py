@@ -7,8 +7,10 @@ from typing import Annotated, TypedDict, cast
 
 from fastapi import Depends, Request
 
-from app.admission import Admission
+from app.admission import Admission, RateLimit
 from app.desk import OrderDesk
+from app.feedback import FeedbackStore
+from app.golden import Golden
 from app.metrics import Metrics
 from app.policy import EstimatorKind
 from app.service import AnswerService
@@ -24,9 +26,13 @@ class Services:
     desk: OrderDesk
     service: AnswerService
     admission: Admission
+    token_rate: RateLimit
     watch: EngineWatch
+    golden: Golden
+    feedback: FeedbackStore | None
     metrics: Metrics
     estimator: EstimatorKind
+    request_timeout_s: float
     started: int  # seconds since 1970
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from app.policy import Decision, Reading
+from app.schemas.bundle import ShownCertificate
 from app.schemas.reliability import Reliability, ReliabilityResult, ShownExemplar
 from app.scoring import Neighbour
 from model_store.bundle import Exemplar
@@ -26,17 +27,22 @@ _MEASURED = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """reading: None iff the region is unavailable. exemplars: the nearest first, with where they lie."""
+    """reading: None iff the region is unavailable. exemplars: the nearest first, with where they lie.
+
+    attempts: how many answers were written, of which this is the last.
+    """
 
     decision: Decision
     reading: Reading | None
     calibrated: bool
     alpha: float
     exemplars: tuple[tuple[Exemplar, Neighbour], ...] = ()
+    attempts: int = 1
 
     def shown(self, index: int) -> ReliabilityResult:
         """As a client sees it, for the choice of that index."""
         measured: dict[str, Any] = {name: getattr(self.reading, name, None) for name in _MEASURED}
+        certificate = self.decision.certificate
         return ReliabilityResult(
             index=index,
             region=self.decision.region,
@@ -45,6 +51,8 @@ class Verdict:
             alpha=self.alpha,
             **measured,
             calibrated=self.calibrated,
+            certificate=None if certificate is None else ShownCertificate(**asdict(certificate)),
+            attempts=self.attempts,
             exemplars=[
                 ShownExemplar(
                     id=exemplar.id,

@@ -167,6 +167,7 @@ class Generation:
     truncated: the answer did not end on its own (length limit or a stop string).
     hidden: None where it was not asked for, or could not be taken.
     completion_tokens: tokens generated for the answer, tag included.
+    queued_s: seconds it waited before the engine began with it; None where the engine does not tell.
     """
 
     text: str
@@ -178,6 +179,7 @@ class Generation:
     prompt_tokens: int
     completion_tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
+    queued_s: float | None = None
 
 
 class Engine(Protocol):

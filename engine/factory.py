@@ -20,6 +20,7 @@ class EngineSettings:
     block_size: tokens per KV block; smaller blocks let more of a shared prefix be reused.
     max_num_batched_tokens: tokens computed per step; longer prompts are computed in chunks of it.
     eager: no compilation: starts sooner, runs slower.
+    served_model_name: what the engine's own metrics call the model; without it, its directory.
     """
 
     model: Path
@@ -32,6 +33,7 @@ class EngineSettings:
     kv_cache_bytes: int | None = None
     block_size: int = 32
     eager: bool = False
+    served_model_name: str | None = None
 
 
 async def start_engine(settings: EngineSettings, chat: ChatFormat | None = None) -> Engine:

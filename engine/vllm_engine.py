@@ -6,6 +6,7 @@ it turns a request into vLLM's terms, cuts the tag off what comes back and puts 
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -42,6 +43,8 @@ from engine.identity import identify
 from engine.prompt import SEPARATOR, ChatFormat
 from engine.room import require_fit, room_for_answer
 from engine.vllm_scheduler import KEY
+
+logger = logging.getLogger("candor")
 
 _Logprobs = Mapping[int, Any]
 """vLLM's: token id -> Logprob (logprob, rank, decoded_token), the token itself and the likeliest ones."""
@@ -83,7 +86,12 @@ class VLLMEngine:
         length = answer.length(self._chat.is_blank)
         hidden = None
         if capture:
-            hidden = await self._hidden(prompt_ids, answer, length, record)
+            try:
+                hidden = await self._hidden(prompt_ids, answer, length, record)
+            except EngineDead:
+                raise
+            except EngineError as error:  # the answer is there all the same; it cannot be checked
+                logger.warning("no hidden state for an answer: %s", error)
         ended = answer.tag_found or (completion.finish_reason == "stop" and completion.stop_reason is None)
         token_ids = (
             answer.token_ids[:length] if length is not None else self._chat.encode_response(answer.text)
@@ -98,6 +106,7 @@ class VLLMEngine:
             prompt_tokens=len(prompt_ids),
             completion_tokens=len(answer.token_ids) - (record is not None),  # without the one after the tag
             logprobs=tuple(answer.logprobs[:length]) if sampling.logprobs is not None else (),
+            queued_s=_queued(output),
         )
 
     async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
@@ -200,6 +209,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
     worker = "vllm_cpu_worker.CaptureCPUWorker" if on_cpu else "vllm_gpu_worker.CaptureGPUWorker"
     return AsyncEngineArgs(
         model=str(settings.model),
+        served_model_name=settings.served_model_name,
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
@@ -213,6 +223,11 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         trust_remote_code=False,
         seed=0,
     )
+
+
+def _queued(output: RequestOutput) -> float | None:
+    stats = output.metrics  # absent where vLLM keeps none
+    return max(0.0, stats.scheduled_ts - stats.queued_ts) if stats and stats.scheduled_ts else None
 
 
 def _summary(record: tuple[int, bool, bytes, bytes], known: torch.Tensor) -> HiddenSummary:

@@ -57,7 +57,8 @@ def _describe(bundle: Bundle) -> list[str]:
         "representation": f"{blocks} = {sum(sizes)}, at the last token of {representation.tag}",
         "evidence": ", ".join(representation.evidence) or "none",
         "policy": f"temperature {policy.temperature:g}, top_p {policy.top_p:g}, top_k {policy.top_k}, "
-        f"max_tokens {policy.max_tokens}",
+        f"max_tokens {policy.max_tokens}"
+        + (f", up to {policy.resample} answers until one is reliable" if policy.resample > 1 else ""),
         "system prompt": "none" if policy.system_prompt is None else repr(policy.system_prompt),
         "classes": ", ".join(classes),
         "support": f"{len(support)} rows of {support.h_prime.shape[1]}: {', '.join(counts)}",
@@ -69,5 +70,10 @@ def _describe(bundle: Bundle) -> list[str]:
             f"rescaled similarity from {region.q_prime_min:.1f}, class thresholds {thresholds}"
             if region.found
             else "none found: nothing is admitted"
+        )
+    for one in manifest.certificates:
+        rows[f"certified at {one.alpha:g}, {one.estimator}"] = (
+            f"accuracy {one.accuracy:g} with confidence {one.confidence:g}, rescaled similarity from "
+            f"{one.rescaled_similarity_min:.1f}: {one.right} of {one.answered} answered were right"
         )
     return [f"{label + ':':<16} {text}" for label, text in rows.items()]

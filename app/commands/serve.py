@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +24,10 @@ def serve(
     engine: Annotated[EngineKind | None, typer.Option(help="What generates, vllm by default.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name that requests give as model.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="File of API keys' hashes, see `candor key`. Without it, only this machine."),
+    ] = None,
     alpha: Annotated[
         float | None, typer.Option(help="Accuracy asked for where a request names none.")
     ] = None,
@@ -45,6 +48,7 @@ def serve(
         "engine": engine and engine.value,
         "served_model_name": served_model_name,
         "max_model_len": max_model_len,
+        "keys": keys,
         "alpha": alpha,
     }
     try:
@@ -55,8 +59,9 @@ def serve(
             typer.echo(f"candor: {_where(name)}{fault['msg']}", err=True)
         raise typer.Exit(2) from None
 
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    from app import logs
+
+    logs.configure(settings.log_format)
     from app.server import run  # reads torch: only once the settings are known to be good
 
     raise typer.Exit(run(settings))

@@ -8,15 +8,19 @@ from app.schemas.errors import ErrorBody
 
 _MEANINGS = {
     400: "The body is not JSON, or prompt and answer exceed the model's context.",
-    404: "The model is not served here.",
+    401: "No key came, or an unknown one.",
+    403: "The key lacks the scope for this.",
+    404: "The model is not served here, or the answer is not known.",
+    408: "The body comes too slowly.",
     413: "The body is too large.",
     422: "A field is wrong, too large or not supported.",
+    429: "The key has had its share for now.",
     500: "The engine or the server failed.",
-    503: "Overloaded, or the engine is dead.",
+    503: "Overloaded, not answered in time, or the engine is dead.",
 }
 
 STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer."}
+    200: {"content": {"text/event-stream": {}}, "description": "The answer; a stream where one is asked for."}
 }
 
 ERRORS: dict[int | str, dict[str, Any]] = {

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from app.desk import ModelNotFound
+from app.interruption import seconds_for, unless_interrupted
 from app.routes.documented import ERRORS
 from app.schemas.openai import Model, ModelList, ServedBundle
 from app.state import Given, Services
@@ -16,6 +17,7 @@ from engine.base import EngineDead
 router = APIRouter()
 
 _UNREADY: dict[int | str, dict[str, Any]] = {503: ERRORS[503]}
+_DEEP: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 403, 422, 500)}
 
 
 @router.get("/v1/models")
@@ -37,9 +39,16 @@ async def live() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/readyz", responses=_UNREADY)
-async def ready(services: Given) -> dict[str, str]:
-    """The engine was alive when it was last looked at: send requests."""
+@router.get("/readyz", responses=_UNREADY | _DEEP)
+async def ready(request: Request, services: Given, deep: bool = False) -> dict[str, str]:
+    """The engine lives and gave the calibrated states when it was last asked: send requests. deep: it is asked
+    now, its golden prompts, for which a key needs the scope `operate`.
+    """
+    if deep:
+        within_s = seconds_for(request, services.request_timeout_s)
+        await unless_interrupted(services.golden.check(), request.receive, services.watch, within_s)
+    if services.golden.fault is not None:
+        raise services.golden.fault
     return _alive(services)
 
 

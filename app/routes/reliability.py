@@ -6,7 +6,8 @@ import uuid
 
 from fastapi import APIRouter, Request
 
-from app.interruption import unless_interrupted
+from app.feedback import GivenVerdict
+from app.interruption import seconds_for, unless_interrupted
 from app.rendering import fingerprint
 from app.routes.documented import ERRORS
 from app.schemas.scoring import Score, ScoreRequest
@@ -20,9 +21,17 @@ router = APIRouter()
 async def score_response(body: ScoreRequest, request: Request, services: Given) -> Score:
     """The verdict on a given prompt and response, by the same estimator as for answers."""
     order = services.desk.pair(body)
-    verdict = await unless_interrupted(services.service.score_pair(order), request.receive, services.watch)
+    within_s = seconds_for(request, services.request_timeout_s)
+    services.admission.check(1, order.tokens)
+    services.token_rate.take(request.state.caller, order.tokens)
+    verdict = await unless_interrupted(
+        services.service.score_pair(order), request.receive, services.watch, within_s
+    )
+    given = GivenVerdict(f"rel-{uuid.uuid4().hex}", 0, verdict)
+    if services.feedback is not None:
+        services.feedback.note([given])
     return Score(
-        id=f"rel-{uuid.uuid4().hex}",
+        id=given.id,
         model=services.desk.model_name,
         system_fingerprint=fingerprint(services.bundle.digest),
         reliability=reliability([(0, verdict)]),

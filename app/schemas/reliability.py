@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.policy import Reason, RegionName
+from app.schemas.bundle import ShownCertificate
 
 
 class ReliabilityOptions(BaseModel):
@@ -23,6 +24,11 @@ class ReliabilityOptions(BaseModel):
         default=None,
         allow_inf_nan=False,
         description="Accuracy asked for; one that the bundle was calibrated at.",
+    )
+    certified: bool | None = Field(
+        default=None,
+        description="Abstain also from answers that no certificate covers. By default what the server was told; "
+        "`false` does not undo that.",
     )
     on_abstain: Literal["refusal", "content", "fallback"] = Field(
         default="refusal",
@@ -59,6 +65,8 @@ class ReliabilityResult(BaseModel):
     magnitude: how far the predicted class's z' is above the others', >= 0.
     effective_sample_size: calibration points behind the estimate, per class.
     calibrated: whether the request kept to the policy that was calibrated.
+    certificate: what was certified of answers like this one, null where nothing was.
+    attempts: answers written until this one, where the policy resamples.
     """
 
     index: int
@@ -76,6 +84,8 @@ class ReliabilityResult(BaseModel):
     magnitude: float | None
     effective_sample_size: list[int] | None
     calibrated: bool
+    certificate: ShownCertificate | None
+    attempts: int
     exemplars: list[ShownExemplar]
 
 

@@ -25,6 +25,7 @@ class ScoreRequest(BaseModel):
     prompt: Unicode | None = None
     response: Unicode
     alpha: float | None = Field(default=None, allow_inf_nan=False)
+    certified: bool | None = None
     exemplars: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

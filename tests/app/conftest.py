@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
+import runpy
 import socket
 import threading
 import time
@@ -16,16 +18,19 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import httpx
 import pytest
 import torch
 import uvicorn
+from opentelemetry.trace import Tracer
 
 from app.backend import Backend
 from app.main import create_app
 from app.settings import Settings
+from app.tracing import NO_TRACER
 from engine.base import (
     Delta,
     EngineDead,
@@ -37,6 +42,7 @@ from engine.base import (
     TokenLogprob,
 )
 from model_store.bundle import Bundle, Exemplar
+from model_store.certificate import Certificate
 from model_store.manifest import Manifest, Policy
 from sdm.adaptor import ExemplarAdaptor
 from sdm.estimator import SDMEstimator
@@ -45,7 +51,16 @@ HIDDEN = 4
 ALPHAS = (0.9, 0.95)
 PER_CLASS = 400
 State = Literal[
-    "follows", "not_following", "thin", "edge", "far", "nan", "incomplete", "missing", "wrong_size"
+    "follows",
+    "not_following",
+    "thin",
+    "edge",
+    "far",
+    "nan",
+    "huge",
+    "incomplete",
+    "missing",
+    "wrong_size",
 ]
 
 
@@ -103,7 +118,7 @@ class LetterFormat:
     START, END = 0x110000, 0x110001
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        if any(message["role"] == "user" and "{%" in message["content"] for message in messages):
+        if any(message["role"] == "user" and "{% x %}" in message["content"] for message in messages):
             raise ValueError("the model's chat template refused these messages: no templates here")
         ids: list[int] = []
         for message in messages:
@@ -133,6 +148,7 @@ class Script:
     pause_s: float = 0.0
     fails: Exception | None = None
     hangs: bool = False
+    queued_s: float | None = None
 
 
 @dataclass
@@ -143,6 +159,7 @@ class ScriptedEngine:
     representation: Representation = field(default_factory=Representation)
     max_model_len: int = 512
     scripts: dict[str, Script] = field(default_factory=dict)
+    known: dict[str, torch.Tensor] = field(default_factory=dict)  # h of the exemplars' pairs, by prompt
     asked: list[tuple[str, Sampling, bool]] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     running: int = 0
@@ -200,6 +217,7 @@ class ScriptedEngine:
             logprobs=tuple(delta.logprobs[0] for delta in self._deltas(script, sampling))
             if sampling.logprobs is not None
             else (),
+            queued_s=script.queued_s,
         )
 
     async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
@@ -207,6 +225,10 @@ class ScriptedEngine:
         script = next((script for key, script in self.scripts.items() if key in text), Script())
         if script.fails:
             raise script.fails
+        exemplar = re.search(r"user:(prompt \d+)\|", text)
+        if exemplar and exemplar[1] in self.known:
+            mean, last = self.known[exemplar[1]].split(HIDDEN)
+            return HiddenSummary(mean, last, torch.empty(0), 10, complete=True)
         hidden = _hidden(script.state)
         assert hidden is not None
         return hidden
@@ -236,14 +258,21 @@ def _hidden(state: State) -> HiddenSummary | None:
         "edge": 0.75,
         "far": 40.0,
         "nan": float("nan"),
+        "huge": 3e38,  # finite, but its distances are not
     }
     half = torch.full((size,), value.get(state, 2.0))
     return HiddenSummary(half, half, torch.empty(0), 10, complete=state != "incomplete")
 
 
 @pytest.fixture
-def engine(identity: ModelIdentity) -> ScriptedEngine:
-    return ScriptedEngine(identity)
+def engine(identity: ModelIdentity, bundle: Bundle) -> ScriptedEngine:
+    return scripted(identity, bundle)
+
+
+def scripted(identity: ModelIdentity, bundle: Bundle) -> ScriptedEngine:
+    """An engine that gives the exemplars' states as they were calibrated: h' = h in this estimator."""
+    rows = zip(bundle.exemplars, bundle.estimator.support.h_prime, strict=True)
+    return ScriptedEngine(identity, known={exemplar.prompt: h for exemplar, h in rows})
 
 
 @pytest.fixture
@@ -298,11 +327,13 @@ def events(text: str) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def running(engine: ScriptedEngine, bundle: Bundle, settings: Settings) -> Iterator[Running]:
+def running(
+    engine: ScriptedEngine, bundle: Bundle, settings: Settings, tracer: Tracer = NO_TRACER
+) -> Iterator[Running]:
     """A server in a thread; afterwards, everything that the engine was asked for must have ended."""
     backend = Backend(engine, LetterFormat(), bundle)  # type: ignore[arg-type]
     ended = threading.Event()
-    app = create_app(settings, backend, ended.set)
+    app = create_app(settings, backend, ended.set, tracer)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -325,20 +356,30 @@ Serve = Callable[..., AbstractContextManager[Running]]
 
 @pytest.fixture
 def serve(engine: ScriptedEngine, bundle: Bundle) -> Serve:
-    """`with serve(alpha=0.95) as server`: a server with these settings; `policy` goes into the bundle."""
+    """`with serve(alpha=0.95) as server`: a server with these settings; `policy`, `report` and `certificates` go
+    into the bundle."""
 
-    def start(policy: Policy | None = None, **given: Any) -> AbstractContextManager[Running]:
-        served = bundle
+    def start(
+        policy: Policy | None = None,
+        report: dict[str, Any] | None = None,
+        tracer: Tracer = NO_TRACER,
+        certificates: Sequence[Certificate] = (),
+        **given: Any,
+    ) -> AbstractContextManager[Running]:
+        manifest = replace(bundle.manifest, certificates=tuple(certificates))
+        served = replace(bundle, manifest=manifest)
         if policy is not None:
-            served = replace(bundle, manifest=replace(bundle.manifest, policy=policy))
-        return running(engine, served, make_settings(**{"engine_check_interval_s": 0.02, **given}))
+            served = replace(bundle, manifest=replace(manifest, policy=policy))
+        if report is not None:
+            served = replace(served, report=report)
+        return running(engine, served, make_settings(**{"engine_check_interval_s": 0.02, **given}), tracer)
 
     return start
 
 
 @pytest.fixture(scope="session")
 def _shared_server(identity: ModelIdentity, bundle: Bundle) -> Iterator[Running]:
-    with running(ScriptedEngine(identity), bundle, make_settings()) as server:
+    with running(scripted(identity, bundle), bundle, make_settings()) as server:
         yield server
 
 
@@ -361,6 +402,22 @@ def until(holds: Callable[[], bool], within_s: float = 5.0) -> None:
         time.sleep(0.005)
 
 
+@pytest.fixture(scope="session")
+def hostile() -> SimpleNamespace:
+    """The corpus in hostile.py."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("hostile.py"))))
+
+
 @pytest.fixture
 def wait_until() -> Callable[..., None]:
     return until
+
+
+@pytest.fixture(scope="module")
+def start_scripted(identity: ModelIdentity, bundle: Bundle) -> Callable[..., AbstractContextManager[Running]]:
+    """`with start_scripted(keys=...) as server`: for a whole module, on an engine of its own."""
+
+    def start(**given: Any) -> AbstractContextManager[Running]:
+        return running(scripted(identity, bundle), bundle, make_settings(**given))
+
+    return start

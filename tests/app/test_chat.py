@@ -50,6 +50,8 @@ def test_an_answer_with_its_reliability(server: Any) -> None:
         "magnitude",
         "effective_sample_size",
         "calibrated",
+        "certificate",
+        "attempts",
         "exemplars",
     ]
     assert (one["region"], one["abstained"], one["reason"], one["calibrated"]) == ("high", False, None, True)
@@ -68,7 +70,8 @@ def test_an_answer_with_its_reliability(server: Any) -> None:
         ("thin", "low", "below_class_threshold"),
         ("edge", "low", "below_similarity_threshold"),
         ("far", "ood", "out_of_distribution"),
-        ("nan", "ood", "out_of_distribution"),
+        ("nan", "unavailable", "scoring_unavailable"),
+        ("huge", "unavailable", "scoring_unavailable"),
         ("missing", "unavailable", "scoring_unavailable"),
         ("incomplete", "unavailable", "scoring_unavailable"),
         ("wrong_size", "unavailable", "scoring_unavailable"),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import pytest
 from prometheus_client import REGISTRY, Counter, Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open_metrics
 from prometheus_client.parser import text_string_to_metric_families
+
+from app.metrics import REGION_OF
+from app.policy import Reason
+from app.scoring import Cause
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -72,8 +76,9 @@ def test_answers_are_counted_by_verdict(serve: Any) -> None:
     answers = {
         (labels["region"], labels["decision"], labels["reason"]): value
         for (name, pairs), value in found.items()
-        if name == "sdm_answers_total"
+        if name == "sdm_answers_total" and value
         for labels in [dict(pairs)]
+        if labels["alpha"] == "0.9"
     }
     assert answers == {
         ("high", "answered", "none"): 2,
@@ -96,6 +101,28 @@ def test_what_is_in_use(server: Any) -> None:
         assert found["sdm_reference_abstention_ratio", frozenset({("alpha", alpha)})] == ratio
     for label in ("0", "1"):
         assert found["sdm_support_size", frozenset({("label", label)})] == 400
+
+
+def test_everything_begins_at_zero(serve: Any) -> None:
+    """A rate needs a value before the first event, so each reason to abstain has its series, at each alpha."""
+    assert set(REGION_OF) == set(get_args(Reason))
+    with serve() as server:
+        found = samples(server)
+    counters = {key: value for key, value in found.items() if key[0].endswith(("_total", "_count"))}
+    assert set(counters.values()) == {0}
+    answers = [dict(labels) for name, labels in counters if name == "sdm_answers_total"]
+    assert len(answers) == 2 * (1 + len(REGION_OF))
+    for alpha in ("0.9", "0.95"):
+        seen = {one["reason"]: one["region"] for one in answers if one["alpha"] == alpha}
+        assert seen == {"none": "high", **REGION_OF}
+    causes = {dict(labels)["cause"] for name, labels in counters if name == "sdm_scoring_failures_total"}
+    assert causes == set(get_args(Cause))
+
+
+def test_the_share_out_of_distribution_that_calibration_measured(serve: Any) -> None:
+    report = {"held_out": {"ood": {"hits": 3, "of": 60, "value": 0.05}}}
+    with serve(report=report) as server:
+        assert samples(server)["sdm_reference_ood_ratio", frozenset()] == 0.05
 
 
 def test_the_reference_is_the_lower_estimators(serve: Any) -> None:
@@ -133,7 +160,7 @@ def test_two_servers_do_not_share_their_counts(serve: Any) -> None:
         first.chat("ask")
         assert samples(first)["sdm_probability_count", frozenset()] == 1
     with serve() as second:
-        assert ("sdm_probability_count", frozenset()) not in samples(second)
+        assert samples(second)["sdm_probability_count", frozenset()] == 0
 
 
 def test_the_interface_describes_itself(server: Any) -> None:
@@ -142,7 +169,8 @@ def test_the_interface_describes_itself(server: Any) -> None:
     assert chat["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith(
         "ChatCompletionRequest"
     )
-    assert set(chat["responses"]) == {"200", "400", "404", "413", "422", "500", "503"}
+    refused = {"400", "401", "403", "404", "408", "413", "422", "429"}
+    assert set(chat["responses"]) == {"200", *refused, "500", "503"}
     unprocessable = chat["responses"]["422"]["content"]["application/json"]["schema"]
     assert unprocessable == {"$ref": "#/components/schemas/ErrorBody"}
     fields = document["components"]["schemas"]["ChatCompletionRequest"]["properties"]

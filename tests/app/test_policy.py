@@ -10,6 +10,7 @@ import pytest
 
 from app.policy import Decision, Reading, decide, ended_as_calibrated, samples_as_calibrated
 from engine.base import Generation, Sampling
+from model_store.certificate import Certificate
 from model_store.manifest import Policy
 
 ADMITTED = Reading(
@@ -95,6 +96,54 @@ def test_answers_only_what_is_checked_calibrated_admitted_and_predicted_to_follo
             assert decision.abstained is not answers
             assert (decision.reason is None) is answers
             assert (decision.region == "high") is (in_force and calibrated and not ood)
+
+
+CERTIFICATE = Certificate(0.9, "lower", 0.95, 0.95, 80.0, 400, 120, 119, 0.961)
+
+
+@pytest.mark.parametrize("certified_only", [False, True])
+def test_a_certificate_comes_with_what_it_covers(certified_only: bool) -> None:
+    """q' is 90 and q'_lower is 80: the estimator in force says which is compared."""
+    for estimator, least, covered in [
+        ("lower", 80.0, True), ("lower", 80.5, False), ("plain", 80.5, True), ("plain", 90.5, False)
+    ]:  # fmt: skip
+        decision = decide(
+            ADMITTED,
+            calibrated=True,
+            estimator=estimator,  # type: ignore[arg-type]
+            certificate=replace(CERTIFICATE, rescaled_similarity_min=least),
+            certified_only=certified_only,
+        )
+        assert decision.region == "high"
+        assert (decision.certificate is not None) is covered
+        assert decision.abstained is (certified_only and not covered)
+        assert decision.reason == ("not_certified" if decision.abstained else None)
+        assert decision.settles
+
+
+def test_no_certificate_helps_what_is_not_answered() -> None:
+    for reading, calibrated in [
+        (None, True),
+        (REFUSED, True),
+        (ADMITTED, False),
+        (replace(ADMITTED, is_ood=True), True),
+        (replace(ADMITTED, prediction=0), True),
+    ]:
+        for certified_only in (False, True):
+            decision = decide(
+                reading,
+                calibrated=calibrated,
+                estimator="lower",
+                certificate=CERTIFICATE,
+                certified_only=certified_only,
+            )
+            assert decision == decide(reading, calibrated=calibrated, estimator="lower")
+            assert (decision.abstained, decision.certificate, decision.settles) == (True, None, False)
+
+
+def test_where_only_certified_answers_count_and_there_is_no_certificate_nothing_is_answered() -> None:
+    decision = decide(ADMITTED, calibrated=True, estimator="lower", certified_only=True)
+    assert decision == Decision("high", True, "not_certified")
 
 
 GREEDY = Policy(temperature=0.0, top_p=1.0, top_k=0, max_tokens=16, system_prompt=None)

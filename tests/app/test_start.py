@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -94,6 +95,10 @@ class TestSettings:
             assert field.description, name
             assert field.description.endswith("."), name
 
+    def test_a_certificate_needs_its_key(self, settings: Any) -> None:
+        with pytest.raises(ValidationError, match="go together"):
+            settings(tls_certificate=Path("x"))
+
     def test_a_request_that_could_never_be_let_in(self, settings: Any) -> None:
         with pytest.raises(ValidationError, match="could never be let in"):
             settings(max_choices=10, max_in_flight=9)
@@ -137,9 +142,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def started(port: int) -> Iterator[httpx.Client]:
+def started(
+    port: int, *, scheme: str = "http", verify: ssl.SSLContext | bool = False
+) -> Iterator[httpx.Client]:
     """A client of the server, once it listens."""
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+    with httpx.Client(base_url=f"{scheme}://127.0.0.1:{port}", timeout=30, verify=verify) as client:
         for _ in range(3000):
             try:
                 client.get("/readyz")
@@ -228,6 +235,124 @@ class TestRun:
             port = taken.getsockname()[1]
             assert run(settings(port=port), start) == 1
         assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+    def test_somebody_else_listens_by_then(
+        self, settings: Any, backend: Backend, engine: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Both bound the port before either listened; the engine that was started is closed."""
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind(("127.0.0.1", 0))
+
+            async def start(_: Settings) -> Backend:
+                other.listen()
+                return backend
+
+            assert run(settings(port=other.getsockname()[1]), start) == 1
+        assert "cannot listen" in capsys.readouterr().err
+        assert engine.closed
+
+    def test_an_engine_with_other_states_is_not_served(
+        self, settings: Any, backend: Backend, engine: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        async def start(_: Settings) -> Backend:
+            return backend
+
+        engine.known.update({prompt: -h for prompt, h in engine.known.items()})
+        assert run(settings(port=0), start) == 1
+        assert "does not give the states that were calibrated" in capsys.readouterr().err
+        assert engine.closed
+
+    def test_an_engine_that_does_not_answer_is_not_served(
+        self, settings: Any, backend: Backend, engine: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        async def start(_: Settings) -> Backend:
+            return backend
+
+        engine.script("prompt", pieces=(), hangs=True)
+        assert run(settings(port=0, engine_stall_timeout_s=0.1), start) == 1
+        assert "CANDOR_ENGINE_STALL_TIMEOUT_S" in capsys.readouterr().err
+        assert engine.closed
+
+    @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
+    def test_without_keys_only_this_machine_is_listened_to(
+        self, settings: Any, host: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        async def start(_: Settings) -> Backend:
+            raise AssertionError("too late")
+
+        assert run(settings(host=host, port=0), start) == 1
+        message = capsys.readouterr().err
+        assert "without API keys" in message
+        assert "candor key" in message
+
+    @pytest.mark.parametrize("wanted", [{"keys": True}, {"open_to_all": True}])
+    def test_with_keys_or_on_purpose_it_may_listen_elsewhere(
+        self, settings: Any, wanted: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        from app.security import make_key
+
+        if "keys" in wanted:
+            wanted = {"keys": tmp_path / "keys"}
+            wanted["keys"].write_text(make_key("alice", ["answer"])[1].line())
+
+        async def start(_: Settings) -> Backend:
+            raise EngineError("so far, and no further")
+
+        with caplog.at_level("INFO"):
+            assert run(settings(host="0.0.0.0", port=0, **wanted), start) == 1
+        assert ("keys of alice" in caplog.text) is ("keys" in wanted)
+        assert ("no API keys: whoever reaches 0.0.0.0 may ask" in caplog.text) is ("keys" not in wanted)
+
+    def test_it_says_that_it_has_no_keys(self, settings: Any, caplog: pytest.LogCaptureFixture) -> None:
+        async def start(_: Settings) -> Backend:
+            raise EngineError("so far, and no further")
+
+        with caplog.at_level("INFO"):
+            run(settings(port=0), start)
+        assert "no API keys: listening on 127.0.0.1 alone" in caplog.text
+
+    @pytest.mark.parametrize(
+        "given", [{"keys": Path("none")}, {"tls_certificate": "none", "tls_key": "none"}]
+    )
+    def test_a_file_that_is_missing_is_known_before_the_engine_starts(
+        self, settings: Any, given: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        async def start(_: Settings) -> Backend:
+            raise AssertionError("too late")
+
+        assert run(settings(port=0, **given), start) == 1
+        assert capsys.readouterr().err.startswith("candor: cannot ")
+
+    def test_https(self, settings: Any, backend: Backend, engine: Any, tmp_path: Path) -> None:
+        port = free_port()
+        certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+        made = (
+            "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -subj /CN=localhost"
+        )
+        files = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+        subprocess.run([*made.split(), *files], check=True, capture_output=True)
+        trusting = ssl.create_default_context(cafile=certificate)
+
+        async def start(_: Settings) -> Backend:
+            return backend
+
+        def ask() -> dict[str, str]:
+            try:
+                with started(port, verify=trusting, scheme="https") as client:
+                    with pytest.raises(httpx.RemoteProtocolError):
+                        httpx.get(f"http://127.0.0.1:{port}/livez")
+                    return dict(client.get("/livez").json())
+            finally:
+                engine.dead = True
+
+        with ThreadPoolExecutor() as pool:
+            asker = pool.submit(ask)
+            run(
+                settings(port=port, tls_certificate=certificate, tls_key=key, engine_check_interval_s=0.02),
+                start,
+            )
+            assert asker.result() == {"status": "ok"}
 
     def test_an_alpha_the_bundle_does_not_have(
         self, settings: Any, backend: Backend, engine: Any, capsys: pytest.CaptureFixture[str]

@@ -1,0 +1,68 @@
+// What calibration measured and what the bundle holds.
+
+import { $, element } from "./dom.js";
+import { percent } from "./words.js";
+
+export function showBundle(bundle) {
+  showHeldOut(bundle);
+  showCertificates(bundle.certificates);
+  const { counts, regions = {}, held_out: heldOut } = bundle.report;
+  const system = bundle.policy.system_prompt;
+  const facts = {
+    Name: bundle.name,
+    Digest: bundle.bundle,
+    Model: bundle.model,
+    Calibrated: new Date(bundle.created).toLocaleString(),
+    Policy: `temperature ${bundle.policy.temperature}, at most ${bundle.policy.max_tokens} tokens, `
+      + (system ? `system prompt “${system}”` : "no system prompt of its own"),
+    Verdicts: bundle.class_names.map((name, c) => `${c}: ${name}`).join("; "),
+    Admits: bundle.estimator === "lower" ? "by the lower estimate, which counts how few calibration answers stand behind one"
+      : "by the plain estimate",
+    "Training half": counts && half(counts.training_half),
+    "Calibration half": counts && half(counts.calibration_half),
+    "Held out": counts && half(counts.held_out),
+    "Right from wrong": heldOut?.auroc && `AUROC ${heldOut.auroc.value.toFixed(3)} [${heldOut.auroc.low.toFixed(3)}, ${heldOut.auroc.high.toFixed(3)}]`,
+  };
+  $("facts").replaceChildren(...Object.entries(facts).filter(([, value]) => value)
+    .flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
+}
+
+const half = (part) => part && `${part.records} answers, ${percent(part.base_rate, 1)} right`;
+
+function showHeldOut(bundle) {
+  const heldOut = bundle.report.held_out;
+  const measured = heldOut?.[bundle.estimator];
+  const head = ["Asked for", "q′ from", "Answered", "Right of those"];
+  const rows = bundle.regions.map((region) => {
+    const figures = measured?.[String(region.alpha)];
+    return element("tr", {}, element("th", { scope: "row" }, percent(region.alpha)),
+      cell(region.found ? region.rescaled_similarity_threshold.toFixed(1) : "no region"),
+      share(region.found && figures?.answered), share(region.found && figures?.accuracy_answered));
+  });
+  $("held-out").replaceChildren(
+    element("thead", {}, element("tr", {}, ...head.map((text, i) => element("th", i ? { scope: "col", class: "number" } : { scope: "col" }, text)))),
+    element("tbody", {}, ...rows));
+  $("held-out-note").textContent = heldOut
+    ? `${heldOut.records} prompts that neither training nor calibration saw; of all their answers ${percent(heldOut.correct.value, 1)} were right. `
+      + "Brackets: 95 % confidence."
+    : "This bundle's report has no held-out figures.";
+}
+
+function showCertificates(certificates) {
+  const lines = certificates.map((one) => element("li", {},
+    element("strong", {}, `At least ${percent(one.accuracy, 1)} right`),
+    ` among the answered at ${percent(one.alpha)} (${one.estimator} estimate, q′ from ${one.rescaled_similarity_min.toFixed(1)}), with `
+    + `${percent(one.confidence, 1)} confidence: of ${one.records} prompts set aside for it, ${one.answered} were answered and `
+    + `${one.right} of them rightly.`));
+  $("certificates").replaceChildren(element("h3", {}, "Certificates"), lines.length ? element("ul", {}, ...lines)
+    : element("p", { class: "hint" }, "None: the figures above are measured, and nothing is certified."));
+}
+
+const cell = (text) => element("td", { class: "number" }, text);
+
+// A proportion {value, low, high}; a dash where there is none.
+function share(figure) {
+  if (!figure || figure.value === null) return cell("–");
+  const interval = element("span", { class: "interval" }, `[${percent(figure.low, 1)}, ${percent(figure.high, 1)}]`);
+  return element("td", { class: "number" }, percent(figure.value, 1), interval);
+}

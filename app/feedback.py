@@ -1,0 +1,200 @@
+"""What became of answers: verdicts as they were given, and labels that came back for them, in one SQLite file.
+
+    an answer leaves   -> (id, index, region, ...)          written soon
+    feedback comes     -> (id, index, correct, comment)     on the disk before it is acknowledged
+
+Everything goes through one queue and one thread: an answer's row is there before the feedback on it is looked
+up, and whatever waits meanwhile shares one transaction, so one fsync. What is acknowledged outlives the process
+(write-ahead log, synchronous = FULL). Prompts and answers are not kept, only what a client itself puts
+into `comment`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from app.batching import MicroBatcher
+from app.policy import RegionName
+from app.verdict import Verdict
+
+logger = logging.getLogger("candor")
+
+KEPT_VERDICTS = 1_000_000
+"""Older ones are forgotten, by count and not by date: a clock that is set forward loses nothing. Feedback stays."""
+
+_MOST_WAITING = 10_000
+_LARGEST_BATCH = 512
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS verdicts (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL, choice INTEGER NOT NULL,
+    region TEXT NOT NULL, reason TEXT, alpha REAL NOT NULL, bundle TEXT NOT NULL,
+    UNIQUE (id, choice)
+);
+CREATE TABLE IF NOT EXISTS feedback (
+    id TEXT NOT NULL, choice INTEGER NOT NULL,
+    correct INTEGER NOT NULL, comment TEXT, caller TEXT NOT NULL,
+    region TEXT NOT NULL, reason TEXT, alpha REAL NOT NULL, bundle TEXT NOT NULL,
+    received TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
+    PRIMARY KEY (id, choice)
+);
+"""
+
+
+class NoSuchAnswer(Exception):
+    """Feedback on an answer that this server does not know, or on none of its choices."""
+
+
+class FeedbackLost(Exception):
+    """Feedback could not be kept, and was not acknowledged."""
+
+
+class FeedbackFileError(Exception):
+    """The file cannot be used; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class GivenVerdict:
+    """A verdict that left the server. id: the response's, index: the choice's."""
+
+    id: str
+    index: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """correct: whether the answer follows its instruction. caller: the name of the key it came with."""
+
+    id: str
+    index: int
+    correct: bool
+    comment: str | None
+    caller: str
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What happened to feedback: it was new, said before, or replaced what was said before."""
+
+    region: RegionName
+    outcome: Literal["recorded", "unchanged", "replaced"]
+
+
+class FeedbackStore:
+    """Owns the file; one process at a time."""
+
+    def __init__(self, path: Path, bundle: str, kept: int = KEPT_VERDICTS) -> None:
+        """bundle: digest of the one that judges. Raises FeedbackFileError."""
+        self._path = path
+        self._bundle = bundle
+        self._kept = kept
+        try:
+            self._file = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._file.execute("PRAGMA journal_mode = WAL")
+            self._file.execute("PRAGMA synchronous = FULL")
+            self._file.executescript(_SCHEMA)
+        except sqlite3.Error as error:
+            raise FeedbackFileError(
+                f"cannot keep feedback in {path}: {error}; give CANDOR_FEEDBACK a file in a directory that can be "
+                "written"
+            ) from error
+        self._batcher: MicroBatcher[GivenVerdict | Feedback, Receipt | None] = MicroBatcher(
+            self._write, _LARGEST_BATCH
+        )
+        self._writing: set[asyncio.Future[Receipt | None]] = set()
+
+    def note(self, answers: Iterable[GivenVerdict]) -> None:
+        """Verdicts that are about to leave; they are written soon, and nobody waits for it."""
+        for one in answers:
+            if len(self._writing) >= _MOST_WAITING:
+                logger.error("a verdict is not kept: the disk of %s is too slow", self._path)
+                return
+            row = self._batcher.put(one)
+            self._writing.add(row)
+            row.add_done_callback(self._noted)
+
+    async def take(self, feedback: Feedback) -> Receipt:
+        """Returns when it is on the disk. Raises NoSuchAnswer or FeedbackLost; then it is not kept."""
+        try:
+            receipt = await self._batcher.submit(feedback)
+        except sqlite3.Error as error:
+            logger.error("feedback could not be kept in %s: %s", self._path, error)
+            raise FeedbackLost("the feedback could not be kept; send it again later") from error
+        if receipt is None:
+            raise NoSuchAnswer(
+                f"no verdict of this server has the id {feedback.id[:100]!a} and the index {feedback.index}: give "
+                "those of a response with a `reliability` object"
+            )
+        return receipt
+
+    async def close(self) -> None:
+        """Writes what waits, and closes the file."""
+        if self._writing:
+            await asyncio.wait(self._writing, timeout=10)
+        self._batcher.close()
+        self._file.close()
+
+    def _noted(self, row: asyncio.Future[Receipt | None]) -> None:
+        self._writing.discard(row)
+        if not row.cancelled() and (error := row.exception()):
+            logger.error("a verdict could not be kept in %s: %s", self._path, error)
+
+    def _write(self, items: Sequence[GivenVerdict | Feedback]) -> list[Receipt | None]:
+        """One transaction, in the batch's thread."""
+        with closing(self._file.cursor()) as cursor:
+            cursor.execute("BEGIN IMMEDIATE")
+            try:
+                receipts: list[Receipt | None] = []
+                for one in items:
+                    if isinstance(one, Feedback):
+                        receipts.append(self._keep(cursor, one))
+                    else:
+                        self._note(cursor, one)
+                        receipts.append(None)
+                cursor.execute(
+                    "DELETE FROM verdicts WHERE number <= (SELECT max(number) FROM verdicts) - ?",
+                    [self._kept],
+                )
+                cursor.execute("COMMIT")
+            except BaseException:
+                if self._file.in_transaction:  # a full disk has rolled it back already
+                    cursor.execute("ROLLBACK")
+                raise
+        return receipts
+
+    def _note(self, cursor: sqlite3.Cursor, given: GivenVerdict) -> None:
+        decision = given.verdict.decision
+        cursor.execute(
+            "INSERT OR IGNORE INTO verdicts (id, choice, region, reason, alpha, bundle) VALUES (?, ?, ?, ?, ?, ?)",
+            [given.id, given.index, decision.region, decision.reason, given.verdict.alpha, self._bundle],
+        )
+
+    def _keep(self, cursor: sqlite3.Cursor, new: Feedback) -> Receipt | None:
+        where = [new.id, new.index]
+        verdict = cursor.execute(
+            "SELECT region, reason, alpha, bundle FROM verdicts WHERE id = ? AND choice = ?", where
+        ).fetchone()
+        before = cursor.execute(
+            "SELECT region, reason, alpha, bundle, correct, comment FROM feedback WHERE id = ? AND choice = ?",
+            where,
+        ).fetchone()
+        verdict = verdict or (before and before[:4])
+        if verdict is None:
+            return None
+        if before and (bool(before[4]), before[5]) == (new.correct, new.comment):
+            return Receipt(verdict[0], "unchanged")
+        cursor.execute(
+            "INSERT OR REPLACE INTO feedback (id, choice, correct, comment, caller, region, reason, alpha, bundle) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [*where, new.correct, new.comment, new.caller, *verdict],
+        )
+        return Receipt(verdict[0], "replaced" if before else "recorded")

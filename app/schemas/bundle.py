@@ -1,0 +1,75 @@
+"""What the served bundle says of itself: its report, its regions, and the points they were found on."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+
+class ShownRegion(BaseModel):
+    """Algorithm 1's thresholds at alpha; null where no region was found.
+
+    rescaled_similarity_threshold: q'_min. class_thresholds: psi_c, one per class.
+    """
+
+    alpha: float
+    found: bool
+    rescaled_similarity_threshold: float | None
+    class_thresholds: list[float] | None
+
+
+class ShownCertificate(BaseModel):
+    """P(right | answered) >= accuracy, with this confidence, in the region at alpha from this q' on.
+
+    Of `records` prompts set aside for it, `answered` were answered there, `right` of them rightly.
+    """
+
+    alpha: float
+    estimator: Literal["lower", "plain"]
+    accuracy: float
+    confidence: float
+    rescaled_similarity_min: float
+    records: int
+    answered: int
+    right: int
+    lower_bound: float
+
+
+class BundleReport(BaseModel):
+    """report: as calibration wrote it, without the digests of the prompts it was fitted on.
+
+    most_exemplars: how many a request may ask to see. examples: prompts of exemplars, none where those are
+    kept private. takes_feedback: whether labels for answers are kept.
+    """
+
+    object: Literal["reliability.bundle"] = "reliability.bundle"
+    name: str
+    bundle: str
+    created: str
+    model: str
+    class_names: list[str]
+    estimator: Literal["lower", "plain"]
+    default_alpha: float
+    policy: dict[str, Any]
+    regions: list[ShownRegion]
+    certificates: list[ShownCertificate]
+    most_exemplars: int
+    examples: list[str]
+    takes_feedback: bool
+    report: dict[str, Any]
+
+
+class CalibrationPoints(BaseModel):
+    """Columns, one entry a point: where calibration answers lie, and their true labels.
+
+    total: how many there are; beyond `LARGEST_PLOT` every k-th is given.
+    rescaled_similarity: q' >= 0. probability: SDM(z') of the prediction, in [1/C, 1].
+    """
+
+    object: Literal["reliability.calibration"] = "reliability.calibration"
+    total: int
+    rescaled_similarity: list[float]
+    probability: list[float]
+    prediction: list[int]
+    label: list[int]

@@ -1,0 +1,160 @@
+"""Who may ask for what: API keys, each with its scopes.
+
+    path -> the scope it needs -> SHA-256 of the key that came -> is it in the file, with that scope -> in
+
+The file holds no key, only hashes: whoever reads it cannot ask anything. A key is 256 random bits, which nobody
+guesses, so a plain hash is enough and costs nothing. Every path needs a scope unless it is named here as open:
+a route that is added and forgotten here is an operator's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import re
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+logger = logging.getLogger("candor")
+
+Scope = Literal["answer", "feedback", "operate"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+OPEN = frozenset({"/livez", "/readyz", "/health"})
+"""For the machines that look whether a server lives: they learn nothing else."""
+
+_PREFIX = "candor-"  # by which scanners for leaked secrets find one
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class KeyFileError(Exception):
+    """A file of keys that cannot be used; the message says where and why."""
+
+
+class Unauthorized(Exception):
+    """No key came, or one that is not known."""
+
+
+class Forbidden(Exception):
+    """A known key without the scope that is needed."""
+
+    def __init__(self, needed: Scope) -> None:
+        super().__init__(f"this key may not do that: it needs the scope {needed!r}")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One line of the file. name: for logs and rate limits, no secret. sha256: of the key's UTF-8, hexadecimal."""
+
+    name: str
+    scopes: frozenset[Scope]
+    sha256: str
+
+    def line(self) -> str:
+        return f"{self.name} {','.join(sorted(self.scopes))} {self.sha256}\n"
+
+
+def scope_of(path: str, *, deep: bool = False) -> Scope | None:
+    """The scope that a path needs; None where anybody may ask. deep: whether a check asks the model."""
+    if path in OPEN:
+        return "operate" if deep else None
+    if path == "/console" or path.startswith("/console/"):
+        return None  # a page without secrets; what it shows it asks of the API, with the reader's key
+    if path == "/v1/reliability/feedback":
+        return "feedback"
+    if path.startswith("/v1/") or path in ("/version", "/openapi.json"):
+        return "answer"
+    return "operate"
+
+
+def make_key(name: str, scopes: Collection[Scope]) -> tuple[str, Key]:
+    """A new key, to be shown once, and what is kept of it."""
+    if not _NAME.fullmatch(name):
+        raise KeyFileError(f"expected a name of letters, digits, '.', '_' and '-', got {name!a}")
+    if not scopes or set(scopes) - set(SCOPES):
+        raise KeyFileError(f"expected scopes among {', '.join(SCOPES)}, got {', '.join(scopes) or 'none'}")
+    key = _PREFIX + secrets.token_urlsafe(32)
+    return key, Key(name, frozenset(scopes), _hash(key))
+
+
+def read_keys(path: Path) -> tuple[Key, ...]:
+    """Lines `name scope,scope sha256`; blank ones and those that begin with # are skipped.
+
+    Raises KeyFileError for an unreadable file, a malformed line, a repeated name, or no key at all.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeyFileError(
+            f"cannot read the keys in {path}: {error}; make one with `candor key NAME --file {path}`"
+        ) from error
+    keys: dict[str, Key] = {}
+    for number, line in enumerate(lines, start=1):
+        fields = line.split()
+        if not fields or fields[0].startswith("#"):
+            continue
+        scopes = fields[1].split(",") if len(fields) == 3 else []
+        sound = len(fields) == 3 and _NAME.fullmatch(fields[0]) and _SHA256.fullmatch(fields[2])
+        if not sound or not scopes or set(scopes) - set(SCOPES):
+            raise KeyFileError(  # without the line: somebody may have put a key into it
+                f"{path}, line {number}: expected `name scope,scope sha256` with scopes among {', '.join(SCOPES)}"
+            )
+        if fields[0] in keys:
+            raise KeyFileError(f"{path}, line {number}: the name {fields[0]} stands there twice")
+        keys[fields[0]] = Key(fields[0], frozenset(scope for scope in SCOPES if scope in scopes), fields[2])
+    if not keys:
+        raise KeyFileError(f"there is no key in {path}; make one with `candor key NAME --file {path}`")
+    return tuple(keys.values())
+
+
+class KeyRing:
+    """The keys of a file, read again when it changes: a key is revoked by removing its line.
+
+    A file that cannot be used any more leaves the keys that were read last, and an error in the log.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises KeyFileError."""
+        self._path = path
+        self._seen = _stamp(path)
+        self._keys = read_keys(path)
+
+    def find(self, presented: str) -> Key | None:
+        """The key that this is, compared with every one in constant time."""
+        self._refresh()
+        sha256 = _hash(presented)
+        found = None
+        for key in self._keys:
+            if hmac.compare_digest(key.sha256, sha256):
+                found = key
+        return found
+
+    def _refresh(self) -> None:
+        now = _stamp(self._path)
+        if now == self._seen:
+            return
+        self._seen = now
+        try:
+            self._keys = read_keys(self._path)
+        except KeyFileError as error:
+            logger.error("the keys that were read before stay: %s", error)
+        else:
+            logger.info("read the keys again: %s", ", ".join(key.name for key in self._keys))
+
+
+def _hash(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino

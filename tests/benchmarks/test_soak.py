@@ -1,0 +1,58 @@
+"""The soak's figures: a slope by hand, and every kind of trouble makes it fail."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.soak import Record, slope_per_hour, summary
+from benchmarks.stability import differences
+
+
+def test_slope() -> None:
+    rising = [(float(t), 1000 + 2 * t, 5) for t in range(30)]
+    assert slope_per_hour(rising) == pytest.approx(7200)  # 2 bytes a second
+    # What is loaded in the first third is not a leak.
+    assert slope_per_hour([(0.0, 0, 5), (1.0, 10**9, 5), *((2.0 + t, 10**9, 5) for t in range(20))]) == 0
+    assert slope_per_hour([(0.0, 1, 5)]) == 0
+
+
+def record() -> Record:
+    made = Record(samples=[(float(t), 1 << 20, 10) for t in range(60)])
+    made.asked["whole", "200"] = 5
+    made.asked["wrong", "422"] = 1
+    made.asked["left amid", "left"] = 2
+    made.verdicts["p"]["high", 1, "a"] = 3
+    made.answered_at = [1.0, 2.0, 3.0, 50.0]
+    return made
+
+
+def test_nothing_wrong() -> None:
+    figures, faults = summary(record(), 60)
+    assert faults == []
+    assert (figures["answers_per_s_first_third"], figures["answers_per_s_last_third"]) == (0.15, 0.05)
+    assert (figures["requests"], figures["fixed_prompts_asked"]) == (8, 3)
+
+
+@pytest.mark.parametrize("trouble", ["failed", "accepted", "changed", "files"])
+def test_something_wrong(trouble: str) -> None:
+    made = record()
+    if trouble == "failed":
+        made.asked["stream", "500"] += 1
+    elif trouble == "accepted":
+        made.asked["wrong", "200"] += 1
+    elif trouble == "changed":
+        made.verdicts["p"]["low", 1, "a"] = 1
+    else:
+        made.samples.append((61.0, 1 << 20, 30))
+    assert len(summary(made, 60)[1]) == 1
+
+
+def test_differing_rows_are_listed() -> None:
+    row = {"text": "a", "region": "high", "reason": None, "prediction": 1, "abstained": False}
+    row |= {"rescaled_similarity": 5.0, "probability": 0.9}
+    other = row | {"region": "low", "abstained": True, "rescaled_similarity": 4.0}
+    found = differences([row, row, row], [row, other, row | {"text": "b"}])
+    assert (found["verdicts_that_differ"], found["answers_that_differ"]) == (1, 1)
+    assert found["differing"][0]["prompt"] == 1
+    assert found["differing"][0]["rescaled_similarity"] == [5.0, 4.0]
+    assert found["differing"][0]["another_answer"] is False
