@@ -59,7 +59,7 @@ $(DEMO)/config.json: demo/adapter/adapter_model.safetensors | $(BASE)/config.jso
 
 # Pins what is run. `make lock EXTRA=cuda` on a machine with a GPU.
 lock: .venv/.ready
-	$(BIN)/uv pip compile pyproject.toml --extra $(EXTRA) --extra finetune --extra demo --extra dev \
+	$(BIN)/uv pip compile pyproject.toml --extra $(EXTRA) --extra finetune --extra compare --extra demo --extra bench --extra dev \
 	  $(TORCH) $(OVERRIDES) --no-emit-find-links --no-header --output-file requirements/$(EXTRA).txt
 
 clean:

@@ -80,7 +80,9 @@ def main(
     }
     speeds = {name: tokens / sum(parts.values()) for name, parts in median.items()}
     if as_json:
-        typer.echo(json.dumps({"seconds": seconds, "tokens": tokens, "tokens_per_second": speeds, "ratios": ratios}))
+        typer.echo(
+            json.dumps({"seconds": seconds, "tokens": tokens, "tokens_per_second": speeds, "ratios": ratios})
+        )
         return
     typer.echo("| part, seconds (median) | here | public way | ratio |\n| --- | --- | --- | --- |")
     for part, ours in median["here"].items():
@@ -91,7 +93,9 @@ def main(
 
 
 class _Here:
-    def __init__(self, model: Path, chat: ChatFormat, examples: list[Example], asked: list[list[int]]) -> None:
+    def __init__(
+        self, model: Path, chat: ChatFormat, examples: list[Example], asked: list[list[int]]
+    ) -> None:
         self.scorer = LearntPositions(load_model(model, FinetuneSettings()))
         self.chat, self.asked = chat, asked
         self.batch = collate(examples)
@@ -120,15 +124,15 @@ class _Here:
 
 
 class _Public:
-    def __init__(self, model: Path, chat: ChatFormat, examples: list[Example], asked: list[list[int]]) -> None:
+    def __init__(
+        self, model: Path, chat: ChatFormat, examples: list[Example], asked: list[list[int]]
+    ) -> None:
         self.model: Any = load_model(model, FinetuneSettings(compile=False))
         self.chat, self.examples, self.asked = chat, examples, asked
         self.batch: Batch = collate(examples)
         self.labels = torch.full(self.batch.ids.shape, MASKED)
         for row, example in enumerate(examples):
-            self.labels[row, example.learnt : len(example.ids)] = torch.tensor(
-                example.ids[example.learnt :]
-            )
+            self.labels[row, example.learnt : len(example.ids)] = torch.tensor(example.ids[example.learnt :])
         self.value = torch.full((len(examples),), 0.5)
 
     def epoch(self) -> dict[str, float]:

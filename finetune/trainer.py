@@ -4,7 +4,8 @@
     step       documents right or wrong by a coin, wrong ones static or generated     finetune.negatives
                one forward pass: logits at learnt positions and h                     finetune.forward
                h -> SDM(z')_r -> the base of each document's loss                     finetune.objectives
-    half epoch loss on held-out documents with an SDM layer of their own; the lowest is kept
+    half epoch loss on held-out documents with an SDM layer of their own; the lowest is kept, once hard
+               negatives are in play among the evaluations that have them
 
 accelerate runs it on one CPU, one GPU or several (docs/finetuning.md). Every draw is a function of seed, epoch
 and document, the learning rate of the step, so that a run that was stopped and goes on
@@ -143,13 +144,13 @@ class Trainer:
             batches = self._batches(epoch)
             if within % self.settings.generate_ahead == 0:
                 ahead = batches[within : within + self.settings.generate_ahead]
-                self._generate(self.train, "step", epoch, [number for batch in ahead for number in batch])
+                self._generate(epoch, [number for batch in ahead for number in batch])
             loss = self._step(epoch, batches[within])
             self.step += 1
             if self.step % LOG_EVERY == 0 or self.step == self._steps:
                 self._log({"loss": loss, "learning_rate": self._learning_rate(self.step - 1)})
             if self.step in self._evaluated:
-                self._evaluate(epoch)
+                self._evaluate()
             if (within + 1) % self.settings.checkpoint_every == 0 or self.step % self._steps_per_epoch == 0:
                 self._save()
             bar.update()
@@ -171,8 +172,9 @@ class Trainer:
             )
 
     def _begin_epoch(self, epoch: int) -> None:
-        for side in (self.train, self.held_out):
-            side.negatives.begin_epoch()
+        self.train.negatives.begin_epoch()
+        if epoch == 1 and self.settings.hard_negatives:
+            self._harden_held_out()
         if self.settings.loss == "sdm":
             examples, r = self.train.examples("layer", epoch)
             h = passes.states(self.accelerator, self.scorer, examples, self.settings.micro_batch)
@@ -184,10 +186,11 @@ class Trainer:
         lengths = [len(prompt) for prompt in self.train.prompts]
         return shuffled_batches(lengths, self.settings.batch_size, draw(self.settings.seed, "order", epoch))
 
-    def _generate(self, side: _Side, purpose: str, epoch: int, numbers: Sequence[int]) -> None:
-        wanted = side.negatives.to_generate(purpose, epoch, numbers)
-        texts = self._answers([side.prompts[number] for number in wanted])
-        side.negatives.offer(wanted, [text for (text,) in texts])
+    def _generate(self, epoch: int, numbers: Sequence[int]) -> None:
+        """Hard negatives of the training documents `numbers`, where they are to have new ones."""
+        wanted = self.train.negatives.to_generate("step", epoch, numbers)
+        texts = self._answers([self.train.prompts[number] for number in wanted])
+        self.train.negatives.offer(wanted, [text for (text,) in texts])
 
     def _answers(self, prompts: Sequence[Sequence[int]], samples: int = 0) -> list[list[str]]:
         return passes.answers(
@@ -241,13 +244,21 @@ class Trainer:
                 return objectives.distillation(logits, top.ids, top.recalibrated(self.c))
         return objectives.cross_entropy(logits, batch.targets)
 
-    def _evaluate(self, epoch: int) -> None:
+    def _harden_held_out(self) -> None:
+        """Wrong answers of the model as it is join the held-out documents, once: losses are compared among
+        the evaluations that follow, which differ by the model alone."""
+        negatives = self.held_out.negatives
+        wrong = [n for n in range(len(negatives.pairs)) if not negatives.is_positive("evaluation", 0, n)]
+        texts = self._answers([self.held_out.prompts[number] for number in wrong])
+        negatives.offer(wrong, [text for (text,) in texts])
+        self.best = None
+
+    def _evaluate(self) -> None:
         """Held-out loss, and what an SDM layer of the held-out documents' own would admit.
 
         The draws are those of epoch 0 every time, so that losses differ by the model alone.
         """
         side, settings = self.held_out, self.settings
-        self._generate(side, "evaluation", epoch, range(len(side.pairs)))
         examples, r = side.examples("evaluation", 0)
         h = passes.states(self.accelerator, self.scorer, examples, settings.micro_batch)
         own = Supervision.train(h, r, settings.layer, seed=settings.seed)

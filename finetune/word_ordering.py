@@ -22,7 +22,7 @@ import json
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ def record(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(
-    sentences: Sequence[str], tests: dict[str, Sequence[str]], sizes: Sizes, seed: int
+    sentences: Sequence[str], tests: Mapping[str, Sequence[str]], sizes: Sizes, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
     """File name -> its lines. tests: further test sets by name; nothing like them is on another side.
 

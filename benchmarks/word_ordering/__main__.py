@@ -26,9 +26,9 @@ SIZES = task.Sizes(
     shifted_length=(19, 40),
     train=1200,
     development=256,
-    calibration=1000,
-    test=500,
-    shifted=200,
+    calibration=2000,
+    test=800,
+    shifted=300,
 )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from calibration.cache import AnswerCache
-from calibration.data import Record, load_records
+from calibration.data import Label, Record, load_records
 from calibration.generate import Labelled, collect
 from engine.base import EVIDENCE, Representation
 from engine.factory import EngineSettings, start_engine
@@ -29,7 +29,7 @@ from model_store.manifest import Policy
 
 SETS = ("calibration", "test", "harvard", "shifted")
 REPRESENTATION = Representation(order=("mean", "last", "evidence"), evidence=EVIDENCE)
-POLICY = Policy(temperature=0.0, top_p=1.0, top_k=0, max_tokens=40, system_prompt=SYSTEM_PROMPT)
+POLICY = Policy(temperature=0.0, top_p=1.0, top_k=0, max_tokens=96, system_prompt=SYSTEM_PROMPT)
 CONCURRENCY = 64
 
 
@@ -80,13 +80,14 @@ def _documents(data: Path, own: list[Labelled]) -> list[Record | Labelled]:
     lines = (data / "calibration-pairs.jsonl").read_text(encoding="utf-8").splitlines()
     for number, (line, generated) in enumerate(zip(lines, own, strict=True), start=1):
         made = json.loads(line)
+        label: Label = 0
         if rng.random() < 0.5:
             response, label = made["positive"], 1
         elif generated.label == 0 and generated.fault is None:
             shown.append(generated)
             continue
         else:
-            response, label = made["negative"], 0
+            response = made["negative"]
         messages = tuple(made["messages"])
         shown.append(Record(made["id"], messages, number, response=response, label=label))
     return shown

@@ -112,5 +112,5 @@ def _accuracy(own: Sequence[Labelled], records: Sequence[Record]) -> dict[str, l
 
 def _words(response: str) -> list[str] | None:
     """Of the first tagged sentence; None without one."""
-    sentences = parse(f"{response}\n{TAG}Yes</verified>").sentences
+    sentences = parse(f"{response.strip()}\n{TAG}Yes</verified>").sentences
     return sentences[0].split() if sentences else None
