@@ -160,7 +160,7 @@ def test_a_given_pair_is_scored_as_the_answer_was(server: Server) -> None:
 def test_metrics_of_candor_and_of_vllm_stand_together(server: Server) -> None:
     ask(server, ORDERED)
     metrics = server.get("/metrics")
-    assert 'sdm_answers_total{decision="answered",model_name="word-ordering"' in metrics
+    assert 'sdm_answers_total{alpha="0.9",decision="answered",model_name="word-ordering"' in metrics
     assert "vllm:request_success_total" in metrics
 
 
