@@ -28,7 +28,10 @@ Results = dict[str, dict[str, Any]]
 
 
 def markdown(results: Results, alphas: Sequence[float], kind: str = "plain") -> str:
-    """Accuracy, then for every alpha and layer the admitted share and accuracy; kind: "plain" or "lower"."""
+    """Accuracy, then for every alpha and layer the admitted share and accuracy, by the papers' conditions.
+
+    kind: "plain" or "lower".
+    """
     parts = ["### Accuracy of all answers", "", _accuracy(results)]
     for alpha in alphas:
         for layer, title in LAYERS.items():
@@ -38,33 +41,29 @@ def markdown(results: Results, alphas: Sequence[float], kind: str = "plain") -> 
 
 
 def _accuracy(results: Results) -> str:
-    sets = _sets(results)
-    head = [f"{SETS[s]}: {measure}" for s in sets for measure in ("exact", "sentence", "three words")]
-    rows = []
-    for name, result in results.items():
-        cells = [
-            share(result["accuracy"][s][measure]) for s in sets for measure in ("exact", "sentence", "three")
-        ]
-        rows.append([TITLES[name], *cells])
-    return _table(["row", *head], rows)
+    measures = {"exact": "exact", "sentence": "sentence", "three": "exact, three words"}
+    rows = [
+        [TITLES[name], SETS[s], *(share(result["accuracy"][s][measure]) for measure in measures)]
+        for s in _sets(results)
+        for name, result in results.items()
+    ]
+    return _table(["row", "set", *measures.values()], rows)
 
 
 def _admitted(results: Results, layer: str, reading: str) -> str:
-    sets = _sets(results)
-    head = ["row"]
-    for s in sets:
-        head += [f"{SETS[s]}: admitted", *(f"right, {title}" for title in CONDITIONS.values())]
     rows = []
-    for name, result in results.items():
-        figures = result["layers"][layer]
-        if "failed" in figures:
-            rows.append([TITLES[name], "no layer", *[""] * (len(head) - 2)])
-            continue
-        row = [TITLES[name]]
-        for s in sets:
+    for s in _sets(results):
+        for name, result in results.items():
+            figures = result["layers"][layer]
+            if "failed" in figures:
+                rows.append([TITLES[name], SETS[s], "no layer", *[""] * len(CONDITIONS), ""])
+                continue
             counts = figures[s][reading]
-            row += [share(counts["admitted"]), *(share(counts[key], False) for key in CONDITIONS)]
-        rows.append(row)
+            right = [share(counts[key], interval=key == "right") for key in CONDITIONS]
+            rows.append(
+                [TITLES[name], SETS[s], share(counts["admitted"]), *right, f"{figures[s]['auroc']:.3f}"]
+            )
+    head = ["row", "set", "admitted", *(f"right, {title}" for title in CONDITIONS.values()), "AUROC"]
     return _table(head, rows)
 
 
