@@ -14,7 +14,6 @@ from torch import Tensor
 
 from finetune.batches import collate
 from finetune.examples import Example
-from finetune.generation import generate
 
 
 def spread(numbers: Sequence[int], size: int, rank: int, processes: int) -> Iterator[tuple[list[int], bool]]:
@@ -45,7 +44,7 @@ def answers(
     prompts: Sequence[Sequence[int]],
     answer: Callable[[list[Sequence[int]]], list[list[str]]],
 ) -> list[list[str]]:
-    """`answer` of every prompt (see `generate`), each by one process, in order."""
+    """`answer` of every prompt (`finetune.generation.generate`), each by one process, in order."""
     from accelerate.utils import gather_object
 
     if not prompts:
@@ -58,6 +57,3 @@ def answers(
     if accelerator.num_processes > 1:
         everyone = gather_object(everyone)
     return [texts for _, texts in sorted(everyone)]
-
-
-__all__ = ["answers", "generate", "spread", "states"]

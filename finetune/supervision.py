@@ -12,6 +12,7 @@ training documents; the others as any new point is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -60,9 +61,13 @@ class Supervision:
         labels = estimator.support.labels
         return cls(estimator, ClasswiseECDF.fit(own.d_nearest, own.q, labels, NUM_CLASSES), row)
 
+    @cached_property
+    def _projection(self) -> FrozenAdaptor:
+        return FrozenAdaptor(self.estimator.adaptor)
+
     def sdm_at(self, h: Tensor, documents: Tensor, r: Tensor) -> Tensor:
         """SDM(z')_r: h (b, 2H) now, documents (b,) their numbers, r (b,) in {0, 1} -> (b,) in [0, 1]."""
-        h_prime, z_prime, y_hat, finite = FrozenAdaptor(self.estimator.adaptor)(h)
+        h_prime, z_prime, y_hat, finite = self._projection(h)
         support, conventions = self.estimator.support, self.estimator.conventions
         row = self.row[documents]
         q, d = torch.zeros(len(h)), torch.zeros(len(h))

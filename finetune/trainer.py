@@ -137,24 +137,26 @@ class Trainer:
         )
         if self.step == 0:
             self._prepare()
-        while self.step < self._steps:
-            epoch, within = divmod(self.step, self._steps_per_epoch)
-            if within == 0:
-                self._begin_epoch(epoch)
+        begun = self.step // self._steps_per_epoch
+        for epoch in range(begun, self.settings.epochs):
             batches = self._batches(epoch)
-            if within % self.settings.generate_ahead == 0:
-                ahead = batches[within : within + self.settings.generate_ahead]
-                self._generate(epoch, [number for batch in ahead for number in batch])
-            loss = self._step(epoch, batches[within])
-            self.step += 1
-            if self.step % LOG_EVERY == 0 or self.step == self._steps:
-                self._log({"loss": loss, "learning_rate": self._learning_rate(self.step - 1)})
-            if self.step in self._evaluated:
-                self._evaluate()
-            if (within + 1) % self.settings.checkpoint_every == 0 or self.step % self._steps_per_epoch == 0:
-                self._save()
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.4f}")
+            for within in range(self.step - epoch * self._steps_per_epoch, len(batches)):
+                if within == 0:
+                    self._begin_epoch(epoch)
+                if within % self.settings.generate_ahead == 0:
+                    ahead = batches[within : within + self.settings.generate_ahead]
+                    numbers = [number for batch in ahead for number in batch]
+                    self._harden(self.train, self.train.negatives.to_generate("step", epoch, numbers))
+                loss = self._step(epoch, batches[within])
+                self.step += 1
+                if self.step % LOG_EVERY == 0 or self.step == self._steps:
+                    self._log({"loss": loss, "learning_rate": self._learning_rate(self.step - 1)})
+                if self.step in self._evaluated:
+                    self._evaluate()
+                if (within + 1) % self.settings.checkpoint_every == 0 or within + 1 == len(batches):
+                    self._save()
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.4f}")
         return self._finish()
 
     def _prepare(self) -> None:
@@ -186,11 +188,10 @@ class Trainer:
         lengths = [len(prompt) for prompt in self.train.prompts]
         return shuffled_batches(lengths, self.settings.batch_size, draw(self.settings.seed, "order", epoch))
 
-    def _generate(self, epoch: int, numbers: Sequence[int]) -> None:
-        """Hard negatives of the training documents `numbers`, where they are to have new ones."""
-        wanted = self.train.negatives.to_generate("step", epoch, numbers)
-        texts = self._answers([self.train.prompts[number] for number in wanted])
-        self.train.negatives.offer(wanted, [text for (text,) in texts])
+    def _harden(self, side: _Side, numbers: Sequence[int]) -> None:
+        """Offers the model's own answers to these documents as negatives."""
+        texts = self._answers([side.prompts[number] for number in numbers])
+        side.negatives.offer(numbers, [text for (text,) in texts])
 
     def _answers(self, prompts: Sequence[Sequence[int]], samples: int = 0) -> list[list[str]]:
         return passes.answers(
@@ -249,8 +250,7 @@ class Trainer:
         the evaluations that follow, which differ by the model alone."""
         negatives = self.held_out.negatives
         wrong = [n for n in range(len(negatives.pairs)) if not negatives.is_positive("evaluation", 0, n)]
-        texts = self._answers([self.held_out.prompts[number] for number in wrong])
-        negatives.offer(wrong, [text for (text,) in texts])
+        self._harden(self.held_out, wrong)
         self.best = None
 
     def _evaluate(self) -> None:

@@ -183,17 +183,22 @@ def beside(bundle: Path, suffix: str = ".cache") -> Path:
 
 
 @contextmanager
-def errors_told() -> Iterator[None]:
-    """What is wrong with input, engine or bundle is said in one message, exit code 1, without a traceback."""
+def errors_told(
+    *more: type[Exception],
+    stopped: str = "Finished answers are kept: the same command goes on from here.",
+) -> Iterator[None]:
+    """What is wrong with input, engine or bundle, or one of `more`, is said in one message, exit code 1, without a
+    traceback. stopped: what to say on Ctrl-C."""
     from calibration.errors import CalibrationError
     from engine.base import EngineError
     from model_store.errors import BundleError
 
+    told: tuple[type[Exception], ...] = (CalibrationError, EngineError, BundleError, OSError, *more)
     try:
         yield
-    except (CalibrationError, EngineError, BundleError, OSError) as error:
+    except told as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
-        typer.echo("Stopped. Finished answers are kept: the same command goes on from here.", err=True)
+        typer.echo(f"Stopped. {stopped}", err=True)
         raise typer.Exit(130) from None

@@ -5,13 +5,13 @@ Several processes or devices: `accelerate launch --config_file finetune/configs/
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from app.commands.calibrate import errors_told
 
 data_app = typer.Typer(help="Data to fine-tune and calibrate on.", no_args_is_help=True)
 
@@ -73,7 +73,9 @@ def finetune(
 
     A run that was stopped at any moment goes on with --resume and ends as one that was not.
     """
-    with _errors_told():
+    from finetune.errors import FinetuneError
+
+    with errors_told(FinetuneError, stopped="--resume goes on from the last checkpoint."):
         from calibration.epochs import LayerSettings
         from finetune.data import load_pairs, require_apart
         from finetune.settings import FinetuneSettings
@@ -134,7 +136,9 @@ def word_ordering(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """The data of arXiv 2510.26183 from any sentences: put a sentence's last words in order."""
-    with _errors_told():
+    from finetune.errors import SentencesError
+
+    with errors_told(SentencesError, stopped="The same command makes the files anew."):
         from finetune import word_ordering as task
 
         sizes = task.Sizes(
@@ -176,19 +180,3 @@ def _named(entry: str) -> tuple[str, str]:
     if not (equals and name and source):
         raise typer.BadParameter(f'--also-test: expected NAME=FILE, got "{entry}"')
     return name, source
-
-
-@contextmanager
-def _errors_told() -> Iterator[None]:
-    """What is wrong with input is said in one message, exit code 1, without a traceback."""
-    from calibration.errors import CalibrationError
-    from finetune.errors import FinetuneError
-
-    try:
-        yield
-    except (CalibrationError, FinetuneError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        typer.echo("Stopped. --resume goes on from the last checkpoint.", err=True)
-        raise typer.Exit(130) from None
