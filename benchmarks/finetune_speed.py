@@ -30,6 +30,7 @@ import typer
 from engine.prompt import ChatFormat
 from finetune.batches import Batch, collate
 from finetune.data import load_pairs
+from finetune.documents import TAG
 from finetune.examples import Example, negative, positive
 from finetune.forward import LearntPositions
 from finetune.generation import generate
@@ -37,7 +38,6 @@ from finetune.loss import MASKED, sdm_next_token_loss
 from finetune.model import load_model
 from finetune.objectives import sdm_loss
 from finetune.settings import FinetuneSettings
-from finetune.trainer import TAG
 from finetune.word_ordering import SYSTEM_PROMPT
 
 MAX_TOKENS = 40

@@ -44,8 +44,8 @@ class Negatives:
         return draw(settings.seed, self.side, purpose, epoch, document).random() < settings.gamma_plus
 
     def to_generate(self, purpose: str, epoch: int, documents: Sequence[int]) -> list[int]:
-        """Those whose negatives are generated anew in this epoch (from 0; none in the first)."""
-        if not self.settings.hard_negatives or epoch == 0:
+        """Those whose negatives are generated anew in this epoch (from 0)."""
+        if not self.settings.hard_negatives or epoch < self.settings.generate_from:
             return []
         return [
             document

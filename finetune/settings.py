@@ -26,15 +26,16 @@ class FinetuneSettings:
     learning_rate: peak; linear warm-up over `warmup` of the steps, then linear decay to 0.
     lora_rank: 0 trains every parameter. lora_alpha is twice the rank.
     gamma_plus: how often a document is shown as a positive. hard_negatives: whether wrong answers that the model
-    generates are shown beside the static ones, after the first epoch; gamma_gen: how often a negative is
-    generated anew; gamma_diversity: how often a generated one, where there is one, takes the static one's place.
-    layer: of the SDM layers trained on the way. evaluations: an epoch; each trains a layer of its own.
+    generates are shown beside the static ones, from epoch `generate_from` (from 0) on; gamma_gen: how often a
+    negative is generated anew; gamma_diversity: how often a generated one, where there is one, takes the static
+    one's place. layer: of the SDM layers trained on the way. evaluations: an epoch; each trains a layer of its own.
     generate_ahead: steps whose hard negatives are generated together. checkpoint_every: steps.
     Raises ValueError for values outside their range.
     """
 
     loss: Loss = "sdm"
     hard_negatives: bool = True
+    generate_from: int = 1
     epochs: int = 2
     batch_size: int = 16
     micro_batch: int = 16
@@ -64,8 +65,8 @@ class FinetuneSettings:
         for name in ("gamma_plus", "gamma_gen", "gamma_diversity", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.learning_rate <= 0 or self.lora_rank < 0:
-            raise ValueError("learning_rate must be above 0 and lora_rank not below 0")
+        if self.learning_rate <= 0 or self.lora_rank < 0 or self.generate_from < 0:
+            raise ValueError("learning_rate must be above 0, lora_rank and generate_from not below 0")
         if self.checkpoint_every % self.generate_ahead:
             raise ValueError(
                 f"checkpoint_every ({self.checkpoint_every}) must be a multiple of generate_ahead "

@@ -14,9 +14,6 @@ and document, the learning rate of the step, so that a run that was stopped and 
 
 from __future__ import annotations
 
-import csv
-import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,61 +22,28 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.base import Representation
 from engine.prompt import ChatFormat
 from finetune import objectives, passes
 from finetune.batches import Batch, collate, shuffled_batches
 from finetune.data import Pair
+from finetune.documents import TAG, Documents
 from finetune.errors import FinetuneError
-from finetune.examples import Example, negative, positive
 from finetune.forward import LearntPositions
 from finetune.generation import generate
-from finetune.merge import merge, replace_directory
 from finetune.model import load_model
 from finetune.negatives import Negatives, draw
+from finetune.run_directory import Progress, RunDirectory
 from finetune.settings import FinetuneSettings
 from finetune.supervision import Supervision
 from finetune.teacher import TopTokens, choose_c
 from finetune.uncertainty import failure_rates, smoothing
 
-TAG = Representation().tag
 REPORTED_ALPHA = 0.9
 LOG_EVERY = 10
 
 
-class _Side:
-    """The documents of one set of pairs: training or held out."""
-
-    def __init__(
-        self, name: str, chat: ChatFormat, pairs: Sequence[Pair], settings: FinetuneSettings
-    ) -> None:
-        self.pairs = pairs
-        self.negatives = Negatives(pairs, settings, name)
-        system = [{"role": "system", "content": settings.system_prompt}] if settings.system_prompt else []
-        self.prompts = [chat.encode_chat([*system, *pair.messages]) for pair in pairs]
-        self._chat = chat
-
-    def right(self, number: int) -> Example:
-        return positive(self._chat, self.prompts[number], self.pairs[number].positive, TAG)
-
-    def example(self, purpose: str, epoch: int, number: int) -> tuple[Example, int]:
-        """The document to show and its r."""
-        if self.negatives.is_positive(purpose, epoch, number):
-            return self.right(number), 1
-        wrong = self.negatives.pick(purpose, epoch, number)
-        return negative(self._chat, self.prompts[number], wrong, TAG), 0
-
-    def examples(self, purpose: str, epoch: int) -> tuple[list[Example], Tensor]:
-        shown = [self.example(purpose, epoch, number) for number in range(len(self.pairs))]
-        return [example for example, _ in shown], torch.tensor([r for _, r in shown])
-
-
 class Trainer:
-    """One run. `run` trains and returns the directory of the merged model.
-
-    out: model/ (merged, to be served), adapter/ (with LoRA), metrics.csv, tensorboard/, settings.json;
-    checkpoint/ until the run is done.
-    """
+    """One run. `run` trains and returns the directory of the merged model in `out` (finetune.run_directory)."""
 
     def __init__(
         self,
@@ -94,11 +58,12 @@ class Trainer:
 
         if (settings.loss == "first") != (teacher is not None):
             raise FinetuneError('a teacher goes with loss "first", and "first" with a teacher')
-        self.settings, self.out, self.base = settings, out, model
+        self.settings, self.base = settings, model
         self.accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else "no")
+        self.directory = RunDirectory(out, self.accelerator)
         self.chat = ChatFormat.from_directory(model)
-        self.train = _Side("train", self.chat, train, settings)
-        self.held_out = _Side("held out", self.chat, held_out, settings)
+        self.train = Documents("train", self.chat, train, settings)
+        self.held_out = Documents("held out", self.chat, held_out, settings)
         self._steps_per_epoch = -(-len(train) // settings.batch_size)
         self._steps = settings.epochs * self._steps_per_epoch
         self._evaluated = {
@@ -113,13 +78,7 @@ class Trainer:
         )
         self.scorer, self.optimiser = self.accelerator.prepare(scorer, optimiser)
         self._teacher = self._load_teacher(teacher) if teacher else None
-        # What a checkpoint holds beside model and optimiser:
-        self.step = 0
-        self.supervision: Supervision | None = None
-        self.best: float | None = None
-        self.history: list[dict[str, float]] = []
-        self.smoothing = torch.zeros(len(train))
-        self.c = 1.0
+        self.progress = Progress(smoothing=torch.zeros(len(train)))
 
     @property
     def _lm(self) -> Any:
@@ -127,20 +86,23 @@ class Trainer:
 
     def run(self, resume: bool = False) -> Path:
         """Raises FinetuneError where `out` holds another run, or none to resume."""
-        self._open(resume)
+        progress = self.progress
+        self.directory.open(self.settings, resume)
+        if resume:
+            self.directory.load(progress, self._negatives())
         bar = tqdm(
             total=self._steps,
-            initial=self.step,
+            initial=progress.step,
             desc="fine-tuning",
             unit="step",
             disable=not self.accelerator.is_main_process,
         )
-        if self.step == 0:
+        if progress.step == 0:
             self._prepare()
-        begun = self.step // self._steps_per_epoch
+        begun = progress.step // self._steps_per_epoch
         for epoch in range(begun, self.settings.epochs):
             batches = self._batches(epoch)
-            for within in range(self.step - epoch * self._steps_per_epoch, len(batches)):
+            for within in range(progress.step - epoch * self._steps_per_epoch, len(batches)):
                 if within == 0:
                     self._begin_epoch(epoch)
                 if within % self.settings.generate_ahead == 0:
@@ -148,39 +110,39 @@ class Trainer:
                     numbers = [number for batch in ahead for number in batch]
                     self._harden(self.train, self.train.negatives.to_generate("step", epoch, numbers))
                 loss = self._step(epoch, batches[within])
-                self.step += 1
-                if self.step % LOG_EVERY == 0 or self.step == self._steps:
-                    self._log({"loss": loss, "learning_rate": self._learning_rate(self.step - 1)})
-                if self.step in self._evaluated:
+                progress.step += 1
+                if progress.step % LOG_EVERY == 0 or progress.step == self._steps:
+                    self._log({"loss": loss, "learning_rate": self._learning_rate(progress.step - 1)})
+                if progress.step in self._evaluated:
                     self._evaluate()
                 if (within + 1) % self.settings.checkpoint_every == 0 or within + 1 == len(batches):
-                    self._save()
+                    self.directory.save(progress, self._negatives())
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.4f}")
-        return self._finish()
+        return self.directory.finish(self.base, bool(self.settings.lora_rank))
 
     def _prepare(self) -> None:
         """What "ual" and "first" need to know before the first step."""
         if self.settings.loss == "ual":
             torch.manual_seed(self.settings.seed)
             sampled = self._answers(self.train.prompts, self.settings.samples)
-            self.smoothing = smoothing(failure_rates(self.train.pairs, sampled))
+            self.progress.smoothing = smoothing(failure_rates(self.train.pairs, sampled))
         if self._teacher is not None:
-            right = [self.held_out.right(number) for number in range(len(self.held_out.pairs))]
+            right = [self.held_out.right(number) for number in range(len(self.held_out))]
             size = self.settings.micro_batch
-            self.c = choose_c(
+            self.progress.c = choose_c(
                 (self._top_tokens(batch), batch.targets.cpu())
                 for batch in (collate(right[i : i + size]) for i in range(0, len(right), size))
             )
 
     def _begin_epoch(self, epoch: int) -> None:
         self.train.negatives.begin_epoch()
-        if epoch == 1 and self.settings.hard_negatives:
+        if epoch == self.settings.generate_from and self.settings.hard_negatives:
             self._harden_held_out()
         if self.settings.loss == "sdm":
             examples, r = self.train.examples("layer", epoch)
             h = passes.states(self.accelerator, self.scorer, examples, self.settings.micro_batch)
-            self.supervision = Supervision.train(
+            self.progress.supervision = Supervision.train(
                 h, r, self.settings.layer, seed=1000 * epoch + self.settings.seed
             )
 
@@ -188,7 +150,7 @@ class Trainer:
         lengths = [len(prompt) for prompt in self.train.prompts]
         return shuffled_batches(lengths, self.settings.batch_size, draw(self.settings.seed, "order", epoch))
 
-    def _harden(self, side: _Side, numbers: Sequence[int]) -> None:
+    def _harden(self, side: Documents, numbers: Sequence[int]) -> None:
         """Offers the model's own answers to these documents as negatives."""
         texts = self._answers([side.prompts[number] for number in numbers])
         side.negatives.offer(numbers, [text for (text,) in texts])
@@ -212,22 +174,27 @@ class Trainer:
         for share, counts in shares:
             batch = collate([shown[number][0] for number in share])
             r = torch.tensor([shown[number][1] for number in share])
-            loss = self._losses(batch, self.train, torch.tensor(share), r, self.supervision).sum() / targets
+            loss = (
+                self._losses(batch, self.train, torch.tensor(share), r, self.progress.supervision).sum()
+                / targets
+            )
             loss = loss if counts else 0 * loss
             accelerator.backward(loss * accelerator.num_processes)  # processes' gradients are averaged
             total += loss.detach()
         for group in self.optimiser.param_groups:
-            group["lr"] = self._learning_rate(self.step)
+            group["lr"] = self._learning_rate(self.progress.step)
         accelerator.clip_grad_norm_(self._parameters, 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad()
         mean = float(accelerator.reduce(total, "sum"))
         if mean != mean:
-            raise FinetuneError(f"the loss of step {self.step} isn't finite: lower the learning rate")
+            raise FinetuneError(
+                f"the loss of step {self.progress.step} isn't finite: lower the learning rate"
+            )
         return mean
 
     def _losses(
-        self, batch: Batch, side: _Side, numbers: Tensor, r: Tensor, supervision: Supervision | None
+        self, batch: Batch, side: Documents, numbers: Tensor, r: Tensor, supervision: Supervision | None
     ) -> Tensor:
         """(T,) of the batch's targets. numbers, r: (B,) which documents, and whether right."""
         batch = batch.to(self.accelerator.device)
@@ -238,11 +205,11 @@ class Trainer:
                 value = supervision.sdm_at(h.cpu(), numbers, r).to(logits.device)
                 return objectives.sdm_loss(logits, batch.targets, value[batch.document])
             case "ual" if side is self.train:
-                e = self.smoothing[numbers].to(logits.device)
+                e = self.progress.smoothing[numbers].to(logits.device)
                 return objectives.smoothed_cross_entropy(logits, batch.targets, e[batch.document])
             case "first":
                 top = self._top_tokens(batch)
-                return objectives.distillation(logits, top.ids, top.recalibrated(self.c))
+                return objectives.distillation(logits, top.ids, top.recalibrated(self.progress.c))
         return objectives.cross_entropy(logits, batch.targets)
 
     def _harden_held_out(self) -> None:
@@ -251,7 +218,7 @@ class Trainer:
         negatives = self.held_out.negatives
         wrong = [n for n in range(len(negatives.pairs)) if not negatives.is_positive("evaluation", 0, n)]
         self._harden(self.held_out, wrong)
-        self.best = None
+        self.progress.best = None
 
     def _evaluate(self) -> None:
         """Held-out loss, and what an SDM layer of the held-out documents' own would admit.
@@ -280,9 +247,17 @@ class Trainer:
         estimator = own.estimator.with_regions([REPORTED_ALPHA])
         admitted = estimator.estimate(h[own.row < 0], REPORTED_ALPHA).admitted.float().mean()
         self._log({"held_out_loss": loss, "admitted": float(admitted)})
-        if self.best is None or loss < self.best:
-            self.best = loss
-            self._keep()
+        if self.progress.best is None or loss < self.progress.best:
+            self.progress.best = loss
+            self.directory.keep_best(self.scorer)
+
+    def _log(self, values: dict[str, float]) -> None:
+        step = self.progress.step
+        self.progress.history.append({"step": step, "epoch": step / self._steps_per_epoch} | values)
+        self.directory.log(self.progress.history, values, step)
+
+    def _negatives(self) -> tuple[Negatives, Negatives]:
+        return self.train.negatives, self.held_out.negatives
 
     def _learning_rate(self, step: int) -> float:
         warmup = max(1, round(self.settings.warmup * self._steps))
@@ -304,107 +279,3 @@ class Trainer:
     def _top_tokens(self, batch: Batch) -> TopTokens:
         assert self._teacher is not None
         return TopTokens.of(self._teacher(batch.to(self.accelerator.device))[0])
-
-    # What is kept on disk.
-
-    def _open(self, resume: bool) -> None:
-        told = self.out / "settings.json"
-        settings = json.dumps(self.settings.to_json(), indent=2) + "\n"
-        if resume:
-            if not told.exists():
-                raise FinetuneError(f"{self.out} holds no run to resume; leave out --resume to begin one")
-            if told.read_text(encoding="utf-8") != settings:
-                raise FinetuneError(f"{told} has other settings: give those to resume, or another --out")
-            self._load()
-        elif self.out.exists() and any(self.out.iterdir()):
-            raise FinetuneError(f"{self.out} is not empty: give --resume to go on, or another --out")
-        self.accelerator.wait_for_everyone()
-        self.out.mkdir(parents=True, exist_ok=True)
-        told.write_text(settings, encoding="utf-8")
-
-    def _log(self, values: dict[str, float]) -> None:
-        self.history.append({"step": self.step, "epoch": self.step / self._steps_per_epoch} | values)
-        if not self.accelerator.is_main_process:
-            return
-        names = list(dict.fromkeys(name for row in self.history for name in row))
-        with (self.out / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, names)
-            table.writeheader()
-            table.writerows(self.history)
-        self._board(values, self.step)
-
-    def _board(self, values: dict[str, float], step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(str(self.out / "tensorboard"), purge_step=step) as board:
-            for name, value in values.items():
-                board.add_scalar(name, value, step)
-
-    def _keep(self) -> None:
-        """The best model so far."""
-        state = self.accelerator.get_state_dict(self.scorer)
-        own = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        if self.accelerator.is_main_process:
-            replace_directory(
-                self.out / "best", lambda path: self._lm.save_pretrained(str(path), state_dict=own)
-            )
-        self.accelerator.wait_for_everyone()
-
-    def _save(self) -> None:
-        """A checkpoint takes the place of the last one at once, so that one is always whole."""
-        unfinished, checkpoint = self.out / "checkpoint.unfinished", self.out / "checkpoint"
-        self.accelerator.save_state(str(unfinished))
-        if self.accelerator.is_main_process:
-            torch.save(
-                {
-                    "step": self.step,
-                    "supervision": None if self.supervision is None else self.supervision.state(),
-                    "negatives": [(s.negatives.current, s.negatives.last) for s in self._sides()],
-                    "best": self.best,
-                    "history": self.history,
-                    "smoothing": self.smoothing,
-                    "c": self.c,
-                },
-                unfinished / "run.pt",
-            )
-            shutil.rmtree(checkpoint, ignore_errors=True)
-            unfinished.rename(checkpoint)
-        self.accelerator.wait_for_everyone()
-
-    def _load(self) -> None:
-        checkpoint = self.out / "checkpoint"
-        if not checkpoint.exists():
-            return  # stopped before the first: begins anew
-        self.accelerator.load_state(str(checkpoint))
-        run = torch.load(checkpoint / "run.pt", weights_only=True)
-        self.step, self.best, self.history = run["step"], run["best"], run["history"]
-        self.smoothing, self.c = run["smoothing"], run["c"]
-        for side, (current, last) in zip(self._sides(), run["negatives"], strict=True):
-            side.negatives.current, side.negatives.last = current, last
-        if run["supervision"] is not None:
-            self.supervision = Supervision.from_state(run["supervision"])
-
-    def _sides(self) -> tuple[_Side, _Side]:
-        return self.train, self.held_out
-
-    def _finish(self) -> Path:
-        """The best model becomes `out`/model, ready to be served, and its adapter `out`/adapter."""
-        final = self.out / "model"
-        if self.accelerator.is_main_process:
-            best = self.out / "best"
-            if self.settings.lora_rank:
-                replace_directory(final, lambda path: merge(self.base, best, path))
-                shutil.rmtree(self.out / "adapter", ignore_errors=True)
-                best.rename(self.out / "adapter")
-            else:
-                replace_directory(final, lambda path: _whole(self.base, best, path))
-                shutil.rmtree(best)
-            shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        return final
-
-
-def _whole(base: Path, best: Path, out: Path) -> None:
-    """Every parameter was trained: the best weights with the base's tokenizer."""
-    shutil.copytree(base, out, ignore=shutil.ignore_patterns("*.safetensors*"))
-    shutil.copytree(best, out, dirs_exist_ok=True)

@@ -80,7 +80,10 @@ def _from_hub(name: str) -> list[str]:
         from datasets import load_dataset
     except ImportError as error:
         raise SentencesError('hf:NAME needs the package "datasets": pip install datasets') from error
-    rows = load_dataset(name, split="train")
+    try:
+        rows = load_dataset(name, split="train")
+    except Exception as error:  # no common class: hub, files, formats
+        raise SentencesError(f"hf:{name} cannot be loaded: {error}") from error
     column = next((c for c in ("text", "sentence") if c in rows.column_names), None)
     if column is None:
         raise SentencesError(

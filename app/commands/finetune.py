@@ -38,8 +38,11 @@ def finetune(
     out: Annotated[Path, typer.Option(help="Where the run goes; its model/ is served.")],
     loss: Annotated[Loss, typer.Option(help="What is minimised.")] = Loss.sdm,
     hard_negatives: Annotated[
-        Switch, typer.Option(help="Learn from the model's own wrong answers too, after the first epoch.")
+        Switch, typer.Option(help="Learn from the model's own wrong answers too.")
     ] = Switch.on,
+    generate_from: Annotated[
+        int, typer.Option(min=0, help="First epoch, from 0, with them; 0 where the model knows the task.")
+    ] = 1,
     teacher: Annotated[Path | None, typer.Option(help="Directory of the teacher of --loss first.")] = None,
     system_prompt: Annotated[str | None, typer.Option(help="Leads every conversation.")] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 2,
@@ -85,6 +88,7 @@ def finetune(
             settings = FinetuneSettings(
                 loss=loss.value,
                 hard_negatives=hard_negatives is Switch.on,
+                generate_from=generate_from,
                 epochs=epochs,
                 batch_size=batch_size,
                 micro_batch=micro_batch,

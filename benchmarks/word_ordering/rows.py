@@ -51,7 +51,7 @@ TITLES = {
 
 SAME_FOR_ALL = (
     *("--system-prompt", SYSTEM_PROMPT, "--epochs", "2", "--learning-rate", "5e-4"),
-    *("--gamma-gen", "1", "--max-tokens", "40"),
+    *("--generate-from", "0", "--gamma-gen", "1", "--gamma-diversity", "1", "--max-tokens", "48"),
     *("--layer-epochs", "100", "--layer-dim", "256", "--layer-learning-rate", "1e-4"),
 )
 

@@ -115,6 +115,9 @@ class TestNegatives:
         assert len(asked) / len(many) == pytest.approx(0.75 * 0.5, abs=0.03)
         assert not any(negatives.is_positive("step", 1, i) for i in asked)
         assert negatives.to_generate("step", 0, numbers) == []
+        assert self.made(many, generate_from=0, gamma_gen=1.0, gamma_plus=0.0).to_generate(
+            "step", 0, numbers
+        ) == list(numbers)
         assert self.made(many, hard_negatives=False).to_generate("step", 1, numbers) == []
 
     def test_only_wrong_answers_are_kept_and_for_one_epoch_more(self, pairs: list[Pair]) -> None:
@@ -136,7 +139,14 @@ class TestNegatives:
 
 @pytest.mark.parametrize(
     "change",
-    [{"epochs": 0}, {"gamma_gen": 1.1}, {"learning_rate": 0.0}, {"checkpoint_every": 5}, {"lora_rank": -1}],
+    [
+        {"epochs": 0},
+        {"gamma_gen": 1.1},
+        {"learning_rate": 0.0},
+        {"checkpoint_every": 5},
+        {"lora_rank": -1},
+        {"generate_from": -1},
+    ],
 )
 def test_settings_out_of_range_are_refused(change: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):

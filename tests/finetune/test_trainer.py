@@ -103,7 +103,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(
     step = stopped._step
 
     def killed(epoch: int, numbers: Any) -> float:
-        if stopped.step == stop:
+        if stopped.progress.step == stop:
             raise Killed
         return step(epoch, numbers)
 

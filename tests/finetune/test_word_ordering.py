@@ -93,3 +93,19 @@ def test_the_same_seed_makes_the_same_files() -> None:
     lines = sentences(300)
     assert task.build(lines, {}, SIZES, 3) == task.build(lines, {}, SIZES, 3)
     assert task.build(lines, {}, SIZES, 3) != task.build(lines, {}, SIZES, 4)
+
+
+def test_sentences_of_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hf:NAME: the hub's loader, on a data set that lies in a folder."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    named = {"said": "text", "told": "sentence", "silent": "words"}
+    for folder, column in named.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.csv").write_text(f"id,{column}\n1,Rain fell. \n2,Snow fell.\n")
+    for folder in ("said", "told"):
+        assert task.read_sentences(f"hf:{tmp_path / folder}") == ["Rain fell.", "Snow fell."]
+    with pytest.raises(SentencesError, match='no column "text" or "sentence", but id, words'):
+        task.read_sentences(f"hf:{tmp_path / 'silent'}")
+    with pytest.raises(SentencesError, match="cannot be loaded"):
+        task.read_sentences(f"hf:{tmp_path / 'none'}")

@@ -1,0 +1,47 @@
+"""The documents of one set of pairs, training or held out: each pair shown right or wrong, as its draws say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.base import Representation
+from engine.prompt import ChatFormat
+from finetune.data import Pair
+from finetune.examples import Example, negative, positive
+from finetune.negatives import Negatives
+from finetune.settings import FinetuneSettings
+
+TAG = Representation().tag
+
+
+class Documents:
+    """name: of the set; its draws differ from another's."""
+
+    def __init__(
+        self, name: str, chat: ChatFormat, pairs: Sequence[Pair], settings: FinetuneSettings
+    ) -> None:
+        self.pairs = pairs
+        self.negatives = Negatives(pairs, settings, name)
+        system = [{"role": "system", "content": settings.system_prompt}] if settings.system_prompt else []
+        self.prompts = [chat.encode_chat([*system, *pair.messages]) for pair in pairs]
+        self._chat = chat
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def right(self, number: int) -> Example:
+        return positive(self._chat, self.prompts[number], self.pairs[number].positive, TAG)
+
+    def example(self, purpose: str, epoch: int, number: int) -> tuple[Example, int]:
+        """The document to show and its r."""
+        if self.negatives.is_positive(purpose, epoch, number):
+            return self.right(number), 1
+        wrong = self.negatives.pick(purpose, epoch, number)
+        return negative(self._chat, self.prompts[number], wrong, TAG), 0
+
+    def examples(self, purpose: str, epoch: int) -> tuple[list[Example], Tensor]:
+        shown = [self.example(purpose, epoch, number) for number in range(len(self))]
+        return [example for example, _ in shown], torch.tensor([r for _, r in shown])
