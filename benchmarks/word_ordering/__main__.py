@@ -59,14 +59,16 @@ def main(
         kept = out / "results" / f"{described.name}.json"
         if not kept.exists():
             model = experiment.model_of(described, out, bases)
-            found = final_layers(answer(model, data, out / "answers", engine), sets_of(data))
+            sets = sets_of(data, described.of_each)
+            found = final_layers(answer(model, data, sets, out / "answers", engine), sets)
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(found), encoding="utf-8")
         results[described.name] = json.loads(kept.read_text(encoding="utf-8"))
     if as_json:
         typer.echo(json.dumps(results))
     else:
-        typer.echo("\n\n".join(table.markdown(results, ALPHAS, kind) for kind in ("plain", "lower")))
+        for write in (table.summary, table.markdown):
+            typer.echo("\n\n".join(write(results, ALPHAS, kind) for kind in ("plain", "lower")) + "\n")
     if figures:
         table.plots(results, out, figures)
 

@@ -41,16 +41,17 @@ class Answers:
     documents: list[Labelled]
 
 
-def answer(model: Path, data: Path, cache: Path, engine: str) -> Answers:
-    return asyncio.run(_answer(model, data, cache, engine))
+def answer(model: Path, data: Path, sets: dict[str, list[Record]], cache: Path, engine: str) -> Answers:
+    return asyncio.run(_answer(model, data, sets, cache, engine))
 
 
-def sets_of(data: Path) -> dict[str, list[Record]]:
-    """Harvard's sentences are a set where they were given."""
-    return {name: load_records(data / f"{name}.jsonl") for name in SETS if (data / f"{name}.jsonl").exists()}
+def sets_of(data: Path, of_each: int | None = None) -> dict[str, list[Record]]:
+    """Harvard's sentences are a set where they were given. of_each: only so many of each set."""
+    files = {name: data / f"{name}.jsonl" for name in SETS}
+    return {name: load_records(file)[:of_each] for name, file in files.items() if file.exists()}
 
 
-async def _answer(model: Path, data: Path, cache: Path, kind: Any) -> Answers:
+async def _answer(model: Path, data: Path, sets: dict[str, list[Record]], cache: Path, kind: Any) -> Answers:
     chat = ChatFormat.from_directory(model)
     settings = EngineSettings(
         model=model, kind=kind, representation=REPRESENTATION, max_model_len=512, eager=True
@@ -65,7 +66,7 @@ async def _answer(model: Path, data: Path, cache: Path, kind: Any) -> Answers:
                         engine, chat, records, POLICY, REPRESENTATION, answers, CONCURRENCY, bar.update
                     )
 
-            own = {name: await ask(name, records) for name, records in sets_of(data).items()}
+            own = {name: await ask(name, records) for name, records in sets.items()}
             documents = _documents(data, own["calibration"])
             given = iter(await ask("documents", [d for d in documents if isinstance(d, Record)]))
         return Answers(own, [next(given) if isinstance(d, Record) else d for d in documents])
@@ -78,7 +79,7 @@ def _documents(data: Path, own: list[Labelled]) -> list[Record | Labelled]:
     rng = random.Random(0)
     shown: list[Record | Labelled] = []
     lines = (data / "calibration-pairs.jsonl").read_text(encoding="utf-8").splitlines()
-    for number, (line, generated) in enumerate(zip(lines, own, strict=True), start=1):
+    for number, (line, generated) in enumerate(zip(lines, own, strict=False), start=1):
         made = json.loads(line)
         label: Label = 0
         if rng.random() < 0.5:

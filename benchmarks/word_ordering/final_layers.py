@@ -74,7 +74,7 @@ def judge(estimator: SDMEstimator, own: Sequence[Labelled]) -> dict[str, Any]:
 
 
 def _counts(admitted: Tensor, y_hat: Tensor, y: Tensor) -> dict[str, list[int]]:
-    """hits and of: admitted of all, right among them, by true class and by verdict."""
+    """hits and of: admitted of all, right among them, by true class and by verdict. rows: which are admitted."""
 
     def pair(hits: Tensor) -> list[int]:
         share = Share.count(hits)
@@ -88,6 +88,7 @@ def _counts(admitted: Tensor, y_hat: Tensor, y: Tensor) -> dict[str, list[int]]:
         "class 1": pair(right[admitted & (y == 1)]),
         "verdict 0": pair(right[admitted & (y_hat == 0)]),
         "verdict 1": pair(right[admitted & (y_hat == 1)]),
+        "rows": admitted.nonzero().flatten().tolist(),
     }
 
 

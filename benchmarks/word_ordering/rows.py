@@ -14,19 +14,21 @@ from finetune.word_ordering import SYSTEM_PROMPT
 @dataclass(frozen=True)
 class Row:
     """options: of `candor finetune`; None, the model as it is. base: "pretrained", or "start", which every
-    fine-tuned row begins from. teacher: the row whose model teaches."""
+    fine-tuned row begins from. teacher: the row whose model teaches. of_each: it is asked only so many prompts of
+    each set."""
 
     name: str
     options: Sequence[str] | None
     base: str = "start"
     teacher: str | None = None
+    of_each: int | None = None
 
 
 CE = ("--loss", "ce", "--hard-negatives")
 SDM = ("--loss", "sdm", "--hard-negatives")
 
 ROWS = (
-    Row("pretrained", None, base="pretrained"),
+    Row("pretrained", None, base="pretrained", of_each=200),  # right in none; it rambles, which takes long
     Row("start", None),
     Row("ce", (*CE, "off")),
     Row("sdm-hn", (*SDM, "on")),

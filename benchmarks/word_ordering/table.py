@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.word_ordering.rows import TITLES
-from calibration.intervals import Share
+from calibration.intervals import Share, bootstrap
+
+REFERENCE = "ce"
 
 LAYERS = {
     "documents": "papers' h, papers' documents",
@@ -25,6 +29,43 @@ CONDITIONS = {
 }
 
 Results = dict[str, dict[str, Any]]
+
+
+def summary(results: Results, alphas: Sequence[float], kind: str = "plain") -> str:
+    """What every row admits, in short: one table for every alpha and layer. kind: "plain" or "lower"."""
+    parts = []
+    for alpha in alphas:
+        for layer, title in LAYERS.items():
+            parts += [f"### alpha = {alpha}, {title} ({kind} region), in short", ""]
+            parts += [_in_short(results, layer, f"{kind} {alpha}"), ""]
+    return "\n".join(parts).rstrip()
+
+
+def _in_short(results: Results, layer: str, reading: str) -> str:
+    sets = _sets(results)
+    rows = []
+    for name, result in results.items():
+        figures = result["layers"][layer]
+        if "failed" in figures:
+            rows.append([TITLES[name], "no layer", *[""] * (2 * len(sets))])
+            continue
+        shares = [share(figures[s][reading][key]) for s in sets for key in ("admitted", "right")]
+        rows.append([TITLES[name], *shares[:2], _times(results, name, layer, reading), *shares[2:]])
+    head = [f"{SETS[s]}: {what}" for s in sets for what in ("admitted", "right")]
+    return _table(["row", *head[:2], f"times {TITLES[REFERENCE]}'s share", *head[2:]], rows)
+
+
+def _times(results: Results, name: str, layer: str, reading: str) -> str:
+    """Admitted share over the reference row's on the same test prompts, with its paired bootstrap interval."""
+    reference = results.get(REFERENCE, {"layers": {layer: {"failed": ""}}})["layers"][layer]
+    if "failed" in reference or not reference["test"][reading]["rows"]:
+        return "-"
+    n = reference["test"][reading]["admitted"][1]
+    ours, theirs = torch.zeros(n), torch.zeros(n)
+    ours[results[name]["layers"][layer]["test"][reading]["rows"]] = 1
+    theirs[reference["test"][reading]["rows"]] = 1
+    low, high = bootstrap(lambda rows: float(ours[rows].sum() / theirs[rows].sum()), n, seed=0)
+    return f"{float(ours.sum() / theirs.sum()):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def markdown(results: Results, alphas: Sequence[float], kind: str = "plain") -> str:
