@@ -170,7 +170,13 @@ class Metrics:
         self._feedback.labels(self._model, region, str(correct).lower()).inc()
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
-        """The page for a scraper that accepts this, and its content type."""
+        """The page for a scraper that accepts this, and its content type.
+
+        Names stay as they are, for they are legal everywhere: to a Prometheus before 3.0 the client library would
+        call `vllm:x` `vllm_x` (prometheus/client_python#1177).
+        """
+        if "application/openmetrics-text" in accept:
+            accept = "application/openmetrics-text; version=1.0.0; escaping=allow-utf-8"
         encode, content_type = choose_encoder(accept)
         return encode(_Both(self._registry, REGISTRY)), content_type
 
