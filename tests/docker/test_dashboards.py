@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft7Validator
 
 Run = Callable[..., str]
 
@@ -35,6 +36,33 @@ def test_committed_dashboards_are_what_the_code_writes(root: Path, tmp_path: Pat
     subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, env=environment)
     committed = {file.name: file.read_text() for file in script.with_suffix("").glob("*.json")}
     assert committed == {file.name: file.read_text() for file in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("board", ["candor", "runbook"])
+def test_dashboard_is_valid_grafana(root: Path, board: str) -> None:
+    """After Grafana's own schemas: the dashboard, and each panel's options, drawing style and queries."""
+    schemas = os.environ.get("GRAFANA_SCHEMAS")
+    if schemas is None:
+        pytest.skip(
+            "GRAFANA_SCHEMAS must name the folder `jsonschema` of github.com/grafana/grafana-foundation-sdk"
+        )
+
+    def faults(kind: str, definition: str, part: dict[str, Any]) -> list[str]:
+        schema = json.loads((Path(schemas) / f"{kind}.jsonschema.json").read_text(encoding="utf-8"))
+        validator = Draft7Validator(schema | {"$ref": f"#/definitions/{definition}"})
+        return [f"{fault.json_path}: {fault.message}" for fault in validator.iter_errors(part)]
+
+    document = json.loads((root / f"docker/grafana/dashboards/{board}.json").read_text(encoding="utf-8"))
+    assert faults("dashboard", "Dashboard", document) == []
+    assert faults("dashboard", "Dashboard", document | {"refresh": 5}) != []
+    for panel in document["panels"]:
+        if panel["type"] == "row":
+            continue
+        assert faults(panel["type"], "Options", panel["options"]) == [], panel["title"]
+        for query in panel.get("targets", ()):
+            assert faults("prometheus", "Dataquery", query) == [], panel["title"]
+        if style := panel.get("fieldConfig", {}).get("defaults", {}).get("custom"):
+            assert faults(panel["type"], "FieldConfig", style) == [], panel["title"]
 
 
 def test_every_panel_says_what_it_shows(
