@@ -65,9 +65,11 @@ def watched(root: Path, demo_model: Path, tmp_path_factory: pytest.TempPathFacto
         port = _free_port()
         serve = [sys.executable, "-c", "from app.cli import main; main()", "serve", "--port", str(port)]
         serve += ["--model", str(demo_model), "--bundle", str(root / "demo/bundle")]
-        log = stack.enter_context(_running(serve, folder / "server.log", root, os.environ | settings))
+        log = folder / "server.log"
+        process = stack.enter_context(_running(serve, log, root, os.environ | settings))
         server = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60))
-        _until(lambda: _answers(server, "/readyz"), 600, log)
+        _until(lambda: process.poll() is not None or _answers(server, "/readyz"), 1800, log)
+        assert process.poll() is None, log.read_text()[-3000:]
         url = stack.enter_context(_prometheus(root, folder, port))
         prometheus = stack.enter_context(httpx.Client(base_url=url, timeout=30))
         _until(lambda: _answers(prometheus, "/-/ready"), 30, folder / "prometheus.log")
@@ -170,9 +172,11 @@ def _receiver() -> Iterator[tuple[str, dict[str, set[str]]]]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         thread = threading.Thread(target=http.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{http.server_port}", spans
-        http.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{http.server_port}", spans
+        finally:
+            http.shutdown()
+            thread.join()
 
 
 @contextmanager
@@ -200,11 +204,13 @@ def _prometheus(root: Path, folder: Path, target: int) -> Iterator[str]:
 
 
 @contextmanager
-def _running(command: list[str], log: Path, folder: Path, environment: dict[str, str]) -> Iterator[Path]:
+def _running(
+    command: list[str], log: Path, folder: Path, environment: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=file)
         try:
-            yield log
+            yield process
         finally:
             process.terminate()
             try:
