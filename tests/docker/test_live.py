@@ -109,7 +109,7 @@ def test_every_panel_has_data(watched: Watched, panels: list[dict[str, Any]]) ->
     empty = []
     for panel in panels:
         for query in panel["targets"]:
-            expression = query["expr"].replace("$model_name", ".+").replace("$__rate_interval", "2m")
+            expression = query["expr"].replace("$model_name", ".+").replace("$__rate_interval", "1h")
             if not watched.query(expression):
                 empty.append((panel["title"], expression))
     assert empty == []
