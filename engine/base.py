@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
@@ -67,6 +67,10 @@ class Representation:
     evidence: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        parts = get_args(Part)
+        if not self.order or set(self.order) - set(parts) or len(set(self.order)) < len(self.order):
+            strange = [part for part in self.order if part not in parts]
+            raise ValueError(f"unknown parts {strange} or one twice; expected some of {list(parts)}, each once")
         unknown = [name for name in self.evidence if name not in EVIDENCE]
         if unknown:
             raise ValueError(f"unknown evidence {unknown}; known are {list(EVIDENCE)}")

@@ -34,6 +34,9 @@ class Dtype(StrEnum):
 
 
 Model = Annotated[Path, typer.Option(help="Directory of the model: config.json, safetensors, tokenizer.")]
+Adapter = Annotated[
+    Path | None, typer.Option(help="Directory of a LoRA adapter to lay over the model, as PEFT writes it.")
+]
 Kind = Annotated[EngineKind, typer.Option("--engine", help="What generates.")]
 Concurrency = Annotated[int, typer.Option(min=1, help="Records in flight at once.")]
 ContextLength = Annotated[
@@ -70,10 +73,12 @@ def calibrate(
         Path | None, typer.Option(help="Records to certify on, in place of a share of the data.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the bundle; default: that of its folder.")] = None,
+    represent: Annotated[
+        str, typer.Option(help="What is judged: mean, last, evidence, by commas; the papers' is mean,last.")
+    ] = "last,evidence",
     evidence: Annotated[
-        str,
-        typer.Option(help="Third block of the representation: names from engine.base.EVIDENCE, by commas."),
-    ] = "",
+        str | None, typer.Option(help="Names from engine.base.EVIDENCE, by commas; default: all of them.")
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer; longer ones are not calibrated.")
     ] = 128,
@@ -90,6 +95,7 @@ def calibrate(
     exemplar_dim: Annotated[int, typer.Option(min=1, help="M, the size of an exemplar vector.")] = 1000,
     learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-5,
     seed: Seed = 0,
+    adapter: Adapter = None,
     engine: Kind = EngineKind.vllm,
     dtype: Annotated[Dtype, typer.Option(help="What the weights are served in.")] = Dtype.bfloat16,
     max_model_len: ContextLength = 2048,
@@ -106,18 +112,16 @@ def calibrate(
     from calibration.fit import FitSettings
     from calibration.report import table
     from calibration.run import Asking, Certifying, Inputs, make_bundle, require_free
-    from engine.base import Representation
+    from engine.base import EVIDENCE, Representation
     from engine.factory import EngineSettings
     from model_store.manifest import Policy
 
     with errors_told():
-        names = tuple(part.strip() for part in evidence.split(",") if part.strip())
         try:
-            representation = (
-                Representation(order=("mean", "last", "evidence"), evidence=names)
-                if names
-                else Representation()
-            )
+            parts = _by_commas(represent)
+            unnamed = EVIDENCE if "evidence" in parts else ()
+            names = unnamed if evidence is None else _by_commas(evidence)
+            representation = Representation(order=parts, evidence=names)  # type: ignore[arg-type]
             settings = FitSettings(
                 tuple(sorted(set(alpha))), rounds, epochs, exemplar_dim, learning_rate, seed
             )
@@ -144,7 +148,7 @@ def calibrate(
             max_model_len=max_model_len,
         )
         asking = Asking(hidden_cache or beside(out), concurrency, seed)
-        answers = asyncio.run(_answer(engine_settings, inputs, policy, asking))
+        answers = asyncio.run(_answer(adapter, engine_settings, inputs, policy, asking))
         made = make_bundle(inputs, answers, settings, out, name or out.resolve().name, certifying)
     if as_json:
         typer.echo(json.dumps({"bundle": str(out), "digest": made.digest, "report": made.report}))
@@ -154,7 +158,7 @@ def calibrate(
     if missing:
         typer.echo(
             f"\nNo region at alpha = {', '.join(missing)}: nothing is admitted there. "
-            "More records, easier prompts or --evidence may help."
+            "More records or easier prompts may help."
         )
     typer.echo("\n" + base_rate_table(made.evaluation))
     if made.certification is not None:
@@ -162,18 +166,24 @@ def calibrate(
     typer.echo(f"\n{out}: digest {made.digest}")
 
 
-async def _answer(engine_settings: EngineSettings, inputs: Inputs, policy: Policy, asking: Asking) -> Answers:
+async def _answer(
+    adapter: Path | None, engine_settings: EngineSettings, inputs: Inputs, policy: Policy, asking: Asking
+) -> Answers:
     """Closes the engine when all is answered: training needs its memory and cores."""
     from calibration.run import answer_inputs
-    from engine.factory import start_engine
+    from engine.factory import start_under
     from engine.prompt import ChatFormat
 
     chat = ChatFormat.from_directory(engine_settings.model)
-    engine = await start_engine(engine_settings, chat)
+    engine = await start_under(adapter, engine_settings, chat)
     try:
         return await answer_inputs(engine, chat, inputs, policy, asking)
     finally:
         await engine.close()
+
+
+def _by_commas(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def beside(bundle: Path, suffix: str = ".cache") -> Path:

@@ -17,6 +17,7 @@ from benchmarks.word_ordering import rows as experiment
 from benchmarks.word_ordering import table
 from benchmarks.word_ordering.answers import answer, sets_of
 from benchmarks.word_ordering.final_layers import ALPHAS, final_layers
+from benchmarks.word_ordering.signals import signals
 from finetune import word_ordering as task
 
 MODELS = Path("var/models")
@@ -60,7 +61,8 @@ def main(
         if not kept.exists():
             model = experiment.model_of(described, out, bases)
             sets = sets_of(data, described.of_each)
-            found = final_layers(answer(model, data, sets, out / "answers", engine), sets)
+            answers = answer(model, data, sets, out / "answers", engine)
+            found = final_layers(answers, sets) | {"signals": signals(model, answers.own["test"])}
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(found), encoding="utf-8")
         results[described.name] = json.loads(kept.read_text(encoding="utf-8"))

@@ -1,9 +1,13 @@
-"""The final SDM layer of a row, three ways, and what each admits of the row's own answers.
+"""The final SDM layer of a row, four ways, and what each admits of the row's own answers.
 
 documents   the papers': h, on right answers and wrong ones shown by a coin, the model's own wrong
             answer where it has one, else the static negative (arXiv 2510.26183, section 4)
 answers     h, on the model's own answers to the calibration prompts, as `candor calibrate` does
 evidence    the same with the generation's evidence beside h
+last        the state at the tag and the evidence alone (docs/results/ablation.md)
+
+Which records fall into which half decides much of the region at these sizes, so each is fitted on three deals and
+the deal in the middle by its share admitted in distribution is shown, beside all three shares.
 """
 
 from __future__ import annotations
@@ -27,31 +31,51 @@ from finetune.encoding import TAG, parse
 from sdm.estimator import SDMEstimator
 
 ALPHAS = (0.9, 0.95)
-SETTINGS = FitSettings(ALPHAS, rounds=5, epochs=100, exemplar_dim=256, learning_rate=1e-4)
+DEALS = 3
+SETTINGS = FitSettings(ALPHAS, rounds=3, epochs=100, exemplar_dim=256, learning_rate=1e-4)
 
 
 def final_layers(answers: Answers, records: dict[str, list[Record]]) -> dict[str, Any]:
     """Figures of every layer on every set, as plain JSON values."""
-    sets = {name: own for name, own in answers.own.items() if name != "calibration"}
-    papers = {name: [_papers(answer) for answer in own] for name, own in answers.own.items()}
     result: dict[str, Any] = {
         "accuracy": {name: _accuracy(own, records[name]) for name, own in answers.own.items()},
         "layers": {},
     }
-    for layer, (fitted_on, judged, representation) in {
-        "documents": ([_papers(answer) for answer in answers.documents], papers, Representation()),
-        "answers": (papers["calibration"], papers, Representation()),
-        "evidence": (answers.own["calibration"], answers.own, REPRESENTATION),
+    hidden = (answers.own["test"][0].h.numel() - len(EVIDENCE)) // 2
+    for layer, (fitted_on, representation) in {
+        "documents": (answers.documents, Representation()),
+        "answers": (answers.own["calibration"], Representation()),
+        "evidence": (answers.own["calibration"], REPRESENTATION),
+        "last": (answers.own["calibration"], Representation(order=("last", "evidence"), evidence=EVIDENCE)),
     }.items():
-        hidden = (answers.own["test"][0].h.numel() - len(EVIDENCE)) // 2
         blocks = standardisation_blocks(representation, hidden)
+        fitted_on = [_reduced(answer, representation) for answer in fitted_on]
+        judged = {
+            name: [_reduced(answer, representation) for answer in own]
+            for name, own in answers.own.items()
+            if name != "calibration"
+        }
         try:
-            fitted = fit(fitted_on, blocks, SETTINGS, lambda _: None)
+            deals = [
+                fit(fitted_on, blocks, replace(SETTINGS, seed=seed), lambda _: None) for seed in range(DEALS)
+            ]
         except CalibrationError as error:
             result["layers"][layer] = {"failed": str(error)}
             continue
-        result["layers"][layer] = {name: judge(fitted.estimator, judged[name]) for name in sets}
+        result["layers"][layer] = _middle(
+            [{name: judge(fitted.estimator, own) for name, own in judged.items()} for fitted in deals]
+        )
     return result
+
+
+def _middle(deals: list[dict[str, Any]]) -> dict[str, Any]:
+    """The deal in the middle; in each reading "deals", how many each deal admits, ascending."""
+    deals.sort(key=lambda figures: figures["test"][f"plain {ALPHAS[0]}"]["admitted"][0])
+    middle = deals[len(deals) // 2]
+    for name, figures in middle.items():
+        for reading in (reading for reading in figures if reading.startswith(("plain", "lower"))):
+            figures[reading]["deals"] = sorted(deal[name][reading]["admitted"][0] for deal in deals)
+    return middle
 
 
 def judge(estimator: SDMEstimator, own: Sequence[Labelled]) -> dict[str, Any]:
@@ -92,8 +116,13 @@ def _counts(admitted: Tensor, y_hat: Tensor, y: Tensor) -> dict[str, list[int]]:
     }
 
 
-def _papers(answer: Labelled) -> Labelled:
-    return replace(answer, h=answer.h[: len(answer.h) - len(EVIDENCE)] if answer.h.numel() else answer.h)
+def _reduced(answer: Labelled, representation: Representation) -> Labelled:
+    """With those parts of h alone that `representation` names."""
+    hidden = (answer.h.numel() - len(EVIDENCE)) // 2
+    if hidden < 0:  # the states could not be taken
+        return answer
+    parts = dict(zip(REPRESENTATION.order, answer.h.split(REPRESENTATION.block_sizes(hidden)), strict=True))
+    return replace(answer, h=torch.cat([parts[part] for part in representation.order]))
 
 
 def _accuracy(own: Sequence[Labelled], records: Sequence[Record]) -> dict[str, list[int]]:

@@ -36,7 +36,7 @@ ROWS = (
     Row("ce-hn", (*CE, "on")),
     Row("sdm-hn-1", (*SDM, "on", "--seed", "1")),
     Row("first", ("--loss", "first", "--hard-negatives", "off"), teacher="ce"),
-    Row("ual", ("--loss", "ual", "--hard-negatives", "off", "--samples", "2")),
+    Row("ual", ("--loss", "ual", "--hard-negatives", "off", "--samples", "1")),
 )
 
 TITLES = {

@@ -18,6 +18,7 @@ LAYERS = {
     "documents": "papers' h, papers' documents",
     "answers": "papers' h, own answers",
     "evidence": "h and evidence, own answers",
+    "last": "last state and evidence, own answers",
 }
 SETS = {"test": "in distribution", "harvard": "Harvard", "shifted": "shifted (longer)"}
 CONDITIONS = {
@@ -47,12 +48,17 @@ def _in_short(results: Results, layer: str, reading: str) -> str:
     for name, result in results.items():
         figures = result["layers"][layer]
         if "failed" in figures:
-            rows.append([TITLES[name], "no layer", *[""] * (2 * len(sets))])
+            rows.append([TITLES[name], "no layer", *[""] * (2 * len(sets) + 1)])
             continue
         shares = [share(figures[s][reading][key]) for s in sets for key in ("admitted", "right")]
-        rows.append([TITLES[name], *shares[:2], _times(results, name, layer, reading), *shares[2:]])
+        test = figures["test"][reading]
+        three = ", ".join(f"{100 * count / test['admitted'][1]:.1f}" for count in test["deals"])
+        rows.append(
+            [TITLES[name], shares[0], three, *shares[1:2], _times(results, name, layer, reading), *shares[2:]]
+        )
     head = [f"{SETS[s]}: {what}" for s in sets for what in ("admitted", "right")]
-    return _table(["row", *head[:2], f"times {TITLES[REFERENCE]}'s share", *head[2:]], rows)
+    times = f"times {TITLES[REFERENCE]}'s share"
+    return _table(["row", head[0], "by deal, %", head[1], times, *head[2:]], rows)
 
 
 def _times(results: Results, name: str, layer: str, reading: str) -> str:
@@ -140,7 +146,7 @@ def plots(results: Results, out: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for style, (name, result) in zip(styles, results.items(), strict=False):
-        figures = result["layers"]["evidence"]
+        figures = result["layers"]["last"]
         if "failed" in figures:
             continue
         pairs = sorted(zip(figures["test"]["scores"], figures["test"]["right"], strict=True), reverse=True)

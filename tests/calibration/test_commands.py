@@ -156,6 +156,8 @@ def test_another_model_than_the_bundles_is_refused(model: Path, tmp_path: Path) 
         ({"--alpha": "95"}, "between 0.5 and 1"),
         ({"--alpha": "1"}, "no number of records"),
         ({"--evidence": "mood"}, "unknown evidence ['mood']"),
+        ({"--represent": "last,mood"}, "unknown parts ['mood']"),
+        ({"--represent": "last", "--evidence": "min_margin"}, "disagree"),
         ({"--learning-rate": "0"}, "learning rate positive"),
         ({"--temperature": "-1"}, "--temperature"),
         ({"--certify": "95"}, "accuracy to certify must be between 0 and 1"),
