@@ -14,6 +14,7 @@ from calibration.cache import AnswerCache
 from calibration.data import load_records
 from calibration.generate import Labelled, collect
 from engine.base import (
+    AdapterIdentity,
     Delta,
     EngineError,
     Generation,
@@ -37,6 +38,7 @@ class FinishedEngine:
     identity: ModelIdentity
     representation: Representation
     max_model_len: int = 1024
+    adapter: AdapterIdentity | None = None
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True

@@ -170,6 +170,7 @@ def _key(
     identity = {name: value for name, value in asdict(engine.identity).items() if name != "name"}
     return cache_key(
         model=identity,  # with the digests of tokenizer and chat template
+        **({"adapter": engine.adapter.sha256} if engine.adapter else {}),
         representation=representation.to_json(),
         messages=conversation(record, policy),
         # A given response does not depend on the policy; sampled twins are told apart by their seeds.

@@ -33,7 +33,7 @@ from calibration.evaluate import Evaluation, evaluate
 from calibration.fit import FitSettings, fit, set_aside, set_aside_for_certification, standardisation_blocks
 from calibration.generate import Labelled, collect, count_faults
 from calibration.report import build_report
-from engine.base import Engine, ModelIdentity, Representation
+from engine.base import AdapterIdentity, Engine, ModelIdentity, Representation
 from engine.prompt import ChatFormat
 from model_store.bundle import Bundle, Exemplar
 from model_store.manifest import Manifest, Policy
@@ -118,6 +118,7 @@ class Answers:
     """
 
     model: ModelIdentity
+    adapter: AdapterIdentity | None
     representation: Representation
     policy: Policy
     fitting: list[Labelled]
@@ -161,7 +162,9 @@ async def answer_inputs(
         certification = await answer_file(
             engine, chat, inputs.certification, policy, asking, "answering records to certify on"
         )
-    return Answers(engine.identity, engine.representation, policy, fitting, held_out, certification)
+    return Answers(
+        engine.identity, engine.adapter, engine.representation, policy, fitting, held_out, certification
+    )
 
 
 def make_bundle(
@@ -195,6 +198,7 @@ def make_bundle(
         name=name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=answers.model,
+        adapter=answers.adapter,
         representation=answers.representation,
         policy=answers.policy,
         alphas=settings.alphas,

@@ -70,7 +70,9 @@ class Representation:
         parts = get_args(Part)
         if not self.order or set(self.order) - set(parts) or len(set(self.order)) < len(self.order):
             strange = [part for part in self.order if part not in parts]
-            raise ValueError(f"unknown parts {strange} or one twice; expected some of {list(parts)}, each once")
+            raise ValueError(
+                f"unknown parts {strange} or one twice; expected some of {list(parts)}, each once"
+            )
         unknown = [name for name in self.evidence if name not in EVIDENCE]
         if unknown:
             raise ValueError(f"unknown evidence {unknown}; known are {list(EVIDENCE)}")
@@ -105,6 +107,14 @@ class ModelIdentity:
     weights_sha256: str
     tokenizer_sha256: str
     chat_template_sha256: str
+
+
+@dataclass(frozen=True)
+class AdapterIdentity:
+    """Weights laid over the model's own when serving, for example a LoRA, by content."""
+
+    name: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -187,9 +197,13 @@ class Generation:
 
 
 class Engine(Protocol):
-    """Text in, text and hidden state out. Two real implementations: vLLM and transformers."""
+    """Text in, text and hidden state out. Two real implementations: vLLM and transformers.
+
+    adapter: what is laid over the model's weights, None where nothing is.
+    """
 
     identity: ModelIdentity
+    adapter: AdapterIdentity | None
     representation: Representation
     max_model_len: int
 

@@ -15,8 +15,6 @@ would have to be counted, and rows that belong nowhere go to one spare row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 
@@ -45,8 +43,9 @@ class BlockSums:
         self._sums.index_add_(0, block, hidden.float())
         self._counts.index_add_(0, block, torch.ones_like(slots, dtype=torch.float32))
 
-    def mean(self, blocks: Sequence[int], positions: int) -> tuple[torch.Tensor, bool]:
-        """(mean (H,), whether all of `positions` tokens were counted) for a sequence in `blocks`."""
-        index = torch.tensor(list(blocks), device=self._sums.device)
-        complete = int(self._counts[index].sum()) == positions
-        return self._sums[index].sum(0) / positions, complete
+    def mean(self, blocks: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mean (H,), how many tokens were counted ()) for a sequence of `positions` tokens in `blocks` (b,).
+
+        The mean is exact iff all of them were counted; whoever has both on the host looks (it would wait here).
+        """
+        return self._sums[blocks].sum(0) / positions, self._counts[blocks].sum()

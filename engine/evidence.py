@@ -26,21 +26,27 @@ FLOOR = 1e-4
 """e: surprisals below it are bfloat16's noise."""
 
 
-def from_logprobs(names: Sequence[str], tokens: Sequence[TokenLogprob]) -> torch.Tensor:
-    """The named features, float32 (E,). An answer without tokens has 0 for each."""
-    if not names or not tokens:
+def features(names: Sequence[str], surprisals: Sequence[float], margins: Sequence[float]) -> torch.Tensor:
+    """The named ones, float32 (E,), of an answer's tokens. An answer without tokens has 0 for each."""
+    if not names or not surprisals:
         return torch.zeros(len(names))
-    surprisals = [-token.logprob for token in tokens]
-    margins = [_margin(token) for token in tokens]
+    count = len(surprisals)
     values = {
-        "log_mean_surprisal": math.log(sum(surprisals) / len(tokens) + FLOOR),
+        "log_mean_surprisal": math.log(sum(surprisals) / count + FLOOR),
         "log_sum_surprisal": math.log(sum(surprisals) + FLOOR),
         "log_max_surprisal": math.log(max(surprisals) + FLOOR),
-        "mean_margin": sum(margins) / len(tokens),
+        "mean_margin": sum(margins) / count,
         "min_margin": min(margins),
-        "log_length": math.log(len(tokens)),
+        "log_length": math.log(count),
     }
     return torch.tensor([values[name] for name in names], dtype=torch.float32)
+
+
+def from_logprobs(names: Sequence[str], tokens: Sequence[TokenLogprob]) -> torch.Tensor:
+    """The same from log-probabilities, with at least `TOP` alternatives for each token."""
+    if not names:
+        return torch.zeros(0)
+    return features(names, [-token.logprob for token in tokens], [_margin(token) for token in tokens])
 
 
 def _margin(token: TokenLogprob) -> float:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 from engine.base import Engine, Representation
 from engine.prompt import ChatFormat
@@ -20,7 +20,9 @@ class EngineSettings:
     block_size: tokens per KV block; smaller blocks let more of a shared prefix be reused.
     max_num_batched_tokens: tokens computed per step; longer prompts are computed in chunks of it.
     eager: no compilation: starts sooner, runs slower.
+    asynchronous: vLLM plans a step while the one before is computed.
     served_model_name: what the engine's own metrics call the model; without it, its directory.
+    adapters: directories of LoRA adapters that can be laid over the model (`VLLMEngine.under`).
     """
 
     model: Path
@@ -33,7 +35,9 @@ class EngineSettings:
     kv_cache_bytes: int | None = None
     block_size: int = 32
     eager: bool = False
+    asynchronous: bool = True
     served_model_name: str | None = None
+    adapters: tuple[Path, ...] = ()
 
 
 async def start_engine(settings: EngineSettings, chat: ChatFormat | None = None) -> Engine:
@@ -49,3 +53,11 @@ async def start_engine(settings: EngineSettings, chat: ChatFormat | None = None)
     from engine.transformers_engine import TransformersEngine
 
     return TransformersEngine(settings, chat)
+
+
+async def start_under(adapter: Path | None, settings: EngineSettings, chat: ChatFormat) -> Engine:
+    """The same with one adapter laid over the model, or none."""
+    if adapter is None:
+        return await start_engine(settings, chat)
+    engine: Any = await start_engine(replace(settings, adapters=(adapter,)), chat)  # vLLM's: others refuse it
+    return cast(Engine, engine.under(adapter, settings.representation))

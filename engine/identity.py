@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from engine.base import EngineError, ModelIdentity
+from engine.base import AdapterIdentity, EngineError, ModelIdentity
 from engine.prompt import ChatFormat
 
 
@@ -38,6 +38,17 @@ def identify(model: Path, chat: ChatFormat, dtype: str) -> ModelIdentity:
         tokenizer_sha256=_digest(*sorted(model.glob("tokenizer.json")), model / "tokenizer_config.json"),
         chat_template_sha256=hashlib.sha256(chat.template.encode()).hexdigest(),
     )
+
+
+def identify_adapter(adapter: Path) -> AdapterIdentity:
+    """Identity of the LoRA adapter in the directory `adapter`. Raises EngineError where there is none."""
+    files = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    if not all(file.is_file() for file in files):
+        raise EngineError(
+            f"{adapter} is not an adapter's directory: expected adapter_config.json and adapter_model.safetensors "
+            "in it, as PEFT writes them"
+        )
+    return AdapterIdentity(adapter.resolve().name, _digest(*files))
 
 
 def differences(expected: ModelIdentity, actual: ModelIdentity) -> list[str]:

@@ -23,7 +23,7 @@ from transformers.generation import (
 from transformers.utils import logging as transformers_logging
 
 from engine.answer import Answer
-from engine.base import Delta, Generation, HiddenSummary, Sampling, TokenLogprob
+from engine.base import AdapterIdentity, Delta, EngineError, Generation, HiddenSummary, Sampling, TokenLogprob
 from engine.evidence import TOP, from_logprobs
 from engine.factory import EngineSettings
 from engine.identity import identify
@@ -37,7 +37,12 @@ class TransformersEngine:
     """See `engine.base.Engine`."""
 
     def __init__(self, settings: EngineSettings, chat: ChatFormat) -> None:
+        if settings.adapters:
+            raise EngineError(
+                "adapters need the engine vllm; merge one into its model to serve it with transformers"
+            )
         self.representation = settings.representation
+        self.adapter: AdapterIdentity | None = None
         self.max_model_len = settings.max_model_len
         self.identity = identify(settings.model, chat, settings.dtype)
         self._chat = chat

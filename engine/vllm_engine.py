@@ -6,11 +6,14 @@ it turns a request into vLLM's terms, cuts the tag off what comes back and puts 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from copy import copy
+from pathlib import Path
 from typing import Any
 
 # vLLM reads these while it is imported.
@@ -19,8 +22,10 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from safetensors import safe_open
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs.engine import tokens_input
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -29,19 +34,23 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from engine.answer import Answer
 from engine.base import (
+    AdapterIdentity,
     Delta,
     EngineDead,
     EngineError,
     Generation,
     HiddenSummary,
+    Representation,
     Sampling,
     TokenLogprob,
 )
-from engine.evidence import TOP, from_logprobs
+from engine.evidence import features
 from engine.factory import EngineSettings
-from engine.identity import identify
+from engine.identity import identify, identify_adapter
 from engine.prompt import SEPARATOR, ChatFormat
 from engine.room import require_fit, room_for_answer
+from engine.slot_evidence import of_answer
+from engine.vllm_capture import Record
 from engine.vllm_scheduler import KEY
 
 logger = logging.getLogger("candor")
@@ -51,19 +60,42 @@ _Logprobs = Mapping[int, Any]
 
 
 class VLLMEngine:
-    """See `engine.base.Engine`."""
+    """See `engine.base.Engine`. Of one vLLM there may be several: without an adapter, and under each (`under`)."""
 
     def __init__(self, settings: EngineSettings, chat: ChatFormat) -> None:
-        self.representation = settings.representation
         self.max_model_len = settings.max_model_len
         self.identity = identify(settings.model, chat, settings.dtype)
         self._chat = chat
-        self._tag_ids = chat.encode_response(settings.representation.tag)
-        self._closing_ids = chat.encode_response(SEPARATOR + settings.representation.tag)
+        self._adapters = tuple(map(_adapter, settings.adapters))
+        self._stand(settings.representation, None)
         try:
             self._llm = AsyncLLM.from_engine_args(_engine_args(settings))
         except Exception as error:  # whatever it is, the server has one message for it
             raise EngineError(f"vLLM did not start: {error}; its log above says more") from error
+
+    def under(self, adapter: Path, representation: Representation) -> VLLMEngine:
+        """The same vLLM with one of its adapters laid over the model. Closing either closes both.
+
+        Raises EngineError where vLLM was not started with it.
+        """
+        other = copy(self)
+        for number, (path, identity) in enumerate(self._adapters, 1):
+            if path == adapter:
+                other._stand(representation, identity, LoRARequest(identity.sha256, number, str(path)))
+                return other
+        raise EngineError(f"vLLM was started without the adapter {adapter}")
+
+    def _stand(
+        self,
+        representation: Representation,
+        adapter: AdapterIdentity | None,
+        request: LoRARequest | None = None,
+    ) -> None:
+        self.representation = representation
+        self.adapter = adapter
+        self._lora = request
+        self._tag_ids = self._chat.encode_response(representation.tag)
+        self._closing_ids = self._chat.encode_response(SEPARATOR + representation.tag)
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
@@ -82,7 +114,7 @@ class VLLMEngine:
         if delta := answer.finish():
             yield delta
 
-        record = (output.kv_transfer_params or {}).get(KEY)
+        record = _record(output)
         length = answer.length(self._chat.is_blank)
         hidden = None
         if capture:
@@ -110,7 +142,26 @@ class VLLMEngine:
         )
 
     async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
-        return await self._summarise(prompt_ids, response_ids, None)
+        """One request over prompt, response and tag: of which nothing is computed that lies in the prefix cache."""
+        ids = [*prompt_ids, *response_ids, *self._closing_ids]
+        require_fit(len(ids), self.max_model_len)
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args=self._wish(first=len(prompt_ids)),
+        )
+        hidden = None
+        for skip_cache in (False, True):  # what was cached may lack a state or a token's evidence
+            params.skip_reading_prefix_cache = skip_cache
+            output = [output async for output in self._submit(ids, params)][-1]
+            hidden = self._summary(_record(output), response_ids)
+            if hidden is not None and hidden.complete:
+                return hidden
+        if hidden is None:
+            raise EngineError("the engine returned no hidden state for this sequence")
+        return hidden
 
     async def check(self) -> None:
         try:
@@ -122,48 +173,32 @@ class VLLMEngine:
         self._llm.shutdown()
 
     async def _hidden(
-        self, prompt_ids: Sequence[int], answer: Answer, length: int | None, record: Any
+        self, prompt_ids: Sequence[int], answer: Answer, length: int | None, record: Record | None
     ) -> HiddenSummary:
         """h's parts for a finished answer: as reported at its tag, else by appending the tag to it.
 
         The second way is one more request, whose sequence lies in the prefix cache but for its last block.
         """
         if length is None:  # the tag came in other tokens than its own: score the text as it reads
-            return await self._summarise(prompt_ids, self._chat.encode_response(answer.text), None)
-        known = from_logprobs(self.representation.evidence, answer.logprobs[:length])
-        if record is not None and record[1]:
-            return _summary(record, known)
-        return await self._summarise(prompt_ids, answer.token_ids[:length], known)
+            return await self.summarise(prompt_ids, self._chat.encode_response(answer.text))
+        response_ids = answer.token_ids[:length]
+        hidden = self._summary(record, response_ids)
+        if hidden is not None and hidden.complete:
+            return hidden
+        return await self.summarise(prompt_ids, response_ids)
 
-    async def _summarise(
-        self, prompt_ids: Sequence[int], response_ids: Sequence[int], known: torch.Tensor | None
-    ) -> HiddenSummary:
-        """One request over prompt, response and tag; `known` is the evidence where it was taken before."""
-        ids = [*prompt_ids, *response_ids, *self._closing_ids]
-        require_fit(len(ids), self.max_model_len)
-        ask = self.representation.evidence and known is None
-        params = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            detokenize=False,
-            prompt_logprobs=TOP if ask else None,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={KEY: {"tag": self._tag_ids, "given": True}},
-        )
-        record = None
-        for skip_cache in (params.skip_reading_prefix_cache, True):
-            params.skip_reading_prefix_cache = skip_cache
-            output = [output async for output in self._submit(ids, params)][-1]
-            record = (output.kv_transfer_params or {}).get(KEY)
-            if record is not None and record[1]:
-                break
-        if known is None:
-            entries = (output.prompt_logprobs or ())[len(prompt_ids) :][: len(response_ids)]
-            scored = [_token_logprob(i, e) for i, e in zip(response_ids, entries, strict=False)]
-            known = from_logprobs(self.representation.evidence, scored)
+    def _summary(self, record: Record | None, response_ids: Sequence[int]) -> HiddenSummary | None:
+        """None where there is no record, or none of these tokens' evidence."""
         if record is None:
-            raise EngineError("the engine returned no hidden state for this sequence")
-        return _summary(record, known)
+            return None
+        positions, complete, mean, last, kept = record
+        known = torch.zeros(0)
+        if names := self.representation.evidence:
+            measured = of_answer(_from_bytes(kept).view(-1, 3), response_ids)
+            if measured is None:
+                return None
+            known = features(names, *measured)
+        return HiddenSummary(_from_bytes(mean), _from_bytes(last), known, positions, complete)
 
     async def _submit(
         self, ids: Sequence[int], params: SamplingParams
@@ -171,7 +206,8 @@ class VLLMEngine:
         """vLLM's outputs for one request; vLLM's errors as ours. Closing it aborts the request."""
         prompt = tokens_input(list(ids))
         try:
-            async with aclosing(self._llm.generate(prompt, params, uuid.uuid4().hex)) as outputs:
+            generated = self._llm.generate(prompt, params, uuid.uuid4().hex, lora_request=self._lora)
+            async with aclosing(generated) as outputs:
                 async for output in outputs:
                     yield output
         except EngineDeadError as error:
@@ -181,7 +217,6 @@ class VLLMEngine:
 
     def _params(self, prompt_ids: Sequence[int], sampling: Sampling, capture: bool) -> SamplingParams:
         room = room_for_answer(len(prompt_ids), len(self._closing_ids), self.max_model_len)
-        wanted = [sampling.logprobs, TOP if capture and self.representation.evidence else None]
         return SamplingParams(
             max_tokens=min(sampling.max_tokens, room),
             temperature=sampling.temperature,
@@ -191,10 +226,15 @@ class VLLMEngine:
             stop=list(sampling.stop),
             frequency_penalty=sampling.frequency_penalty,
             presence_penalty=sampling.presence_penalty,
-            logprobs=max((n for n in wanted if n is not None), default=None),
+            logprobs=sampling.logprobs,
             output_kind=RequestOutputKind.DELTA,
-            extra_args={KEY: {"tag": self._tag_ids, "given": False}},
+            extra_args=self._wish(evidence=capture),
         )
+
+    def _wish(self, first: int | None = None, evidence: bool = True) -> dict[str, Any]:
+        """What engine/vllm_scheduler.py reads."""
+        evidence = evidence and bool(self.representation.evidence)
+        return {KEY: {"tag": self._tag_ids, "first": first, "evidence": evidence}}
 
 
 def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
@@ -207,6 +247,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         if len(cores) <= 4:  # vLLM keeps one core for itself, which on a small machine is half of it
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
     worker = "vllm_cpu_worker.CaptureCPUWorker" if on_cpu else "vllm_gpu_worker.CaptureGPUWorker"
+    scheduler = "CaptureAsyncScheduler" if settings.asynchronous else "CaptureScheduler"
     return AsyncEngineArgs(
         model=str(settings.model),
         served_model_name=settings.served_model_name,
@@ -217,12 +258,36 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         block_size=settings.block_size,
         kv_cache_memory_bytes=kv_cache_bytes,
         enforce_eager=settings.eager,
-        async_scheduling=False,
+        async_scheduling=settings.asynchronous,
         worker_cls=f"engine.{worker}",
-        scheduler_cls="engine.vllm_scheduler.CaptureScheduler",
+        scheduler_cls=f"engine.vllm_scheduler.{scheduler}",
+        enable_lora=bool(settings.adapters),
+        max_loras=max(1, len(settings.adapters)),
+        max_lora_rank=_fitting_rank(settings.adapters),
         trust_remote_code=False,
         seed=0,
     )
+
+
+def _adapter(path: Path) -> tuple[Path, AdapterIdentity]:
+    """Raises EngineError where there is none, or one that reaches beyond the layers."""
+    identity = identify_adapter(path)
+    with safe_open(path / "adapter_model.safetensors", "pt") as weights:
+        beyond = [name for name in weights.keys() if "lm_head" in name or "embed_tokens" in name]  # noqa: SIM118
+    if beyond:
+        raise EngineError(f"{path} adapts {beyond[0]}; only adapters of the layers can be served")
+    return path, identity
+
+
+def _adapter_config(path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def _fitting_rank(adapters: Sequence[Path]) -> int:
+    """The smallest that vLLM has room for all of them with."""
+    rank = max((_adapter_config(path)["r"] for path in adapters), default=1)
+    return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank), rank)
 
 
 def _queued(output: RequestOutput) -> float | None:
@@ -230,9 +295,8 @@ def _queued(output: RequestOutput) -> float | None:
     return max(0.0, stats.scheduled_ts - stats.queued_ts) if stats and stats.scheduled_ts else None
 
 
-def _summary(record: tuple[int, bool, bytes, bytes], known: torch.Tensor) -> HiddenSummary:
-    positions, complete, mean, last = record
-    return HiddenSummary(_from_bytes(mean), _from_bytes(last), known, positions, complete)
+def _record(output: RequestOutput) -> Record | None:
+    return (output.kv_transfer_params or {}).get(KEY)
 
 
 def _from_bytes(data: bytes) -> torch.Tensor:

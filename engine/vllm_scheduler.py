@@ -6,21 +6,41 @@ Tracks vLLM 0.32 (0.16 to 0.33 have the same seams). What it leans on, and what 
 - `ModelRunnerOutput` returns to `Scheduler.update_from_output` with its attributes; `EngineCoreOutput.
   kv_transfer_params` passes through to `RequestOutput` in the API process unread.
 
-A request takes part by `SamplingParams.extra_args = {"candor": {"tag": [ids], "given": bool}}`. It reports in the
-step in which the tag's last token is fed: that row is the state at the declared position. The scheduler
-knows that step beforehand, since with synchronous scheduling the token was sampled a step earlier. A generated
-tag also ends the request in that step; the token sampled after it is dropped by the engine.
+A request takes part by `SamplingParams.extra_args = {"candor": {"tag": [ids], "first": int | None, "evidence":
+bool}}`. first: of a given response, where it begins; None for one that is generated. A request reports in the step in
+which the tag's last token is fed: that row is the state at the declared position. A generated tag also ends the
+request in that step; the token sampled after it is dropped by the engine.
+
+Which step that is, the synchronous scheduler knows: the token was sampled a step earlier. The asynchronous one plans
+a step before it has seen the token that the step feeds. So a request reports where the tokens seen of it are the
+tag's but for the last, and the report counts if the last one came (a tag of one token makes every step report).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.request import Request, RequestStatus
 
 KEY = "candor"
+
+
+@dataclass
+class Wanted:
+    """What a step is to give, by request.
+
+    reports: (blocks that hold the sequence, its positions, where the response begins).
+    scored: (row of the request's, tokens): what follows that row and the next ones, where that is known already.
+    evidence: whether what is sampled is to be measured.
+    """
+
+    reports: dict[str, tuple[list[int], int, int]] = field(default_factory=dict)
+    scored: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
+    evidence: bool = False
 
 
 def full_attention_group(config: KVCacheConfig) -> int:
@@ -34,56 +54,78 @@ def full_attention_group(config: KVCacheConfig) -> int:
     )
 
 
-class CaptureScheduler(Scheduler):
-    """Says in each step which requests report, and ends a request one step after its tag."""
+class CaptureMixin:
+    """Says in each step what is wanted, and ends a request one step after its tag."""
+
+    requests: dict[str, Request]
+    kv_cache_config: KVCacheConfig
+    kv_cache_manager: Any
+    vllm_config: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.scheduler_config.async_scheduling or self.vllm_config.speculative_config is not None:
+        if self.vllm_config.speculative_config is not None:
             raise ValueError(
-                "hidden states are captured under synchronous scheduling without speculative decoding: "
-                "a step must know the tokens it is fed; start vLLM with async_scheduling=False"
+                "hidden states are captured without speculative decoding: it rewrites the slots of what it drops"
             )
         self._group = full_attention_group(self.kv_cache_config)
         self._block_size = self.kv_cache_config.kv_cache_groups[self._group].kv_cache_spec.block_size
-        self._ending: set[str] = set()
+        self._reported: dict[str, tuple[list[int], int, int]] = {}  # in the step whose outputs are looked at
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().schedule(*args, **kwargs)
-        reports: dict[str, tuple[list[int], int]] = {}
-        for request_id in output.num_scheduled_tokens:
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        wanted = Wanted()
+        for request_id, scheduled in output.num_scheduled_tokens.items():
             request = self.requests[request_id]
-            wish = _wish(request)
-            if wish and _tag_is_fed(request, wish):
-                n = request.num_computed_tokens
-                blocks = self.kv_cache_manager.get_block_ids(request_id)[self._group]
-                reports[request_id] = (list(blocks[: -(-n // self._block_size)]), n)
-                if not wish["given"]:
-                    self._ending.add(request_id)
-        setattr(output, KEY, reports)
+            if wish := _wish(request):
+                self._plan(request, wish, scheduled, wanted)
+        setattr(output, KEY, wanted)
         return output
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        self._reported = getattr(scheduler_output, KEY).reports
+        outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        if records := getattr(model_runner_output, KEY, None):
+            for client in outputs.values():
+                for output in client.outputs:
+                    if output.finish_reason is not None and output.request_id in self._reported:
+                        output.kv_transfer_params = {KEY: records[output.request_id]}
+        return outputs
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
     ) -> tuple[list[int], bool]:
-        tokens, stopped = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
-        if request.request_id in self._ending:
-            self._ending.discard(request.request_id)
-            if not stopped:
+        tokens, stopped = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)  # type: ignore[misc]
+        if request.request_id in self._reported:
+            if not _has_tag(request, self._reported[request.request_id][1]):
+                self._reported.pop(request.request_id)
+            elif not stopped:
                 request.status = RequestStatus.FINISHED_STOPPED
                 stopped = True
         return tokens, stopped
 
-    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        outputs = super().update_from_output(scheduler_output, model_runner_output)
-        records = getattr(model_runner_output, KEY, None)
-        if records:
-            for client in outputs.values():
-                for output in client.outputs:
-                    if output.request_id in records:
-                        output.kv_transfer_params = {KEY: records[output.request_id]}
-        self._ending.intersection_update(self.requests)  # an aborted request never ends otherwise
-        return outputs
+    def _plan(self, request: Request, wish: dict[str, Any], scheduled: int, wanted: Wanted) -> None:
+        end = request.num_computed_tokens  # once the step is done
+        first = request.num_prompt_tokens if wish["first"] is None else wish["first"]
+        if wish["evidence"]:
+            wanted.evidence = True
+            begin = end - scheduled
+            low, high = max(begin, first - 1), min(end, request.num_tokens - 1)
+            if low < high:  # a given response, or one that is computed again after preemption
+                following = list(request.all_token_ids[low + 1 : high + 1])
+                wanted.scored[request.request_id] = (low - begin, following)
+        if _may_feed_tag(request, wish, end):
+            blocks = self.kv_cache_manager.get_block_ids(request.request_id)[self._group]
+            kept = list(blocks[: -(-end // self._block_size)])
+            wanted.reports[request.request_id] = (kept, end, first)
+
+
+class CaptureScheduler(CaptureMixin, Scheduler):
+    pass
+
+
+class CaptureAsyncScheduler(CaptureMixin, AsyncScheduler):
+    pass
 
 
 def _wish(request: Request) -> Any:
@@ -91,11 +133,24 @@ def _wish(request: Request) -> Any:
     return params.extra_args.get(KEY) if params is not None and params.extra_args else None
 
 
-def _tag_is_fed(request: Request, wish: dict[str, Any]) -> bool:
-    """Whether this step feeds the tag's last token as the sequence's last."""
-    if request.num_computed_tokens != request.num_tokens:
-        return False  # a chunk of the prompt, or a sequence that is being recomputed
-    if wish["given"]:
-        return bool(request.num_output_tokens == 0)
+def _may_feed_tag(request: Request, wish: dict[str, Any], end: int) -> bool:
+    """Whether a step that ends before position `end` feeds the tag's last token as the sequence's last, as far as
+    its tokens are known."""
+    if wish["first"] is not None:
+        return bool(end == request.num_prompt_tokens)
     tag = wish["tag"]
-    return bool(request.num_output_tokens >= len(tag) and list(request.output_token_ids[-len(tag) :]) == tag)
+    stop = end - request.num_prompt_tokens  # output tokens that will have been fed
+    start = stop - len(tag)
+    if start < 0 or stop < request.num_output_tokens:  # too few, or a sequence that is being recomputed
+        return False
+    seen = list(request.output_token_ids[start:stop])  # without those that are still to come
+    return bool(seen == tag[: len(seen)])
+
+
+def _has_tag(request: Request, end: int) -> bool:
+    """Whether what was fed before position `end` closes with the tag, or was given so."""
+    wish = _wish(request)
+    if wish["first"] is not None:
+        return True
+    stop = end - request.num_prompt_tokens
+    return bool(list(request.output_token_ids[stop - len(wish["tag"]) : stop]) == wish["tag"])

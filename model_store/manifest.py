@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
+from engine.base import AdapterIdentity as AdapterIdentity
 from engine.base import ModelIdentity, Representation
 from model_store import strict_json
 from model_store.certificate import Certificate, EstimatorKind
@@ -54,14 +55,6 @@ class FileEntry:
     @classmethod
     def of(cls, data: bytes) -> FileEntry:
         return cls(hashlib.sha256(data).hexdigest(), len(data))
-
-
-@dataclass(frozen=True)
-class AdapterIdentity:
-    """Weights laid over the model's own when serving, for example a LoRA, by content."""
-
-    name: str
-    sha256: str
 
 
 @dataclass(frozen=True)

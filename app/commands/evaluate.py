@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from app.commands.calibrate import (
+    Adapter,
     Cache,
     Concurrency,
     ContextLength,
@@ -65,6 +66,7 @@ def evaluate(
         ),
     ] = 200,
     seed: Seed = 0,
+    adapter: Adapter = None,
     engine: Kind = EngineKind.vllm,
     max_model_len: ContextLength = 2048,
     concurrency: Concurrency = 64,
@@ -88,7 +90,7 @@ def evaluate(
         fitted = DataFile.load(calibration) if settings and calibration else None
         asking = Asking(hidden_cache or beside(bundle), concurrency, seed)
         evaluations, material = asyncio.run(
-            _ask(loaded, model, engine, max_model_len, sets, fitted, settings, asking)
+            _ask(loaded, model, adapter, engine, max_model_len, sets, fitted, settings, asking)
         )
         figures = {name: evaluation.to_json() for name, evaluation in evaluations.items()}
         told: dict[str, Any] = {"bundle": str(bundle), "digest": loaded.digest, "sets": figures}
@@ -127,6 +129,7 @@ def _compare_settings(
 async def _ask(
     bundle: Bundle,
     model: Path,
+    adapter: Path | None,
     kind: EngineKind,
     max_model_len: int,
     sets: Mapping[str, DataFile],
@@ -137,11 +140,12 @@ async def _ask(
     """Closes the engine when all is answered: comparators need its memory and cores."""
     from app.backend import check_identity
     from calibration.run import run_evaluation
-    from engine.factory import EngineSettings, start_engine
+    from engine.factory import EngineSettings, start_under
     from engine.prompt import ChatFormat
 
     chat = ChatFormat.from_directory(model)
-    engine = await start_engine(
+    engine = await start_under(
+        adapter,
         EngineSettings(
             model=model,
             kind=kind.value,

@@ -17,7 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-from engine.base import Delta, Generation, HiddenSummary, ModelIdentity, Representation, Sampling
+from engine.base import (
+    AdapterIdentity,
+    Delta,
+    Generation,
+    HiddenSummary,
+    ModelIdentity,
+    Representation,
+    Sampling,
+)
 from engine.prompt import ChatFormat
 
 HIDDEN = 4
@@ -56,6 +64,7 @@ class ScriptedEngine:
 
     def __init__(self, delay: float = 0.0, log: Path | None = None) -> None:
         self.representation = Representation()
+        self.adapter: AdapterIdentity | None = None
         self.max_model_len = 200
         self.asked: list[tuple[str, Sampling | None]] = []
         self.overrides: dict[int, dict[str, Any]] = {}

@@ -20,7 +20,7 @@ from calibration.cache import AnswerCache, CachedAnswer, cache_key
 from calibration.data import Record, load_records
 from calibration.errors import CacheError, CalibrationError, DataError
 from calibration.generate import Labelled, collect, count_faults, scorable
-from engine.base import EngineDead, HiddenSummary, PromptTooLong, Representation
+from engine.base import AdapterIdentity, EngineDead, HiddenSummary, PromptTooLong, Representation
 from engine.prompt import ChatFormat
 from model_store.manifest import Policy
 
@@ -179,7 +179,9 @@ def test_lost_states_are_tried_again_and_everything_else_is_not(
     assert [answer.fault for answer in answers] == [None, None, "truncated", None, None]
 
 
-@pytest.mark.parametrize("change", ["weights", "template", "policy", "representation", "prompt", "seed"])
+@pytest.mark.parametrize(
+    "change", ["weights", "template", "adapter", "policy", "representation", "prompt", "seed"]
+)
 def test_a_cached_answer_is_void_once_what_it_depends_on_changes(
     make_engine: MakeEngine, chat: ChatFormat, tmp_path: Path, change: str
 ) -> None:
@@ -190,6 +192,8 @@ def test_a_cached_answer_is_void_once_what_it_depends_on_changes(
         engine.identity = replace(engine.identity, weights_sha256="other")
     if change == "template":
         engine.identity = replace(engine.identity, chat_template_sha256="other")
+    if change == "adapter":
+        engine.adapter = AdapterIdentity("laid over", "a" * 64)
     if change == "policy":
         policy = replace(SAMPLED, max_tokens=15)
     if change == "representation":

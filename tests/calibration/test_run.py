@@ -26,7 +26,7 @@ from calibration.run import (
     require_unseen,
     run_evaluation,
 )
-from engine.base import EngineDead
+from engine.base import AdapterIdentity, EngineDead
 from engine.prompt import ChatFormat
 from model_store.bundle import Bundle, load_bundle
 from model_store.manifest import Policy
@@ -55,8 +55,10 @@ def test_a_bundle_holds_what_was_made_and_nothing_of_the_held_out_part(
     make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
 ) -> None:
     engine = make_engine()
+    engine.adapter = AdapterIdentity("laid over", "a" * 64)
     bundle, report = calibrate(engine, chat, task(tmp_path / "d.jsonl", range(300)), [], tmp_path)
     manifest = bundle.manifest
+    assert manifest.adapter == engine.adapter
     assert (manifest.name, manifest.alphas, manifest.policy) == ("scripted", (0.8, 0.9), POLICY)
     assert manifest.model == engine.identity
     assert bundle.report == json.loads(json.dumps(report))

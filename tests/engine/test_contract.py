@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 
 from engine.base import (
     EVIDENCE,
@@ -30,8 +32,16 @@ from engine.prompt import ChatFormat
 REPRESENTATION = Representation(order=("mean", "last", "evidence"), evidence=EVIDENCE)
 TASK = "Finish the sentence with the words in the right order.\nSentence: {}\nWords: {}"
 SAMPLED = Sampling(max_tokens=24, temperature=0.9, top_p=0.95, seed=11)
+SAMPLED_LONG = Sampling(max_tokens=80, temperature=0.9, seed=5)
 CHUNK = 64
 """Tokens computed a step: longer prompts are computed in chunks."""
+BLOCK = EngineSettings.block_size
+ENGINES = {
+    "transformers-float32": {},
+    "vllm-float32": {},
+    "vllm-float32-synchronous": {"asynchronous": False, "kv_cache_bytes": 1 << 26},  # some 40 blocks
+    "vllm-bfloat16": {},
+}
 
 
 class Bench:
@@ -42,6 +52,8 @@ class Bench:
         self.chat = ChatFormat.from_directory(settings.model)
         self.engine = self.runner.run(start_engine(settings, self.chat))
         self.dtype = settings.dtype
+        self.is_vllm = settings.kind == "vllm"
+        self.preempts = settings.kv_cache_bytes == 1 << 26
         self.reference = reference or self.engine
 
     def ask(self, text: str) -> list[int]:
@@ -64,8 +76,16 @@ class Bench:
 
     def assert_exact(self, prompt: list[int], answer: Generation) -> None:
         """Where the model writes its tag after the usual separator, as it does after an answer."""
-        actual, expected = answer.hidden, self.expected(prompt, answer)
-        assert actual is not None
+        assert answer.hidden is not None
+        self._assert_same(answer.hidden, self.expected(prompt, answer))
+
+    def assert_given(self, prompt: list[int], response: list[int]) -> None:
+        actual, expected = (
+            self.runner.run(engine.summarise(prompt, response)) for engine in (self.engine, self.reference)
+        )
+        self._assert_same(actual, expected)
+
+    def _assert_same(self, actual: HiddenSummary, expected: HiddenSummary) -> None:
         assert actual.complete
         assert actual.positions == expected.positions
         for name in ("mean", "last", "evidence"):
@@ -76,6 +96,12 @@ class Bench:
                 assert torch.cosine_similarity(have, want, dim=0) >= 0.999, name
 
 
+def counted(name: str) -> float:
+    """What vLLM's engines of this process have counted under `name`, over all labels."""
+    samples = (sample for family in REGISTRY.collect() for sample in family.samples)
+    return sum(sample.value for sample in samples if sample.name == f"vllm:{name}_total")
+
+
 async def finish(engine: Engine, prompt: list[int], sampling: Sampling) -> Generation:
     *deltas, answer = [item async for item in engine.generate(prompt, sampling)]
     assert isinstance(answer, Generation)
@@ -83,20 +109,21 @@ async def finish(engine: Engine, prompt: list[int], sampling: Sampling) -> Gener
     return answer
 
 
-@pytest.fixture(scope="module", params=["transformers-float32", "vllm-float32", "vllm-bfloat16"])
+@pytest.fixture(scope="module", params=ENGINES)
 def bench(request: pytest.FixtureRequest, demo_model: Path) -> Iterator[Bench]:
-    kind, dtype = request.param.split("-")
-    settings = EngineSettings(
-        model=demo_model,
-        kind=kind,
-        representation=REPRESENTATION,
-        dtype=dtype,
-        max_model_len=1024,
-        max_num_seqs=16,
-        max_num_batched_tokens=CHUNK,
-        kv_cache_bytes=1 << 28,
-        eager=True,
-    )
+    kind, dtype, *_ = request.param.split("-")
+    given: dict[str, Any] = {
+        "model": demo_model,
+        "kind": kind,
+        "representation": REPRESENTATION,
+        "dtype": dtype,
+        "max_model_len": 1024,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": CHUNK,
+        "kv_cache_bytes": 1 << 28,
+        "eager": True,
+    }
+    settings = EngineSettings(**(given | ENGINES[request.param]))
     reference = None
     if kind == "vllm":
         like = EngineSettings(
@@ -208,6 +235,63 @@ def test_a_given_response_is_scored_as_the_generated_one(bench: Bench) -> None:
     assert torch.allclose(
         answer.hidden.evidence, summary.evidence, atol=1e-3 if bench.dtype == "float32" else 0.3
     )
+
+
+def test_a_given_response_in_chunks_and_from_the_cache(bench: Bench) -> None:
+    prompt = bench.ask("Tell me of the sea.")
+    response = bench.chat.encode_response("The sea is wide, and the boats are small and old. " * 12)
+    assert len(response) > 2 * CHUNK
+    for _ in range(2):
+        bench.assert_given(prompt, response)
+    bench.assert_given(prompt, response[: CHUNK + 5])  # the same blocks, where other tokens follow
+
+
+def test_preempted_answers_are_exact(bench: Bench) -> None:
+    if not bench.preempts:
+        pytest.skip("only with a KV cache that is too small")
+    jobs = [
+        (bench.ask(f"Tell a long story of {i} boats, an old man and the sea. " * 5), SAMPLED_LONG)
+        for i in range(12)
+    ]
+    before = counted("num_preemptions")
+    answers = bench.all(*jobs)
+    assert counted("num_preemptions") > before
+    for (prompt, _), answer in zip(jobs, answers, strict=True):
+        bench.assert_exact(prompt, answer)
+
+
+def test_one_pass_answers_and_captures(bench: Bench) -> None:
+    """What an answer costs the engine: one request, its prompt once, its tokens and the one after the tag."""
+    if not bench.is_vllm:
+        pytest.skip("the reference takes h in a pass of its own")
+    prompt = bench.ask(TASK.format("The wind was cold and the", "old. night the was"))
+    names = ("request_success", "prompt_tokens", "generation_tokens")
+    before = [counted(name) for name in names]
+    answer = bench.one(prompt)
+    assert answer.tagged
+    assert [counted(name) - was for name, was in zip(names, before, strict=True)] == [
+        1,
+        len(prompt),
+        answer.completion_tokens + 1,
+    ]
+
+
+def test_a_cut_answer_costs_no_second_prefill(bench: Bench) -> None:
+    if not bench.is_vllm:
+        pytest.skip("the reference takes h in a pass of its own")
+    solved = (
+        TASK.format("The dog ran to", "house. the") + "\n<sentence>The dog ran to the house.</sentence>\n\n"
+    )
+    prompt = bench.ask(5 * solved + TASK.format("The children ran home before the", "began. storm"))
+    assert len(prompt) > 4 * BLOCK
+    requests, asked, cached = (
+        counted(n) for n in ("request_success", "prompt_tokens", "prompt_tokens_cached")
+    )
+    answer = bench.one(prompt, Sampling(max_tokens=5))
+    assert not answer.tagged
+    assert counted("request_success") - requests == 2
+    computed = counted("prompt_tokens") - asked - (counted("prompt_tokens_cached") - cached)
+    assert computed <= len(prompt) + 2 * BLOCK  # the last block of the answer, its separator and tag
 
 
 def test_logprobs_are_reported_for_the_answer_alone(bench: Bench) -> None:

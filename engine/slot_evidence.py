@@ -1,0 +1,72 @@
+"""Each generated token's evidence, kept where its predecessor's keys and values lie.
+
+The position that predicts a token gives its surprisal and its margin (engine/evidence.py). They are kept for every
+slot of the KV cache, beside the token they speak of: whoever reads them compares the tokens, so that what another
+request left in a shared block, or a token that was sampled and dropped, is never taken for evidence of this answer.
+The features are made at the end, when it is known which tokens are the answer.
+
+Nothing here asks the host or grows with a sequence, but the read at an answer's end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+ROWS_AT_ONCE = 4
+"""Rows of logits computed together on a CPU, so that they stay in its caches: twice as fast as all at once."""
+
+
+class SlotEvidence:
+    """Memory: (num_blocks * block_size + 1) x 12 bytes."""
+
+    def __init__(self, num_blocks: int, block_size: int, device: torch.device) -> None:
+        self._spare = num_blocks * block_size
+        self._block_size = block_size
+        # token (exact in float32 below 2^24), surprisal, margin
+        self._kept = torch.full((self._spare + 1, 3), -1.0, device=device)
+
+    def clear(self, slots: torch.Tensor) -> None:
+        """Forgets what was kept at `slots` (rows,), negative: padding; other tokens lie there now."""
+        self._kept.index_fill_(0, self._places(slots), -1.0)
+
+    def write(self, slots: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+        """slots, tokens: (n,). logits: (n, V), the model's own at those positions, any float type."""
+        measured = surprisal_and_margin(logits, tokens.long())
+        self._kept.index_copy_(0, self._places(slots), torch.cat([tokens.float().unsqueeze(1), measured], 1))
+
+    def read(self, blocks: torch.Tensor, first: int, positions: int) -> torch.Tensor:
+        """(positions - first, 3): each token from `first` on, its surprisal and margin; `blocks`: the sequence's."""
+        before = torch.arange(first - 1, positions - 1, device=self._kept.device)
+        return self._kept[blocks[before // self._block_size] * self._block_size + before % self._block_size]
+
+    def _places(self, slots: torch.Tensor) -> torch.Tensor:
+        slots = slots.long()
+        return torch.where(slots < 0, self._spare, slots)
+
+
+def surprisal_and_margin(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """(n, 2) float32: -log p(token) and log p(token) - max of the others, of logits (n, V) and tokens (n,).
+
+    With o the largest other logit and r = log sum_{v != token} exp(x_v - o):  -log p = log(1 + exp(r + o - x_token)),
+    which keeps its precision where the token is almost sure.
+    """
+    at_once = ROWS_AT_ONCE if logits.device.type == "cpu" else max(1, len(logits))
+    measured = []
+    for some, token in zip(logits.split(at_once), tokens.split(at_once), strict=True):
+        rows, column = some.to(torch.float32, copy=True), token.unsqueeze(1)
+        own = rows.gather(1, column)  # (b, 1)
+        rows.scatter_(1, column, -torch.inf)
+        other = rows.amax(1, keepdim=True)
+        rest = rows.sub_(other).exp_().sum(1, keepdim=True).log_()
+        measured.append(torch.cat([torch.nn.functional.softplus(rest + other - own), own - other], 1))
+    return torch.cat(measured) if measured else logits.new_zeros((0, 2), dtype=torch.float32)
+
+
+def of_answer(kept: torch.Tensor, answer: Sequence[int]) -> tuple[list[float], list[float]] | None:
+    """(surprisals, margins) of the answer's tokens from what `read` gave; None where it speaks of other tokens."""
+    kept = kept[: len(answer)]
+    if kept[:, 0].tolist() != list(answer):
+        return None
+    return kept[:, 1].tolist(), kept[:, 2].tolist()

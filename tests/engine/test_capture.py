@@ -1,0 +1,220 @@
+"""Capture in the worker, on stand-ins for vLLM's two model runners: what they leave after a step, and nothing else.
+
+With a GPU the same steps run there, under CUDA's own check that nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.slot_evidence import of_answer
+
+pytest.importorskip("vllm")
+
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from engine.vllm_capture import CaptureMixin
+from engine.vllm_scheduler import KEY, Wanted
+
+SIZE, HIDDEN, WORDS = 4, 6, 50
+BLOCKS = {"a": [7, 2, 5, 0], "b": [1, 6, 3, 4]}
+PROMPTS = {"a": 6, "b": 3}
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: no CUDA device is here"),
+        ],
+    ),
+]
+
+
+class Later:
+    """What vLLM gives with asynchronous scheduling."""
+
+    def __init__(self, output: SimpleNamespace) -> None:
+        self._output = output
+
+    def get_output(self) -> SimpleNamespace:
+        return self._output
+
+
+class Runner:
+    """Either of vLLM's model runners, as far as capture looks at them. second: the newer one."""
+
+    def __init__(self, device: torch.device, *, second: bool) -> None:
+        self.device, self.second = device, second
+        self.generator = torch.Generator().manual_seed(0)
+        self.head = torch.randn(HIDDEN, WORDS, generator=self.generator).to(device)
+        self.model = SimpleNamespace(compute_logits=lambda states: states @ self.head)
+        spec = FullAttentionSpec(block_size=SIZE, num_kv_heads=1, head_size=1, dtype=torch.float32)
+        group = SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"])
+        self.kv_cache_config = SimpleNamespace(num_blocks=8, kv_cache_groups=[group])
+        self.execute_model_state: Any = None
+
+    def sampler(self, logits: torch.Tensor, metadata: object = None) -> SimpleNamespace:
+        drawn = logits.argmax(1)
+        logits.zero_()  # samplers change float32 logits in place
+        return SimpleNamespace(sampled_token_ids=drawn.unsqueeze(1))
+
+
+class Steps:
+    """vLLM's worker."""
+
+    model_runner: Runner
+    later: bool
+
+    def execute_model(self, step: Any) -> None:
+        runner = self.model_runner
+        counts = list(step.num_scheduled_tokens.values())
+        slots = [
+            BLOCKS[name][p // SIZE] * SIZE + p % SIZE
+            for name, (first, count) in step.fed.items()
+            for p in range(first, first + count)
+        ]
+        mapping = {"layer": torch.tensor([*slots, -1, -1], pin_memory=runner.device.type == "cuda")}
+        mapping["layer"] = mapping["layer"].to(runner.device, non_blocking=True)
+        starts = np.cumsum([0, *counts])
+        starts_there = step.starts_there
+        names = list(step.fed)
+        if runner.second:
+            batch = SimpleNamespace(
+                req_ids=names, query_start_loc_np=starts, logits_indices=starts_there[1:] - 1
+            )
+            runner.execute_model_state = SimpleNamespace(
+                input_batch=batch, slot_mappings_by_layer=mapping, hidden_states=step.hidden
+            )
+        else:
+            runner.input_batch = SimpleNamespace(req_ids=names, num_reqs=len(names), generators={})
+            runner.query_start_loc = SimpleNamespace(np=starts, gpu=starts_there)
+            runner.execute_model_state = SimpleNamespace(slot_mappings=mapping, hidden_states=step.hidden)
+        self.last = starts_there[1:] - 1
+
+    def sample_tokens(self, grammar_output: object) -> Any:
+        runner = self.model_runner
+        logits = runner.model.compute_logits(runner.execute_model_state.hidden_states[self.last])
+        runner.execute_model_state = None
+        drawn = runner.sampler(logits, None).sampled_token_ids
+        output = SimpleNamespace(sampled_token_ids=drawn)
+        return Later(output) if self.later else output
+
+
+class Worker(CaptureMixin, Steps):
+    def __init__(self, device: torch.device, *, second: bool, later: bool) -> None:
+        self.device = device
+        self.later = later
+        self.model_runner = Runner(device, second=second)
+        self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(get_hidden_size=lambda: HIDDEN))
+
+
+class Driver:
+    """Feeds steps to a worker and keeps what every position showed and what was drawn there."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.states: dict[str, list[torch.Tensor]] = {name: [] for name in BLOCKS}
+        self.drawn: dict[str, list[int]] = {name: [] for name in BLOCKS}
+
+    def step(self, counts: dict[str, int], wanted: Wanted) -> Any:
+        device = self.worker.device
+        hidden = torch.randn(sum(counts.values()) + 2, HIDDEN, generator=self.worker.model_runner.generator)
+        scheduled = SimpleNamespace(
+            num_scheduled_tokens=counts,
+            total_num_scheduled_tokens=sum(counts.values()),
+            fed={name: (len(self.states[name]), count) for name, count in counts.items()},
+            hidden=hidden.to(device),
+            starts_there=torch.tensor(np.cumsum([0, *counts.values()])).to(device),
+        )
+        setattr(scheduled, KEY, wanted)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            self.worker.execute_model(scheduled)
+            output = self.worker.sample_tokens(None)
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        output = output.get_output() if self.worker.later else output
+        row = 0
+        for (name, count), drawn in zip(counts.items(), output.sampled_token_ids[:, 0].tolist(), strict=True):
+            self.states[name] += hidden[row : row + count].unbind()
+            self.drawn[name].append(drawn)
+            row += count
+        return output
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=["first runner", "second runner"])
+def second(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param == "second runner")
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["now", "later"])
+def test_what_is_reported_is_what_the_steps_showed(device: torch.device, second: bool, later: bool) -> None:
+    driver = Driver(Worker(device, second=second, later=later))
+    measuring = Wanted(evidence=True)
+    driver.step({"a": 4}, measuring)  # a chunk: what is drawn here is dropped
+    driver.drawn["a"].clear()
+    driver.step({"a": 2, "b": 3}, measuring)
+    for _ in range(4):
+        driver.step({"b": 1, "a": 1}, measuring)
+    due = Wanted(reports={"a": (BLOCKS["a"][:3], 11, 6), "b": (BLOCKS["b"][:2], 9, 3)}, evidence=True)
+    output = driver.step({"a": 1, "b": 1}, due)
+    records = getattr(output, KEY)
+    head = driver.worker.model_runner.head.cpu()
+    # b counts one position more than were fed.
+    for name, positions, complete in (("a", 11, True), ("b", 9, False)):
+        n, whole, mean, last, kept = records[name]
+        states = torch.stack(driver.states[name])
+        assert (n, whole) == (positions, complete)
+        assert torch.allclose(_floats(mean), states.sum(0) / positions, atol=1e-6)
+        assert torch.equal(_floats(last), states[-1])
+        answer = driver.drawn[name][: positions - PROMPTS[name]][:-1]
+        found = of_answer(_floats(kept).view(-1, 3), answer)
+        assert found is not None
+        predicting = states[PROMPTS[name] - 1 :][: len(answer)]
+        logprobs = (predicting @ head).log_softmax(1)
+        own = logprobs.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
+        assert found[0] == pytest.approx((-own).tolist(), abs=1e-4)
+
+
+def test_a_given_response_is_measured_though_nothing_is_drawn(device: torch.device, second: bool) -> None:
+    driver = Driver(Worker(device, second=second, later=False))
+    response = [3, 14, 15, 9]  # positions 2 to 5 of six; the first chunk ends before the third of them
+    driver.step({"a": 4}, Wanted(scored={"a": (1, response[:3])}, evidence=True))
+    wanted = Wanted({"a": (BLOCKS["a"][:2], 6, 2)}, {"a": (0, response[3:])}, evidence=True)
+    record = getattr(driver.step({"a": 2}, wanted), KEY)["a"]
+    found = of_answer(_floats(record[4]).view(-1, 3), response)
+    assert found is not None
+    states = torch.stack(driver.states["a"])[1:5]
+    logprobs = (states @ driver.worker.model_runner.head.cpu()).log_softmax(1)
+    expected = -logprobs.gather(1, torch.tensor(response).unsqueeze(1)).squeeze(1)
+    assert found[0] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: no CUDA device is here")
+def test_memory_on_the_gpu_does_not_grow_with_the_sequence() -> None:
+    driver = Driver(Worker(torch.device("cuda"), second=True, later=True))
+    driver.step({"a": 2}, Wanted(evidence=True))
+    driver.step({"a": 1}, Wanted(evidence=True))
+    before = torch.cuda.memory_allocated()
+    for _ in range(12):
+        driver.step({"a": 1}, Wanted(evidence=True))
+    assert torch.cuda.memory_allocated() == before
+
+
+def _floats(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.float32)
