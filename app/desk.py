@@ -24,16 +24,11 @@ if TYPE_CHECKING:
     from model_store.manifest import Manifest
 
 
-class ModelNotFound(Exception):
-    """A request names a model that is not served."""
-
-
 class OrderDesk:
-    """Turns bodies into orders. Raises ModelNotFound, Refused or PromptTooLong."""
+    """Turns bodies into orders for one model. Raises Refused or PromptTooLong."""
 
-    def __init__(self, backend: Backend, settings: Settings, model_name: str) -> None:
+    def __init__(self, backend: Backend, settings: Settings) -> None:
         manifest = backend.bundle.manifest
-        self.model_name = model_name
         self.alphas = manifest.alphas
         self.default_alpha = default_alpha(settings.alpha, manifest.alphas)
         self._certified_only = settings.certified_only
@@ -48,7 +43,6 @@ class OrderDesk:
         self._fallback_text = settings.fallback_text
 
     def chat(self, body: ChatCompletionRequest) -> Order:
-        self._check_model(body.model)
         prompt_ids, keeps_system_prompt = self._encode_chat(body.messages)
         top = (body.top_logprobs or 0) if body.logprobs else None
         return self._order(
@@ -62,7 +56,6 @@ class OrderDesk:
 
     def completion(self, body: CompletionRequest) -> Order:
         """Plain prompts leave the chat format that was calibrated, so their answers are never calibrated."""
-        self._check_model(body.model)
         prompts = [self._encode_text(text) for text in body.prompt]
         return self._order(
             body,
@@ -74,8 +67,6 @@ class OrderDesk:
         )
 
     def pair(self, body: ScoreRequest) -> PairOrder:
-        if body.model is not None:
-            self._check_model(body.model)
         at_most(self._limits.exemplars, body.exemplars, "exemplars", "exemplars")
         if body.messages is not None:
             prompt_ids, calibrated = self._encode_chat(body.messages)
@@ -177,10 +168,6 @@ class OrderDesk:
         if wanted:
             _require_certified(alpha, self._certified_alphas, param)
         return wanted
-
-    def _check_model(self, name: str) -> None:
-        if name != self.model_name:
-            raise ModelNotFound(f"the model {name!a} is not served here; this server has {self.model_name!r}")
 
     def _encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[tuple[int, ...], bool]:
         """The prompt's ids, and whether it has the system prompt that was calibrated."""

@@ -26,12 +26,12 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from app.admission import Overloaded, Refused, TooFast
-from app.desk import ModelNotFound
 from app.feedback import FeedbackLost, NoSuchAnswer
 from app.golden import GoldenMismatch
 from app.interruption import ClientGone, DeadlineExceeded
 from app.schemas.errors import Error, ErrorBody, ErrorType
 from app.security import Forbidden, Unauthorized
+from app.state import ModelNotFound
 from engine.base import EngineDead, EngineError, PromptTooLong
 
 logger = logging.getLogger("candor")

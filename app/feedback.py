@@ -63,11 +63,12 @@ class FeedbackFileError(Exception):
 
 @dataclass(frozen=True)
 class GivenVerdict:
-    """A verdict that left the server. id: the response's, index: the choice's."""
+    """A verdict that left the server. id: the response's, index: the choice's. bundle: digest of what judged."""
 
     id: str
     index: int
     verdict: Verdict
+    bundle: str
 
 
 @dataclass(frozen=True)
@@ -83,19 +84,22 @@ class Feedback:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What happened to feedback: it was new, said before, or replaced what was said before."""
+    """What happened to feedback: it was new, said before, or replaced what was said before.
+
+    region, bundle: of the verdict that it is about.
+    """
 
     region: RegionName
+    bundle: str
     outcome: Literal["recorded", "unchanged", "replaced"]
 
 
 class FeedbackStore:
     """Owns the file; one process at a time."""
 
-    def __init__(self, path: Path, bundle: str, kept: int = KEPT_VERDICTS) -> None:
-        """bundle: digest of the one that judges. Raises FeedbackFileError."""
+    def __init__(self, path: Path, kept: int = KEPT_VERDICTS) -> None:
+        """Raises FeedbackFileError."""
         self._path = path
-        self._bundle = bundle
         self._kept = kept
         try:
             self._file = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
@@ -175,7 +179,7 @@ class FeedbackStore:
         decision = given.verdict.decision
         cursor.execute(
             "INSERT OR IGNORE INTO verdicts (id, choice, region, reason, alpha, bundle) VALUES (?, ?, ?, ?, ?, ?)",
-            [given.id, given.index, decision.region, decision.reason, given.verdict.alpha, self._bundle],
+            [given.id, given.index, decision.region, decision.reason, given.verdict.alpha, given.bundle],
         )
 
     def _keep(self, cursor: sqlite3.Cursor, new: Feedback) -> Receipt | None:
@@ -191,10 +195,10 @@ class FeedbackStore:
         if verdict is None:
             return None
         if before and (bool(before[4]), before[5]) == (new.correct, new.comment):
-            return Receipt(verdict[0], "unchanged")
+            return Receipt(verdict[0], verdict[3], "unchanged")
         cursor.execute(
             "INSERT OR REPLACE INTO feedback (id, choice, correct, comment, caller, region, reason, alpha, bundle) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [*where, new.correct, new.comment, new.caller, *verdict],
         )
-        return Receipt(verdict[0], "replaced" if before else "recorded")
+        return Receipt(verdict[0], verdict[3], "replaced" if before else "recorded")

@@ -28,7 +28,7 @@ from app.scoring import Scorer
 from app.security import KeyRing
 from app.service import AnswerService
 from app.settings import Settings
-from app.state import LifespanState, Services
+from app.state import LifespanState, Served, Services
 from app.tracing import NO_TRACER, Traced
 from app.watch import EngineWatch
 
@@ -45,12 +45,12 @@ def create_app(
     Raises Refused where the settings ask for an alpha that the bundle does not have, KeyFileError or
     FeedbackFileError for a file that cannot be used.
     """
-    bundle = backend.bundle
     keys = KeyRing(settings.keys) if settings.keys else None
-    golden = Golden(backend)
-    desk = OrderDesk(backend, settings, settings.served_model_name or bundle.manifest.name)
-
-    store = FeedbackStore(settings.feedback, bundle.digest) if settings.feedback else None
+    first = settings.served_model_name or backend.bundle.manifest.name
+    backends = {first: backend} | {one.bundle.manifest.name: one for one in backend.adapted}
+    desks = {name: OrderDesk(one, settings) for name, one in backends.items()}
+    goldens = {name: Golden(one) for name, one in backends.items()}
+    store = FeedbackStore(settings.feedback) if settings.feedback else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[LifespanState]:
@@ -60,24 +60,27 @@ def create_app(
             settings.engine_stall_timeout_s,
             on_engine_death,
         )
-        metrics = Metrics(CollectorRegistry(), desk.model_name)
-        metrics.describe(bundle, settings.estimator)
-        scorer = Scorer(bundle.estimator, bundle.manifest.representation, settings.scoring_timeout_s)
+        instruments = Metrics(CollectorRegistry(), first)
         admission = Admission(settings.max_in_flight, settings.max_in_flight_tokens)
-        service = AnswerService(
-            backend.engine, bundle, scorer, admission, metrics, watch, settings.estimator, tracer
-        )
+        scorers: list[Scorer] = []
+        models: dict[str, Served] = {}
+        for name, one in backends.items():
+            bundle, metrics = one.bundle, instruments.of(name)
+            metrics.describe(bundle, settings.estimator)
+            scorer = Scorer(bundle.estimator, bundle.manifest.representation, settings.scoring_timeout_s)
+            scorers.append(scorer)
+            await scorer.warm_up()
+            service = AnswerService(
+                one.engine, bundle, scorer, admission, metrics, watch, settings.estimator, tracer
+            )
+            models[name] = Served(name, bundle, desks[name], service, goldens[name], metrics)
         services = Services(
             engine=backend.engine,
-            bundle=bundle,
-            desk=desk,
-            service=service,
+            models=models,
             admission=admission,
             token_rate=RateLimit(settings.tokens_per_minute, "tokens"),
             watch=watch,
-            golden=golden,
             feedback=store,
-            metrics=metrics,
             estimator=settings.estimator,
             request_timeout_s=settings.request_timeout_s,
             started=int(time.time()),
@@ -87,7 +90,8 @@ def create_app(
             yield {"services": services}
         finally:
             watching.cancel()
-            scorer.close()
+            for scorer in scorers:
+                scorer.close()
             if store is not None:
                 await store.close()
             await backend.engine.close()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter as Tally
 from collections.abc import Iterable
+from copy import copy
 from typing import get_args
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
@@ -43,7 +44,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 
 class Metrics:
-    """All of this server's instruments, labelled with the served model."""
+    """All of this server's instruments, labelled with one of the models served."""
 
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
         self._registry = registry
@@ -109,6 +110,12 @@ class Metrics:
         self._support_size = Gauge(
             "sdm_support_size", "Support exemplars by label.", (*label, "label"), registry=registry
         )
+
+    def of(self, model_name: str) -> Metrics:
+        """The same instruments for another model."""
+        other = copy(self)
+        other._model = model_name
+        return other
 
     def describe(self, bundle: Bundle, estimator: EstimatorKind) -> None:
         """Says what is in use, and that nothing has happened yet."""

@@ -19,7 +19,7 @@ from app.interruption import ClientGone, DeadlineExceeded, seconds_for, unless_i
 from app.orders import Order
 from app.rendering import Renderer
 from app.service import Answer, Piece
-from app.state import Services
+from app.state import Served, Services
 from app.watch import EngineWatch
 from engine.base import EngineError
 
@@ -34,12 +34,13 @@ async def respond(
     request: Request,
     order: Order,
     renderer: Renderer,
+    model: Served,
     services: Services,
     *,
     stream: bool,
 ) -> Response:
     """Raises what the service raises, Refused, TooFast, DeadlineExceeded or ClientGone."""
-    service, watch = services.service, services.watch
+    service, watch, digest = model.service, services.watch, model.bundle.digest
     within_s = seconds_for(request, services.request_timeout_s)
     services.admission.check(len(order.jobs), order.tokens)  # first: who is not served is not charged
     services.token_rate.take(request.state.caller, order.tokens)
@@ -47,7 +48,7 @@ async def respond(
     def note(*answers: Answer) -> None:
         if services.feedback is not None:
             services.feedback.note(
-                GivenVerdict(renderer.heading.id, answer.index, answer.verdict)
+                GivenVerdict(renderer.heading.id, answer.index, answer.verdict, digest)
                 for answer in answers
                 if answer.verdict
             )
@@ -57,7 +58,7 @@ async def respond(
         return EventStream(chunks, watch, within_s)
     answers = await unless_interrupted(service.answers(order), request.receive, watch, within_s)
     note(*answers)
-    headers = verdict_headers(answers, services.bundle.digest)
+    headers = verdict_headers(answers, digest)
     if stream:
         return Response(_buffered(answers, renderer), headers=headers, media_type=_STREAM)
     return Response(renderer.body(answers), headers=headers, media_type="application/json")

@@ -65,6 +65,13 @@ class Scorer:
         self._timeout_s = timeout_s
         self._batcher = MicroBatcher(self._score_batch, LARGEST_BATCH)
 
+    async def warm_up(self) -> None:
+        """Scores nothing in particular, so that what is made at the first comparison, for a large support in seconds,
+        is there before the first answer."""
+        nothing = torch.zeros(self._estimator.adaptor.input_dim)
+        for alpha in self._estimator.regions:
+            await self._batcher.submit(_Query(nothing, alpha, exemplars=1))
+
     async def score(self, hidden: HiddenSummary | None, alpha: float, exemplars: int = 0) -> Score:
         """The score of one answer at a calibrated alpha, with its `exemplars` nearest neighbours.
 

@@ -79,7 +79,8 @@ async def _serve(settings: Settings, start: Start) -> int:
             last_resort.start()  # an engine that is stuck may not even let itself be closed
 
         try:
-            await _prove(backend, settings.engine_stall_timeout_s)
+            for one in (backend, *backend.adapted):
+                await _prove(one, settings.engine_stall_timeout_s)
             app = create_app(settings, backend, on_engine_death=end, tracer=tracer)
         except BaseException:
             await backend.engine.close()

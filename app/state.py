@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, TypedDict, cast
 
@@ -19,21 +20,44 @@ from engine.base import Engine
 from model_store.bundle import Bundle
 
 
+class ModelNotFound(Exception):
+    """A request names a model that is not served."""
+
+
 @dataclass(frozen=True)
-class Services:
-    engine: Engine
+class Served:
+    """One of the models that requests can name: the engine's own, or under an adapter, each with its bundle."""
+
+    name: str
     bundle: Bundle
     desk: OrderDesk
     service: AnswerService
+    golden: Golden
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Services:
+    """models: by name, first the one that is meant where none is named."""
+
+    engine: Engine
+    models: Mapping[str, Served]
     admission: Admission
     token_rate: RateLimit
     watch: EngineWatch
-    golden: Golden
     feedback: FeedbackStore | None
-    metrics: Metrics
     estimator: EstimatorKind
     request_timeout_s: float
     started: int  # seconds since 1970
+
+    def model(self, name: str | None = None) -> Served:
+        """Raises ModelNotFound."""
+        if name is None:
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            served = ", ".join(map(repr, self.models))
+            raise ModelNotFound(f"the model {name!a} is not served here; this server has {served}")
+        return self.models[name]
 
 
 class LifespanState(TypedDict):

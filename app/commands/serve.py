@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,10 +32,15 @@ def serve(
     alpha: Annotated[
         float | None, typer.Option(help="Accuracy asked for where a request names none.")
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA adapter and the bundle made with it, DIR=BUNDLE. May be repeated."),
+    ] = None,
 ) -> None:
     """Answer over HTTP, each answer with its calibrated reliability.
 
-    Every setting is also an environment variable, CANDOR_ and its name; an option goes before it.
+    Every setting is also an environment variable, CANDOR_ and its name; an option goes before it. Each adapter is
+    served beside the model, under its bundle's name.
     """
     from pydantic import ValidationError
 
@@ -62,9 +68,17 @@ def serve(
     from app import logs
 
     logs.configure(settings.log_format)
-    from app.server import run  # reads torch: only once the settings are known to be good
+    from app.backend import start_backend  # reads torch: only once the settings are known to be good
+    from app.server import run
 
-    raise typer.Exit(run(settings))
+    raise typer.Exit(run(settings, partial(start_backend, adapters=list(map(_pair, adapter or ())))))
+
+
+def _pair(given: str) -> tuple[Path, Path]:
+    adapter, _, bundle = given.partition("=")
+    if not (adapter and bundle):
+        raise typer.BadParameter(f"expected DIR=BUNDLE, got {given!r}", param_hint="--adapter")
+    return Path(adapter), Path(bundle)
 
 
 def _where(name: str) -> str:

@@ -16,7 +16,8 @@ router = APIRouter()
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS | STREAMED)
 async def create_chat_completion(body: ChatCompletionRequest, request: Request, services: Given) -> Response:
     """An answer to a conversation, with its reliability."""
-    order = services.desk.chat(body)
-    heading = Heading.new("chatcmpl", body.model, services.bundle.digest)
+    model = services.model(body.model)
+    order = model.desk.chat(body)
+    heading = Heading.new("chatcmpl", model.name, model.bundle.digest)
     renderer = ChatRenderer(heading, order, include_usage=body.wants_usage)
-    return await respond(request, order, renderer, services, stream=body.wants_stream)
+    return await respond(request, order, renderer, model, services, stream=body.wants_stream)

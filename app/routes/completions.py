@@ -16,7 +16,8 @@ router = APIRouter()
 @router.post("/v1/completions", response_model=Completion, responses=ERRORS | STREAMED)
 async def create_completion(body: CompletionRequest, request: Request, services: Given) -> Response:
     """A plain prompt, continued. It leaves the chat format, so its reliability is never calibrated."""
-    order = services.desk.completion(body)
-    heading = Heading.new("cmpl", body.model, services.bundle.digest)
+    model = services.model(body.model)
+    order = model.desk.completion(body)
+    heading = Heading.new("cmpl", model.name, model.bundle.digest)
     renderer = CompletionRenderer(heading, order, include_usage=body.wants_usage)
-    return await respond(request, order, renderer, services, stream=body.wants_stream)
+    return await respond(request, order, renderer, model, services, stream=body.wants_stream)

@@ -21,7 +21,9 @@ async def take_feedback(body: FeedbackRequest, request: Request, services: Given
         Feedback(body.id, body.index, body.correct, body.comment, request.state.caller)
     )
     if receipt.outcome == "recorded":
-        services.metrics.feedback(receipt.region, body.correct)
+        judges = {model.bundle.digest: model for model in services.models.values()}
+        judge = judges.get(receipt.bundle, services.model())  # an earlier server's bundle may be gone
+        judge.metrics.feedback(receipt.region, body.correct)
     return FeedbackReceipt(
         id=body.id, index=body.index, correct=body.correct, region=receipt.region, outcome=receipt.outcome
     )

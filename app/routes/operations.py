@@ -7,11 +7,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from app.desk import ModelNotFound
 from app.interruption import seconds_for, unless_interrupted
 from app.routes.documented import ERRORS
 from app.schemas.openai import Model, ModelList, ServedBundle
-from app.state import Given, Services
+from app.state import Given, Served, Services
 from engine.base import EngineDead
 
 router = APIRouter()
@@ -22,15 +21,13 @@ _DEEP: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (
 
 @router.get("/v1/models")
 async def list_models(services: Given) -> ModelList:
-    """The one model served, its bundle and the alphas it was calibrated at."""
-    return ModelList(data=[_model(services)])
+    """The models served, each with its bundle and the alphas it was calibrated at."""
+    return ModelList(data=[_model(model, services) for model in services.models.values()])
 
 
 @router.get("/v1/models/{model:path}", responses={404: ERRORS[404]})
 async def retrieve_model(model: str, services: Given) -> Model:
-    if model != services.desk.model_name:
-        raise ModelNotFound(f"the model {model!a} is not served here; see /v1/models")
-    return _model(services)
+    return _model(services.model(model), services)
 
 
 @router.get("/livez")
@@ -46,9 +43,11 @@ async def ready(request: Request, services: Given, deep: bool = False) -> dict[s
     """
     if deep:
         within_s = seconds_for(request, services.request_timeout_s)
-        await unless_interrupted(services.golden.check(), request.receive, services.watch, within_s)
-    if services.golden.fault is not None:
-        raise services.golden.fault
+        for model in services.models.values():
+            await unless_interrupted(model.golden.check(), request.receive, services.watch, within_s)
+    for model in services.models.values():
+        if model.golden.fault is not None:
+            raise model.golden.fault
     return _alive(services)
 
 
@@ -61,7 +60,7 @@ async def healthy(services: Given) -> dict[str, str]:
 
 @router.get("/version")
 async def show_version(services: Given) -> dict[str, str]:
-    return {"version": version("candor"), "bundle": services.bundle.digest}
+    return {"version": version("candor"), "bundle": services.model().bundle.digest}
 
 
 @router.get("/load")
@@ -73,7 +72,7 @@ async def show_load(services: Given) -> dict[str, int]:
 @router.get("/metrics", response_class=Response)
 async def show_metrics(request: Request, services: Given) -> Response:
     """For Prometheus: this server's metrics and the engine's own."""
-    content, content_type = services.metrics.exposition(request.headers.get("accept", ""))
+    content, content_type = services.model().metrics.exposition(request.headers.get("accept", ""))
     return Response(content, headers={"content-type": content_type})
 
 
@@ -83,16 +82,16 @@ def _alive(services: Services) -> dict[str, str]:
     return {"status": "ok"}
 
 
-def _model(services: Services) -> Model:
+def _model(model: Served, services: Services) -> Model:
     return Model(
-        id=services.desk.model_name,
+        id=model.name,
         created=services.started,
         max_model_len=services.engine.max_model_len,
         reliability=ServedBundle(
-            bundle=services.bundle.digest,
-            alphas=list(services.desk.alphas),
-            default_alpha=services.desk.default_alpha,
+            bundle=model.bundle.digest,
+            alphas=list(model.desk.alphas),
+            default_alpha=model.desk.default_alpha,
             estimator=services.estimator,
-            class_names=list(services.bundle.manifest.class_names),
+            class_names=list(model.bundle.manifest.class_names),
         ),
     )

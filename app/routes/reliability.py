@@ -20,19 +20,20 @@ router = APIRouter()
 @router.post("/v1/reliability", responses=ERRORS)
 async def score_response(body: ScoreRequest, request: Request, services: Given) -> Score:
     """The verdict on a given prompt and response, by the same estimator as for answers."""
-    order = services.desk.pair(body)
+    model = services.model(body.model)
+    order = model.desk.pair(body)
     within_s = seconds_for(request, services.request_timeout_s)
     services.admission.check(1, order.tokens)
     services.token_rate.take(request.state.caller, order.tokens)
     verdict = await unless_interrupted(
-        services.service.score_pair(order), request.receive, services.watch, within_s
+        model.service.score_pair(order), request.receive, services.watch, within_s
     )
-    given = GivenVerdict(f"rel-{uuid.uuid4().hex}", 0, verdict)
+    given = GivenVerdict(f"rel-{uuid.uuid4().hex}", 0, verdict, model.bundle.digest)
     if services.feedback is not None:
         services.feedback.note([given])
     return Score(
         id=given.id,
-        model=services.desk.model_name,
-        system_fingerprint=fingerprint(services.bundle.digest),
+        model=model.name,
+        system_fingerprint=fingerprint(model.bundle.digest),
         reliability=reliability([(0, verdict)]),
     )

@@ -20,9 +20,10 @@ _NOT_SHOWN = {"fitted_prompts"}
 
 
 @router.get("/v1/reliability")
-async def show_bundle(services: Given) -> BundleReport:
-    """The bundle in use: how it was calibrated, what that measured, and its regions."""
-    bundle, manifest = services.bundle, services.bundle.manifest
+async def show_bundle(services: Given, model: str | None = None) -> BundleReport:
+    """The bundle in use: how it was calibrated, what that measured, and its regions. model: else the first."""
+    served = services.model(model)
+    bundle, manifest = served.bundle, served.bundle.manifest
     return BundleReport(
         name=manifest.name,
         bundle=bundle.digest,
@@ -30,21 +31,21 @@ async def show_bundle(services: Given) -> BundleReport:
         model=manifest.model.name,
         class_names=list(manifest.class_names),
         estimator=services.estimator,
-        default_alpha=services.desk.default_alpha,
+        default_alpha=served.desk.default_alpha,
         policy=asdict(manifest.policy),
         regions=_regions(bundle),
         certificates=[ShownCertificate(**asdict(one)) for one in manifest.certificates],
-        most_exemplars=services.desk.most_exemplars,
-        examples=_examples(bundle) if services.desk.most_exemplars else [],
+        most_exemplars=served.desk.most_exemplars,
+        examples=_examples(bundle) if served.desk.most_exemplars else [],
         takes_feedback=services.feedback is not None,
         report={name: value for name, value in bundle.report.items() if name not in _NOT_SHOWN},
     )
 
 
 @router.get("/v1/reliability/calibration")
-async def show_calibration(services: Given) -> CalibrationPoints:
+async def show_calibration(services: Given, model: str | None = None) -> CalibrationPoints:
     """The calibration points in the plane of q' against SDM(z'), in which regions are drawn."""
-    seen = services.bundle.estimator.calibration
+    seen = services.model(model).bundle.estimator.calibration
     total = len(seen.labels)
     step = -(-total // LARGEST_PLOT) or 1
     probability, prediction = seen.sdm[::step].max(dim=1)  # (n,) each

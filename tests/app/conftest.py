@@ -32,6 +32,7 @@ from app.main import create_app
 from app.settings import Settings
 from app.tracing import NO_TRACER
 from engine.base import (
+    AdapterIdentity,
     Delta,
     EngineDead,
     Generation,
@@ -157,11 +158,13 @@ class ScriptedEngine:
 
     identity: ModelIdentity
     representation: Representation = field(default_factory=Representation)
+    adapter: AdapterIdentity | None = None
     max_model_len: int = 512
     scripts: dict[str, Script] = field(default_factory=dict)
     known: dict[str, torch.Tensor] = field(default_factory=dict)  # h of the exemplars' pairs, by prompt
     asked: list[tuple[str, Sampling, bool]] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    summarised: int = 0
     running: int = 0
     dead: bool = False
     closed: bool = False
@@ -222,6 +225,7 @@ class ScriptedEngine:
 
     async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
         text = LetterFormat().decode(prompt_ids)
+        self.summarised += 1
         script = next((script for key, script in self.scripts.items() if key in text), Script())
         if script.fails:
             raise script.fails
@@ -328,10 +332,14 @@ def events(text: str) -> list[dict[str, Any]]:
 
 @contextmanager
 def running(
-    engine: ScriptedEngine, bundle: Bundle, settings: Settings, tracer: Tracer = NO_TRACER
+    engine: ScriptedEngine,
+    bundle: Bundle,
+    settings: Settings,
+    tracer: Tracer = NO_TRACER,
+    adapted: Sequence[Backend] = (),
 ) -> Iterator[Running]:
     """A server in a thread; afterwards, everything that the engine was asked for must have ended."""
-    backend = Backend(engine, LetterFormat(), bundle)  # type: ignore[arg-type]
+    backend = Backend(engine, LetterFormat(), bundle, tuple(adapted))  # type: ignore[arg-type]
     ended = threading.Event()
     app = create_app(settings, backend, ended.set, tracer)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
@@ -364,6 +372,7 @@ def serve(engine: ScriptedEngine, bundle: Bundle) -> Serve:
         report: dict[str, Any] | None = None,
         tracer: Tracer = NO_TRACER,
         certificates: Sequence[Certificate] = (),
+        adapted: Sequence[Backend] = (),
         **given: Any,
     ) -> AbstractContextManager[Running]:
         manifest = replace(bundle.manifest, certificates=tuple(certificates))
@@ -372,7 +381,9 @@ def serve(engine: ScriptedEngine, bundle: Bundle) -> Serve:
             served = replace(bundle, manifest=replace(manifest, policy=policy))
         if report is not None:
             served = replace(served, report=report)
-        return running(engine, served, make_settings(**{"engine_check_interval_s": 0.02, **given}), tracer)
+        return running(
+            engine, served, make_settings(**{"engine_check_interval_s": 0.02, **given}), tracer, adapted
+        )
 
     return start
 

@@ -171,12 +171,12 @@ def test_a_file_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("this is no database, but long enough to look like one" * 10)
     for path in (tmp_path, tmp_path / "none" / "f", tmp_path / "text"):
         with pytest.raises(FeedbackFileError, match="CANDOR_FEEDBACK"):
-            FeedbackStore(path, "d")
+            FeedbackStore(path)
 
 
 def store_run(path: Path, kept: int, work: Any) -> Any:
     async def main() -> Any:
-        store = FeedbackStore(path, "digest", kept)
+        store = FeedbackStore(path, kept)
         try:
             return await work(store)
         finally:
@@ -187,10 +187,10 @@ def store_run(path: Path, kept: int, work: Any) -> Any:
 
 def test_only_the_last_verdicts_are_kept_but_all_feedback(tmp_path: Path) -> None:
     async def work(store: FeedbackStore) -> Any:
-        store.note([GivenVerdict("first", 0, HIGH)])
+        store.note([GivenVerdict("first", 0, HIGH, "digest")])
         await store.take(Feedback("first", 0, True, None, "a"))
         for number in range(10):
-            store.note([GivenVerdict(f"a{number}", 0, HIGH)])
+            store.note([GivenVerdict(f"a{number}", 0, HIGH, "digest")])
         receipts = [
             await store.take(Feedback("a9", 0, True, None, "a")),
             await store.take(Feedback("first", 0, False, None, "a")),
@@ -199,18 +199,21 @@ def test_only_the_last_verdicts_are_kept_but_all_feedback(tmp_path: Path) -> Non
             await store.take(Feedback("a0", 0, True, None, "a"))
         return receipts
 
-    assert store_run(tmp_path / "f", 3, work) == [Receipt("high", "recorded"), Receipt("high", "replaced")]
+    assert store_run(tmp_path / "f", 3, work) == [
+        Receipt("high", "digest", "recorded"),
+        Receipt("high", "digest", "replaced"),
+    ]
     assert [row for (row,) in rows(tmp_path / "f", "id", "verdicts")] == ["a7", "a8", "a9"]
 
 
 def test_many_at_once_are_all_kept(tmp_path: Path) -> None:
     async def work(store: FeedbackStore) -> Any:
-        store.note(GivenVerdict(f"a{number}", 0, HIGH) for number in range(500))
+        store.note(GivenVerdict(f"a{number}", 0, HIGH, "digest") for number in range(500))
         return await asyncio.gather(
             *(store.take(Feedback(f"a{number}", 0, number % 2 == 0, None, "a")) for number in range(500))
         )
 
-    assert store_run(tmp_path / "f", 1000, work) == [Receipt("high", "recorded")] * 500
+    assert store_run(tmp_path / "f", 1000, work) == [Receipt("high", "digest", "recorded")] * 500
     assert len(rows(tmp_path / "f")) == 500
 
 
@@ -218,7 +221,7 @@ def test_a_full_disk_acknowledges_nothing_and_loses_nothing(tmp_path: Path) -> N
     """SQLite's own limit on the file's pages stands for the disk: the same error, at the same place."""
 
     async def work(store: FeedbackStore) -> int:
-        store.note(GivenVerdict(f"a{number}", 0, HIGH) for number in range(200))
+        store.note(GivenVerdict(f"a{number}", 0, HIGH, "digest") for number in range(200))
         await store.take(Feedback("a0", 0, True, None, "a"))
         pages = store._file.execute("PRAGMA page_count").fetchone()[0]
         store._file.execute(f"PRAGMA max_page_count = {pages + 2}")
@@ -246,10 +249,10 @@ from app.policy import Decision
 from app.verdict import Verdict
 
 async def main():
-    store = FeedbackStore(Path(sys.argv[1]), "d")
+    store = FeedbackStore(Path(sys.argv[1]))
     verdict = Verdict(Decision("high", False, None), None, True, 0.9)
     for number in range(100_000):
-        store.note([GivenVerdict(f"a{number}", 0, verdict)])
+        store.note([GivenVerdict(f"a{number}", 0, verdict, "d")])
         await store.take(Feedback(f"a{number}", 0, True, None, "a"))
         print(number, flush=True)
 
