@@ -1,76 +1,260 @@
-"""A server of its own for a benchmark: `candor serve` in a process, ended afterwards with everything it started."""
+"""What an answer with its region costs beside a plain one: Candor and vLLM's own OpenAI server, side by side.
+
+    python -m benchmarks.serving                     the whole table, at most --minutes of load
+    python -m benchmarks.serving --quick             concurrency 8, short prompts, for development
+
+Both servers run at once on the same model, with the same settings and prompts, one under load at a time. The client
+is vLLM's (`vllm bench serve`), called in this process so that it is imported once. In each round each server answers
+every cell's prompts, which are new each round; who begins changes. A ratio is Candor's figure over vLLM's in the same
+round and cell. Every answer of Candor has to be scored, else there is no table.
+
+An answer ends where the model ends it, on both sides: its decode steps are counted by the engines, and shown.
+"""
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
+import argparse
+import asyncio
+import contextlib
+import io
+import json
+import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from statistics import median
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.servers import Serving, plain_vllm, serving
+from demo.task import LONGEST, completion, prompt
+
+ROOT = Path(__file__).resolve().parents[1]
+SOLVED = {"short": 1, "long": 12}
+"""Solved examples before the question."""
+
+MAX_TOKENS = 64  # the demo's policy
+LIMITS = {"max_model_len": 2048, "max_num_seqs": 64, "max_num_batched_tokens": 2048}
+KV_CACHE = 1 << 30
+BLOCK = 32
+NAME = "word-ordering"
+
+# name in the table -> figure of the client, or counted here
+COLUMNS = {
+    "answers/s": "request_throughput",
+    "first token": "median_ttft_ms",
+    "per token": "median_tpot_ms",
+    "p50": "p50_e2el_ms",
+    "p99": "p99_e2el_ms",
+    "CPU an answer": "cpu_s",
+    "of that, HTTP": "http_cpu_s",
+}
+HIGHER_IS_BETTER = {"answers/s"}
 
 
 @dataclass(frozen=True)
-class Serving:
-    """A server that answers. pid: of the process that serves HTTP, which leads a session of its own (Linux)."""
+class Cell:
+    concurrency: int
+    length: str
+    shared: bool
 
-    url: str
-    pid: int
+    @property
+    def requests(self) -> int:
+        """Enough for the pipeline to fill three times."""
+        return max(6, 3 * self.concurrency)
 
-    def files(self) -> int:
-        """Open files and sockets."""
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
-
-    def memory(self) -> int:
-        """Resident bytes of it and of its engine's processes."""
-        pages = 0
-        for name in filter(str.isdecimal, os.listdir("/proc")):
-            with suppress(ProcessLookupError, FileNotFoundError):  # ended meanwhile
-                if os.getsid(int(name)) == self.pid:
-                    pages += int(Path(f"/proc/{name}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+    def __str__(self) -> str:
+        return f"{self.concurrency} | {self.length} | {'yes' if self.shared else 'no'}"
 
 
-@contextmanager
-def serving(model: Path, bundle: Path, within_s: float = 900, **settings: str) -> Iterator[Serving]:
-    """settings: CANDOR_ variables. Raises RuntimeError with the log's end where it does not start."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the server would outlive a benchmark
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-c", "from app.cli import main; main()", "serve"]
-    command += ["--model", str(model), "--bundle", str(bundle), "--port", str(port)]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            command, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True
+class Prompts:
+    """Word-ordering questions after solved examples. No sentence comes twice until all were used."""
+
+    def __init__(self, sentences: Path, seed: int) -> None:
+        self._random = random.Random(seed)
+        lines = sentences.read_text(encoding="utf-8").splitlines()
+        self._lines = [line for line in lines if 5 <= len(line.split()) <= LONGEST]
+        self._left: list[str] = []
+
+    def draw(self, cell: Cell) -> list[str]:
+        common = self._solved(cell)
+        return [
+            (common if cell.shared else self._solved(cell)) + self._question()[0]
+            for _ in range(cell.requests)
+        ]
+
+    def _solved(self, cell: Cell) -> str:
+        pairs = [self._question() for _ in range(SOLVED[cell.length])]
+        return "".join(f"{question}\n{completion(sentence)}\n\n" for question, sentence in pairs)
+
+    def _question(self) -> tuple[str, str]:
+        if not self._left:
+            self._left = self._random.sample(self._lines, len(self._lines))
+        sentence = self._left.pop()
+        words = sentence.split()
+        return prompt(" ".join(words[:-3]), self._random.sample(words[-3:], 3)), sentence
+
+
+def drive(server: Serving, model: Path, prompts: Sequence[str], concurrency: int) -> dict[str, float]:
+    """One cell through `vllm bench serve`. Raises RuntimeError where a request failed."""
+    from vllm.benchmarks.serve import add_cli_args, main_async
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    counted = counters(server)
+    used = server.cpu_s()
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+        file.writelines(json.dumps({"prompt": one}) + "\n" for one in prompts)
+        file.flush()
+        arguments = (
+            "--backend openai-chat --endpoint /v1/chat/completions --dataset-name custom --skip-chat-template "
+            "--temperature 0 --percentile-metrics ttft,tpot,e2el --metric-percentiles 50,99 --disable-shuffle "
+            f"--disable-tqdm --ready-check-timeout-sec 0 --dataset-path {file.name} --num-prompts {len(prompts)} "
+            f"--custom-output-len {MAX_TOKENS} --max-concurrency {concurrency} --base-url {server.url} "
+            f"--model {model} --served-model-name {NAME}"
         )
-        url = f"http://127.0.0.1:{port}"
-        try:
-            _await(process, url, within_s)
-            yield Serving(url, process.pid)
-        except RuntimeError:
-            log.seek(0)
-            raise RuntimeError(log.read()[-2000:].decode(errors="replace")) from None
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(90)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            figures: dict[str, float] = asyncio.run(main_async(parser.parse_args(arguments.split())))
+    if figures["completed"] != len(prompts):
+        raise RuntimeError(f"{figures['completed']} of {len(prompts)} answers: {said.getvalue()[-2000:]}")
+    for name, value in counters(server).items():
+        figures[name] = value - counted.get(name, 0)
+    for part, seconds in server.cpu_s().items():
+        figures[f"{part}_cpu_s"] = (seconds - used[part]) / len(prompts)
+    figures["cpu_s"] = figures["http_cpu_s"] + figures["engine_cpu_s"]
+    return figures
 
 
-def _await(process: subprocess.Popen[bytes], url: str, within_s: float) -> None:
-    deadline = time.monotonic() + within_s
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            if httpx.get(f"{url}/readyz", timeout=30).is_success:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    raise RuntimeError("the server did not start")
+def counters(server: Serving) -> dict[str, float]:
+    """What the server has counted since its start: tokens and requests of its engine, and scored answers."""
+    found: dict[str, float] = defaultdict(float)
+    for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=60).text):
+        for sample in family.samples:
+            match sample.name:
+                case (
+                    "vllm:generation_tokens_total" | "vllm:prompt_tokens_total" | "vllm:request_success_total"
+                ):
+                    found[sample.name] += sample.value
+                case "sdm_answers_total":
+                    kind = "unscored" if sample.labels["region"] == "unavailable" else "scored"
+                    found[kind] += sample.value
+    return found
+
+
+def require_scored(figures: dict[str, float], prompts: int) -> None:
+    """Raises RuntimeError unless every answer has a region."""
+    if (figures["scored"], figures["unscored"]) != (prompts, 0):
+        raise RuntimeError(
+            f"of {prompts} answers {figures['scored']:g} were scored and {figures['unscored']:g} were not"
+        )
+
+
+@contextlib.contextmanager
+def both(model: Path, bundle: Path, eager: bool) -> Iterator[tuple[Serving, Serving]]:
+    """Candor and plain vLLM with the same settings."""
+    settings = {f"CANDOR_{name.upper()}": str(value) for name, value in LIMITS.items()}
+    settings |= {"CANDOR_KV_CACHE_BYTES": str(KV_CACHE), "CANDOR_SERVED_MODEL_NAME": NAME}
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in LIMITS.items()]
+    arguments += ["--dtype=bfloat16", f"--kv-cache-memory-bytes={KV_CACHE}", f"--block-size={BLOCK}"]
+    arguments += [f"--served-model-name={NAME}", "--seed=0"]
+    if eager:
+        settings["CANDOR_EAGER"] = "true"
+        arguments.append("--enforce-eager")
+    with plain_vllm(model, arguments) as plain, serving(model, bundle, settings) as candor:
+        yield candor, plain
+
+
+Rounds = dict[Cell, list[tuple[dict[str, float], dict[str, float]]]]  # Candor's figures, vLLM's
+
+
+def measure(
+    candor: Serving, plain: Serving, model: Path, cells: Sequence[Cell], prompts: Prompts, minutes: float
+) -> Rounds:
+    """Whole rounds while there is time for another one as long as the longest; at least one."""
+    rounds: Rounds = defaultdict(list)
+    for server in (candor, plain):
+        drive(server, model, prompts.draw(cells[-1]), cells[-1].concurrency)  # warms up
+    end, longest, number = time.monotonic() + 60 * minutes, 0.0, 0
+    while number == 0 or time.monotonic() + longest < end:
+        began = time.monotonic()
+        for cell in cells:
+            asked = prompts.draw(cell)
+            figures = {}
+            for server in (candor, plain) if number % 2 else (plain, candor):
+                figures[server.pid] = drive(server, model, asked, cell.concurrency)
+            require_scored(figures[candor.pid], len(asked))
+            rounds[cell].append((figures[candor.pid], figures[plain.pid]))
+            print(f"round {number + 1}: {cell}", file=sys.stderr)
+        longest, number = max(longest, time.monotonic() - began), number + 1
+    return rounds
+
+
+def table(rounds: Rounds) -> str:
+    """Markdown of ratios, Candor over vLLM: median [lowest, highest] of the rounds."""
+    heads = [
+        "concurrency",
+        "prompts",
+        "shared prefix",
+        *COLUMNS,
+        "engine requests an answer",
+        "steps an answer",
+    ]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for cell, pairs in rounds.items():
+        shown = [str(cell)]
+        for figure in COLUMNS.values():
+            ratios = [candor[figure] / vllm[figure] for candor, vllm in pairs]
+            shown.append(f"{median(ratios):.3f} [{min(ratios):.2f}, {max(ratios):.2f}]")
+        total = {
+            name: [sum(pair[side][name] for pair in pairs) / len(pairs) / cell.requests for side in (0, 1)]
+            for name in ("vllm:request_success_total", "vllm:generation_tokens_total")
+        }
+        shown.append(f"{total['vllm:request_success_total'][0]:.2f}")
+        shown.append("{:.1f} beside {:.1f}".format(*total["vllm:generation_tokens_total"]))
+        lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=10.0, help="of load, servers' start not counted")
+    parser.add_argument("--concurrency", type=int, action="append", help="default: 1, 8 and 32")
+    parser.add_argument("--prompts", choices=SOLVED, action="append", help="default: both")
+    parser.add_argument("--quick", action="store_true", help="concurrency 8, short prompts, no shared prefix")
+    parser.add_argument("--eager", action="store_true", help="neither server compiles")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", type=Path, default=ROOT / "var/models/smollm2-135m-word-ordering")
+    parser.add_argument("--bundle", type=Path, default=ROOT / "demo/bundle")
+    parser.add_argument("--json", action="store_true", help="every round's figures in place of the table")
+    given = parser.parse_args()
+    quick = [Cell(8, "short", False)]
+    cells = [
+        Cell(*one) for one in product(given.concurrency or (1, 8, 32), given.prompts or SOLVED, (False, True))
+    ]
+    prompts = Prompts(ROOT / "demo/sentences.txt", given.seed)
+    with both(given.model, given.bundle, given.eager) as (candor, plain):
+        print(f"ready after {candor.start_s:.1f} s (vLLM: {plain.start_s:.1f} s)", file=sys.stderr)
+        rounds = measure(candor, plain, given.model, quick if given.quick else cells, prompts, given.minutes)
+    if given.json:
+        rows = [
+            {"cell": vars(cell), "candor": ours, "vllm": theirs}
+            for cell, pairs in rounds.items()
+            for ours, theirs in pairs
+        ]
+        print(json.dumps(rows, default=float))
+    else:
+        print(table(rounds))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -27,7 +27,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.serving import Serving, serving
+from benchmarks.servers import Serving, serving
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXED = 8

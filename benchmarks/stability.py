@@ -24,7 +24,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.serving import serving
+from benchmarks.servers import serving
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]

@@ -1,0 +1,122 @@
+"""Servers of a benchmark's own, Candor and plain vLLM, ended afterwards with everything they started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A server that answers. pid: of the process that serves HTTP, which leads a session of its own (Linux).
+
+    start_s: from the process's start until it was ready.
+    """
+
+    url: str
+    pid: int
+    start_s: float
+
+    def files(self) -> int:
+        """Open files and sockets."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def memory(self) -> int:
+        """Resident bytes of it and of its engine's processes."""
+        pages = sum(int(fields[1]) for fields in self._read("statm").values())
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def cpu_s(self) -> dict[str, float]:
+        """Seconds of CPU used so far: by the process that serves HTTP, and by the engine's together."""
+        used = {"http": 0, "engine": 0}
+        for pid, fields in self._read("stat").items():
+            after_name = fields[next(i for i, field in enumerate(fields) if field.endswith(")")) + 1 :]
+            used["http" if pid == self.pid else "engine"] += int(after_name[11]) + int(after_name[12])
+        return {part: ticks / os.sysconf("SC_CLK_TCK") for part, ticks in used.items()}
+
+    def _read(self, name: str) -> dict[int, list[str]]:
+        """/proc/PID/name of each of the server's processes, at white space."""
+        found: dict[int, list[str]] = {}
+        for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+            with suppress(ProcessLookupError, FileNotFoundError):  # ended meanwhile
+                if os.getsid(pid) == self.pid:
+                    found[pid] = Path(f"/proc/{pid}/{name}").read_text().split()
+        return found
+
+
+@contextmanager
+def serving(
+    model: Path, bundle: Path, settings: Mapping[str, str] | None = None, within_s: float = 900
+) -> Iterator[Serving]:
+    """Candor. settings: CANDOR_ variables. Raises RuntimeError with the log's end where it does not start."""
+    command = ["-c", "from app.cli import main; main()", "serve"]
+    command += ["--model", str(model), "--bundle", str(bundle)]
+    with _started(command, "/readyz", within_s, settings or {}) as server:
+        yield server
+
+
+@contextmanager
+def plain_vllm(model: Path, arguments: Sequence[str], within_s: float = 900) -> Iterator[Serving]:
+    """vLLM's own OpenAI server. Raises RuntimeError with the log's end where it does not start."""
+    command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *arguments]
+    with _started(
+        command, "/health", within_s, {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    ) as server:
+        yield server
+
+
+@contextmanager
+def _started(
+    command: Sequence[str], ready: str, within_s: float, environment: Mapping[str, str]
+) -> Iterator[Serving]:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the server would outlive a benchmark
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryFile() as log:
+        began = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, *command, "--host", "127.0.0.1", "--port", str(port)],
+            env=os.environ | environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        url = f"http://127.0.0.1:{port}"
+        try:
+            _await(process, url + ready, within_s)
+            yield Serving(url, process.pid, time.monotonic() - began)
+        except _NotStarted:
+            log.seek(0)
+            raise RuntimeError(log.read()[-2000:].decode(errors="replace")) from None
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(90)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+class _NotStarted(Exception):
+    """A server ended, or was not ready in time."""
+
+
+def _await(process: subprocess.Popen[bytes], url: str, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    with httpx.Client(timeout=30, verify=False) as client:  # one for all tries: making one costs 50 ms of CPU
+        while process.poll() is None and time.monotonic() < deadline:
+            with suppress(httpx.TransportError):
+                if client.get(url).is_success:
+                    return
+            time.sleep(0.2)
+    raise _NotStarted
