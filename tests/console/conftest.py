@@ -1,4 +1,7 @@
-"""A real server with the demo's model and keys, and a real browser that looks at its console."""
+"""A real server with the demo's model and keys, and a real browser that looks at its console.
+
+The server starts soonest with the transformers engine; CANDOR_ENGINE=vllm takes the other.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ import pytest
 from app.security import make_key
 
 ROOT = Path(__file__).resolve().parents[2]
-_START_S = 180
+_START_S = 1800
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,10 @@ def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory, chromium:
     folder = tmp_path_factory.mktemp("console")
     key, kept = make_key("console", ["answer", "feedback", "operate"])
     (folder / "keys").write_text(kept.line(), encoding="utf-8")
-    command = [sys.executable, "-c", "from app.cli import main; main()", "serve", "--engine", "transformers"]
+    command = [sys.executable, "-c", "from app.cli import main; main()", "serve"]
     command += ["--model", str(demo_model), "--bundle", str(ROOT / "demo/bundle"), "--port", "0"]
     settings = {"CANDOR_KEYS": str(folder / "keys"), "CANDOR_FEEDBACK": str(folder / "feedback.db")}
-    environment = os.environ | settings | {"OMP_NUM_THREADS": "1"}
+    environment = {"CANDOR_ENGINE": "transformers"} | os.environ | settings | {"OMP_NUM_THREADS": "1"}
     with (folder / "log").open("w+", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         try:

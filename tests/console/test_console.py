@@ -49,7 +49,7 @@ def between(page: Any, first: str, last: str) -> dict[str, Any]:
     """For `picture`: the page from the top of one section to the end of another."""
     page.evaluate("scrollTo({ top: 0, behavior: 'instant' })")
     top, bottom = (page.locator(one).bounding_box() for one in (first, last))
-    y = max(0, top["y"] - 70)
+    y = max(0, top["y"] - 24)
     height = bottom["y"] + bottom["height"] + 30 - y
     return {"full_page": True, "clip": {"x": 0, "y": y, "width": 1360, "height": height}}
 
