@@ -262,7 +262,8 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         worker_cls=f"engine.{worker}",
         scheduler_cls=f"engine.vllm_scheduler.{scheduler}",
         enable_lora=bool(settings.adapters),
-        max_loras=max(1, len(settings.adapters)),
+        # On a CPU, vLLM 0.32 lays its last adapter slot over requests that want none (index -1): it stays empty.
+        max_loras=max(1, len(settings.adapters) + on_cpu),
         max_lora_rank=_fitting_rank(settings.adapters),
         trust_remote_code=False,
         seed=0,
