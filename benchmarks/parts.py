@@ -1,0 +1,191 @@
+"""CPU time of what Candor adds to an answer, part by part, without a model.
+
+    python -m benchmarks.parts
+
+    evidence   of one decode step, from its logits; beside the first two steps of vLLM's own log-probabilities
+    score      of answers that end together, with the demo's bundle
+    HTTP       request in, stream out, through the real server, with an engine that has its words ready;
+               the score is part of what an answer costs there, not of what a chunk costs
+
+The least of several rounds, of the thread or process that does it: what others do with the machine's cores
+lengthens the clock's time, not this one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+import uvicorn
+
+from app.backend import Backend
+from app.main import create_app
+from app.scoring import Scorer
+from app.settings import Settings
+from engine.answer import Answer
+from engine.base import AdapterIdentity, Delta, Generation, HiddenSummary, Sampling
+from engine.prompt import ChatFormat
+from engine.slot_evidence import surprisal_and_margin
+from model_store.bundle import Bundle, load_bundle
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL, BUNDLE = ROOT / "var/models/smollm2-135m-word-ordering", ROOT / "demo/bundle"
+VOCABULARY = 49_152
+QUESTION = (
+    "Finish the sentence with the words in the right order.\nSentence: The dog ran to\nWords: house. the"
+)
+STREAMS, EACH = 8, 10
+
+CLIENT = """
+import asyncio, sys
+port, body, each, streams = int(sys.argv[1]), sys.argv[2].encode(), int(sys.argv[3]), int(sys.argv[4])
+lines = ["POST /v1/chat/completions HTTP/1.1", "host: x", f"content-length: {len(body)}"]
+head = "\\r\\n".join([*lines, "content-type: application/json", "", ""]).encode()
+async def stream():
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for _ in range(each):
+        writer.write(head + body)
+        end = b""
+        while not end.endswith(b"0\\r\\n\\r\\n"):
+            data = await reader.read(65536)
+            assert data, "the server hung up"
+            end = (end + data)[-8:]
+    writer.close()
+async def main():
+    await asyncio.gather(*(stream() for _ in range(streams)))
+asyncio.run(main())
+"""
+
+
+def least_ms(
+    work: Callable[[], object], clock: Callable[[], float] = time.thread_time, rounds: int = 20
+) -> float:
+    found = []
+    for _ in range(rounds):
+        began = clock()
+        work()
+        found.append(clock() - began)
+    return 1000 * min(found)
+
+
+def evidence() -> Iterator[str]:
+    torch.manual_seed(0)
+    for rows in (1, 8, 32):
+        logits = (3 * torch.randn(rows, VOCABULARY)).to(torch.bfloat16)
+        tokens = logits.argmax(1)
+        ours = least_ms(lambda: surprisal_and_margin(logits, tokens))  # noqa: B023
+        theirs = least_ms(lambda: logits.log_softmax(-1, dtype=torch.float32).topk(2))  # noqa: B023
+        yield f"| evidence of a step, {rows} answers | {ours:.2f} | log-softmax and 2 alternatives: {theirs:.2f} |"
+
+
+def scores(bundle: Bundle) -> Iterator[str]:
+    torch.manual_seed(0)
+    scorer = Scorer(bundle.estimator, bundle.manifest.representation, 10.0)
+    for rows in (1, 8, 32):
+        hidden = [summary(bundle) for _ in range(rows)]
+        work = partial(score_all, scorer, hidden)
+        work()
+        spent = least_ms(work, time.process_time)
+        yield f"| scores of {rows} answers that end together | {spent:.2f} | {spent / rows:.2f} each |"
+    scorer.close()
+
+
+def score_all(scorer: Scorer, hidden: Sequence[HiddenSummary]) -> None:
+    asyncio.run(together(scorer, hidden))
+
+
+async def together(scorer: Scorer, hidden: Sequence[HiddenSummary]) -> None:
+    await asyncio.gather(*(scorer.score(one, 0.9) for one in hidden))
+
+
+def summary(bundle: Bundle) -> HiddenSummary:
+    size = bundle.manifest.model.hidden_size
+    names = len(bundle.manifest.representation.evidence)
+    return HiddenSummary(torch.randn(size), torch.randn(size), torch.randn(names), 80, complete=True)
+
+
+class Ready:
+    """An engine that says so many words, a token each, as fast as they are taken."""
+
+    max_model_len = 2048
+    adapter: AdapterIdentity | None = None
+
+    def __init__(self, bundle: Bundle, words: int) -> None:
+        self.identity, self.representation = bundle.manifest.model, bundle.manifest.representation
+        self._words = words
+        self._hidden = summary(bundle)
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
+    ) -> AsyncGenerator[Delta | Generation, None]:
+        answer = Answer(self.representation.tag, [1])
+        for piece in [*[" word"] * self._words, self.representation.tag]:
+            await asyncio.sleep(0)
+            if delta := answer.add(piece, (5,)):
+                yield delta
+        ids = tuple(answer.token_ids[:-1])
+        yield Generation(
+            answer.text, ids, "stop", True, False, self._hidden, len(prompt_ids), self._words + 1
+        )
+
+    async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
+        return self._hidden
+
+    async def check(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+
+@contextmanager
+def listening(bundle: Bundle, chat: ChatFormat, words: int) -> Iterator[int]:
+    """The port of a server with that engine."""
+    app = create_app(Settings(model=MODEL, bundle=BUNDLE), Backend(Ready(bundle, words), chat, bundle))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.05)
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def http(bundle: Bundle) -> Iterator[str]:
+    chat = ChatFormat.from_directory(MODEL)
+    messages = [{"role": "user", "content": QUESTION}]
+    body = json.dumps({"model": bundle.manifest.name, "messages": messages, "stream": True})
+    spent: dict[int, float] = {}
+    for words in (1, 61):
+        with listening(bundle, chat, words) as port:
+            command = [sys.executable, "-c", CLIENT, str(port), body, str(EACH), str(STREAMS)]
+            work = partial(subprocess.run, command, check=True)
+            work()
+            spent[words] = least_ms(work, time.process_time, rounds=5) / (EACH * STREAMS)
+    yield f"| HTTP, an answer of one chunk, its score included | {spent[1]:.2f} | |"
+    yield f"| HTTP, each further chunk | {(spent[61] - spent[1]) / 60:.4f} | |"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    bundle = load_bundle(BUNDLE)
+    print("| part | ms of CPU | |\n|---|---|---|")
+    for part in (evidence(), scores(bundle), http(bundle)):
+        for line in part:
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
