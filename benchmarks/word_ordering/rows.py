@@ -28,7 +28,7 @@ CE = ("--loss", "ce", "--hard-negatives")
 SDM = ("--loss", "sdm", "--hard-negatives")
 
 ROWS = (
-    Row("pretrained", None, base="pretrained", of_each=200),  # right in none; it rambles, which takes long
+    Row("pretrained", None, base="pretrained", of_each=100),  # right in none; it rambles, which takes long
     Row("start", None),
     Row("ce", (*CE, "off")),
     Row("sdm-hn", (*SDM, "on")),
