@@ -69,6 +69,7 @@ def main(
     if as_json:
         typer.echo(json.dumps(results))
     else:
+        typer.echo(table.signals(results) + "\n")
         for write in (table.summary, table.markdown):
             typer.echo("\n\n".join(write(results, ALPHAS, kind) for kind in ("plain", "lower")) + "\n")
     if figures:

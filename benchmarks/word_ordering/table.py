@@ -42,6 +42,14 @@ def summary(results: Results, alphas: Sequence[float], kind: str = "plain") -> s
     return "\n".join(parts).rstrip()
 
 
+def signals(results: Results) -> str:
+    """What single numbers say before a layer is fitted (benchmarks.word_ordering.signals)."""
+    named = {name: result["signals"] for name, result in results.items()}
+    columns = list(dict.fromkeys(signal for found in named.values() for signal in found))
+    rows = [[TITLES[name], *(f"{found[signal]:.3f}" for signal in columns)] for name, found in named.items()]
+    return "\n".join(["### ROC AUC of single numbers, in distribution", "", _table(["row", *columns], rows)])
+
+
 def _in_short(results: Results, layer: str, reading: str) -> str:
     sets = _sets(results)
     rows = []
