@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,10 @@ def signals(results: Results) -> str:
     """What single numbers say before a layer is fitted (benchmarks.word_ordering.signals)."""
     named = {name: result["signals"] for name, result in results.items()}
     columns = list(dict.fromkeys(signal for found in named.values() for signal in found))
-    rows = [[TITLES[name], *(f"{found[signal]:.3f}" for signal in columns)] for name, found in named.items()]
+    rows = [
+        [TITLES[name], *("-" if isnan(found[signal]) else f"{found[signal]:.3f}" for signal in columns)]
+        for name, found in named.items()
+    ]
     return "\n".join(["### ROC AUC of single numbers, in distribution", "", _table(["row", *columns], rows)])
 
 
