@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,17 @@ def run() -> Run:
     """Runs a tool and gives its output; skips where it is missing, fails with its words where it finds fault."""
 
     def call(tool: str, *arguments: str | Path) -> str:
-        if shutil.which(tool) is None:
+        # The environment's own tools count though it isn't activated.
+        program = shutil.which(tool) or shutil.which(tool, path=Path(sys.executable).parent)
+        if program is None:
             pytest.skip(f"{tool} is not installed: {_SOURCES[tool]}")
         done = subprocess.run(
-            [tool, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+            [program, *map(str, arguments)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
