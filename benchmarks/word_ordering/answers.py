@@ -79,6 +79,7 @@ def _documents(data: Path, own: list[Labelled]) -> list[Record | Labelled]:
     rng = random.Random(0)
     shown: list[Record | Labelled] = []
     lines = (data / "calibration-pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    # strict=False: a row may have been asked only the first of them.
     for number, (line, generated) in enumerate(zip(lines, own, strict=False), start=1):
         made = json.loads(line)
         label: Label = 0

@@ -75,7 +75,9 @@ def _in_short(results: Results, layer: str, reading: str) -> str:
 
 def _times(results: Results, name: str, layer: str, reading: str) -> str:
     """Admitted share over the reference row's on the same test prompts, with its paired bootstrap interval."""
-    reference = results.get(REFERENCE, {"layers": {layer: {"failed": ""}}})["layers"][layer]
+    if REFERENCE not in results:
+        return "-"
+    reference = results[REFERENCE]["layers"][layer]
     if "failed" in reference or not reference["test"][reading]["rows"]:
         return "-"
     n = reference["test"][reading]["admitted"][1]
