@@ -18,6 +18,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,11 +51,14 @@ async def ask(client: httpx.AsyncClient, model: str, prompt: str, *, stream: boo
 async def ask_all(url: str, prompts: Sequence[str], at_once: int, *, stream: bool = False) -> list[Row]:
     """In batches: the next begins when all of the last are answered."""
     rows: list[Row] = []
+    began = time.monotonic()
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
         for begin in range(0, len(prompts), at_once):
             batch = prompts[begin : begin + at_once]
             rows += await asyncio.gather(*(ask(client, model, one, stream=stream) for one in batch))
+    seconds = time.monotonic() - began
+    print(f"{len(rows)} prompts, {at_once} at once, {stream=}: {seconds:.0f} s", file=sys.stderr, flush=True)
     return rows
 
 
@@ -74,6 +79,7 @@ def differences(yardstick: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]
     ]
     return {
         "verdicts_that_differ": len(differing),
+        "of_the_same_answer": sum(not row["another_answer"] for row in differing),
         "answers_that_differ": sum(a["text"] != b["text"] for a, b in zip(yardstick, rows, strict=True)),
         "differing": differing,
     }

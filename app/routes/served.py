@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from fastapi import APIRouter
 
+from app.routes.documented import ERRORS
 from app.schemas.bundle import BundleReport, CalibrationPoints, ShownCertificate, ShownRegion
 from app.state import Given
 from model_store.bundle import Bundle
@@ -19,7 +20,7 @@ _EXAMPLES = 3
 _NOT_SHOWN = {"fitted_prompts"}
 
 
-@router.get("/v1/reliability")
+@router.get("/v1/reliability", responses={404: ERRORS[404]})
 async def show_bundle(services: Given, model: str | None = None) -> BundleReport:
     """The bundle in use: how it was calibrated, what that measured, and its regions. model: else the first."""
     served = services.model(model)
@@ -42,7 +43,7 @@ async def show_bundle(services: Given, model: str | None = None) -> BundleReport
     )
 
 
-@router.get("/v1/reliability/calibration")
+@router.get("/v1/reliability/calibration", responses={404: ERRORS[404]})
 async def show_calibration(services: Given, model: str | None = None) -> CalibrationPoints:
     """The calibration points in the plane of q' against SDM(z'), in which regions are drawn."""
     seen = services.model(model).bundle.estimator.calibration

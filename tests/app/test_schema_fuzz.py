@@ -1,9 +1,10 @@
 """schemathesis against the server's own OpenAPI document: no 5xx, nothing the document does not say.
 
 A real server over HTTP with keys; in the engine's place the tests' script, which answers at once, so that many
-cases are asked. Run by hand, the whole or one operation of it:
+cases are asked. Run by hand, the whole or one operation of it; or beside vLLM, with the demo's model:
 
     pytest -m slow tests/app/test_schema_fuzz.py [-k completions]
+    CANDOR_ENGINE=vllm CANDOR_FUZZ_CASES=2000 pytest -m slow tests/app/test_schema_fuzz.py
 
 CANDOR_FUZZ_CASES=200 has a quick look; other cases come with another CANDOR_FUZZ_SEED.
 """
@@ -14,8 +15,11 @@ import copy
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -29,9 +33,11 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from app.security import make_key
+from benchmarks.servers import serving
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).resolve().parents[2]
 CASES = int(os.environ.get("CANDOR_FUZZ_CASES", "20000"))
 SEED = int(os.environ.get("CANDOR_FUZZ_SEED", "0"))
 CHECKS = [
@@ -49,31 +55,55 @@ POSTS = {  # share of the cases, in hundredths; the rest goes to the others even
 }
 
 
+@dataclass(frozen=True)
+class Fuzzed:
+    """The server. alphas: those of its bundle."""
+
+    url: str
+    key: str
+    model: str
+    alphas: tuple[float, ...]
+    document: dict[str, Any]
+
+
 @pytest.fixture(scope="module")
 def fuzzed(
-    tmp_path_factory: pytest.TempPathFactory, identity: Any, bundle: Any, start_scripted: Any
-) -> Iterator[Any]:
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest, start_scripted: Any
+) -> Iterator[Fuzzed]:
     """A server with keys and feedback, and its document."""
     folder = tmp_path_factory.mktemp("fuzz")
     secret, key = make_key("fuzz", ["answer", "feedback", "operate"])
     (folder / "keys").write_text(key.line())
-    with start_scripted(keys=folder / "keys", feedback=folder / "feedback.db") as server:
-        server.client.headers["authorization"] = f"Bearer {secret}"
-        document = server.client.get("/openapi.json").json()
-        yield server, document, secret
+
+    def ask(url: str, path: str) -> Any:
+        return httpx.get(f"{url}{path}", headers={"authorization": f"Bearer {secret}"}, timeout=30).json()
+
+    def describe(url: str) -> Fuzzed:
+        [model] = ask(url, "/v1/models")["data"]
+        alphas = tuple(model["reliability"]["alphas"])
+        return Fuzzed(url, secret, model["id"], alphas, ask(url, "/openapi.json"))
+
+    if os.environ.get("CANDOR_ENGINE") == "vllm":
+        settings = {"CANDOR_KEYS": str(folder / "keys"), "CANDOR_FEEDBACK": str(folder / "feedback.db")}
+        model = request.getfixturevalue("demo_model")
+        with serving(model, ROOT / "demo/bundle", settings | {"CANDOR_EAGER": "true"}) as real:
+            yield describe(real.url)
+    else:
+        with start_scripted(keys=folder / "keys", feedback=folder / "feedback.db") as scripted:
+            yield describe(scripted.url)
 
 
-def served(document: dict[str, Any]) -> dict[str, Any]:
+def served(server: Fuzzed) -> dict[str, Any]:
     """The document with what this server's operator has set filled in: else most valid requests were refused for
     another model's name or a number beyond its limits, which no document can know.
     """
-    narrowed: dict[str, Any] = copy.deepcopy(document)
+    narrowed: dict[str, Any] = copy.deepcopy(server.document)
     known = {
-        "model": {"const": "tiny"},
+        "model": {"const": server.model},
         "n": {"type": "integer", "minimum": 1, "maximum": 3},
         "max_tokens": {"type": "integer", "minimum": 1, "maximum": 64},
         "max_completion_tokens": {"type": "integer", "minimum": 1, "maximum": 64},
-        "alpha": {"enum": [None, 0.9, 0.95]},
+        "alpha": {"enum": [None, *server.alphas]},
         "exemplars": {"type": "integer", "minimum": 0, "maximum": 10},
     }
     for name, schema in narrowed["components"]["schemas"].items():
@@ -88,9 +118,9 @@ def operations(document: dict[str, Any]) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "invalid"])
 @pytest.mark.parametrize("path", [*POSTS, "others"])
-def test_as_documented(fuzzed: Any, path: str, mode: GenerationMode, record_property: Any) -> None:
-    server, document, secret = fuzzed
-    schema = schemathesis.openapi.from_dict(served(document) if mode is GenerationMode.POSITIVE else document)
+def test_as_documented(fuzzed: Fuzzed, path: str, mode: GenerationMode) -> None:
+    document = fuzzed.document
+    schema = schemathesis.openapi.from_dict(served(fuzzed) if mode is GenerationMode.POSITIVE else document)
     schema.config.generation.update(modes=[mode])
     known = operations(document)
     chosen = [one for one in known if one[0] == path and one[1] == "post"] or [
@@ -112,7 +142,7 @@ def test_as_documented(fuzzed: Any, path: str, mode: GenerationMode, record_prop
             suppress_health_check=list(HealthCheck),
         )
         def ask(case: Any) -> None:
-            response = case.call(base_url=server.url, headers={"authorization": f"Bearer {secret}"})
+            response = case.call(base_url=fuzzed.url, headers={"authorization": f"Bearer {fuzzed.key}"})
             statuses[response.status_code] += 1
             case.validate_response(response, checks=CHECKS)
 

@@ -53,6 +53,6 @@ def test_differing_rows_are_listed() -> None:
     other = row | {"region": "low", "abstained": True, "rescaled_similarity": 4.0}
     found = differences([row, row, row], [row, other, row | {"text": "b"}])
     assert (found["verdicts_that_differ"], found["answers_that_differ"]) == (1, 1)
-    assert found["differing"][0]["prompt"] == 1
+    assert (found["of_the_same_answer"], found["differing"][0]["prompt"]) == (1, 1)
     assert found["differing"][0]["rescaled_similarity"] == [5.0, 4.0]
     assert found["differing"][0]["another_answer"] is False
