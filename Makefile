@@ -22,7 +22,7 @@ ifeq ($(EXTRA),cpu)
   OVERRIDES := --override requirements/cpu-overrides.txt
 endif
 
-.PHONY: setup serve test check lock clean
+.PHONY: setup serve test check lock ages clean
 
 setup: .venv/.ready $(DEMO)/config.json
 
@@ -61,6 +61,12 @@ $(DEMO)/config.json: demo/adapter/adapter_model.safetensors | $(BASE)/config.jso
 lock: .venv/.ready
 	$(BIN)/uv pip compile pyproject.toml --extra $(EXTRA) --extra finetune --extra compare --extra demo --extra bench --extra dev \
 	  $(TORCH) $(OVERRIDES) --no-emit-find-links --no-header --output-file requirements/$(EXTRA).txt
+
+# When each pinned package was published.
+ages: .venv/.ready
+	$(BIN)/uv pip compile requirements/$(EXTRA).txt --no-deps --quiet $(TORCH) $(OVERRIDES) --format pylock.toml \
+	  --output-file var/pylock.$(EXTRA).toml
+	$(BIN)/python requirements/ages.py var/pylock.$(EXTRA).toml
 
 clean:
 	rm -rf .venv var
