@@ -101,7 +101,7 @@ async def _as_they_come(
     async with aclosing(events):
         async for event in events:
             if isinstance(event, Piece):
-                chunk = renderer.piece(event)
+                chunk = renderer.piece(event) if event.text or event.logprobs else b""
             else:
                 answers.append(event)
                 note(event)

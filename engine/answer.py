@@ -74,10 +74,14 @@ class Answer:
     def add(
         self, piece: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()
     ) -> Delta | None:
-        """One step's text and tokens; what of it may be shown, if anything."""
+        """One step's text and tokens; what of it may be shown, if anything.
+
+        The first step always shows something, if only "": a stream begins when the model does.
+        """
+        begins = not self.token_ids
         self.token_ids += token_ids
         self.logprobs += logprobs
-        return self._show(self._filter.feed(piece))
+        return self._show(self._filter.feed(piece)) or (Delta("") if begins else None)
 
     def finish(self) -> Delta | None:
         """The text ended: shows what was held back."""

@@ -144,6 +144,13 @@ def test_an_empty_answer(server: Any) -> None:
         assert deltas(chunks) == [{"role": "assistant", "content": ""}, {}]
 
 
+def test_a_stream_begins_with_the_first_token_though_nothing_may_be_shown_yet(server: Any) -> None:
+    server.engine.script("ask", hangs=True, pieces=("",))
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "ask"}], "stream": True}
+    with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert '"role":"assistant","content":""' in next(response.iter_lines())
+
+
 def test_tokens_come_as_they_are_written(server: Any) -> None:
     """The first token is here while the engine still waits to write the second."""
     server.engine.script("ask", hangs=True, pieces=("first",))

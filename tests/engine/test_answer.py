@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.answer import Answer, TagFilter
+from engine.base import Delta
 
 TAG = "<verified>"
 
@@ -36,6 +37,11 @@ def test_text_after_the_tag_is_swallowed() -> None:
     shown, tag = show(["right", "\n<veri", "fied>Yes</verified> and more", " and more"])
     assert tag.found
     assert "".join(shown) == "right"
+
+
+def test_the_first_step_shows_something_even_where_all_of_it_is_held_back() -> None:
+    answer = Answer(TAG, (7, 8))
+    assert [answer.add(piece, [1]) for piece in ("<", "ver", "dict>")] == [Delta(""), None, Delta("<verdict>")]
 
 
 def blank(token: int) -> bool:
