@@ -21,7 +21,7 @@ def record() -> Record:
     made.asked["whole", "200"] = 5
     made.asked["wrong", "422"] = 1
     made.asked["left amid", "left"] = 2
-    made.verdicts["p"]["high", 1, "a"] = 3
+    made.verdicts["p"] = [(at, "high", 1, "a") for at in (1.0, 30.0, 50.0)]
     made.answered_at = [1.0, 2.0, 3.0, 50.0]
     return made
 
@@ -33,6 +33,15 @@ def test_nothing_wrong() -> None:
     assert (figures["requests"], figures["fixed_prompts_asked"]) == (8, 3)
 
 
+def test_a_verdict_that_fell_otherwise_once_is_listed() -> None:
+    made = record()
+    made.verdicts["p"] += [(2.0, "high", 1, "a"), (3.0, "low", 0, "b")]
+    figures, faults = summary(made, 60)
+    assert faults == []
+    varied = {"('high', 1, 'a')": [2, 1, 1], "('low', 0, 'b')": [1, 0, 0]}
+    assert figures["fixed_prompts_that_varied"] == {"p": varied}
+
+
 @pytest.mark.parametrize("trouble", ["failed", "accepted", "changed", "files"])
 def test_something_wrong(trouble: str) -> None:
     made = record()
@@ -41,7 +50,7 @@ def test_something_wrong(trouble: str) -> None:
     elif trouble == "accepted":
         made.asked["wrong", "200"] += 1
     elif trouble == "changed":
-        made.verdicts["p"]["low", 1, "a"] = 1
+        made.verdicts["p"] += [(at, "low", 1, "a") for at in (52.0, 54.0)]
     else:
         made.samples.append((61.0, 1 << 20, 30))
     assert len(summary(made, 60)[1]) == 1
