@@ -5,7 +5,7 @@
 Workers ask at random: whole answers, streams, buffered abstentions, several choices, given pairs, wrong requests, and
 streams that they leave after a few tokens or before the first. Beside them a few fixed prompts are asked again and
 again. States vary with the batch, so a token or a verdict near its threshold may fall otherwise now and then: such
-prompts are listed, with how often in each third. The usual verdict must be the same in the last third as in the first.
+prompts are listed with how often in each third. The usual verdict must be the same in the last third as in the first.
 
     slope = sum (t - mean t)(m - mean m) / sum (t - mean t)^2       memory m at times t of the last two thirds
 
