@@ -123,12 +123,13 @@ class Support:
     def rough_pairs(self, queries: Tensor, rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Rough distances (p,) of pairs (queries[rows[i]], support row indices[i]), rows ascending; slack (b,)."""
         centred = queries - self._centre
-        if 2 * len(rows) > len(self):  # reading all rows in order is quicker than gathering many
+        # A product with all rows, read in order, is quicker than gathering many; it costs more the more queries.
+        if 2 * len(rows) > len(self) * min(len(queries), 8):
             products = (centred @ self.h_prime.T)[rows, indices]
         else:
             counts = torch.bincount(rows, minlength=len(queries)).tolist()
             parts = zip(torch.split(indices, counts), centred, strict=True)
-            products = torch.cat([self.h_prime[part] @ query for part, query in parts])
+            products = torch.cat([self.h_prime.index_select(0, part) @ query for part, query in parts])
         return torch.add(self._norms[indices], products, alpha=-2), self._slack(centred)
 
     def _slack(self, centred: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ class Support:
         size = max(1, BLOCK // (8 * self.h_prime.shape[1]))
         return torch.cat(
             [
-                pair_distances(queries[r], self.h_prime[i])
+                pair_distances(queries.index_select(0, r), self.h_prime.index_select(0, i))
                 for r, i in zip(torch.split(rows, size), torch.split(indices, size), strict=True)
             ]
         )
