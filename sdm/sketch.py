@@ -86,7 +86,7 @@ def _pack(codes: Tensor) -> Tensor:
 def _multiply(left: Tensor, scale: float, packed: Tensor, scales: Tensor, bias: Tensor) -> Tensor:
     """bias + scale * scales * (left . right), float32 (b, N)."""
     zeros = torch.zeros(len(scales), dtype=torch.int64)
-    # Bytes without a sign on the left: where there is no AMX, oneDNN multiplies signed ones hundreds of times as slowly.
+    # No signs on the left: without AMX, oneDNN multiplies signed bytes hundreds of times as slowly.
     unsigned = (left.short() + ZERO).to(torch.uint8)
     product: Tensor = torch.ops.onednn.qlinear_pointwise(
         unsigned, scale, ZERO, packed, scales, zeros, bias, 1.0, 0, torch.float32, "none", [], ""
