@@ -1,114 +1,159 @@
-"""Both halves compared with the support, as training asks after every epoch: many times, and at single precision.
+"""Both halves compared with the support after every epoch: distances are kept, and corrected for what W changed by.
 
-    q, d_nearest of training rows against the others, of calibration rows against all of them
+    q, d_nearest of training rows against the others, of calibration rows against all training rows
 
-(arXiv 2509.12760, section 3.) A rounding's worth of q is no matter here, so distances come from matrix
-products as they are, |a|^2 + |s|^2 - 2 a . s over centred rows, without the exact check that scoring makes
-(`sdm.similarity`). Every distance is looked at once or twice: rows predicted alike stand together, the valid
-ones first, so that a class's valid rows are one slice; and of the training half's distances to itself, which
-are symmetric, half are copied.
+(arXiv 2509.12760, section 3.) The adaptor's offset cancels in distances, D_ij = |W (x_i - x_j)|^2. What an epoch adds
+to W is nearly of low rank, for the gradient of a batch is of rank C and Adam only rescales it. With W + Q B, where
+Q (M x R) is orthonormal, and S = W' Q + B' / 2,
+
+    W' W  becomes  W' W + S B + B' S',
+    D_ij  becomes  D_ij + e_i + e_j - 2 (S' x_i . B x_j + B x_i . S' x_j),    e_i = 2 S' x_i . B x_i,
+
+a product of width 2 R + 2 in place of M. Q and B come from a range finder (Halko et al., 0909.4061). What they leave
+of the change is measured, not assumed: above `TOLERANCE` a larger R is tried, and then all distances are computed
+anew; below it, it is part of the next epoch's change, so nothing adds up. Every `RENEWED` epochs distances are
+computed anew for their roundings' sake.
+
+Distances are at single precision, without the exact check that scoring makes (`sdm.similarity`): a rounding's worth
+of q is no matter here. With b_i the distance to the nearest row that isn't valid for row i's prediction,
+q_i = #{j : D_ij < b_i}, for no invalid row is nearer than b_i.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from sdm.similarity import Neighbourhood
-from sdm.support import BLOCK
 
-TILE = 512
-"""Rows of a product: enough to be efficient, few enough that little is computed on both sides of the diagonal."""
+ROWS = 128
+"""Rows of distances computed and read at once, while they are in the cache."""
 
-SYMMETRIC = 2**26
-"""Numbers that all distances of the training half may take, 256 MiB; above, they are computed tile by tile."""
+KEPT = 2**27
+"""Numbers that the distances of both halves may take, 512 MiB; with more they are computed anew every epoch."""
+
+RANK = 32
+"""R that is tried first; then twice that, and so on."""
+
+TOLERANCE = 1e-6
+"""What may be left of W's change, relative to W by Frobenius norms: about what rounding of h' amounts to."""
+
+RENEWED = 25
+
+
+class Comparison:
+    """Of training rows x (n, D), labels (n,) in 0..C-1, and calibration rows x (m, D)."""
+
+    def __init__(self, train_x: Tensor, labels: Tensor, calibration_x: Tensor, num_classes: int) -> None:
+        self._order = labels.argsort(stable=True)  # so that a class's columns are one slice
+        self._bounds = [0, *torch.bincount(labels, minlength=num_classes).cumsum(0).tolist()]
+        centre = train_x.mean(dim=0)
+        self._train, self._calibration = train_x[self._order] - centre, calibration_x - centre
+        n, m = len(train_x), len(calibration_x)
+        self._keeps = n * (n + m) <= KEPT
+        rows = (n, m) if self._keeps else (ROWS, ROWS)
+        self._distances = tuple(torch.empty(size, n) for size in rows)
+        self._weight: Tensor | None = None
+        self._age = 0
+        self._rank = RANK
+
+    def after(
+        self, weight: Tensor, train_y: Tensor, calibration_y: Tensor, max_q: int | None = None
+    ) -> tuple[Neighbourhood, Neighbourhood]:
+        """Under W (M, D), with predictions (n,), (m,). max_q: as in `sdm.similarity`; one less for training rows."""
+        factors = self._factors(weight)
+        train_y = train_y[self._order]
+        astray = [
+            low + (train_y[low:high] != c).nonzero().flatten()
+            for c, (low, high) in enumerate(pairwise(self._bounds))
+        ]
+        train, calibration = (_images(x, weight, factors) for x in (self._train, self._calibration))
+        support = train.columns()
+        back = self._order.argsort()
+        own_q, own = self._compare(0, train.rows(), support, train_y, astray, factors is not None)
+        q, nearest = self._compare(1, calibration.rows(), support, calibration_y, astray, factors is not None)
+        return (
+            _neighbourhood(own_q[back], own[back], None if max_q is None else max_q - 1),
+            _neighbourhood(q, nearest, max_q),
+        )
+
+    def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """S and B' (D, R), of what the kept distances are to be corrected by; None: they are to be computed anew."""
+        if self._weight is not None and self._age < RENEWED:
+            self._age += 1
+            change = weight - self._weight
+            allowed = TOLERANCE * weight.norm()
+            rank = max(RANK, self._rank // 2)
+            while 3 * rank <= len(weight):  # else the product is hardly narrower
+                self._rank = rank
+                probe = torch.randn(len(weight), rank, generator=torch.Generator().manual_seed(rank))
+                basis = torch.linalg.qr(change @ torch.linalg.qr(change.T @ probe).Q).Q  # (M, R)
+                step = basis.T @ change  # B
+                learnt = basis @ step
+                if (change - learnt).norm() <= allowed:
+                    half = self._weight.T @ basis + step.T / 2
+                    self._weight += learnt
+                    return half, step.T
+                rank *= 2
+        self._weight, self._age = (weight.clone() if self._keeps else None), 1
+        return None
+
+    def _compare(
+        self, half: int, rows: Tensor, support: Tensor, y: Tensor, astray: Sequence[Tensor], corrects: bool
+    ) -> tuple[Tensor, Tensor]:
+        """q (n,) int64 and the smallest distance (n,) of one half's rows."""
+        found = []
+        for start in range(0, len(rows), ROWS):
+            part = rows[start : start + ROWS]
+            place = start if self._keeps else 0
+            distances = self._distances[half][place : place + len(part)]
+            distances.addmm_(part, support.T, beta=int(corrects), alpha=-2)
+            if half == 0:
+                distances[:, start : start + len(part)].fill_diagonal_(torch.inf)
+            found.append(self._read(distances, y[start : start + ROWS].unsqueeze(1), astray))
+        q, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return q, nearest
+
+    def _read(self, distances: Tensor, y: Tensor, astray: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """distances (b, n), predictions y (b, 1); astray: each class's rows that are predicted to be of another."""
+        nearest = torch.stack([_least(distances[:, a:b]) for a, b in pairwise(self._bounds)], dim=1)  # (b, C)
+        wrong = torch.stack([_least(distances.index_select(1, rows)) for rows in astray], dim=1)
+        boundary = torch.minimum(
+            nearest.scatter(1, y, torch.inf).amin(dim=1, keepdim=True), wrong.gather(1, y)
+        )
+        return (distances < boundary).sum(dim=1, dtype=torch.int32).long(), nearest.amin(dim=1)
 
 
 @dataclass(frozen=True, eq=False)
-class Grouped:
-    """Rows in an order in which those predicted alike stand together, the valid ones first.
+class _Images:
+    """D_ij = own_i + own_j - 2 left_i . right_j: left, right (n, R), own (n,)."""
 
-    h_prime (N, M) in that order, less centre (M,), their mean; norms (N,) = |h'|^2; order (N,): where each row
-    came from; starts, valid_ends, ends: per class the bounds of its rows and of its valid ones.
-    """
+    left: Tensor
+    right: Tensor
+    own: Tensor
 
-    h_prime: Tensor
-    centre: Tensor
-    norms: Tensor
-    order: Tensor
-    starts: list[int]
-    valid_ends: list[int]
-    ends: list[int]
+    def rows(self) -> Tensor:
+        """These and `columns` make D of one product, times -2."""
+        own = self.own.unsqueeze(1)
+        return torch.cat([self.left, own / -2, torch.full_like(own, -0.5)], dim=1)
 
-    @classmethod
-    def of(cls, h_prime: Tensor, labels: Tensor, predictions: Tensor, num_classes: int) -> Grouped:
-        valid = labels == predictions
-        order = (2 * predictions + (~valid).long()).argsort(stable=True)
-        sizes = torch.bincount(predictions, minlength=num_classes)
-        ends = sizes.cumsum(0)
-        valid_ends = ends - sizes + torch.bincount(predictions[valid], minlength=num_classes)
-        centre = h_prime.mean(dim=0)
-        rows = h_prime[order].sub_(centre)
-        norms = rows.square().sum(dim=1)
-        starts = (ends - sizes).tolist()
-        return cls(rows, centre, norms, order, starts, valid_ends.tolist(), ends.tolist())
-
-    def count(self, distances: Tensor, c: int) -> tuple[Tensor, Tensor]:
-        """q (b,) int64 and the smallest distance (b,) of rows predicted c with distances (b, N) to these rows."""
-        inside = distances[:, self.starts[c] : self.valid_ends[c]]
-        before, after = distances[:, : self.starts[c]], distances[:, self.valid_ends[c] :]
-        boundary = torch.minimum(_least(before), _least(after))
-        q = (inside < boundary.unsqueeze(1)).sum(dim=1, dtype=torch.int32).long()
-        return q, torch.minimum(boundary, _least(inside))
+    def columns(self) -> Tensor:
+        own = self.own.unsqueeze(1)
+        return torch.cat([self.right, torch.ones_like(own), own], dim=1)
 
 
-def compare_own(support: Grouped, max_q: int | None = None) -> Neighbourhood:
-    """Every row against the others, in the order the rows came in. max_q: as in `sdm.similarity`; one less here."""
-    q = torch.empty(len(support.order), dtype=torch.int64)
-    shortest = torch.empty(len(support.order))
-    for start, distances in _own_distances(support):
-        stop = start + len(distances)
-        distances[:, start:stop].fill_diagonal_(torch.inf)
-        for c in range(len(support.ends)):
-            low, high = max(start, support.starts[c]), min(stop, support.ends[c])
-            if low < high:
-                q[low:high], shortest[low:high] = support.count(distances[low - start : high - start], c)
-    back = support.order.argsort()
-    return _neighbourhood(q[back], (shortest + support.norms)[back], None if max_q is None else max_q - 1)
-
-
-def compare_others(
-    queries: Tensor, predictions: Tensor, support: Grouped, max_q: int | None = None
-) -> Neighbourhood:
-    """Other rows h' (n, M), with predictions (n,), against the support."""
-    q = torch.empty(len(queries), dtype=torch.int64)
-    shortest = torch.empty(len(queries))
-    for c in range(len(support.ends)):
-        members_of_class = (predictions == c).nonzero().flatten()
-        for members in torch.split(members_of_class, max(1, BLOCK // len(support.order))):
-            rows = queries[members].sub_(support.centre)
-            distances = torch.addmm(support.norms, rows, support.h_prime.T, alpha=-2)
-            q[members], least = support.count(distances, c)
-            shortest[members] = least + rows.square().sum(dim=1)
-    return _neighbourhood(q, shortest, max_q)
-
-
-def _own_distances(support: Grouped) -> Iterator[tuple[int, Tensor]]:
-    """Distances of the rows to each other up to each row's own norm, as (first row, (b, N)) for tiles of rows."""
-    n, rows, norms = len(support.order), support.h_prime, support.norms
-    if n * n > SYMMETRIC:
-        for start in range(0, n, TILE):
-            yield start, torch.addmm(norms, rows[start : start + TILE], rows.T, alpha=-2)
-        return
-    products = torch.empty(n, n)
-    for start in range(0, n, TILE):
-        stop = min(start + TILE, n)
-        torch.mm(rows[start:stop], rows[start:].T, out=products[start:stop, start:])
-        products[stop:, start:stop] = products[start:stop, stop:].T
-        yield start, torch.add(norms, products[start:stop], alpha=-2)
+def _images(x: Tensor, weight: Tensor, factors: tuple[Tensor, Tensor] | None) -> _Images:
+    """Of rows x (n, D): for distances computed anew, or for what they are corrected by."""
+    if factors is None:
+        h_prime = x @ weight.T
+        return _Images(h_prime, h_prime, h_prime.square().sum(dim=1))
+    first, second = (x @ factor for factor in factors)
+    both, swapped = torch.cat([first, second], dim=1), torch.cat([second, first], dim=1)
+    return _Images(both, swapped, 2 * (first * second).sum(dim=1))
 
 
 def _least(distances: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ gradients G (B x C) and R = G' x (C x D) the weights' are
     dL/dW = V' R,    dL/dV = R W' + (sum of G) b',
 
 outer products of rank C, made a block of rows at a time, stepped by Adam and folded into the next A while
-the block is in the cache (`Weights.step`). What is left is Adam's arithmetic, one embedding of both halves
-an epoch, and their comparison (`calibration.comparison`), at single precision.
+the block is in the cache (`Weights.step`). What is left is Adam's arithmetic, and an epoch's comparison of both
+halves (`calibration.comparison`), at single precision, which mostly needs no h' either.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calibration.comparison import Grouped, compare_others, compare_own
+from calibration.comparison import Comparison
 from sdm.activation import SOFTMAX_Q, balanced_loss, sdm_loss, sdm_loss_gradient
 from sdm.adaptor import Block, ExemplarAdaptor
 from sdm.conventions import DEFAULT, Conventions
@@ -177,6 +177,9 @@ def run_epochs(
     The last batch may be short. exact: compare by the exact distances, as scoring does, which takes longer.
     """
     weights = Weights(adaptor, settings.learning_rate)
+    # Which of two twins is found first is for exact distances to say.
+    exact = exact or conventions.self_exclusion == "first match"
+    comparison = None if exact else Comparison(train.x, train.labels, calibration.x, adaptor.num_classes)
     q = torch.full((len(train.x),), SOFTMAX_Q)
     d = torch.ones(len(train.x))
     for number, order in enumerate(orders, start=1):
@@ -185,33 +188,36 @@ def run_epochs(
         for x, q_batch, d_batch, labels in batches:
             weights.step(x, sdm_loss_gradient(weights.logits(x), q_batch, d_batch, labels))
         weights.write()
-        after = Epoch(number, *score_halves(adaptor, train, calibration, conventions, exact))
+        if comparison is None:
+            scores = score_halves(adaptor, train, calibration, conventions)
+        else:
+            z_train, z_cal = weights.logits(train.x), weights.logits(calibration.x)
+            own, near = comparison.after(
+                adaptor.exemplar.weight.detach(),
+                z_train.argmax(dim=1),
+                z_cal.argmax(dim=1),
+                conventions.max_q,
+            )
+            scores = (
+                _scores(train.labels, z_train, own, adaptor.num_classes, conventions),
+                _scores(calibration.labels, z_cal, near, adaptor.num_classes, conventions),
+            )
+        after = Epoch(number, *scores)
         q, d = after.train.q.float(), after.train.d
         yield after
 
 
 @torch.no_grad()
 def score_halves(
-    adaptor: ExemplarAdaptor,
-    train: Half,
-    calibration: Half,
-    conventions: Conventions,
-    exact: bool,
+    adaptor: ExemplarAdaptor, train: Half, calibration: Half, conventions: Conventions
 ) -> tuple[Scores, Scores]:
-    """Training and calibration half, compared with the support that `adaptor` makes of the former."""
+    """Training and calibration half by exact distances, with the support that `adaptor` makes of the former."""
     classes = adaptor.num_classes
     h_train, z_train = adaptor(train.x)
     h_cal, z_cal = adaptor(calibration.x)
-    y_train, y_cal = z_train.argmax(dim=1), z_cal.argmax(dim=1)
-    # Which of two twins is found first is for exact distances to say.
-    if exact or conventions.self_exclusion == "first match":
-        support = Support(h_train, train.labels, y_train)
-        own = support_neighbourhood(support, conventions)
-        near = neighbourhood(h_cal, y_cal, support, max_q=conventions.max_q)
-    else:
-        grouped = Grouped.of(h_train, train.labels, y_train, classes)
-        own = compare_own(grouped, conventions.max_q)
-        near = compare_others(h_cal, y_cal, grouped, conventions.max_q)
+    support = Support(h_train, train.labels, z_train.argmax(dim=1))
+    own = support_neighbourhood(support, conventions)
+    near = neighbourhood(h_cal, z_cal.argmax(dim=1), support, max_q=conventions.max_q)
     return (
         _scores(train.labels, z_train, own, classes, conventions),
         _scores(calibration.labels, z_cal, near, classes, conventions),
