@@ -34,7 +34,10 @@ def serve(
     ] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(help="LoRA adapter and the bundle made with it, DIR=BUNDLE. May be repeated."),
+        typer.Option(
+            help="LoRA adapter and the bundle made with it, DIR=BUNDLE. May be repeated.",
+            envvar="CANDOR_ADAPTERS",
+        ),
     ] = None,
 ) -> None:
     """Answer over HTTP, each answer with its calibrated reliability.

@@ -54,6 +54,14 @@ def test_neither_vllm_nor_transformers_is_imported() -> None:
     assert done.stdout == "[]\n"
 
 
+def test_adapters_come_from_the_environment_too() -> None:
+    done = candor(
+        "serve", CANDOR_MODEL="somewhere", CANDOR_BUNDLE="somewhere", CANDOR_ADAPTERS="legal=bundle medical"
+    )
+    assert done.returncode == 2
+    assert "--adapter" in done.stderr and "'medical'" in done.stderr
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = "import sys, app.cli; print(sorted({'torch', 'fastapi', 'uvicorn'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
