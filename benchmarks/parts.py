@@ -3,7 +3,7 @@
     python -m benchmarks.parts
 
     evidence   of one decode step, from its logits; beside the first two steps of vLLM's own log-probabilities
-    score      of answers that end together, with the demo's bundle
+    score      of answers that end together, with the demo's bundle and with 20,000 exemplars
     HTTP       request in, stream out, through the real server, with an engine that has its words ready;
                the score is part of what an answer costs there, not of what a chunk costs
 
@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,11 +32,15 @@ from app.backend import Backend
 from app.main import create_app
 from app.scoring import Scorer
 from app.settings import Settings
+from benchmarks.scoring import WIDTH, draw
 from engine.answer import Answer
 from engine.base import AdapterIdentity, Delta, Generation, HiddenSummary, Sampling
 from engine.prompt import ChatFormat
 from engine.slot_evidence import surprisal_and_margin
 from model_store.bundle import Bundle, load_bundle
+from sdm.adaptor import ExemplarAdaptor
+from sdm.estimator import SDMEstimator
+from sdm.support import Support
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, BUNDLE = ROOT / "var/models/smollm2-135m-word-ordering", ROOT / "demo/bundle"
@@ -89,13 +94,40 @@ def evidence() -> Iterator[str]:
 
 def scores(bundle: Bundle) -> Iterator[str]:
     torch.manual_seed(0)
-    scorer = Scorer(bundle.estimator, bundle.manifest.representation, 10.0)
+    hidden = [summary(bundle) for _ in range(32)]
+    yield from scores_with(bundle.estimator, bundle, hidden)
+
+
+def scores_at_size(bundle: Bundle, size: int = 20_000) -> Iterator[str]:
+    """With so many exemplars of 1,000 numbers, drawn as in `benchmarks.scoring`; the adaptor changes nothing."""
+    h_prime, labels, predictions = draw(size + 32, torch.Generator().manual_seed(0))
+    width = bundle.estimator.adaptor.input_dim
+    adaptor = ExemplarAdaptor(torch.zeros(width), torch.ones(width), WIDTH, 2)
+    torch.nn.init.eye_(adaptor.exemplar.weight)
+    torch.nn.init.zeros_(adaptor.exemplar.bias)
+    support = Support(h_prime[:size], labels[:size], predictions[:size])
+    representation = bundle.manifest.representation
+    sizes = representation.block_sizes(bundle.manifest.model.hidden_size)
+    hidden = []
+    for h in torch.nn.functional.pad(h_prime[size:], (0, width - WIDTH)):
+        parts = dict(zip(representation.order, h.split(sizes), strict=True))
+        nothing = torch.zeros(0)
+        hidden.append(
+            HiddenSummary(
+                parts.get("mean", nothing), parts["last"], parts.get("evidence", nothing), 80, complete=True
+            )
+        )
+    yield from scores_with(replace(bundle.estimator, adaptor=adaptor, support=support), bundle, hidden)
+
+
+def scores_with(estimator: SDMEstimator, bundle: Bundle, hidden: Sequence[HiddenSummary]) -> Iterator[str]:
+    scorer = Scorer(estimator, bundle.manifest.representation, 10.0)
     for rows in (1, 8, 32):
-        hidden = [summary(bundle) for _ in range(rows)]
-        work = partial(score_all, scorer, hidden)
+        work = partial(score_all, scorer, hidden[:rows])
         work()
         spent = least_ms(work, time.process_time)
-        yield f"| scores of {rows} answers that end together | {spent:.2f} | {spent / rows:.2f} each |"
+        support = f"{len(estimator.support):,} exemplars of {estimator.support.h_prime.shape[1]:,}"
+        yield f"| score of {rows} answers at once, {support} | {spent:.2f} | {spent / rows:.2f} each |"
     scorer.close()
 
 
@@ -182,7 +214,7 @@ def main() -> None:
     torch.set_num_threads(1)
     bundle = load_bundle(BUNDLE)
     print("| part | ms of CPU | |\n|---|---|---|")
-    for part in (evidence(), scores(bundle), http(bundle)):
+    for part in (evidence(), scores(bundle), scores_at_size(bundle), http(bundle)):
         for line in part:
             print(line, flush=True)
 
