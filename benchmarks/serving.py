@@ -36,6 +36,7 @@ from benchmarks.servers import Serving, plain_vllm, serving
 from demo.task import LONGEST, completion, prompt
 
 ROOT = Path(__file__).resolve().parents[1]
+MODEL, BUNDLE = ROOT / "var/models/smollm2-135m-word-ordering", ROOT / "demo/bundle"
 SOLVED = {"short": 1, "long": 12}
 """Solved examples before the question."""
 
@@ -232,8 +233,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="concurrency 8, short prompts, no shared prefix")
     parser.add_argument("--eager", action="store_true", help="neither server compiles")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", type=Path, default=ROOT / "var/models/smollm2-135m-word-ordering")
-    parser.add_argument("--bundle", type=Path, default=ROOT / "demo/bundle")
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--bundle", type=Path, default=BUNDLE)
     parser.add_argument("--json", action="store_true", help="every round's figures in place of the table")
     given = parser.parse_args()
     quick = [Cell(8, "short", False)]

@@ -1,0 +1,228 @@
+"""What an answer with its region costs without HTTP: beside vLLM as it is, and beside the seed papers' way.
+
+    python -m benchmarks.capture
+
+Three ways in one process, on the same prompts in alternation, new ones each round:
+
+    here         the engine with capture, then the estimator: as calibration and the server do it
+    vLLM         as it is, with the same settings, answers alone
+    papers' way  transformers: `generate` for as many prompts at once as are in flight, one more forward pass of each
+                 answer for h, then a flat index and q (`benchmarks.public_way`). In its favour: the public code
+                 asks one prompt at a time, without a KV cache.
+
+Beside vLLM, decoded tokens a second are compared, since it does not end at the tag; beside the papers' way, answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.public_way import FlatSupport
+from benchmarks.serving import BLOCK, BUNDLE, KV_CACHE, LIMITS, MAX_TOKENS, MODEL, ROOT, Cell, Prompts
+from engine.base import Engine, Generation, Sampling
+from engine.factory import EngineSettings, start_engine
+from engine.prompt import ChatFormat
+from model_store.bundle import Bundle, load_bundle
+from sdm.adaptor import FrozenAdaptor
+
+Way = Callable[[Sequence[Sequence[int]], int], Coroutine[Any, Any, int]]
+"""Answers prompts, so many in flight; returns how many tokens were decoded."""
+
+
+@dataclass(frozen=True)
+class Here:
+    engine: Engine
+    bundle: Bundle
+
+    async def __call__(self, prompts: Sequence[Sequence[int]], concurrency: int) -> int:
+        return await _in_flight(self._answer, prompts, concurrency)
+
+    async def _answer(self, prompt: Sequence[int]) -> int:
+        *_, answer = [item async for item in self.engine.generate(prompt, Sampling(max_tokens=MAX_TOKENS))]
+        assert isinstance(answer, Generation)
+        if answer.hidden is None or not answer.hidden.complete:
+            raise RuntimeError("an answer came without its state")
+        manifest = self.bundle.manifest
+        h = answer.hidden.vector(manifest.representation).unsqueeze(0)
+        self.bundle.estimator.estimate(h, manifest.alphas[0])
+        return answer.completion_tokens + answer.tagged  # the token after the tag is decoded too
+
+
+@dataclass(frozen=True)
+class AsItIs:
+    llm: Any
+
+    async def __call__(self, prompts: Sequence[Sequence[int]], concurrency: int) -> int:
+        return await _in_flight(self._answer, prompts, concurrency)
+
+    async def _answer(self, prompt: Sequence[int]) -> int:
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        params = SamplingParams(
+            max_tokens=MAX_TOKENS, temperature=0.0, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        generated = self.llm.generate(tokens_input(list(prompt)), params, uuid.uuid4().hex)
+        outputs = [output async for output in generated]
+        return len(outputs[-1].outputs[0].token_ids)
+
+
+class PapersWay:
+    def __init__(self, model: Path, chat: ChatFormat, bundle: Bundle) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+        self._end = chat.end_id
+        support = bundle.estimator.support
+        self._index = FlatSupport.build(support.h_prime, support.labels, support.predictions)
+        self._project = FrozenAdaptor(bundle.estimator.adaptor)
+        self._width = bundle.estimator.adaptor.input_dim
+
+    async def __call__(self, prompts: Sequence[Sequence[int]], concurrency: int) -> int:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        parts = [prompts[start : start + concurrency] for start in range(0, len(prompts), concurrency)]
+        return sum(map(self._answers, parts))
+
+    @torch.inference_mode()
+    def _answers(self, prompts: Sequence[Sequence[int]]) -> int:
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[self._end] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+        attention = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        generated = self._model.generate(
+            ids,
+            attention_mask=attention,
+            max_new_tokens=MAX_TOKENS,
+            do_sample=False,
+            pad_token_id=self._end,
+        )
+        tokens = 0
+        for prompt, answer in zip(prompts, generated[:, longest:].tolist(), strict=True):
+            answer = answer[: answer.index(self._end) + 1] if self._end in answer else answer
+            self._region([*prompt, *answer])
+            tokens += len(answer)
+        return tokens
+
+    def _region(self, ids: Sequence[int]) -> None:
+        states = self._model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0].float()
+        h = torch.cat([states.mean(0), states[-1]])[: self._width]
+        padded = torch.nn.functional.pad(h, (0, self._width - len(h)))  # what evidence the layer has besides
+        h_prime, _, y_hat, _ = self._project(padded.unsqueeze(0))
+        self._index.compare(h_prime, y_hat)
+
+
+async def _in_flight(
+    answer: Callable[[Sequence[int]], Coroutine[Any, Any, int]],
+    prompts: Sequence[Sequence[int]],
+    concurrency: int,
+) -> int:
+    gate = asyncio.Semaphore(concurrency)
+
+    async def one(prompt: Sequence[int]) -> int:
+        async with gate:
+            return await answer(prompt)
+
+    return sum(await asyncio.gather(*map(one, prompts)))
+
+
+async def measure(
+    model: Path, bundle: Bundle, concurrencies: Sequence[int], rounds: int, eager: bool
+) -> list[str]:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    chat = ChatFormat.from_directory(model)
+    limits: dict[str, Any] = dict(LIMITS)
+    representation = bundle.manifest.representation
+    engine = await start_engine(
+        EngineSettings(
+            model=model,
+            representation=representation,
+            kv_cache_bytes=KV_CACHE,
+            block_size=BLOCK,
+            eager=eager,
+            **limits,
+        ),
+        chat,
+    )
+    plain = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(
+            model=str(model),
+            dtype="bfloat16",
+            kv_cache_memory_bytes=KV_CACHE,
+            block_size=BLOCK,
+            enforce_eager=eager,
+            seed=0,
+            **limits,
+        )
+    )
+    ways: dict[str, Way] = {
+        "here": Here(engine, bundle),
+        "vLLM": AsItIs(plain),
+        "papers": PapersWay(model, chat, bundle),
+    }
+    source = Prompts(ROOT / "demo/sentences.txt", seed=0)
+    lines = []
+    try:
+        for concurrency in concurrencies:
+            cell = Cell(concurrency, "short", shared=False)
+            speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+            for number in range(rounds + 1):  # the first warms up
+                prompts = [
+                    chat.encode_chat([{"role": "user", "content": text}]) for text in source.draw(cell)
+                ]
+                for name in sorted(ways, reverse=bool(number % 2)):
+                    began = time.perf_counter()
+                    tokens = await ways[name](prompts, concurrency)
+                    seconds = time.perf_counter() - began
+                    if number:
+                        speeds[name].append((tokens / seconds, len(prompts) / seconds))
+            here, vllm, papers = (speeds[name] for name in ("here", "vLLM", "papers"))
+            shown = [
+                _spread([ours[0] / theirs[0] for ours, theirs in zip(here, vllm, strict=True)]),
+                _spread([ours[1] / theirs[1] for ours, theirs in zip(here, papers, strict=True)]),
+                _spread([one[1] for one in here]),
+            ]
+            lines.append(f"| {concurrency} | " + " | ".join(shown) + " |")
+    finally:
+        plain.shutdown()
+        await engine.close()
+    return lines
+
+
+def _spread(figures: Sequence[float]) -> str:
+    return f"{median(figures):.3g} [{min(figures):.3g}, {max(figures):.3g}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--concurrency", type=int, action="append", help="default: 1, 8 and 32")
+    parser.add_argument("--eager", action="store_true", help="neither vLLM compiles")
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--bundle", type=Path, default=BUNDLE)
+    given = parser.parse_args()
+    lines = asyncio.run(
+        measure(
+            given.model, load_bundle(given.bundle), given.concurrency or (1, 8, 32), given.rounds, given.eager
+        )
+    )
+    print("| in flight | tokens/s, times vLLM's | answers/s, times the papers' way | answers/s |")
+    print("|---|---|---|---|")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
