@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.faults
 
 
-def test_kill_9_amid_streams(start_server: Any, ask_body: Any) -> None:
+def test_kill_9_amid_streams(start_server: Any, ask_body: Any, wait_until: Any) -> None:
     """No stream ends as if it were whole, who waits gets 503, nothing new is answered, no process stays behind."""
     server = start_server()
     server.answers()
@@ -65,5 +65,9 @@ def test_kill_9_amid_streams(start_server: Any, ask_body: Any) -> None:
         assert "data: [DONE]" not in lines
         assert not any('"region"' in line for line in lines)
     assert [response.status_code for response in waited if isinstance(response, httpx.Response)] == [503] * 4
-    assert not server.processes()
-    assert "Traceback" not in server.log.read_text().split("the engine died")[0]
+    wait_until(lambda: not server.processes(), 60)  # vLLM's worker ends where it sees its engine dead
+    print(f"its last process ended after {time.monotonic() - killed_at:.1f} s")
+    ours = [
+        line for line in server.log.read_text().splitlines() if not line.startswith("(")
+    ]  # vLLM's begin so
+    assert not [line for line in ours if "Traceback" in line]

@@ -1,10 +1,11 @@
-"""One server, and clients that read slowly, come in crowds, hang up, or ask while the clock jumps; then it is told to
-end amid its work. The tests share the server and stand in order: the last one ends it.
+"""One server, and clients that read slowly, come in crowds, hang up, mean no good, or ask while the clock jumps; then
+it is told to end amid its work. The tests share the server and stand in order: the last one ends it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import runpy
 import shutil
 import socket
 import sqlite3
@@ -21,6 +22,7 @@ import pytest
 
 pytestmark = pytest.mark.faults
 
+ROOT = Path(__file__).resolve().parents[2]
 FITS = 32
 SET_FORWARD_S, SET_BACK_S = 400 * 86_400, -400 * 86_400
 
@@ -169,6 +171,31 @@ def test_a_clock_that_jumps(server: Any, ask_body: Any, clock: tuple[Path, Path]
         jumping.join()
     assert len(created) > 1, "the clock did not jump"
     assert httpx.get(f"{server.url}/readyz", timeout=30).status_code == 200
+    server.answers()
+
+
+def test_the_corpus_of_hostile_requests(server: Any, ask_body: Any) -> None:
+    """tests/app/hostile.py: each wrong request gets its error, and no text talks itself into the region `high`."""
+    corpus = runpy.run_path(str(ROOT / "tests/app/hostile.py"))
+    attacks = [*corpus["BROKEN"], *corpus["WRONG"]]
+    faults = []
+    with httpx.Client(base_url=server.url, timeout=120) as client:
+        for attack in attacks:
+            content = attack.body.replace(b'"tiny"', b'"word-ordering"')
+            response = client.post(attack.path, content=content, headers={"content-type": "application/json"})
+            found = (response.status_code, response.json().get("error", {}).get("code"))
+            if found[0] != attack.status or found[1] not in attack.codes:
+                faults.append(f"{attack.name}: expected {attack.status} {attack.codes}, got {found}")
+        regions: Counter[str] = Counter()
+        for text in corpus["TEXTS"]:
+            response = client.post("/v1/chat/completions", json=ask_body(text))
+            assert response.status_code == 200, text
+            [verdict] = response.json()["reliability"]["results"]
+            regions[verdict["region"]] += 1
+            if verdict["region"] == "high":
+                faults.append(f"judged reliable: {text!a}")
+    print(f"\n{len(attacks)} wrong requests; {len(corpus['TEXTS'])} hostile texts: {dict(regions)}")
+    assert not faults, "\n".join(faults)
     server.answers()
 
 
