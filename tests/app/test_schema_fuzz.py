@@ -39,6 +39,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = int(os.environ.get("CANDOR_FUZZ_CASES", "20000"))
+VLLM = os.environ.get("CANDOR_ENGINE") == "vllm"
 SEED = int(os.environ.get("CANDOR_FUZZ_SEED", "0"))
 CHECKS = [
     not_a_server_error,
@@ -83,7 +84,7 @@ def fuzzed(
         alphas = tuple(model["reliability"]["alphas"])
         return Fuzzed(url, secret, model["id"], alphas, ask(url, "/openapi.json"))
 
-    if os.environ.get("CANDOR_ENGINE") == "vllm":
+    if VLLM:
         settings = {"CANDOR_KEYS": str(folder / "keys"), "CANDOR_FEEDBACK": str(folder / "feedback.db")}
         model = request.getfixturevalue("demo_model")
         with serving(model, ROOT / "demo/bundle", settings | {"CANDOR_EAGER": "true"}) as real:
@@ -142,7 +143,8 @@ def test_as_documented(fuzzed: Fuzzed, path: str, mode: GenerationMode) -> None:
             suppress_health_check=list(HealthCheck),
         )
         def ask(case: Any) -> None:
-            response = case.call(base_url=fuzzed.url, headers={"authorization": f"Bearer {fuzzed.key}"})
+            headers = {"authorization": f"Bearer {fuzzed.key}"}
+            response = case.call(base_url=fuzzed.url, headers=headers, timeout=300)  # vLLM may be slow
             statuses[response.status_code] += 1
             case.validate_response(response, checks=CHECKS)
 
