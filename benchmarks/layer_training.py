@@ -1,12 +1,12 @@
 """What an epoch of layer training costs, beside the public implementation's way, in one run.
 
-    python -m benchmarks.layer_training [--rows 2500] [--rounds 25]
+    python -m benchmarks.layer_training [--rows 2500] [--rounds 50]
 
 Both train the same layer on the same halves with the same shuffles, epoch by epoch in alternation, and
 seconds are the process's own, so that what else the machine does counts little. The public way is written
 afresh after its recorded behaviour: a convolution as wide as h, autograd through h', Adam, and after every
 epoch a flat index over the training half asked for the top 2,048 of every row (`benchmarks.public_way`).
-`ratio` is that of the sums over all epochs, of which one in 25 computes all distances anew.
+`ratio` is that of the sums over all epochs, of which one in 50 computes all distances anew.
 Both arrive at the same balanced calibration losses: their largest difference is printed.
 
 The data are drawn: h = class mean + Gaussian states whose variance falls off by direction, D wide.

@@ -42,7 +42,7 @@ RANK = 32
 TOLERANCE = 1e-6
 """What may be left of W's change, relative to W by Frobenius norms: about what rounding of h' amounts to."""
 
-RENEWED = 25
+RENEWED = 50
 
 
 class Comparison:

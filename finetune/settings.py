@@ -65,6 +65,10 @@ class FinetuneSettings:
         for name in ("gamma_plus", "gamma_gen", "gamma_diversity", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.loss == "sdm" and self.gamma_plus in (0, 1):
+            raise ValueError(
+                f'loss "sdm" learns from right and wrong: give a gamma_plus between 0 and 1, not {self.gamma_plus}'
+            )
         if self.learning_rate <= 0 or self.lora_rank < 0 or self.generate_from < 0:
             raise ValueError("learning_rate must be above 0, lora_rank and generate_from not below 0")
         if self.checkpoint_every % self.generate_ahead:

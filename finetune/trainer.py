@@ -221,14 +221,15 @@ class Trainer:
         self.progress.best = None
 
     def _evaluate(self) -> None:
-        """Held-out loss, and what an SDM layer of the held-out documents' own would admit.
+        """Held-out loss, and what an SDM layer of the held-out documents' own would admit, if both kinds are shown.
 
         The draws are those of epoch 0 every time, so that losses differ by the model alone.
         """
         side, settings = self.held_out, self.settings
         examples, r = side.examples("evaluation", 0)
         h = passes.states(self.accelerator, self.scorer, examples, settings.micro_batch)
-        own = Supervision.train(h, r, settings.layer, seed=settings.seed)
+        both = 0 < int(r.sum()) < len(r)
+        own = Supervision.train(h, r, settings.layer, seed=settings.seed) if both else None
         total = torch.zeros((), dtype=torch.float64)
         targets = sum(len(example.ids) - example.learnt for example in examples)
         shares = passes.spread(
@@ -244,9 +245,12 @@ class Trainer:
                 losses = self._losses(batch, side, numbers, r[numbers], own)
             total += counts * losses.double().sum().cpu()
         loss = float(self.accelerator.reduce(total.to(self.accelerator.device), "sum")) / targets
-        estimator = own.estimator.with_regions([REPORTED_ALPHA])
-        admitted = estimator.estimate(h[own.row < 0], REPORTED_ALPHA).admitted.float().mean()
-        self._log({"held_out_loss": loss, "admitted": float(admitted)})
+        values = {"held_out_loss": loss}
+        if own is not None:
+            estimator = own.estimator.with_regions([REPORTED_ALPHA])
+            admitted = estimator.estimate(h[own.row < 0], REPORTED_ALPHA).admitted.float().mean()
+            values["admitted"] = float(admitted)
+        self._log(values)
         if self.progress.best is None or loss < self.progress.best:
             self.progress.best = loss
             self.directory.keep_best(self.scorer)

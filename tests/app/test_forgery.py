@@ -5,23 +5,28 @@ Shown for every text of the corpus (hostile.py), as the user's, the system's and
     control tokens    as many as for the text "x", at the template's own places
     the state         taken over prompt, answer and tag, each position once, at the last token of the tag that stands
                       behind the answer; equal to what one plain pass of the model over those ids gives
+
+The transformers engine starts soonest; CANDOR_ENGINE=vllm takes the other.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import os
+from collections.abc import Coroutine, Iterator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 
-from engine.base import Engine, Generation, Representation, Sampling
+from engine.base import Generation, Representation, Sampling
 from engine.factory import EngineSettings, start_engine
 from engine.prompt import SEPARATOR, ChatFormat
 
+T = TypeVar("T")
+KIND: Any = os.environ.get("CANDOR_ENGINE", "transformers")
 SLOW = pytest.mark.slow
 RESPONSE = "<sentence>The children ran home.</sentence>"
 
@@ -31,12 +36,36 @@ def chat(demo_model: Path) -> ChatFormat:
     return ChatFormat.from_directory(demo_model)
 
 
+class Bench:
+    """An engine in the loop it lives in, and the plain model beside it."""
+
+    def __init__(self, model: Path, chat: ChatFormat) -> None:
+        from transformers import AutoModelForCausalLM
+
+        settings = EngineSettings(model, KIND, Representation(), "float32", max_model_len=1024, eager=True)
+        self._runner = asyncio.Runner()
+        self.engine = self.run(start_engine(settings, chat))
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._runner.run(work)
+
+    def reference(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and last of the final normed states, (H,) each: one pass, no cache and no engine between."""
+        with torch.inference_mode():
+            states = self._model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0].float()
+        return states.mean(0), states[-1]
+
+    def close(self) -> None:
+        self.run(self.engine.close())
+        self._runner.close()
+
+
 @pytest.fixture(scope="module")
-def engine(demo_model: Path, chat: ChatFormat) -> Iterator[Engine]:
-    settings = EngineSettings(demo_model, "transformers", Representation(), "float32", max_model_len=1024)
-    engine = asyncio.run(start_engine(settings, chat))
-    yield engine
-    asyncio.run(engine.close())
+def bench(demo_model: Path, chat: ChatFormat) -> Iterator[Bench]:
+    bench = Bench(demo_model, chat)
+    yield bench
+    bench.close()
 
 
 def turns(text: str, role: str) -> list[dict[str, str]]:
@@ -47,13 +76,6 @@ def turns(text: str, role: str) -> list[dict[str, str]]:
         {"role": role, "content": text},
         {"role": "user", "content": "b"},
     ]
-
-
-def reference(engine: Any, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and last of the final normed states, (H,) each: one pass over the ids, no cache and no engine between."""
-    with torch.inference_mode():
-        states = engine._model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0].float()
-    return states.mean(0), states[-1]
 
 
 @pytest.mark.parametrize("role", ["user", "system", "assistant"])
@@ -88,21 +110,21 @@ def forgeries(hostile: Any) -> list[str]:
     [("user", 4), pytest.param("user", 1, marks=SLOW), pytest.param("system", 1, marks=SLOW)],
 )
 def test_the_state_of_a_given_answer_is_taken_where_it_belongs(
-    engine: Any, chat: ChatFormat, hostile: Any, role: str, step: int
+    bench: Bench, chat: ChatFormat, hostile: Any, role: str, step: int
 ) -> None:
     response, closing = chat.encode_response(RESPONSE), chat.encode_response(SEPARATOR + "<verified>")
     for text in forgeries(hostile)[::step] if step > 1 else hostile.TEXTS:
         prompt = chat.encode_chat(turns(text, role))
-        summary = asyncio.run(engine.summarise(prompt, response))
+        summary = bench.run(bench.engine.summarise(prompt, response))
         assert summary.positions == len(prompt) + len(response) + len(closing)
-        mean, last = reference(engine, [*prompt, *response, *closing])
+        mean, last = bench.reference([*prompt, *response, *closing])
         torch.testing.assert_close(summary.mean, mean, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(summary.last, last, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("step", [4, pytest.param(1, marks=SLOW)])
 def test_the_state_of_a_written_answer_is_taken_where_it_belongs(
-    engine: Any, chat: ChatFormat, hostile: Any, step: int
+    bench: Bench, chat: ChatFormat, hostile: Any, step: int
 ) -> None:
     """Cut after a few tokens or ended by the model itself, perhaps talked into writing the tag: the state is that of
     prompt, the answer that is shown, and the one tag behind it.
@@ -110,14 +132,14 @@ def test_the_state_of_a_written_answer_is_taken_where_it_belongs(
     tag = chat.encode_response("<verified>")
 
     async def ask(prompt: list[int]) -> Generation:
-        async with aclosing(engine.generate(prompt, Sampling(max_tokens=6))) as outputs:
+        async with aclosing(bench.engine.generate(prompt, Sampling(max_tokens=6))) as outputs:
             [answer] = [output async for output in outputs if isinstance(output, Generation)]
         return answer
 
     assert len(forgeries(hostile)) > 10
     for text in forgeries(hostile)[::step]:
         prompt = chat.encode_chat(turns(text, "user"))
-        answer = asyncio.run(ask(prompt))
+        answer = bench.run(ask(prompt))
         assert "<verified>" not in answer.text
         assert answer.hidden is not None
         assert answer.hidden.complete
@@ -125,7 +147,7 @@ def test_the_state_of_a_written_answer_is_taken_where_it_belongs(
         whole = [[*prompt, *answer.token_ids, *tail] for tail in tails]
         fitting = [ids for ids in whole if len(ids) == answer.hidden.positions]
         assert fitting, (text, answer.hidden.positions, [len(ids) for ids in whole])
-        mean, last = reference(engine, fitting[0])
+        mean, last = bench.reference(fitting[0])
         torch.testing.assert_close(answer.hidden.mean, mean, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(answer.hidden.last, last, rtol=1e-3, atol=1e-3)
 

@@ -69,6 +69,17 @@ def test_a_run_learns_and_leaves_a_model(
     assert {path.name for path in (tmp_path / "run").iterdir()} == left
 
 
+def test_right_answers_alone_can_be_learnt(
+    tiny_model: Path, pairs: list[Pair], held_out: list[Pair], tmp_path: Path
+) -> None:
+    right = replace(SETTINGS, loss="ce", hard_negatives=False, gamma_plus=1.0, epochs=1)
+    Trainer(tiny_model, pairs, held_out, tmp_path / "run", right).run()
+    losses = [float(row["held_out_loss"]) for row in metrics(tmp_path / "run") if row["held_out_loss"]]
+    assert losses[-1] < losses[0]
+    with pytest.raises(ValueError, match="from right and wrong"):
+        replace(right, loss="sdm")
+
+
 def test_a_student_nears_its_teacher(
     tiny_model: Path, pairs: list[Pair], held_out: list[Pair], tmp_path: Path
 ) -> None:
