@@ -59,7 +59,8 @@ def test_adapters_come_from_the_environment_too() -> None:
         "serve", CANDOR_MODEL="somewhere", CANDOR_BUNDLE="somewhere", CANDOR_ADAPTERS="legal=bundle medical"
     )
     assert done.returncode == 2
-    assert "--adapter" in done.stderr and "'medical'" in done.stderr
+    assert "--adapter" in done.stderr
+    assert "'medical'" in done.stderr
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -41,7 +41,11 @@ def test_text_after_the_tag_is_swallowed() -> None:
 
 def test_the_first_step_shows_something_even_where_all_of_it_is_held_back() -> None:
     answer = Answer(TAG, (7, 8))
-    assert [answer.add(piece, [1]) for piece in ("<", "ver", "dict>")] == [Delta(""), None, Delta("<verdict>")]
+    assert [answer.add(piece, [1]) for piece in ("<", "ver", "dict>")] == [
+        Delta(""),
+        None,
+        Delta("<verdict>"),
+    ]
 
 
 def blank(token: int) -> bool:
