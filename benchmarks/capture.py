@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
@@ -194,6 +195,7 @@ async def measure(
                 _spread([one[1] for one in here]),
             ]
             lines.append(f"| {concurrency} | " + " | ".join(shown) + " |")
+            print(lines[-1], file=sys.stderr)
     finally:
         plain.shutdown()
         await engine.close()
