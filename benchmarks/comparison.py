@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from app.commands.calibrate import EngineKind
-from demo import task
+from demo.task import made
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "var/demo"
@@ -53,8 +53,7 @@ def main(
     engine: EngineKind = EngineKind.vllm,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    if not (DATA / "test.jsonl").exists():
-        task.main(sentences=ROOT / "demo/sentences.txt", out=DATA)
+    made("test")
     kept = {seed: DATA / f"comparison/seed-{seed}-of-{ensemble}.json" for seed in range(seeds)}
     missing = [seed for seed, path in kept.items() if not path.exists()]
     if missing:

@@ -16,7 +16,7 @@ import typer
 
 from app.commands.calibrate import EngineKind
 from app.commands.evaluate import evaluate
-from demo import task
+from demo.task import made
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,9 +27,7 @@ def main(
     / "var/models/smollm2-135m-word-ordering",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    data = ROOT / "var/demo"
-    if not (data / "test.jsonl").exists():
-        task.main(sentences=ROOT / "demo/sentences.txt", out=data)
+    data = made("test").parent
     evaluate(
         bundle=bundle,
         model=model,

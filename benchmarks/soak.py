@@ -32,6 +32,7 @@ from typing import Any
 import httpx
 
 from benchmarks.servers import Serving, serving
+from demo.task import made
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXED = 8
@@ -252,11 +253,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, default=ROOT / "var/models/smollm2-135m-word-ordering")
     parser.add_argument("--bundle", type=Path, default=ROOT / "demo/bundle")
-    parser.add_argument(
-        "--prompts", type=Path, default=ROOT / "var/demo/test.jsonl", help="JSON Lines with messages"
-    )
+    parser.add_argument("--prompts", type=Path, help="JSON Lines with messages; default: the demo's test set")
     given = parser.parse_args()
-    lines = given.prompts.read_text(encoding="utf-8").splitlines()
+    lines = (given.prompts or made("test")).read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line)["messages"][-1]["content"] for line in lines]
     with serving(given.model, given.bundle) as server:
         soak = Soak(server, prompts, given.minutes * 60, given.workers, given.seed)

@@ -27,6 +27,7 @@ from typing import Any
 import httpx
 
 from benchmarks.servers import serving
+from demo.task import made
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
@@ -92,11 +93,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--model", type=Path, default=ROOT / "var/models/smollm2-135m-word-ordering")
     parser.add_argument("--bundle", type=Path, default=ROOT / "demo/bundle")
-    parser.add_argument(
-        "--data", type=Path, default=ROOT / "var/demo/test.jsonl", help="JSON Lines with messages"
-    )
+    parser.add_argument("--data", type=Path, help="JSON Lines with messages; default: the demo's test set")
     given = parser.parse_args()
-    lines = given.data.read_text(encoding="utf-8").splitlines()[: given.prompts]
+    lines = (given.data or made("test")).read_text(encoding="utf-8").splitlines()[: given.prompts]
     prompts = [json.loads(line)["messages"][-1]["content"] for line in lines]
     with serving(given.model, given.bundle) as server:
         yardstick = asyncio.run(ask_all(server.url, prompts, 1))

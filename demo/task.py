@@ -116,6 +116,15 @@ def out_of_distribution(sentences: Sequence[str], rng: random.Random) -> Iterato
         }
 
 
+def made(name: str) -> Path:
+    """The set NAME in var/demo; all are written there where it is missing."""
+    root = Path(__file__).resolve().parents[1]
+    path = root / f"var/demo/{name}.jsonl"
+    if not path.exists():
+        main(sentences=root / "demo/sentences.txt", out=path.parent)
+    return path
+
+
 def main(
     sentences: Annotated[Path, typer.Option(help="one sentence a line")],
     out: Annotated[Path, typer.Option(help="directory of the JSON lines files")],

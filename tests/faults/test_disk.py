@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from demo.task import made
 from model_store.bundle import load_bundle
 
 pytestmark = pytest.mark.faults
@@ -69,7 +70,7 @@ def test_a_full_disk_while_publishing(tmp_path: Path) -> None:
 
 def test_calibration_killed_and_begun_again(tmp_path: Path, demo_model: Path) -> None:
     """kill -9 amid the answers: no bundle and no half of one; begun again, no answer that was kept is asked again."""
-    lines = (ROOT / "var/demo/calibration.jsonl").read_text().splitlines()[:160]
+    lines = made("calibration").read_text().splitlines()[:160]
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(lines) + "\n")
     out, cache = tmp_path / "bundle", tmp_path / "cache"

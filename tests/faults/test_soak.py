@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.servers import serving
 from benchmarks.soak import Soak, summary
+from demo.task import made
 
 pytestmark = pytest.mark.faults
 
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_a_minute(demo_model: Path) -> None:
     """No request fails that must not, places and files come back, usual verdicts stay."""
-    lines = (ROOT / "var/demo/test.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = made("test").read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line)["messages"][-1]["content"] for line in lines]
     with serving(demo_model, ROOT / "demo/bundle", {"CANDOR_EAGER": "true"}) as server:
         soak = Soak(server, prompts, seconds=60, workers=12, seed=0)
