@@ -250,10 +250,8 @@ def test_a_given_response_in_chunks_and_from_the_cache(bench: Bench) -> None:
 def test_preempted_answers_are_exact(bench: Bench) -> None:
     if not bench.preempts:
         pytest.skip("only with a KV cache that is too small")
-    jobs = [
-        (bench.ask(f"Tell a long story of {i} boats, an old man and the sea. " * 5), SAMPLED_LONG)
-        for i in range(12)
-    ]
+    story = "It was a long winter in the village by the sea. " * 5  # which the model goes on telling
+    jobs = [(bench.ask(f"{story}What was long in year {i}?"), SAMPLED_LONG) for i in range(30)]
     before = counted("num_preemptions")
     answers = bench.all(*jobs)
     assert counted("num_preemptions") > before
