@@ -115,7 +115,7 @@ class TestNegatives:
         assert len(asked) / len(many) == pytest.approx(0.75 * 0.5, abs=0.03)
         assert not any(negatives.is_positive("step", 1, i) for i in asked)
         assert negatives.to_generate("step", 0, numbers) == []
-        assert self.made(many, generate_from=0, gamma_gen=1.0, gamma_plus=0.0).to_generate(
+        assert self.made(many, generate_from=0, gamma_gen=1.0, gamma_plus=0.0, loss="ce").to_generate(
             "step", 0, numbers
         ) == list(numbers)
         assert self.made(many, hard_negatives=False).to_generate("step", 1, numbers) == []
