@@ -23,7 +23,6 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import uvicorn
@@ -33,6 +32,7 @@ from app.main import create_app
 from app.scoring import Scorer
 from app.settings import Settings
 from benchmarks.scoring import WIDTH, draw
+from benchmarks.serving import BUNDLE, MODEL
 from engine.answer import Answer
 from engine.base import AdapterIdentity, Delta, Generation, HiddenSummary, Sampling
 from engine.prompt import ChatFormat
@@ -42,8 +42,6 @@ from sdm.adaptor import ExemplarAdaptor
 from sdm.estimator import SDMEstimator
 from sdm.support import Support
 
-ROOT = Path(__file__).resolve().parents[1]
-MODEL, BUNDLE = ROOT / "var/models/smollm2-135m-word-ordering", ROOT / "demo/bundle"
 VOCABULARY = 49_152
 QUESTION = (
     "Finish the sentence with the words in the right order.\nSentence: The dog ran to\nWords: house. the"

@@ -28,7 +28,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sdm.similarity import Neighbourhood
+from sdm.similarity import Neighbourhood, least
 
 ROWS = 128
 """Rows of distances computed and read at once, while they are in the cache."""
@@ -120,8 +120,8 @@ class Comparison:
 
     def _read(self, distances: Tensor, y: Tensor, astray: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """distances (b, n), predictions y (b, 1); astray: each class's rows that are predicted to be of another."""
-        nearest = torch.stack([_least(distances[:, a:b]) for a, b in pairwise(self._bounds)], dim=1)  # (b, C)
-        wrong = torch.stack([_least(distances.index_select(1, rows)) for rows in astray], dim=1)
+        nearest = torch.stack([least(distances[:, a:b]) for a, b in pairwise(self._bounds)], dim=1)  # (b, C)
+        wrong = torch.stack([least(distances.index_select(1, rows)) for rows in astray], dim=1)
         boundary = torch.minimum(
             nearest.scatter(1, y, torch.inf).amin(dim=1, keepdim=True), wrong.gather(1, y)
         )
@@ -154,11 +154,6 @@ def _images(x: Tensor, weight: Tensor, factors: tuple[Tensor, Tensor] | None) ->
     first, second = (x @ factor for factor in factors)
     both, swapped = torch.cat([first, second], dim=1), torch.cat([second, first], dim=1)
     return _Images(both, swapped, 2 * (first * second).sum(dim=1))
-
-
-def _least(distances: Tensor) -> Tensor:
-    """The smallest of each row: (b, k) -> (b,), inf where k = 0."""
-    return distances.amin(dim=1) if distances.shape[1] else torch.full((len(distances),), torch.inf)
 
 
 def _neighbourhood(q: Tensor, d_nearest: Tensor, max_q: int | None) -> Neighbourhood:

@@ -117,10 +117,10 @@ def _sift(distances: Tensor, slack: Tensor, valid: Tensor) -> tuple[Tensor, Tens
     # Finite bounds, so that a left-out row (at infinity) is in no one's doubt.
     largest = torch.finfo(torch.float32).max
     doubt = 2 * slack.double()
-    boundary = _least(distances + torch.where(valid, torch.inf, 0.0)).double()
+    boundary = least(distances + torch.where(valid, torch.inf, 0.0)).double()
     near, surely, maybe = (
         bound.clamp(max=largest).float().unsqueeze(1)
-        for bound in (_least(distances).double() + doubt, boundary - doubt, boundary + doubt)
+        for bound in (least(distances).double() + doubt, boundary - doubt, boundary + doubt)
     )
     open_ = (distances <= near) | ((distances >= surely) & (distances <= maybe))
     q = ((distances < surely) & valid & ~open_).sum(dim=1, dtype=torch.int32).long()
@@ -139,7 +139,7 @@ def _settle(pairs: _Pairs, queries: Tensor, valid: Tensor, support: Support) -> 
     return pairs.q.index_add(0, rows, (~against & before).long()), d_nearest.float(), nearest
 
 
-def _least(distances: Tensor) -> Tensor:
+def least(distances: Tensor) -> Tensor:
     """The smallest of each row: (b, k) -> (b,), inf where k = 0."""
     return distances.amin(dim=1) if distances.shape[1] else torch.full((len(distances),), torch.inf)
 
