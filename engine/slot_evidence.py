@@ -50,7 +50,7 @@ def surprisal_and_margin(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Te
     """(n, 2) float32: -log p(token) and log p(token) - max of the others, of logits (n, V) and tokens (n,).
 
     With o the largest other logit and r = log sum_{v != token} exp(x_v - o):  -log p = log(1 + exp(r + o - x_token)),
-    which keeps its precision where the token is almost sure.
+    which keeps its precision where the token is almost sure. -r is the largest log-softmax among the others.
     """
     at_once = ROWS_AT_ONCE if logits.device.type == "cpu" else max(1, len(logits))
     measured = []
@@ -59,7 +59,7 @@ def surprisal_and_margin(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Te
         own = rows.gather(1, column)  # (b, 1)
         rows.scatter_(1, column, -torch.inf)
         other = rows.amax(1, keepdim=True)
-        rest = rows.sub_(other).exp_().sum(1, keepdim=True).log_()
+        rest = -torch.log_softmax(rows, 1).amax(1, keepdim=True)
         measured.append(torch.cat([torch.nn.functional.softplus(rest + other - own), own - other], 1))
     return torch.cat(measured) if measured else logits.new_zeros((0, 2), dtype=torch.float32)
 

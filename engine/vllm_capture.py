@@ -10,6 +10,10 @@ Kept is what belongs to the KV cache: sums of states per block (engine/block_sum
 (engine/slot_evidence.py). Only index arithmetic on the device, and nothing waits for it: what is reported is copied
 to the host behind the step's own work, and looked at when vLLM looks at the step's tokens.
 
+A step is copied and no more; a few steps are entered together, since each of the some thirty small operations costs
+as much for sixteen rows as for one (a millisecond in all, where a step of a small model takes ten). That is the same
+as one by one as long as no slot is in two of them, so what waits is entered before a block can change hands.
+
 One mixin serves vLLM's CPU and GPU workers. They stand in files of their own, since the CPU worker wants to
 be imported before everything else of vLLM.
 """
@@ -23,6 +27,7 @@ from typing import Any
 import torch
 
 from engine.block_sums import BlockSums
+from engine.frame_stack import with_room
 from engine.slot_evidence import SlotEvidence
 from engine.vllm_scheduler import KEY, Wanted, full_attention_group
 
@@ -30,19 +35,29 @@ Record = tuple[int, bool, bytes, bytes, bytes]
 """(positions, whether all were counted, mean (H,), last state (H,), evidence (T, 3)), float32 as bytes."""
 
 
-@dataclass(frozen=True)
-class _Step:
-    """rows of `hidden` (R, H) and `slots` (R,) are the step's tokens, request after request.
+WAITING_ROWS = 16
+"""As many tokens are entered at the latest. Each of them that was sampled keeps its row of logits until then."""
 
-    starts: where each request's rows begin. last: (n,) the row of each request from which it samples.
+
+@dataclass
+class _Step:
+    """rows of `hidden` (R, H) float32 and `slots` (R,) are the step's tokens, request after request.
+
+    starts: where each request's rows begin, and the last one's end; each samples from its last row.
+    heard: the slots of those rows (n,), what was drawn (n,) from what logits (n, V); None where nobody asks.
     """
 
     wanted: Wanted
     hidden: torch.Tensor
     slots: torch.Tensor
-    row_of: dict[str, int]
-    starts: Sequence[int]
-    last: torch.Tensor
+    requests: Sequence[str]
+    starts: Any
+    heard: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def rows_of(self, request_id: str) -> tuple[int, int]:
+        """The first and the last."""
+        number = self.requests.index(request_id)
+        return int(self.starts[number]), int(self.starts[number + 1]) - 1
 
 
 class CaptureMixin:
@@ -56,53 +71,75 @@ class CaptureMixin:
     _layer: str
     _step: _Step | None = None
 
+    @with_room
     def execute_model(self, scheduler_output: Any) -> Any:
+        if scheduler_output.finished_req_ids or scheduler_output.preempted_req_ids:
+            self._enter()  # this step may write to blocks that were theirs
         result = super().execute_model(scheduler_output)  # type: ignore[misc]
         state = self.model_runner.execute_model_state
         if state is not None and scheduler_output.total_num_scheduled_tokens:
             self._step = self._look(scheduler_output, state)
         return result
 
+    @with_room
     def sample_tokens(self, grammar_output: Any) -> Any:
         with _unfinished_prompts_draw_nothing(self.model_runner):
             output = super().sample_tokens(grammar_output)  # type: ignore[misc]
         step, self._step = self._step, None
         if step is not None:
-            for request_id, (offset, tokens) in step.wanted.scored.items():
+            self._waiting.append(step)
+            wanted = step.wanted
+            if wanted.scored or wanted.reports or sum(len(one.slots) for one in self._waiting) >= WAITING_ROWS:
+                self._enter()
+            for request_id, (offset, tokens) in wanted.scored.items():
                 self._score(step, request_id, offset, tokens)
-            if step.wanted.reports:
+            if wanted.reports:
                 _deliver(output, self._report(step))
         return output
 
     def _look(self, scheduler_output: Any, state: Any) -> _Step:
+        """Copies: vLLM writes the next step's states and slots to the same places."""
         if self._sums is None:
             self._sums = self._allocate()
         rows = scheduler_output.total_num_scheduled_tokens
         batch = getattr(state, "input_batch", None)
         if batch is None:  # vLLM's first model runner
-            batch, starts = self.model_runner.input_batch, self.model_runner.query_start_loc
+            batch, starts = self.model_runner.input_batch, self.model_runner.query_start_loc.np
             mappings = state.slot_mappings
-            starts_on_host, last = starts.np, starts.gpu[1 : batch.num_reqs + 1] - 1
         else:
-            mappings, starts_on_host = state.slot_mappings_by_layer, batch.query_start_loc_np
-            last = batch.logits_indices
-        hidden, slots = state.hidden_states[:rows], mappings[self._layer][:rows]
-        self._sums.add(hidden, slots)
-        self._evidence.clear(slots)
-        row_of = {request_id: row for row, request_id in enumerate(batch.req_ids)}
+            mappings, starts = state.slot_mappings_by_layer, batch.query_start_loc_np
+        hidden = state.hidden_states[:rows].to(torch.float32, copy=True)
+        slots = mappings[self._layer][:rows].to(torch.int64, copy=True)
         wanted = getattr(scheduler_output, KEY, None) or Wanted()
-        return _Step(wanted, hidden, slots, row_of, starts_on_host, last)
+        return _Step(wanted, hidden, slots, batch.req_ids, starts)
 
     def _heard(self, logits: torch.Tensor, sampled: torch.Tensor) -> None:
         """logits: (n, V) as the model gave them. sampled: (n, 1), what was drawn."""
-        if self._step is not None and self._step.wanted.evidence:
-            self._evidence.write(self._step.slots[self._step.last], sampled[:, 0], logits)
+        step = self._step
+        if step is not None and step.wanted.evidence:
+            slots, number = step.slots, len(logits)
+            if number < len(slots):  # else each request has one row
+                last = [int(start) - 1 for start in step.starts[1 : number + 1]]
+                slots = slots[_to_device(last, self.device)]
+            step.heard = slots, sampled[:, 0], logits
+
+    def _enter(self) -> None:
+        """What waits, into sums and evidence."""
+        if self._sums is None or not self._waiting:
+            return
+        steps, self._waiting = self._waiting, []
+        slots = torch.cat([step.slots for step in steps])
+        self._sums.add(torch.cat([step.hidden for step in steps]), slots)
+        self._evidence.clear(slots)
+        if heard := [step.heard for step in steps if step.heard is not None]:
+            self._evidence.write(*map(torch.cat, zip(*heard, strict=True)))
 
     def _score(self, step: _Step, request_id: str, offset: int, tokens: list[int]) -> None:
         """Evidence of tokens that are fed instead of sampled."""
-        start = int(step.starts[step.row_of[request_id]]) + offset
+        start = step.rows_of(request_id)[0] + offset
         rows = slice(start, start + len(tokens))
-        logits = _logits(self.model_runner.model, step.hidden[rows])
+        states = step.hidden[rows].to(self.vllm_config.model_config.dtype)  # exactly what they were
+        logits = _logits(self.model_runner.model, states)
         self._evidence.write(step.slots[rows], _to_device(tokens, self.device), logits)
 
     def _report(self, step: _Step) -> Callable[[], dict[str, Record]]:
@@ -112,9 +149,9 @@ class CaptureMixin:
         for request_id, (blocks, positions, first) in step.wanted.reports.items():
             index = _to_device(blocks, self.device)
             mean, counted = self._sums.mean(index, positions)
-            last = step.hidden.index_select(0, step.last[step.row_of[request_id]].unsqueeze(0))
+            last = step.hidden[step.rows_of(request_id)[1]]
             evidence = self._evidence.read(index, first, positions)
-            parts = [counted, mean, last.float(), evidence]
+            parts = [counted, mean, last, evidence]
             found[request_id] = positions, [part.to("cpu", non_blocking=True) for part in parts]
         copied = torch.cuda.Event() if self.device.type == "cuda" else None
         if copied is not None:
@@ -141,6 +178,7 @@ class CaptureMixin:
         group = config.kv_cache_groups[full_attention_group(config)]
         self._layer = group.layer_names[0]
         block_size = group.kv_cache_spec.block_size
+        self._waiting: list[_Step] = []
         self._evidence = SlotEvidence(config.num_blocks, block_size, self.device)
         self.model_runner.sampler = _Overheard(self.model_runner.sampler, self._heard)
         hidden_size = self.vllm_config.model_config.get_hidden_size()

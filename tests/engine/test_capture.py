@@ -22,7 +22,7 @@ from engine.vllm_capture import CaptureMixin
 from engine.vllm_scheduler import KEY, Wanted
 
 SIZE, HIDDEN, WORDS = 4, 6, 50
-BLOCKS = {"a": [7, 2, 5, 0], "b": [1, 6, 3, 4]}
+BLOCKS = {"a": [7, 2, 5, 0], "b": [1, 6, 3, 4], "heir": [2, 7]}
 PROMPTS = {"a": 6, "b": 3}
 DEVICES = [
     "cpu",
@@ -58,6 +58,9 @@ class Runner:
         group = SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"])
         self.kv_cache_config = SimpleNamespace(num_blocks=8, kv_cache_groups=[group])
         self.execute_model_state: Any = None
+        # As vLLM's own: each step writes over the last one's.
+        self.states = torch.zeros(16, HIDDEN, device=device)
+        self.slots = torch.full((16,), -1, device=device)
 
     def sampler(self, logits: torch.Tensor, metadata: object = None) -> SimpleNamespace:
         drawn = logits.argmax(1)
@@ -79,22 +82,22 @@ class Steps:
             for name, (first, count) in step.fed.items()
             for p in range(first, first + count)
         ]
-        mapping = {"layer": torch.tensor([*slots, -1, -1], pin_memory=runner.device.type == "cuda")}
-        mapping["layer"] = mapping["layer"].to(runner.device, non_blocking=True)
+        written = torch.tensor([*slots, -1, -1], pin_memory=runner.device.type == "cuda")
+        runner.slots[: len(written)].copy_(written, non_blocking=True)
+        runner.states[: len(step.hidden)] = step.hidden
+        mapping = {"layer": runner.slots}
         starts = np.cumsum([0, *counts])
         starts_there = step.starts_there
         names = list(step.fed)
         if runner.second:
-            batch = SimpleNamespace(
-                req_ids=names, query_start_loc_np=starts, logits_indices=starts_there[1:] - 1
-            )
+            batch = SimpleNamespace(req_ids=names, query_start_loc_np=starts)
             runner.execute_model_state = SimpleNamespace(
-                input_batch=batch, slot_mappings_by_layer=mapping, hidden_states=step.hidden
+                input_batch=batch, slot_mappings_by_layer=mapping, hidden_states=runner.states
             )
         else:
-            runner.input_batch = SimpleNamespace(req_ids=names, num_reqs=len(names), generators={})
-            runner.query_start_loc = SimpleNamespace(np=starts, gpu=starts_there)
-            runner.execute_model_state = SimpleNamespace(slot_mappings=mapping, hidden_states=step.hidden)
+            runner.input_batch = SimpleNamespace(req_ids=names, generators={})
+            runner.query_start_loc = SimpleNamespace(np=starts)
+            runner.execute_model_state = SimpleNamespace(slot_mappings=mapping, hidden_states=runner.states)
         self.last = starts_there[1:] - 1
 
     def sample_tokens(self, grammar_output: object) -> Any:
@@ -111,7 +114,9 @@ class Worker(CaptureMixin, Steps):
         self.device = device
         self.later = later
         self.model_runner = Runner(device, second=second)
-        self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(get_hidden_size=lambda: HIDDEN))
+        self.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(get_hidden_size=lambda: HIDDEN, dtype=torch.float32)
+        )
 
 
 class Driver:
@@ -122,7 +127,8 @@ class Driver:
         self.states: dict[str, list[torch.Tensor]] = {name: [] for name in BLOCKS}
         self.drawn: dict[str, list[int]] = {name: [] for name in BLOCKS}
 
-    def step(self, counts: dict[str, int], wanted: Wanted) -> Any:
+    def step(self, counts: dict[str, int], wanted: Wanted, **gone: set[str]) -> Any:
+        """gone: `finished_req_ids` or `preempted_req_ids`."""
         device = self.worker.device
         hidden = torch.randn(sum(counts.values()) + 2, HIDDEN, generator=self.worker.model_runner.generator)
         scheduled = SimpleNamespace(
@@ -130,6 +136,7 @@ class Driver:
             total_num_scheduled_tokens=sum(counts.values()),
             fed={name: (len(self.states[name]), count) for name, count in counts.items()},
             hidden=hidden.to(device),
+            **{"finished_req_ids": set(), "preempted_req_ids": None, **gone},
             starts_there=torch.tensor(np.cumsum([0, *counts.values()])).to(device),
         )
         setattr(scheduled, KEY, wanted)
@@ -204,15 +211,29 @@ def test_a_given_response_is_measured_though_nothing_is_drawn(device: torch.devi
     assert found[0] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("why", ["finished_req_ids", "preempted_req_ids"])
+def test_blocks_change_hands_while_steps_wait(device: torch.device, second: bool, why: str) -> None:
+    driver = Driver(Worker(device, second=second, later=False))
+    driver.step({"a": 6}, Wanted(evidence=True))
+    driver.step({"heir": 3}, Wanted(evidence=True), **{why: {"a"}})
+    driver.step({"heir": 1}, Wanted(evidence=True))
+    due = Wanted(reports={"heir": (BLOCKS["heir"], 5, 3)}, evidence=True)
+    positions, whole, mean, _, kept = getattr(driver.step({"heir": 1}, due), KEY)["heir"]
+    assert whole
+    assert torch.allclose(_floats(mean), torch.stack(driver.states["heir"]).sum(0) / positions, atol=1e-6)
+    assert of_answer(_floats(kept).view(-1, 3), driver.drawn["heir"][:2]) is not None
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: no CUDA device is here")
 def test_memory_on_the_gpu_does_not_grow_with_the_sequence() -> None:
     driver = Driver(Worker(torch.device("cuda"), second=True, later=True))
-    driver.step({"a": 2}, Wanted(evidence=True))
-    driver.step({"a": 1}, Wanted(evidence=True))
+    due = Wanted(reports={"a": (BLOCKS["a"][:1], 4, 2)}, evidence=True)  # nothing waits after it
+    driver.step({"a": 4}, due)
     before = torch.cuda.memory_allocated()
     for _ in range(12):
         driver.step({"a": 1}, Wanted(evidence=True))
+    driver.worker._enter()
     assert torch.cuda.memory_allocated() == before
 
 
