@@ -8,7 +8,8 @@ is vLLM's (`vllm bench serve`), called in this process so that it is imported on
 every cell's prompts, which are new each round; who begins changes. A ratio is Candor's figure over vLLM's in the same
 round and cell. Every answer of Candor has to be scored, else there is no table.
 
-An answer ends where the model ends it, on both sides: its decode steps are counted by the engines, and shown.
+Both write the same tokens: plain vLLM is told to stop at the tag, where Candor ends an answer one step later (else it
+would write the verdict and the end besides, four steps more). Steps are counted by the engines, and shown.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.servers import Serving, plain_vllm, serving
 from demo.task import LONGEST, completion, prompt
+from model_store.bundle import load_bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, BUNDLE = ROOT / "var/models/smollm2-135m-word-ordering", ROOT / "demo/bundle"
@@ -103,8 +105,11 @@ class Prompts:
         return prompt(" ".join(words[:-3]), self._random.sample(words[-3:], 3)), sentence
 
 
-def drive(server: Serving, model: Path, prompts: Sequence[str], concurrency: int) -> dict[str, float]:
-    """One cell through `vllm bench serve`. Raises RuntimeError where a request failed."""
+def drive(
+    server: Serving, model: Path, prompts: Sequence[str], concurrency: int, stop: str | None = None
+) -> dict[str, float]:
+    """One cell through `vllm bench serve`. stop: text at which answers end. Raises RuntimeError where a request
+    failed."""
     from vllm.benchmarks.serve import add_cli_args, main_async
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -121,9 +126,11 @@ def drive(server: Serving, model: Path, prompts: Sequence[str], concurrency: int
             f"--disable-tqdm --ready-check-timeout-sec 0 --dataset-path {file.name} --num-prompts {len(prompts)} "
             f"--custom-output-len {MAX_TOKENS} --max-concurrency {concurrency} --base-url {server.url} "
             f"--model {model} --served-model-name {NAME}"
-        )
+        ).split()
+        if stop is not None:
+            arguments += ["--extra-body", json.dumps({"stop": [stop]})]
         with contextlib.redirect_stdout(io.StringIO()) as said:
-            figures: dict[str, float] = asyncio.run(main_async(parser.parse_args(arguments.split())))
+            figures: dict[str, float] = asyncio.run(main_async(parser.parse_args(arguments)))
     if figures["completed"] != len(prompts):
         raise RuntimeError(f"{figures['completed']} of {len(prompts)} answers: {said.getvalue()[-2000:]}")
     for name, value in counters(server).items():
@@ -180,10 +187,17 @@ Rounds = dict[Cell, list[tuple[dict[str, float], dict[str, float]]]]  # Candor's
 
 
 def measure(
-    candor: Serving, plain: Serving, model: Path, cells: Sequence[Cell], prompts: Prompts, minutes: float
+    candor: Serving,
+    plain: Serving,
+    model: Path,
+    tag: str,
+    cells: Sequence[Cell],
+    prompts: Prompts,
+    minutes: float,
 ) -> Rounds:
     """Whole rounds while there is time for another one as long as the longest; at least one."""
     rounds: Rounds = defaultdict(list)
+    stops = {candor.pid: None, plain.pid: tag}
     for server in (candor, plain):
         drive(server, model, prompts.draw(cells[-1]), cells[-1].concurrency)  # warms up
     end, longest, number = time.monotonic() + 60 * minutes, 0.0, 0
@@ -193,7 +207,7 @@ def measure(
             asked = prompts.draw(cell)
             figures = {}
             for server in (candor, plain) if number % 2 else (plain, candor):
-                figures[server.pid] = drive(server, model, asked, cell.concurrency)
+                figures[server.pid] = drive(server, model, asked, cell.concurrency, stops[server.pid])
             require_scored(figures[candor.pid], len(asked))
             rounds[cell].append((figures[candor.pid], figures[plain.pid]))
             print(f"round {number + 1}: {cell}", file=sys.stderr)
@@ -248,7 +262,10 @@ def main() -> int:
     prompts = Prompts(ROOT / "demo/sentences.txt", given.seed)
     with both(given.model, given.bundle, given.eager) as (candor, plain):
         print(f"ready after {candor.start_s:.1f} s (vLLM: {plain.start_s:.1f} s)", file=sys.stderr)
-        rounds = measure(candor, plain, given.model, quick if given.quick else cells, prompts, given.minutes)
+        tag = load_bundle(given.bundle).manifest.representation.tag
+        rounds = measure(
+            candor, plain, given.model, tag, quick if given.quick else cells, prompts, given.minutes
+        )
     if given.json:
         rows = [
             {"cell": vars(cell), "candor": ours, "vllm": theirs}

@@ -89,7 +89,11 @@ class CaptureMixin:
         if step is not None:
             self._waiting.append(step)
             wanted = step.wanted
-            if wanted.scored or wanted.reports or sum(len(one.slots) for one in self._waiting) >= WAITING_ROWS:
+            if (
+                wanted.scored
+                or wanted.reports
+                or sum(len(one.slots) for one in self._waiting) >= WAITING_ROWS
+            ):
                 self._enter()
             for request_id, (offset, tokens) in wanted.scored.items():
                 self._score(step, request_id, offset, tokens)
