@@ -1,22 +1,23 @@
-"""What should enter the adaptor: the papers' h, the generation's evidence, or both; on the demo's answers.
+"""What should enter the adaptor: the papers' h, the generation's evidence, or both; on the answers of two tasks.
 
-    python -m benchmarks.ablation [--seeds 3] [--rounds 2]
+    python -m benchmarks.ablation [--seeds 5] [--rounds 3]
 
-Every choice is a selection of h's blocks out of the same cached answers (`benchmarks.demo_answers`), fitted
-with the demo's settings on other halves for every seed, and reported on the same held-out prompts, which
-nothing is fitted on. Choosing by these figures is a choice made in sight of the held-out set.
+Every choice is a selection of h's blocks out of the same cached answers (`benchmarks.two_tasks` makes them), fitted
+with the bundles' settings on other halves for every seed, and reported on the same three sets, which nothing is
+fitted on. Choosing by these figures is a choice made in sight of them.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated
 
 import torch
 import typer
 
-from benchmarks import demo_answers
+from benchmarks.two_tasks.tasks import ARITHMETIC, DEMO, SETS, Task, answers
 from calibration.evaluate import Evaluation, evaluate
 from calibration.fit import FitSettings, fit, standardisation_blocks
 from calibration.generate import Labelled
@@ -47,50 +48,72 @@ def select(
     return [replace(answer, h=blocks(answer.h)) if answer.h.numel() else answer for answer in answers]
 
 
-def line(name: str, found: list[Evaluation]) -> str:
-    """Medians over the seeds, with lowest and highest."""
+def cells(found: Sequence[dict[str, Evaluation]]) -> Iterator[str]:
+    """found: by set, one for each seed. Means over the seeds, with the smallest and the largest."""
 
-    def spread(values: list[float], percent: bool) -> str:
-        scale, digits = (100, 1) if percent else (1, 3)
-        low, middle, high = (scale * value for value in (min(values), statistics.median(values), max(values)))
-        return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    def spread(values: Sequence[float], scale: int, digits: int) -> str:
+        if not values:
+            return "-"
+        low, mean, high = (scale * value for value in (min(values), statistics.fmean(values), max(values)))
+        return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
-    cells = [spread([one.auroc[0] for one in found if one.auroc], percent=False)]
-    for readings in ([one.lower[ALPHA] for one in found], [one.plain[ALPHA] for one in found]):
-        right = [value for one in readings if (value := one.accuracy_answered.value) is not None]
-        cells.append(spread([one.answered.value or 0.0 for one in readings], percent=True))
-        cells.append(spread(right, percent=True) if right else "none answered")
-    return f"| {name} | " + " | ".join(cells) + " |"
+    yield f"{sum(one['test'].lower[ALPHA].admitted.hits > 0 for one in found)} of {len(found)}"
+    yield spread([one["test"].auroc[0] for one in found if one["test"].auroc], 1, 3)
+    for name in SETS:
+        readings = [one[name].lower[ALPHA] for one in found]
+        yield spread([reading.answered.value or 0.0 for reading in readings], 100, 1)
+        if name != "ood":
+            right = [value for one in readings if (value := one.accuracy_answered.value) is not None]
+            yield spread(right, 100, 1)
 
 
-def main(
-    seeds: Annotated[int, typer.Option(help="Fits of each choice, on other halves.")] = 3,
-    rounds: Annotated[int, typer.Option(help="Layers of a fit, of which the best is kept.")] = 2,
-    epochs: int = 100,
-) -> None:
-    torch.set_num_threads(1)
-    manifest = load_bundle(demo_answers.ROOT / "demo/bundle").manifest
+def measured(task: Task, seeds: int, rounds: int, epochs: int) -> Iterator[str]:
+    manifest = load_bundle(task.bundle).manifest
     whole, width = manifest.representation, manifest.model.hidden_size
-    fitting, held_out = demo_answers.load("calibration"), demo_answers.load("test")
-    print(
-        f"{len(fitting)} records to fit on, {len(held_out)} held out; alpha {ALPHA}; {seeds} seeds, {rounds} rounds, "
-        f"{epochs} epochs, M = 256, learning rate 1e-4; median [lowest, highest] in per cent\n"
+    fitting, sets = answers(task, "calibration"), {name: answers(task, name) for name in SETS}
+    yield f"\n## {task.name.capitalize()}\n"
+    yield (
+        f"{len(fitting)} records to fit on; alpha {ALPHA}; {seeds} deals of halves, {rounds} rounds of {epochs} "
+        "epochs, M = 256, learning rate 1e-4; lower estimator, mean (smallest to largest) in per cent\n"
     )
-    print("| what enters | AUROC | answered, lower | right, lower | answered, plain | right, plain |")
-    print("|---|---|---|---|---|---|", flush=True)
-    for name, parts in CHOICES.items():
+    columns = (
+        "what enters",
+        "regions",
+        "AUROC",
+        "answered",
+        "right",
+        "shifted: answered",
+        "right",
+        "ood: answered",
+    )
+    yield "| " + " | ".join(columns) + " |"
+    yield "|---" * len(columns) + "|"
+    for title, parts in CHOICES.items():
         chosen = replace(whole, order=parts, evidence=whole.evidence if "evidence" in parts else ())
+        blocks = standardisation_blocks(chosen, width)
+        selected = select(fitting, whole, parts, width)
         found = []
         for seed in range(seeds):
             settings = FitSettings((ALPHA,), rounds, epochs, 256, 1e-4, seed)
-            fitted = fit(
-                select(fitting, whole, parts, width),
-                standardisation_blocks(chosen, width),
-                settings,
-                lambda done: None,
+            estimator = fit(selected, blocks, settings, lambda done: None).estimator
+            found.append(
+                {
+                    name: evaluate(estimator, select(one, whole, parts, width), (ALPHA,), seed)
+                    for name, one in sets.items()
+                }
             )
-            found.append(evaluate(fitted.estimator, select(held_out, whole, parts, width), (ALPHA,), seed))
-        print(line(name, found), flush=True)
+        yield f"| {title} | " + " | ".join(cells(found)) + " |"
+
+
+def main(
+    seeds: Annotated[int, typer.Option(help="Fits of each choice, on other halves.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Layers of a fit, of which the best is kept.")] = 3,
+    epochs: int = 100,
+) -> None:
+    torch.set_num_threads(1)  # small matrices: more threads only wait for each other
+    for task in (DEMO, ARITHMETIC):
+        for line in measured(task, seeds, rounds, epochs):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 
     python -m benchmarks.capture
 
-Three ways in one process, on the same prompts in alternation, new ones each round:
+Three ways on the same prompts in alternation, new ones each round, each on all the cores there are:
 
     here         the engine with capture, then the estimator: as calibration and the server do it
-    vLLM         as it is, with the same settings, answers alone
+    vLLM         as it is, with the same settings, answers alone, told to stop at the tag
     papers' way  transformers: `generate` for as many prompts at once as are in flight, one more forward pass of each
                  answer for h, then a flat index and q (`benchmarks.public_way`). In its favour: the public code
                  asks one prompt at a time, without a KV cache.
 
-Beside vLLM, decoded tokens a second are compared, since it does not end at the tag; beside the papers' way, answers.
+Beside vLLM, decoded tokens a second are compared, since Candor decodes one more an answer; beside the papers', answers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -63,6 +65,7 @@ class Here:
 @dataclass(frozen=True)
 class AsItIs:
     llm: Any
+    tag: str
 
     async def __call__(self, prompts: Sequence[Sequence[int]], concurrency: int) -> int:
         return await _in_flight(self._answer, prompts, concurrency)
@@ -72,7 +75,10 @@ class AsItIs:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         params = SamplingParams(
-            max_tokens=MAX_TOKENS, temperature=0.0, output_kind=RequestOutputKind.FINAL_ONLY
+            max_tokens=MAX_TOKENS,
+            temperature=0.0,
+            stop=[self.tag],
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
         generated = self.llm.generate(tokens_input(list(prompt)), params, uuid.uuid4().hex)
         outputs = [output async for output in generated]
@@ -80,6 +86,34 @@ class AsItIs:
 
 
 class PapersWay:
+    """In a process of its own, begun before vLLM binds this one to its cores."""
+
+    def __init__(self, model: Path, bundle: Path) -> None:
+        self._pool = ProcessPoolExecutor(
+            1, get_context("spawn"), initializer=_Transformers.load, initargs=(model, bundle)
+        )
+
+    async def __call__(self, prompts: Sequence[Sequence[int]], concurrency: int) -> int:
+        run = asyncio.get_running_loop().run_in_executor
+        return await run(self._pool, _Transformers.answer, prompts, concurrency)
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+class _Transformers:
+    loaded: _Transformers
+
+    @classmethod
+    def load(cls, model: Path, bundle: Path) -> None:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        cls.loaded = cls(model, ChatFormat.from_directory(model), load_bundle(bundle))
+
+    @classmethod
+    def answer(cls, prompts: Sequence[Sequence[int]], concurrency: int) -> int:
+        parts = [prompts[start : start + concurrency] for start in range(0, len(prompts), concurrency)]
+        return sum(map(cls.loaded._answers, parts))
+
     def __init__(self, model: Path, chat: ChatFormat, bundle: Bundle) -> None:
         from transformers import AutoModelForCausalLM
 
@@ -89,11 +123,6 @@ class PapersWay:
         self._index = FlatSupport.build(support.h_prime, support.labels, support.predictions)
         self._project = FrozenAdaptor(bundle.estimator.adaptor)
         self._width = bundle.estimator.adaptor.input_dim
-
-    async def __call__(self, prompts: Sequence[Sequence[int]], concurrency: int) -> int:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        parts = [prompts[start : start + concurrency] for start in range(0, len(prompts), concurrency)]
-        return sum(map(self._answers, parts))
 
     @torch.inference_mode()
     def _answers(self, prompts: Sequence[Sequence[int]]) -> int:
@@ -137,12 +166,16 @@ async def _in_flight(
 
 
 async def measure(
-    model: Path, bundle: Bundle, concurrencies: Sequence[int], rounds: int, eager: bool
+    model: Path, bundle_path: Path, concurrencies: Sequence[int], rounds: int, eager: bool
 ) -> list[str]:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    chat = ChatFormat.from_directory(model)
+    papers_way = PapersWay(model, bundle_path)
+    await papers_way([], 1)
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
+    chat, bundle = ChatFormat.from_directory(model), load_bundle(bundle_path)
     limits: dict[str, Any] = dict(LIMITS)
     representation = bundle.manifest.representation
     engine = await start_engine(
@@ -169,8 +202,8 @@ async def measure(
     )
     ways: dict[str, Way] = {
         "here": Here(engine, bundle),
-        "vLLM": AsItIs(plain),
-        "papers": PapersWay(model, chat, bundle),
+        "vLLM": AsItIs(plain, representation.tag),
+        "papers": papers_way,
     }
     source = Prompts(ROOT / "demo/sentences.txt", seed=0)
     lines = []
@@ -197,6 +230,7 @@ async def measure(
             lines.append(f"| {concurrency} | " + " | ".join(shown) + " |")
             print(lines[-1], file=sys.stderr)
     finally:
+        papers_way.close()
         plain.shutdown()
         await engine.close()
     return lines
@@ -217,9 +251,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
     given = parser.parse_args()
     lines = asyncio.run(
-        measure(
-            given.model, load_bundle(given.bundle), given.concurrency or (1, 8, 32), given.rounds, given.eager
-        )
+        measure(given.model, given.bundle, given.concurrency or (1, 8, 32), given.rounds, given.eager)
     )
     print("| in flight | tokens/s, times vLLM's | answers/s, times the papers' way | answers/s |")
     print("|---|---|---|---|")

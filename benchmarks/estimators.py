@@ -82,17 +82,17 @@ def golden(name: str, seed: int) -> Data:
 
 def demo(count: int) -> list[Data]:
     """The demo's answers, by their evidence alone, which finds a region with one layer (`benchmarks.ablation`)."""
-    from benchmarks import demo_answers
+    from benchmarks.two_tasks.tasks import DEMO, answers
     from calibration.generate import Labelled, scorable
     from model_store.bundle import load_bundle
 
-    width = len(load_bundle(demo_answers.ROOT / "demo/bundle").manifest.representation.evidence)
+    width = len(load_bundle(DEMO.bundle).manifest.representation.evidence)
 
-    def tensors(answers: list[Labelled]) -> tuple[Tensor, Tensor]:
-        kept = scorable(answers)
+    def tensors(labelled: list[Labelled]) -> tuple[Tensor, Tensor]:
+        kept = scorable(labelled)
         return torch.stack([one.h[-width:] for one in kept]), torch.tensor([one.label for one in kept])
 
-    parts = *tensors(demo_answers.load("calibration")), *tensors(demo_answers.load("test"))
+    parts = *tensors(answers(DEMO, "calibration")), *tensors(answers(DEMO, "test"))
     settings = LayerSettings(256, 60, learning_rate=1e-4, blocks=((width, "feature"),))
     return [Data(*parts, settings)] * count
 

@@ -70,6 +70,7 @@ class CaptureMixin:
     _evidence: SlotEvidence
     _layer: str
     _step: _Step | None = None
+    _waiting: list[_Step]
 
     @with_room
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -182,7 +183,7 @@ class CaptureMixin:
         group = config.kv_cache_groups[full_attention_group(config)]
         self._layer = group.layer_names[0]
         block_size = group.kv_cache_spec.block_size
-        self._waiting: list[_Step] = []
+        self._waiting = []
         self._evidence = SlotEvidence(config.num_blocks, block_size, self.device)
         self.model_runner.sampler = _Overheard(self.model_runner.sampler, self._heard)
         hidden_size = self.vllm_config.model_config.get_hidden_size()

@@ -16,47 +16,18 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from benchmarks.two_tasks import arithmetic, table
+from benchmarks.two_tasks.tasks import ARITHMETIC, DEMO, ROOT, SETS, FinishedEngine, Task, answers
 from demo import task as word_ordering
 from model_store.bundle import load_bundle
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 BASE = ROOT / "var/models/smollm2-135m-instruct"
-SETS = ("test", "shifted", "ood")
-
-
-@dataclass(frozen=True)
-class Task:
-    """data: folder with calibration.jsonl and a file for each of `SETS`."""
-
-    name: str
-    data: Path
-    model: Path
-    bundle: Path
-
-    @property
-    def answers(self) -> Path:
-        return self.data / "answers"
-
-    def file(self, name: str) -> Path:
-        return self.data / f"{name}.jsonl"
-
-
-DEMO = Task(
-    "word ordering", ROOT / "var/demo", ROOT / "var/models/smollm2-135m-word-ordering", ROOT / "demo/bundle"
-)
-ARITHMETIC = Task(
-    "arithmetic",
-    ROOT / "var/arithmetic",
-    ROOT / "var/arithmetic/finetuned/model",
-    ROOT / "var/arithmetic/bundle",
-)
 
 
 def main(
@@ -100,6 +71,7 @@ def make(task: Task, gsm8k: Path) -> None:
             *("calibrate", "--model", task.model, "--out", task.bundle, "--name", task.name),
             *("--data", task.file("calibration"), "--test", task.file("test")),
             *("--alpha", "0.9", "--alpha", "0.95", "--certify", "0.95", "--max-tokens", "96"),
+            *("--represent", "mean,last,evidence"),  # all, for benchmarks.ablation
             *("--exemplar-dim", "256", "--learning-rate", "1e-4", "--epochs", "100"),
             *("--max-model-len", "1024", "--hidden-cache", task.answers),
         )
@@ -138,12 +110,11 @@ def measure(task: Task, seeds: Sequence[int], asked: int, ensemble: int) -> list
     """Every seed's figures as `Comparison.to_json` has them."""
     from tqdm import tqdm
 
-    from benchmarks.demo_answers import FinishedEngine
     from calibration.comparators import COMPARATORS, SAMPLERS
     from calibration.comparators.base import Fitting
     from calibration.compare_run import CompareSettings, gather, run_comparison
     from calibration.fit import FitSettings, fit
-    from calibration.run import Asking, DataFile, answer_file
+    from calibration.run import Asking, DataFile
     from engine.prompt import ChatFormat
 
     bundle = load_bundle(task.bundle)
@@ -157,9 +128,7 @@ def measure(task: Task, seeds: Sequence[int], asked: int, ensemble: int) -> list
     calibration = DataFile.load(task.file("calibration"))
     files = {name: DataFile.load(task.file(name)) for name in SETS}
     material = asyncio.run(gather(engine, chat, bundle, calibration, files, settings, asking))
-    answers = asyncio.run(
-        answer_file(engine, chat, calibration, manifest.policy, asking, "answers to fit on")
-    )
+    to_fit_on = answers(task, "calibration")
     fitting, told = material.fitting, manifest.provenance["settings"]
     assert fitting.layer.blocks is not None  # set by `layer_settings`
     for seed, path in kept.items():
@@ -169,7 +138,7 @@ def measure(task: Task, seeds: Sequence[int], asked: int, ensemble: int) -> list
             manifest.alphas, told["rounds"], told["epochs"], told["exemplar_dim"], told["learning_rate"], seed
         )
         with tqdm(total=layer.rounds * layer.epochs, desc=f"{task.name}, seed {seed}", unit="epoch") as bar:
-            fitted = fit(answers, fitting.layer.blocks, layer, bar.update)
+            fitted = fit(to_fit_on, fitting.layer.blocks, layer, bar.update)
         halves = Fitting(
             fitted.estimator,
             fitted.training,
