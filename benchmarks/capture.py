@@ -10,7 +10,7 @@ Three ways on the same prompts in alternation, new ones each round, each on all 
                  answer for h, then a flat index and q (`benchmarks.public_way`). In its favour: the public code
                  asks one prompt at a time, without a KV cache.
 
-Beside vLLM, decoded tokens a second are compared, since Candor decodes one more an answer; beside the papers', answers.
+Beside vLLM, decoded tokens a second are compared, for Candor decodes one more an answer; beside the papers', answers.
 """
 
 from __future__ import annotations

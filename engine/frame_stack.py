@@ -21,5 +21,5 @@ FRAME = 17 * 1024
 
 def with_room(function: F) -> F:
     """The function itself, below whose frame there is room for 120 KiB of others: several hundred calls deep."""
-    function.__code__ = function.__code__.replace(co_stacksize=FRAME)  # type: ignore[attr-defined]
+    function.__code__ = function.__code__.replace(co_stacksize=FRAME)
     return function

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sdm.conventions import DEFAULT, Conventions
-from sdm.support import BLOCK, Support
+from sdm.support import BLOCK, Rough, Support
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,13 +45,21 @@ def neighbourhood(
     q = torch.empty(len(queries), dtype=torch.int64)
     d_nearest = torch.empty(len(queries))
     nearest = torch.empty(len(queries), dtype=torch.int64)
-    for c in predictions.unique(sorted=True).tolist():
-        valid = support.valid(c)
-        members = (predictions == c).nonzero().squeeze(1)
-        left_out = None if exclude is None else exclude[members]
-        for block in _doubtful_pairs(queries[members], valid, support, left_out):
-            rows = members[block.rows]
-            q[rows], d_nearest[rows], nearest[rows] = _settle(block, queries[rows], valid, support)
+    order = predictions.argsort(stable=True)  # class after class, so that the support is read once for all
+    valid = {c: support.valid(c) for c in predictions.unique().tolist()}
+    for block in _rough(queries[order], support):
+        members = order[block.rows]
+        if exclude is not None:
+            block.distances.scatter_(1, exclude[members].unsqueeze(1), torch.inf)
+        classes, counts = predictions[members].unique_consecutive(return_counts=True)
+        start = 0
+        for c, count in zip(classes.tolist(), counts.tolist(), strict=True):
+            part = slice(start, start := start + count)
+            lengths = None if block.lengths is None else block.lengths[part]
+            some = Rough(part, block.queries[part], block.distances[part], block.slack[part], lengths)
+            pairs = _doubtful_pairs(some, valid[c], support)
+            rows = members[part]
+            q[rows], d_nearest[rows], nearest[rows] = _settle(pairs, some.queries, valid[c], support)
     return Neighbourhood(q if max_q is None else q.clamp(max=max_q), d_nearest, nearest)
 
 
@@ -67,51 +75,63 @@ def support_neighbourhood(support: Support, conventions: Conventions = DEFAULT) 
 
 @dataclass(frozen=True, eq=False)
 class _Pairs:
-    """What is left to decide of the queries at `rows`.
+    """What is left to decide of some queries.
 
-    q (b,): valid rows that surely come before any invalid one. Pairs (queries[i], indices[i]), by position in the
-    block and in the support: they hold each query's nearest row, its nearest invalid row, and every valid row that
+    q (b,): valid rows that surely come before any invalid one. Pairs (queries[i], indices[i]), by position among the
+    queries and in the support: they hold each query's nearest row, its nearest invalid row, and every valid row that
     may come before that and isn't counted in q.
     """
 
-    rows: slice
     q: Tensor
     queries: Tensor
     indices: Tensor
 
 
-def _doubtful_pairs(
-    queries: Tensor, valid: Tensor, support: Support, exclude: Tensor | None
-) -> Iterator[_Pairs]:
-    """By rough distances to all rows; of a large support, by its sketch first, then rough ones to what is left."""
+def _rough(queries: Tensor, support: Support) -> Iterator[Rough]:
+    """Rough distances to all rows; those of a large support from its sketch."""
     if support.sketch is None:
-        for block in support.rough(queries):
-            if exclude is not None:
-                block.distances.scatter_(1, exclude[block.rows].unsqueeze(1), torch.inf)
-            yield _Pairs(block.rows, *_sift(block.distances, block.slack, valid))
+        yield from support.rough(queries)
         return
     for start in range(0, len(queries), size := max(1, BLOCK // len(support))):
         rows = slice(start, start + size)
-        distances, slack = support.sketch.distances(queries[rows])
-        if exclude is not None:
-            distances.scatter_(1, exclude[rows].unsqueeze(1), torch.inf)
-        counted, who, indices = _sift(distances, slack, valid)
-        rough, slack = support.rough_pairs(queries[rows], who, indices)
-        # One line a query, as long as the longest.
-        place = torch.arange(len(who)) - torch.searchsorted(who, who)
-        width = int(place.max()) + 1 if len(place) else 0
-        lines = torch.full((len(distances), width), torch.inf)
-        lines[who, place] = rough
-        known = torch.zeros((len(distances), width), dtype=torch.int64)
-        known[who, place] = indices
-        more, who, columns = _sift(lines, slack, valid[known])
-        yield _Pairs(rows, counted + more, who, known[who, columns])
+        distances, lengths = support.sketch.distances(queries[rows])
+        yield Rough(rows, queries[rows], distances, support.sketch.slack(lengths), lengths)
+
+
+def _doubtful_pairs(rough: Rough, valid: Tensor, support: Support) -> _Pairs:
+    """Of queries of one class; what a sketch leaves in doubt is looked at again by each row's own error, then in
+    float32."""
+    pairs = _Pairs(*_sift(rough.distances, rough.slack, valid))
+    if support.sketch is None or rough.lengths is None:
+        return pairs
+    distances = rough.distances[pairs.queries, pairs.indices]
+    slack = support.sketch.pair_slack(rough.lengths[pairs.queries], pairs.indices)
+    pairs = _narrow(pairs, distances, slack, valid)
+    distances, slack = support.rough_pairs(rough.queries, pairs.queries, pairs.indices)
+    return _narrow(pairs, distances, slack[pairs.queries], valid)
+
+
+def _narrow(pairs: _Pairs, distances: Tensor, slack: Tensor, valid: Tensor) -> _Pairs:
+    """What is left of pairs (p,) by distances that are each within a slack (p,) of the truth."""
+    who, indices, count = pairs.queries, pairs.indices, len(pairs.q)
+    lower, upper = distances.double() - slack, distances.double() + slack
+    against = ~valid[indices]
+
+    def smallest(bounds: Tensor, of: Tensor) -> Tensor:
+        start = torch.full((count,), torch.inf, dtype=torch.float64)
+        return start.scatter_reduce_(0, of, bounds, "amin")[who]
+
+    near = smallest(upper, who)
+    first, last = (smallest(bounds[against], who[against]) for bounds in (lower, upper))
+    open_ = (lower <= near) | ((upper >= first) & (lower <= last))
+    counted = pairs.q.index_add(0, who, (~open_ & ~against & (upper < first)).long())
+    return _Pairs(counted, who[open_], indices[open_])
 
 
 def _sift(distances: Tensor, slack: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What distances (b, k) within a slack (b,) of the truth tell: as `_Pairs`, with columns for indices.
+    """What distances (b, k) within a slack (b,) of the truth tell: as `_Pairs`.
 
-    valid: (k,) or (b, k). The nearest row lies within twice the slack of the smallest distance, and likewise the
+    valid: (k,). The nearest row lies within twice the slack of the smallest distance, and likewise the
     nearest invalid row; a valid row further than that below the latter is surely nearer.
     """
     # Finite bounds, so that a left-out row (at infinity) is in no one's doubt.

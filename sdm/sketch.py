@@ -8,9 +8,10 @@ The product of integers is exact, and by Cauchy-Schwarz
 
     D(a, s) - |a~|^2 = |s~|^2 - 2 sigma alpha (k . l) + e,    |e| <= 2 (|r| |a~ - t| + |s~| |t|) + rounding,
 
-so that a row further than 2 max |e| from a decision can't change it. The others are looked at again in
-float32, and what that leaves in doubt exactly (`sdm.similarity`): decisions are the same to the bit, a query
-reads a byte an entry instead of four, and processors multiply bytes several times as fast.
+so that a row further than 2 max |e| from a decision can't change it. Of the others each row's own |e| rules out more
+than half; what is left is looked at again in float32, and what that leaves in doubt exactly (`sdm.similarity`):
+decisions are the same to the bit, a query reads a byte an entry instead of four, and processors multiply bytes several
+times as fast.
 
 The product is oneDNN's, through the operator that quantised models run on. Whether it is there and exact is tried out
 (`multiplies_exactly`); where it isn't, there is no sketch and float32 products serve.
@@ -37,11 +38,11 @@ class Sketch:
 
     def __init__(self, h_prime: Tensor, centre: Tensor) -> None:
         self._centre = centre.double()
-        codes, scales, norms, rest = [], [], [], 0.0
+        codes, scales, norms, rests = [], [], [], []
         for rows in torch.split(h_prime, 4096):
             centred = rows.double() - self._centre
             code, scale = _quantise(centred)
-            rest = max(rest, float((centred - scale.double() * code).norm(dim=1).max()))
+            rests.append((centred - scale.double() * code).norm(dim=1).float())
             codes.append(-code)  # so that scales stay positive
             scales.append(2 * scale.squeeze(1))
             norms.append(centred.square().sum(dim=1))
@@ -49,25 +50,36 @@ class Sketch:
         self._norms = squares.float()  # |s~|^2
         self._scales = torch.cat(scales)
         self._codes = _pack(torch.cat(codes))
-        self._rest = rest  # max |r|
+        self._rests = torch.cat(rests)  # |r|
+        self._rest = float(self._rests.max())
         self._longest = float(squares.max()) ** 0.5
 
     @property
     def nbytes(self) -> int:
-        parts = (self._norms, self._scales, self._codes)
+        parts = (self._norms, self._scales, self._rests, self._codes)
         return sum(part.numel() * part.element_size() for part in parts)
 
     def distances(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Of finite queries (b, M): (b, N) float32, each D(a, s) up to a constant a query and an error of
-        at most the slack (b,) float64."""
+        """Of finite queries (b, M): (b, N) float32, each D(a, s) up to a constant a query and an error; and what
+        `slack` and `pair_slack` want of them: |a~ - t|, |t| (b, 2) float64."""
         centred = queries.double() - self._centre
         code, scale = _quantise(centred, together=True)
         written = scale.double() * code
-        length, rest = written.norm(dim=1), (centred - written).norm(dim=1)
-        error = self._rest * length + self._longest * rest
-        largest = self._longest**2 + 2 * (self._longest + self._rest) * length
-        slack = 1.01 * (2 * error + 8 * UNIT_32 * largest)
-        return _multiply(code, float(scale), self._codes, self._scales, self._norms), slack
+        lengths = torch.stack([written.norm(dim=1), (centred - written).norm(dim=1)], dim=1)
+        return _multiply(code, float(scale), self._codes, self._scales, self._norms), lengths
+
+    def slack(self, lengths: Tensor) -> Tensor:
+        """What the error is at most, whichever the row: (b,) float64."""
+        return self._bound(lengths, self._rest, self._longest)
+
+    def pair_slack(self, lengths: Tensor, indices: Tensor) -> Tensor:
+        """What it is at most for pairs with support rows indices (p,), each with its query's lengths (p, 2)."""
+        return self._bound(lengths, self._rests[indices], self._norms[indices].sqrt())
+
+    def _bound(self, lengths: Tensor, rest: Tensor | float, norm: Tensor | float) -> Tensor:
+        written, lost = lengths.unbind(1)
+        largest = self._longest**2 + 2 * (self._longest + self._rest) * written
+        return 1.01 * (2 * (rest * written + norm * lost) + 8 * UNIT_32 * largest)
 
 
 def _quantise(rows: Tensor, *, together: bool = False) -> tuple[Tensor, Tensor]:

@@ -30,21 +30,23 @@ from torch import Tensor
 from sdm.arithmetic import LARGEST, UNIT_32, pair_distances
 from sdm.sketch import SMALLEST, Sketch, multiplies_exactly
 
-BLOCK = 2**22
-"""Numbers held at once beside the support itself: 16 MiB, enough rows for an efficient matrix product."""
+BLOCK = 2**23
+"""Numbers held at once beside the support itself: 32 MiB, enough rows for an efficient matrix product."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rough:
     """Rough distances of some queries: each is, up to a constant a query, off by at most the slack.
 
-    rows: the queries' positions; queries (b, M); distances (b, N) float32; slack (b,) float32.
+    rows: the queries' positions; queries (b, M); distances (b, N) float32; slack (b,); lengths (b, 2): of those that a
+    sketch gave, for its `pair_slack`.
     """
 
     rows: slice
     queries: Tensor
     distances: Tensor
     slack: Tensor
+    lengths: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -129,7 +129,7 @@ def test_many_blocks_give_what_one_does() -> None:
     support = Support(torch.randn(3000, 4, generator=generator), labels, labels)
     queries = torch.randn(3000, 4, generator=generator)
     y_hat = torch.randint(0, 2, (3000,), generator=generator)
-    assert all(int((y_hat == c).sum()) * len(support) > BLOCK for c in (0, 1))
+    assert len(queries) * len(support) > BLOCK
     whole = neighbourhood(queries, y_hat, support)
     parts = [neighbourhood(queries[i : i + 300], y_hat[i : i + 300], support) for i in range(0, 3000, 300)]
     assert torch.equal(whole.q, torch.cat([part.q for part in parts]))

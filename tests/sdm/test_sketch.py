@@ -71,11 +71,18 @@ def test_decisions_are_the_same_to_the_bit(kind: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_slack_bounds_the_error_and_most_rows_are_settled_by_it(kind: str) -> None:
     support, queries, _ = case(kind)
-    rough, slack = Sketch(support.h_prime, support.h_prime.mean(dim=0)).distances(queries)
+    sketch = Sketch(support.h_prime, support.h_prime.mean(dim=0))
+    rough, lengths = sketch.distances(queries)
+    slack = sketch.slack(lengths)
     exact = (queries.double().unsqueeze(1) - support.h_prime.double()).square().sum(dim=2)
     centred = queries.double() - support.h_prime.mean(dim=0).double()
     error = rough.double() + centred.square().sum(dim=1, keepdim=True) - exact
     assert (error.abs() <= slack.unsqueeze(1)).all()
+    for query, own in enumerate(error.abs()):
+        rows = torch.arange(len(own))
+        bound = sketch.pair_slack(lengths[query].expand(len(own), 2), rows)
+        assert (own <= bound).all()
+        assert (bound <= slack[query] * (1 + 1e-6)).all()
     if kind == "plain":
         assert slack.max() < 0.1 * exact.median()
 
