@@ -10,8 +10,8 @@ The product of integers is exact, and by Cauchy-Schwarz
 
 so that a row further than 2 max |e| from a decision can't change it. Of the others each row's own |e| rules out more
 than half; what is left is looked at again in float32, and what that leaves in doubt exactly (`sdm.similarity`):
-decisions are the same to the bit, a query reads a byte an entry instead of four, and processors multiply bytes several
-times as fast.
+decisions are the same to the bit, a query reads a byte an entry instead of four, and processors multiply bytes
+several times as fast.
 
 The product is oneDNN's, through the operator that quantised models run on. Whether it is there and exact is tried out
 (`multiplies_exactly`); where it isn't, there is no sketch and float32 products serve.
@@ -79,7 +79,8 @@ class Sketch:
     def _bound(self, lengths: Tensor, rest: Tensor | float, norm: Tensor | float) -> Tensor:
         written, lost = lengths.unbind(1)
         largest = self._longest**2 + 2 * (self._longest + self._rest) * written
-        return 1.01 * (2 * (rest * written + norm * lost) + 8 * UNIT_32 * largest)
+        bound: Tensor = 1.01 * (2 * (rest * written + norm * lost) + 8 * UNIT_32 * largest)
+        return bound
 
 
 def _quantise(rows: Tensor, *, together: bool = False) -> tuple[Tensor, Tensor]:

@@ -38,8 +38,8 @@ BLOCK = 2**23
 class Rough:
     """Rough distances of some queries: each is, up to a constant a query, off by at most the slack.
 
-    rows: the queries' positions; queries (b, M); distances (b, N) float32; slack (b,); lengths (b, 2): of those that a
-    sketch gave, for its `pair_slack`.
+    rows: the queries' positions; queries (b, M); distances (b, N) float32; slack (b,); lengths (b, 2): where a sketch
+    gave them, for its `pair_slack`.
     """
 
     rows: slice

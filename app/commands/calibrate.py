@@ -75,7 +75,7 @@ def calibrate(
     name: Annotated[str | None, typer.Option(help="Name of the bundle; default: that of its folder.")] = None,
     represent: Annotated[
         str, typer.Option(help="What is judged: mean, last, evidence, by commas; the papers' is mean,last.")
-    ] = "last,evidence",
+    ] = "mean,last,evidence",
     evidence: Annotated[
         str | None, typer.Option(help="Names from engine.base.EVIDENCE, by commas; default: all of them.")
     ] = None,

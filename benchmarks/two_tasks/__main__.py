@@ -71,7 +71,6 @@ def make(task: Task, gsm8k: Path) -> None:
             *("calibrate", "--model", task.model, "--out", task.bundle, "--name", task.name),
             *("--data", task.file("calibration"), "--test", task.file("test")),
             *("--alpha", "0.9", "--alpha", "0.95", "--certify", "0.95", "--max-tokens", "96"),
-            *("--represent", "mean,last,evidence"),  # all, for benchmarks.ablation
             *("--exemplar-dim", "256", "--learning-rate", "1e-4", "--epochs", "100"),
             *("--max-model-len", "1024", "--hidden-cache", task.answers),
         )

@@ -8,8 +8,8 @@ with u uniform in (0, 1), seeded, and ranks from 1. APS has lambda = 0 (Romano e
 class after the first (Angelopoulos et al., 2009.14193, k_reg = 1 as there are two classes), with lambda from their
 grid by the smallest mean set on a fifth of the calibration half. Our alpha is the accuracy, their 1 - alpha.
 
-Ours: both are a few lines over scores at hand; MAPIE 1.6 refuses either for two classes, torchcp brings torchvision and
-torch-geometric. Coverage 1 - alpha of sets is marginal over all rows; nothing is promised of those of size one.
+Ours: both are a few lines over scores at hand; MAPIE 1.6 refuses either for two classes, torchcp brings torchvision
+and torch-geometric. Coverage 1 - alpha of sets is marginal over all rows; nothing is promised of those of size one.
 """
 
 from __future__ import annotations
