@@ -1,6 +1,6 @@
 """Is there a sturdier estimator than SDM_HR? Variants on the same trained layers, several data sets and seeds.
 
-    python -m benchmarks.estimators [--seeds 5] [--demo-seeds 3]
+    python -m benchmarks.estimators [--seeds 5] [--real-seeds 3]
 
 One invalid neighbour ends q, so a handful of bad support rows can shrink a region. Compared with SDM_HR and its lower
 band, each with everything else (layer, distances, Algorithm 1, alpha) as it is:
@@ -30,7 +30,11 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.two_tasks.tasks import ARITHMETIC, DEMO, Task, answers
+from calibration.fit import standardisation_blocks
+from calibration.generate import scorable
 from calibration.layer import LayerSettings, split_halves, train_layer
+from model_store.bundle import load_bundle
 from sdm.activation import sdm as activation
 from sdm.distance import ClasswiseECDF
 from sdm.ensemble import combine
@@ -80,21 +84,17 @@ def golden(name: str, seed: int) -> Data:
     return Data(h[fitting], y[fitting], h[held_out], y[held_out], settings)
 
 
-def demo(count: int) -> list[Data]:
-    """The demo's answers, by their evidence alone, which finds a region with one layer (`benchmarks.ablation`)."""
-    from benchmarks.two_tasks.tasks import DEMO, answers
-    from calibration.generate import Labelled, scorable
-    from model_store.bundle import load_bundle
+def real(task: Task) -> Data:
+    """A task's answers as its bundle judges them."""
+    manifest = load_bundle(task.bundle).manifest
 
-    width = len(load_bundle(DEMO.bundle).manifest.representation.evidence)
+    def tensors(name: str) -> tuple[Tensor, Tensor]:
+        kept = scorable(answers(task, name))
+        return torch.stack([one.h for one in kept]), torch.tensor([one.label for one in kept])
 
-    def tensors(labelled: list[Labelled]) -> tuple[Tensor, Tensor]:
-        kept = scorable(labelled)
-        return torch.stack([one.h[-width:] for one in kept]), torch.tensor([one.label for one in kept])
-
-    parts = *tensors(answers(DEMO, "calibration")), *tensors(answers(DEMO, "test"))
-    settings = LayerSettings(256, 60, learning_rate=1e-4, blocks=((width, "feature"),))
-    return [Data(*parts, settings)] * count
+    blocks = standardisation_blocks(manifest.representation, manifest.model.hidden_size)
+    settings = LayerSettings(256, 100, learning_rate=1e-4, blocks=blocks)
+    return Data(*tensors("calibration"), *tensors("test"), settings)
 
 
 def bad_rows(support: Support, seed: int) -> Support:
@@ -225,7 +225,7 @@ def variants(data: Data, seed: int) -> Iterator[tuple[str, Tensor, Tensor, Tenso
 
 def main(
     seeds: Annotated[int, typer.Option(help="Draws of every synthetic set and deals of every fixture.")] = 5,
-    demo_seeds: Annotated[int, typer.Option(help="Deals of the demo's answers; 0 leaves them out.")] = 3,
+    real_seeds: Annotated[int, typer.Option(help="Deals of both tasks' answers; 0 leaves them out.")] = 3,
 ) -> None:
     torch.set_num_threads(1)
     sets: dict[str, list[Data]] = {
@@ -235,9 +235,9 @@ def main(
         "fixture of 2 classes": [golden("s01_c2_overlap", seed) for seed in range(seeds)],
         "fixture of 4 classes": [golden("s02_c4", seed) for seed in range(seeds)],
     }
-    if demo_seeds:
-        sets["the demo's answers"] = demo(demo_seeds)
-    print(f"alpha {ALPHA}; means over {seeds} seeds (demo: {demo_seeds}) of held-out shares in per cent")
+    if real_seeds:
+        sets |= {f"answers: {task.name}": [real(task)] * real_seeds for task in (DEMO, ARITHMETIC)}
+    print(f"alpha {ALPHA}; means over {seeds} seeds (answers: {real_seeds}) of held-out shares in per cent")
     for title, draws in sets.items():
         if not draws:
             continue

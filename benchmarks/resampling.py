@@ -1,6 +1,7 @@
 """What a policy that resamples buys and costs: share answered, accuracy and tokens against k.
 
     python -m benchmarks.resampling [--attempts 4] [--temperature 0.7] [--json]      the demo's task and model
+    python -m benchmarks.resampling --model DIR --data DIR --max-tokens 96           another's (benchmarks.two_tasks)
     python -m benchmarks.resampling --synthetic                                      states drawn by a formula
 
 One layer is fitted on first attempts; for every k the region is that of the policy with at most k attempts
@@ -135,6 +136,7 @@ def main(
     judged: Annotated[int, typer.Option(min=1, help="To judge by.")] = 300,
     attempts: Annotated[int, typer.Option(min=1, help="Largest k.")] = 4,
     temperature: Annotated[float, typer.Option(min=0.01, max=2)] = 0.7,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     alpha: Annotated[float, typer.Option()] = 0.9,
     synthetic: Annotated[bool, typer.Option(help="Without a model: states drawn by a formula.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -143,7 +145,7 @@ def main(
     if synthetic:
         found = list(rows(*imagined((prompts, judged), attempts), ((WIDTH, "scalar"),), alpha, attempts))
     else:
-        policy = Policy(temperature, 1.0, 0, max_tokens=64, system_prompt=None, resample=attempts)
+        policy = Policy(temperature, 1.0, 0, max_tokens, system_prompt=None, resample=attempts)
         made = asyncio.run(answer(model, data, (prompts, judged), policy, data / "resampled"))
         found = list(rows(*made, alpha, attempts))
     if as_json:
