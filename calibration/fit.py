@@ -32,6 +32,7 @@ from calibration.served import Attempts, regions_of_policy
 from calibration.splits import draw, split
 from engine.base import Representation
 from sdm.adaptor import Block
+from sdm.conventions import DEFAULT
 from sdm.estimator import SDMEstimator
 from sdm.region import minimum_points
 
@@ -40,7 +41,8 @@ NUM_CLASSES = 2
 
 @dataclass(frozen=True)
 class FitSettings:
-    """alphas: target accuracies, each in (0.5, 1). rounds: J. exemplar_dim: M. The rest as in the papers.
+    """alphas: target accuracies, each in (0.5, 1). rounds: J. exemplar_dim: M. passed_over: invalid neighbours that
+    do not end q yet (`sdm.similarity`). The rest as in the papers.
 
     Raises ValueError for values outside their range.
     """
@@ -51,6 +53,7 @@ class FitSettings:
     exemplar_dim: int = 1000
     learning_rate: float = 1e-5
     seed: int = 0
+    passed_over: int = 0
 
     def __post_init__(self) -> None:
         if not self.alphas or not all(0.5 < alpha < 1 for alpha in self.alphas):
@@ -58,6 +61,8 @@ class FitSettings:
                 f"alpha is the target accuracy, between 0.5 and 1, e.g. 0.95; got {list(self.alphas)} "
                 "(at 1 no number of records gives a region)"
             )
+        if self.passed_over < 0:
+            raise ValueError(f"passed_over must be at least 0, got {self.passed_over}")
         if min(self.rounds, self.epochs, self.exemplar_dim) < 1 or not 0 < self.learning_rate < inf:
             raise ValueError(
                 "rounds, epochs and exemplar_dim must be at least 1 and the learning rate positive; got "
@@ -162,6 +167,7 @@ def fit(
                 generator=torch.Generator().manual_seed(seed),
                 alphas=settings.alphas,
                 settings=layer_settings,
+                conventions=replace(DEFAULT, passed_over=settings.passed_over),
                 progress=epoch_done,
             )
         except ValueError as error:

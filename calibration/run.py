@@ -203,6 +203,7 @@ def make_bundle(
         policy=answers.policy,
         alphas=settings.alphas,
         class_names=CLASS_NAMES,
+        passed_over=settings.passed_over,
         certificates=certification.certificates if certification else (),
         provenance={
             "data": inputs.fitting.to_json(),

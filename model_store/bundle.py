@@ -24,7 +24,7 @@ from model_store import layout, strict_json
 from model_store.directory import read_directory
 from model_store.errors import ContentError, Difference
 from model_store.manifest import ESTIMATOR, EXEMPLARS, MANIFEST, REPORT, SEAL, FileEntry, Manifest, seal
-from sdm.conventions import DEFAULT
+from sdm.conventions import DEFAULT, Conventions
 from sdm.estimator import SDMEstimator
 
 _MOST_LINES = 10  # of a file of which every line may be wrong
@@ -64,7 +64,7 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     tensors = _read_tensors(files.data[ESTIMATOR])
     _check(manifest, tensors, exemplars)
     try:
-        estimator = SDMEstimator.from_state(tensors)
+        estimator = SDMEstimator.from_state(tensors, _conventions(manifest))
     except ValueError as error:
         raise _inconsistent([Difference(ESTIMATOR, "an estimator", str(error))]) from None
     return Bundle(manifest, estimator, exemplars, report, files.digest)
@@ -78,9 +78,9 @@ def encode(
     The same content gives the same bytes. Raises ContentError or ManifestError for what no file can
     hold; whether the parts fit together is seen on loading.
     """
-    if estimator.conventions != DEFAULT:
-        expected = Difference("conventions", "the default ones", str(estimator.conventions))
-        raise ContentError("only an estimator of the default conventions can be served", [expected])
+    if estimator.conventions != (served := _conventions(manifest)):
+        expected = Difference("conventions", str(served), str(estimator.conventions))
+        raise ContentError("only an estimator of the manifest's conventions can be served", [expected])
     # Copies, since safetensors refuses tensors that share memory.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in estimator.state().items()}
     data = {
@@ -91,6 +91,10 @@ def encode(
     listed = replace(manifest, files={name: FileEntry.of(content) for name, content in data.items()})
     manifest_bytes = listed.to_bytes()
     return {**data, MANIFEST: manifest_bytes, SEAL: seal(manifest_bytes)}
+
+
+def _conventions(manifest: Manifest) -> Conventions:
+    return replace(DEFAULT, passed_over=manifest.passed_over)
 
 
 def _dump(name: str, value: dict[str, Any], indent: int | None = None) -> bytes:

@@ -27,7 +27,7 @@ from model_store import strict_json
 from model_store.certificate import Certificate, EstimatorKind
 from model_store.errors import Difference, ManifestError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 MANIFEST = "manifest.json"
 SEAL = "manifest.json.sha256"
@@ -98,6 +98,7 @@ class Manifest:
     adapter: None where the model's weights are served as they are.
     alphas: target accuracies, ascending, each in (0.5, 1]; the estimator has one region for each.
     class_names: name of class 0, 1, ...
+    passed_over: invalid neighbours that do not end q yet, at least 0 (`sdm.similarity`).
     certificates: what was certified of the answers let through; at most one for each alpha and estimator.
     provenance: where the data came from and how the bundle was made (digests, counts, seeds, settings).
     files: entry of each name in `LISTED`; empty until published.
@@ -114,6 +115,7 @@ class Manifest:
     policy: Policy
     alphas: tuple[float, ...]
     class_names: tuple[str, ...]
+    passed_over: int = 0
     certificates: tuple[Certificate, ...] = ()
     provenance: dict[str, Any]
     files: dict[str, FileEntry] = field(default_factory=dict)
@@ -146,6 +148,7 @@ class Manifest:
             "two or more different names",
             names,
         )
+        require(self.passed_over >= 0, "passed_over", "an integer of at least 0", self.passed_over)
         certified = [(one.alpha, one.estimator) for one in self.certificates]
         require(
             len(set(certified)) == len(certified) and {alpha for alpha, _ in certified} <= set(alphas),
@@ -188,12 +191,12 @@ class Manifest:
         except ValueError as error:
             raise _invalid([Difference(MANIFEST, "a JSON object", str(error))]) from None
         version = value.get("format_version") if isinstance(value, dict) else None
-        if type(version) is int and version == 1:
-            value = _from_version_1(value, faults)
+        if type(version) is int and version in (1, 2):
+            value = _from_version_2(_from_version_1(value, faults) if version == 1 else value, faults)
         elif type(version) is int and version != FORMAT_VERSION:  # first: another version has other fields
             raise ManifestError(
                 "the bundle has another format",
-                [Difference("format_version", f"1 or {FORMAT_VERSION}", str(version))],
+                [Difference("format_version", f"1 to {FORMAT_VERSION}", str(version))],
                 "Use the version of candor that wrote it, or create the bundle anew with `candor calibrate`.",
             )
         manifest: Manifest = strict_json.decode(cls, value, "", faults)
@@ -216,7 +219,14 @@ def _from_version_1(value: dict[str, Any], faults: list[Difference]) -> dict[str
             )
         policy = policy | {"resample": 1}
     named = {"policy": policy} if "policy" in value else {}
-    return value | named | {"certificates": [], "format_version": FORMAT_VERSION}
+    return value | named | {"certificates": []}
+
+
+def _from_version_2(value: dict[str, Any], faults: list[Difference]) -> dict[str, Any]:
+    """Version 2 knew q as the papers define it alone."""
+    if "passed_over" in value:
+        faults.append(Difference("passed_over", "no such field", strict_json.show(value["passed_over"])))
+    return value | {"passed_over": 0, "format_version": FORMAT_VERSION}
 
 
 def _invalid(faults: list[Difference]) -> ManifestError:

@@ -16,6 +16,8 @@ class Conventions:
     """One field a choice; docs/notation.md gives the reason for each.
 
     max_q: cap on q, or None for the exact count. A self-excluded row's cap is one lower.
+    passed_over: how many invalid neighbours do not end q yet (the papers: none); see `sdm.similarity`. Training's own
+        q ends at the first, whatever this says.
     self_exclusion: what a support row scored against its own support leaves out: itself ("index"),
         or whichever row comes first ("first match": under duplicates perhaps its twin).
     empty_class: d of a class without distances: left out of the minimum ("skip"), or 0, which makes
@@ -30,6 +32,7 @@ class Conventions:
     """
 
     max_q: int | None = None
+    passed_over: int = 0
     self_exclusion: Literal["index", "first match"] = "index"
     empty_class: Literal["skip", "zero"] = "skip"
     quantile_index: Literal["exact", "double"] = "exact"

@@ -93,7 +93,13 @@ class SDMEstimator:
         if h.dim() != 2 or h.shape[1] != self.adaptor.input_dim:
             raise ValueError(f"h must be (n, {self.adaptor.input_dim}), got {tuple(h.shape)}")
         h_prime, z_prime, y_hat, finite = self._projection(h)
-        near = neighbourhood(h_prime, y_hat, self.support, max_q=self.conventions.max_q)
+        near = neighbourhood(
+            h_prime,
+            y_hat,
+            self.support,
+            max_q=self.conventions.max_q,
+            passed_over=self.conventions.passed_over,
+        )
         return Measurement(
             h_prime,
             z_prime,

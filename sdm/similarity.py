@@ -6,12 +6,16 @@ the length of the leading run of valid rows when the support is ordered by dista
 3). Decided here: equal distances are ordered by ascending support index; the count is exact and has no
 cap unless `max_q` gives one; a row compared with a support it belongs to is left out by its index
 (`exclude`). No top-k search: the nearest invalid row bounds the count, and counting needs no order.
+
+A sturdier count passes over t invalid rows and charges for them (`passed_over`, not in the papers):
+
+    q = max(0, #{valid rows nearer than the (t + 1)-th invalid one} - t)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,12 +40,16 @@ def neighbourhood(
     *,
     exclude: Tensor | None = None,
     max_q: int | None = None,
+    passed_over: int = 0,
 ) -> Neighbourhood:
     """q, nearest distance and nearest row of queries (n, M), finite, with predictions y_hat (n,).
 
     exclude: (n,) support index that each query is not compared with.
     If no row remains, d_nearest = inf and nearest = -1.
     """
+    if passed_over:
+        found = _passing_over(queries, predictions, support, exclude, passed_over)
+        return found if max_q is None else replace(found, q=found.q.clamp(max=max_q))
     q = torch.empty(len(queries), dtype=torch.int64)
     d_nearest = torch.empty(len(queries))
     nearest = torch.empty(len(queries), dtype=torch.int64)
@@ -61,6 +69,39 @@ def neighbourhood(
             rows = members[part]
             q[rows], d_nearest[rows], nearest[rows] = _settle(pairs, some.queries, valid[c], support)
     return Neighbourhood(q if max_q is None else q.clamp(max=max_q), d_nearest, nearest)
+
+
+def _passing_over(
+    queries: Tensor, predictions: Tensor, support: Support, exclude: Tensor | None, passed_over: int
+) -> Neighbourhood:
+    """Query by query: every row that may come before the (t + 1)-th invalid one is put in exact order."""
+    q = torch.zeros(len(queries), dtype=torch.int64)
+    d_nearest = torch.full((len(queries),), torch.inf)
+    nearest = torch.full((len(queries),), -1)
+    valid = {c: support.valid(c) for c in predictions.unique().tolist()}
+    for block in support.rough(queries):
+        if exclude is not None:
+            block.distances.scatter_(1, exclude[block.rows].unsqueeze(1), torch.inf)
+        for row, (distances, slack) in enumerate(zip(block.distances, block.slack, strict=True)):
+            number = block.rows.start + row
+            against = ~valid[int(predictions[number])]
+            ends = distances[against]
+            last = (
+                ends.kthvalue(passed_over + 1).values
+                if len(ends) > passed_over
+                else distances.new_tensor(torch.inf)
+            )
+            indices = ((distances <= last + 2 * slack) & distances.isfinite()).nonzero().squeeze(1)
+            if not len(indices):
+                continue
+            exact, order = support.exact(block.queries, torch.full_like(indices, row), indices).sort(
+                stable=True
+            )
+            invalid = against[indices[order]].cumsum(0)  # so many up to here
+            before = int((invalid <= passed_over).sum())
+            q[number] = max(0, before - min(int(invalid[-1]), passed_over) - passed_over)
+            d_nearest[number], nearest[number] = exact[0].float(), indices[order[0]]
+    return Neighbourhood(q, d_nearest, nearest)
 
 
 def support_neighbourhood(support: Support, conventions: Conventions = DEFAULT) -> Neighbourhood:

@@ -94,6 +94,9 @@ def calibrate(
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of each round.")] = 200,
     exemplar_dim: Annotated[int, typer.Option(min=1, help="M, the size of an exemplar vector.")] = 1000,
     learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-5,
+    pass_over: Annotated[
+        int, typer.Option(min=0, help="Invalid neighbours that do not end q yet; the papers': 0.")
+    ] = 0,
     seed: Seed = 0,
     adapter: Adapter = None,
     engine: Kind = EngineKind.vllm,
@@ -123,7 +126,7 @@ def calibrate(
             names = unnamed if evidence is None else _by_commas(evidence)
             representation = Representation(order=parts, evidence=names)  # type: ignore[arg-type]
             settings = FitSettings(
-                tuple(sorted(set(alpha))), rounds, epochs, exemplar_dim, learning_rate, seed
+                tuple(sorted(set(alpha))), rounds, epochs, exemplar_dim, learning_rate, seed, pass_over
             )
             if certify_data is not None and certify is None:
                 raise ValueError("--certify-data says where to certify; say with --certify which accuracy")

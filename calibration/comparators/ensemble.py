@@ -49,6 +49,7 @@ def _train(fitting: Fitting, seed: int) -> SDMEstimator:
         generator=torch.Generator().manual_seed(seed),
         alphas=fitting.alphas,
         settings=fitting.layer,
+        conventions=fitting.estimator.conventions,
     ).estimator
 
 

@@ -87,7 +87,7 @@ def test_from_the_command_line_to_a_bundle_and_its_figures(model: Path, tmp_path
         "calibrate", "--model", model, "--data", data, "--test", test, "--out", tmp_path / "bundle",
         "--certify", "0.6", "--delta", "0.2", "--certify-data", given(tmp_path / "c.jsonl", range(300, 330)),
         *FIT, *ENGINE, "--max-tokens", 8, "--dtype", "float32", "--evidence", "log_mean_surprisal, log_length",
-        "--json",
+        "--pass-over", 1, "--json",
     )  # fmt: skip
     assert made.exit_code == 0, made.output
     told = json.loads(made.stdout)
@@ -100,6 +100,7 @@ def test_from_the_command_line_to_a_bundle_and_its_figures(model: Path, tmp_path
     found = [one["certificate"] for one in certification["sought"] if one["certificate"]]
     assert json.loads(json.dumps([asdict(one) for one in bundle.manifest.certificates])) == found
     assert bundle.manifest.alphas == (0.8, 0.9)
+    assert bundle.manifest.passed_over == bundle.estimator.conventions.passed_over == 1
     assert bundle.manifest.representation.evidence == ("log_mean_surprisal", "log_length")
     assert bundle.manifest.model.dtype == "float32"
     assert bundle.report["counts"]["held_out"] == {"records": 30, "correct": 20, "base_rate": 2 / 3}

@@ -108,8 +108,18 @@ def test_tensors_that_share_memory(
 def test_other_conventions_are_not_published(
     estimator: SDMEstimator, manifest: Manifest, exemplars: tuple[Exemplar, ...]
 ) -> None:
-    with pytest.raises(ContentError, match="default conventions"):
+    with pytest.raises(ContentError, match="manifest's conventions"):
         encode(manifest, replace(estimator, conventions=RECORDED), exemplars, {})
+
+
+def test_a_count_that_passes_over_invalid_rows_is_kept(
+    estimator: SDMEstimator, manifest: Manifest, exemplars: tuple[Exemplar, ...], write: Write
+) -> None:
+    sturdy = replace(estimator, conventions=replace(estimator.conventions, passed_over=3))
+    bundle = _load(encode(replace(manifest, passed_over=3), sturdy, exemplars, {}), write)
+    assert bundle.estimator.conventions == sturdy.conventions
+    with pytest.raises(ContentError, match="manifest's conventions"):
+        encode(manifest, sturdy, exemplars, {})
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), {1}, "\ud800"])

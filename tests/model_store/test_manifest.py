@@ -82,8 +82,8 @@ def test_unknown_fields_are_named_all_at_once(fields: dict[str, Any]) -> None:
 
 
 def test_another_format_is_said_before_its_fields(fields: dict[str, Any]) -> None:
-    with pytest.raises(ManifestError, match="format_version: expected 1 or 2, got 3") as caught:
-        _parse({"format_version": 3, "quite": "different"})
+    with pytest.raises(ManifestError, match="format_version: expected 1 to 3, got 4") as caught:
+        _parse({"format_version": 4, "quite": "different"})
     assert len(caught.value.differences) == 1
     assert "version of candor" in caught.value.remedy
     with pytest.raises(ManifestError, match="format_version: expected an integer, got true"):
@@ -144,7 +144,8 @@ def test_entries(fields: dict[str, Any], entry: dict[str, Any], where: str) -> N
         ({"class_names": ("one",)}, "class_names"),
         ({"class_names": ("one", "one")}, "class_names"),
         ({"class_names": ("one", "")}, "class_names"),
-        ({"format_version": 3}, "format_version"),
+        ({"format_version": 2}, "format_version"),
+        ({"passed_over": -1}, "passed_over"),
         ({"format_version": 1}, "format_version"),  # what is written is of this version
         ({"certificates": (AT_0_9, AT_0_9)}, "certificates"),
         ({"alphas": (0.8, 0.95), "certificates": (AT_0_9,)}, "certificates"),  # of no region
@@ -223,12 +224,12 @@ class TestVersion1:
 
     @pytest.fixture
     def old(self, fields: dict[str, Any]) -> dict[str, Any]:
-        del fields["certificates"], fields["policy"]["resample"]
+        del fields["certificates"], fields["policy"]["resample"], fields["passed_over"]
         return fields | {"format_version": 1}
 
     def test_it_is_read_as_what_it_meant(self, old: dict[str, Any], fields: dict[str, Any]) -> None:
         read = _parse(old)
-        assert (read.certificates, read.policy.resample, read.format_version) == ((), 1, 2)
+        assert (read.certificates, read.policy.resample, read.format_version) == ((), 1, 3)
         assert read.name == fields["name"]
 
     def test_what_it_lacks_besides_is_still_missing(self, old: dict[str, Any]) -> None:
@@ -245,6 +246,19 @@ class TestVersion1:
         with pytest.raises(ManifestError) as caught:
             _parse(old)
         assert {one.where for one in caught.value.differences} == {"certificates", "policy.resample"}
+
+
+class TestVersion2:
+    """It knew q as the papers define it alone."""
+
+    def test_it_is_read_as_what_it_meant(self, fields: dict[str, Any]) -> None:
+        del fields["passed_over"]
+        read = _parse(fields | {"format_version": 2})
+        assert (read.passed_over, read.format_version) == (0, 3)
+
+    def test_a_field_of_the_next_version_is_none_of_its_own(self, fields: dict[str, Any]) -> None:
+        with pytest.raises(ManifestError, match="passed_over: expected no such field, got 3"):
+            _parse(fields | {"format_version": 2, "passed_over": 3})
 
 
 def test_an_unknown_evidence_is_refused(fields: dict[str, Any]) -> None:

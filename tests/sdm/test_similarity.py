@@ -13,16 +13,19 @@ from sdm.similarity import neighbourhood, support_neighbourhood
 from sdm.support import BLOCK, Support
 
 
-def naive_q(query: Tensor, c: int, support: Support, exclude: int | None = None) -> tuple[int, float, int]:
-    """Sort everything by (distance, index) and walk until the first row that isn't valid."""
+def naive_q(
+    query: Tensor, c: int, support: Support, exclude: int | None = None, passed_over: int = 0
+) -> tuple[int, float, int]:
+    """Sort everything by (distance, index) and walk until one row too many isn't valid."""
     distances = (support.h_prime.double() - query.double()).square().sum(dim=1).tolist()
     order = sorted((d, i) for i, d in enumerate(distances) if i != exclude)
-    q = 0
+    q = invalid = 0
     for _, i in order:
-        if not (support.labels[i] == c and support.predictions[i] == c):
+        if support.labels[i] == c and support.predictions[i] == c:
+            q += 1
+        elif (invalid := invalid + 1) > passed_over:
             break
-        q += 1
-    return q, order[0][0], order[0][1]
+    return max(0, q - passed_over), order[0][0], order[0][1]
 
 
 @st.composite
@@ -45,6 +48,18 @@ def test_q_is_the_leading_run_of_valid_rows(case: tuple[Support, Tensor, Tensor]
     got = neighbourhood(queries, y_hat, support)
     for i, query in enumerate(queries):
         expected = naive_q(query, int(y_hat[i]), support)
+        assert (int(got.q[i]), float(got.d_nearest[i]), int(got.nearest[i])) == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(grids(), st.integers(1, 4), st.booleans())
+def test_q_may_pass_over_invalid_rows(case: tuple[Support, Tensor, Tensor], t: int, leaves_out: bool) -> None:
+    support, queries, y_hat = case
+    exclude = torch.arange(len(queries)) % len(support) if leaves_out else None
+    got = neighbourhood(queries, y_hat, support, exclude=exclude, passed_over=t)
+    for i, query in enumerate(queries):
+        left_out = None if exclude is None else int(exclude[i])
+        expected = naive_q(query, int(y_hat[i]), support, left_out, passed_over=t)
         assert (int(got.q[i]), float(got.d_nearest[i]), int(got.nearest[i])) == expected
 
 
