@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -105,30 +105,13 @@ def bad_rows(support: Support, seed: int) -> Support:
     return support.updated(support.h_prime[chosen], labels, support.predictions[chosen])
 
 
-Count = Callable[[Tensor, Tensor], Tensor]
-"""Similarity from squared distances (n, N) and which rows are valid (n, N): (n,) >= 0."""
-
-
-def up_to(t: int) -> Count:
-    def count(distances: Tensor, valid: Tensor) -> Tensor:
-        against = torch.cat(
-            [distances.masked_fill(valid, torch.inf), torch.full((len(valid), t + 1), torch.inf)], 1
-        )
-        bound = against.kthvalue(t + 1, dim=1, keepdim=True).values
-        return (((distances < bound) & valid).sum(dim=1) - t).clamp(min=0).double()
-
-    return count
-
-
-def weighted(distances: Tensor, valid: Tensor) -> Tensor:
-    weights = torch.exp(1 - distances / distances.amin(dim=1, keepdim=True).clamp(min=1e-12))
-    return torch.where(valid, weights, -weights).sum(dim=1).clamp(min=0)
-
-
-def recount(seen: Measurement, support: Support, count: Count) -> Measurement:
+def weighted(seen: Measurement, support: Support) -> Measurement:
+    """With q weighted by distance."""
     distances = torch.cdist(seen.h_prime.double(), support.h_prime.double()).square()
+    weights = torch.exp(1 - distances / distances.amin(dim=1, keepdim=True).clamp(min=1e-12))
     right = torch.where(support.labels == support.predictions, support.labels, -1)
-    return replace(seen, q=count(distances, right == seen.y_hat.unsqueeze(1)))
+    valid = right == seen.y_hat.unsqueeze(1)
+    return replace(seen, q=torch.where(valid, weights, -weights).sum(dim=1).clamp(min=0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,18 +166,19 @@ def variants(data: Data, seed: int) -> Iterator[tuple[str, Tensor, Tensor, Tenso
     yield "SDM_HR", seen.y_hat, clear.admitted, spoilt_estimate.admitted
     yield "SDM_HR, lower", seen.y_hat, clear.admitted_lower, spoilt_estimate.admitted_lower
     known, labels = estimator.measure(data.h[cal]), data.y[cal]
-    for name, count in (
-        ("q up to 1 invalid", up_to(1)),
-        ("q up to 3 invalid", up_to(3)),
-        ("distance-weighted q", weighted),
-    ):
-        judge = Judge(recount(known, estimator.support, count), labels, data.classes)
-        yield (
-            name,
-            seen.y_hat,
-            judge.admitted(recount(seen, estimator.support, count)),
-            judge.admitted(recount(seen_spoilt, spoilt.support, count)),
-        )
+    measured = (estimator, data.h[cal]), (estimator, data.h_test), (spoilt, data.h_test)
+    for t in (1, 3):
+        sturdy = replace(estimator.conventions, passed_over=t)
+        fitted, found, bad = (replace(one, conventions=sturdy).measure(h) for one, h in measured)
+        judge = Judge(fitted, labels, data.classes)
+        yield f"q up to {t} invalid", seen.y_hat, judge.admitted(found), judge.admitted(bad)
+    judge = Judge(weighted(known, estimator.support), labels, data.classes)
+    yield (
+        "distance-weighted q",
+        seen.y_hat,
+        judge.admitted(weighted(seen, estimator.support)),
+        judge.admitted(weighted(seen_spoilt, spoilt.support)),
+    )
     for factor in (0.01, 3):
         judge = Judge(known, labels, data.classes, factor)
         name = f"{factor} times the minimum" if factor > 1 else "no minimum"
@@ -217,10 +201,10 @@ def variants(data: Data, seed: int) -> Iterator[tuple[str, Tensor, Tensor, Tenso
     again = replace(apart, support=bad_rows(apart.support, seed)).measure(data.h_test)
     yield "separate halves", plain.y_hat, judge.admitted(plain), judge.admitted(again)
     together = combine([one.estimate(data.h_test, ALPHA) for one, _ in layers])
-    bad = combine(
+    spoilt_together = combine(
         [replace(one, support=bad_rows(one.support, seed)).estimate(data.h_test, ALPHA) for one, _ in layers]
     )
-    yield "ensemble of 3", together.y_hat, together.admitted, bad.admitted
+    yield "ensemble of 3", together.y_hat, together.admitted, spoilt_together.admitted
 
 
 def main(

@@ -86,17 +86,12 @@ def _passing_over(
             number = block.rows.start + row
             against = ~valid[int(predictions[number])]
             ends = distances[against]
-            last = (
-                ends.kthvalue(passed_over + 1).values
-                if len(ends) > passed_over
-                else distances.new_tensor(torch.inf)
-            )
+            last = ends.kthvalue(passed_over + 1).values if len(ends) > passed_over else torch.inf
             indices = ((distances <= last + 2 * slack) & distances.isfinite()).nonzero().squeeze(1)
             if not len(indices):
                 continue
-            exact, order = support.exact(block.queries, torch.full_like(indices, row), indices).sort(
-                stable=True
-            )
+            exact = support.exact(block.queries, torch.full_like(indices, row), indices)
+            exact, order = exact.sort(stable=True)
             invalid = against[indices[order]].cumsum(0)  # so many up to here
             before = int((invalid <= passed_over).sum())
             q[number] = max(0, before - min(int(invalid[-1]), passed_over) - passed_over)
