@@ -9,7 +9,6 @@ fitted on. Choosing by these figures is a choice made in sight of them.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated
@@ -17,6 +16,7 @@ from typing import Annotated
 import torch
 import typer
 
+from benchmarks.two_tasks.table import over_seeds
 from benchmarks.two_tasks.tasks import ARITHMETIC, DEMO, SETS, Task, answers
 from calibration.evaluate import Evaluation, evaluate
 from calibration.fit import FitSettings, fit, standardisation_blocks
@@ -51,20 +51,13 @@ def select(
 def cells(found: Sequence[dict[str, Evaluation]]) -> Iterator[str]:
     """found: by set, one for each seed. Means over the seeds, with the smallest and the largest."""
 
-    def spread(values: Sequence[float], scale: int, digits: int) -> str:
-        if not values:
-            return "-"
-        low, mean, high = (scale * value for value in (min(values), statistics.fmean(values), max(values)))
-        return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
     yield f"{sum(one['test'].lower[ALPHA].admitted.hits > 0 for one in found)} of {len(found)}"
-    yield spread([one["test"].auroc[0] for one in found if one["test"].auroc], 1, 3)
+    yield over_seeds([one["test"].auroc[0] for one in found if one["test"].auroc], percent=False)
     for name in SETS:
         readings = [one[name].lower[ALPHA] for one in found]
-        yield spread([reading.answered.value or 0.0 for reading in readings], 100, 1)
+        yield over_seeds([reading.answered.value or 0.0 for reading in readings], percent=True)
         if name != "ood":
-            right = [value for one in readings if (value := one.accuracy_answered.value) is not None]
-            yield spread(right, 100, 1)
+            yield over_seeds([reading.accuracy_answered.value for reading in readings], percent=True)
 
 
 def measured(task: Task, seeds: int, rounds: int, epochs: int) -> Iterator[str]:

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks.public_way import FlatSupport
+from benchmarks.servers import bind_all_cores
 from benchmarks.serving import BLOCK, BUNDLE, KV_CACHE, LIMITS, MAX_TOKENS, MODEL, ROOT, Cell, Prompts
 from engine.base import Engine, Generation, Sampling
 from engine.factory import EngineSettings, start_engine
@@ -173,8 +174,7 @@ async def measure(
 
     papers_way = PapersWay(model, bundle_path)
     await papers_way([], 1)
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
+    bind_all_cores()
     chat, bundle = ChatFormat.from_directory(model), load_bundle(bundle_path)
     limits: dict[str, Any] = dict(LIMITS)
     representation = bundle.manifest.representation

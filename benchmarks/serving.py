@@ -19,7 +19,6 @@ import asyncio
 import contextlib
 import io
 import json
-import os
 import random
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from statistics import median
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.servers import Serving, plain_vllm, serving
+from benchmarks.servers import Serving, bind_all_cores, plain_vllm, serving
 from demo.task import LONGEST, completion, prompt
 from model_store.bundle import load_bundle
 
@@ -167,10 +166,8 @@ def require_scored(figures: dict[str, float], prompts: int) -> None:
 
 @contextlib.contextmanager
 def both(model: Path, bundle: Path, eager: bool) -> Iterator[tuple[Serving, Serving]]:
-    """Candor and plain vLLM with the same settings, threads included: left to itself, vLLM gives one core of a small
-    machine no work, which would be to Candor's credit."""
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
+    """Candor and plain vLLM with the same settings, threads included, which would be to Candor's credit otherwise."""
+    bind_all_cores()
     settings = {f"CANDOR_{name.upper()}": str(value) for name, value in LIMITS.items()}
     settings |= {"CANDOR_KV_CACHE_BYTES": str(KV_CACHE), "CANDOR_SERVED_MODEL_NAME": NAME}
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in LIMITS.items()]

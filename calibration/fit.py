@@ -7,8 +7,8 @@
 Halves are dealt by prompt and label (`calibration.splits`), so that no prompt is recognised across them. A
 round is a new deal and new weights; the lowest balanced calibration loss over all epochs of all rounds
 wins, the later one on ties (arXiv 2509.12760, section 3; `calibration.layer`). As many rounds as there are cores run
-side by side. Layers are fitted on each
-prompt's first attempt; where the policy resamples, regions come from running it (`calibration.served`).
+side by side. Layers are fitted on each prompt's first attempt; where the policy resamples, regions come from running
+it (`calibration.served`).
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def fit(
             ) from error
         return layer, training, calibration, number
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     with _one_thread_each(), ThreadPoolExecutor(min(settings.rounds, cores)) as pool:
         try:
             seeds = _seeds(settings.seed, settings.rounds)

@@ -153,12 +153,8 @@ def _narrow(pairs: _Pairs, distances: Tensor, slack: Tensor, valid: Tensor) -> _
     lower, upper = distances.double() - slack, distances.double() + slack
     against = ~valid[indices]
 
-    def smallest(bounds: Tensor, of: Tensor) -> Tensor:
-        start = torch.full((count,), torch.inf, dtype=torch.float64)
-        return start.scatter_reduce_(0, of, bounds, "amin")[who]
-
-    near = smallest(upper, who)
-    first, last = (smallest(bounds[against], who[against]) for bounds in (lower, upper))
+    near = _smallest(upper, who, count)[who]
+    first, last = (_smallest(bounds[against], who[against], count)[who] for bounds in (lower, upper))
     open_ = (lower <= near) | ((upper >= first) & (lower <= last))
     counted = pairs.q.index_add(0, who, (~open_ & ~against & (upper < first)).long())
     return _Pairs(counted, who[open_], indices[open_])
@@ -200,12 +196,17 @@ def least(distances: Tensor) -> Tensor:
     return distances.amin(dim=1) if distances.shape[1] else torch.full((len(distances),), torch.inf)
 
 
+def _smallest(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Of each query's pairs: values, rows (p,) -> (count,) float64, inf where it has none."""
+    return torch.full((count,), torch.inf, dtype=torch.float64).scatter_reduce_(0, rows, values, "amin")
+
+
 def _first(exact: Tensor, rows: Tensor, indices: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Per query the first of its pairs by (distance, index): (count,) float64 and int64.
 
     (inf, -1) where a query has no pair.
     """
-    shortest = torch.full((count,), torch.inf, dtype=torch.float64).scatter_reduce_(0, rows, exact, "amin")
+    shortest = _smallest(exact, rows, count)
     tied = exact == shortest[rows]
     last = torch.iinfo(torch.int64).max
     first = torch.full((count,), last).scatter_reduce_(0, rows[tied], indices[tied], "amin")

@@ -113,7 +113,7 @@ def _table(runs: Sequence[Run], part: str, columns: Sequence[Column]) -> Iterato
     yield "|---" * (1 + len(columns) + bool(ranks) + 2 * costs) + "|"
     for method in runs[0][part]["test"]["methods"]:
         cells = [
-            _over_seeds(
+            over_seeds(
                 [column.value(run[part][column.of]["methods"][method]) for run in runs], column.percent
             )
             for column in columns
@@ -128,7 +128,8 @@ def _table(runs: Sequence[Run], part: str, columns: Sequence[Column]) -> Iterato
         yield "| " + " | ".join([TITLES[method], *cells]) + " |"
 
 
-def _over_seeds(values: Sequence[float | None], percent: bool) -> str:
+def over_seeds(values: Sequence[float | None], percent: bool) -> str:
+    """Mean (smallest to largest) of what there is."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"
