@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from app.commands.batch import batch
-from app.commands.bundle import bundle_app
-from app.commands.calibrate import calibrate
-from app.commands.chat import chat
-from app.commands.evaluate import evaluate
-from app.commands.finetune import data_app, finetune
-from app.commands.key import key
-from app.commands.serve import serve
+from candor.app.clients.batch import batch
+from candor.app.clients.chat import chat
+from candor.app.commands.bundle import bundle_app
+from candor.app.commands.calibrate import calibrate
+from candor.app.commands.evaluate import evaluate
+from candor.app.commands.finetune import data_app, finetune
+from candor.app.commands.key import key
+from candor.app.commands.serve import serve
 
 cli = typer.Typer(
     name="candor",

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from app.batching import MicroBatcher
-from app.policy import RegionName
-from app.verdict import Verdict
+from candor.app.answering.batching import MicroBatcher
+from candor.app.policy import RegionName
+from candor.app.writing.verdict import Verdict
 
 logger = logging.getLogger("candor")
 

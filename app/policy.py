@@ -18,10 +18,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.base import Generation, Sampling
-from model_store.certificate import Certificate
-from model_store.certificate import EstimatorKind as EstimatorKind
-from model_store.manifest import Policy
+from candor.engine.base import Generation, Sampling
+from candor.model_store.certificate import Certificate
+from candor.model_store.certificate import EstimatorKind as EstimatorKind
+from candor.model_store.manifest import Policy
 
 RegionName = Literal["high", "low", "ood", "unavailable"]
 Reason = Literal[

@@ -18,11 +18,11 @@ import typer
 
 from benchmarks.two_tasks.table import over_seeds
 from benchmarks.two_tasks.tasks import ARITHMETIC, DEMO, SETS, Task, answers
-from calibration.evaluate import Evaluation, evaluate
-from calibration.fit import FitSettings, fit, standardisation_blocks
-from calibration.generate import Labelled
-from engine.base import Part, Representation
-from model_store.bundle import load_bundle
+from candor.calibration.evaluate import Evaluation, evaluate
+from candor.calibration.fit import FitSettings, fit, standardisation_blocks
+from candor.calibration.generate import Labelled
+from candor.engine.base import Part, Representation
+from candor.model_store.bundle import load_bundle
 
 ALPHA = 0.9
 

@@ -34,11 +34,12 @@ import torch
 from benchmarks.public_way import FlatSupport
 from benchmarks.servers import bind_all_cores
 from benchmarks.serving import BLOCK, BUNDLE, KV_CACHE, LIMITS, MAX_TOKENS, MODEL, ROOT, Cell, Prompts
-from engine.base import Engine, Generation, Sampling
-from engine.factory import EngineSettings, start_engine
-from engine.prompt import ChatFormat
-from model_store.bundle import Bundle, load_bundle
-from sdm.adaptor import FrozenAdaptor
+from candor.engine.base import Engine, Generation, Sampling
+from candor.engine.factory import start_engine
+from candor.engine.prompt import ChatFormat
+from candor.engine.settings import EngineSettings
+from candor.model_store.bundle import Bundle, load_bundle
+from candor.sdm.adaptor import FrozenAdaptor
 
 Way = Callable[[Sequence[Sequence[int]], int], Coroutine[Any, Any, int]]
 """Answers prompts, so many in flight; returns how many tokens were decoded."""

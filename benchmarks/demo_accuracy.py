@@ -14,8 +14,8 @@ from typing import Annotated
 
 import typer
 
-from app.commands.calibrate import EngineKind
-from app.commands.evaluate import evaluate
+from candor.app.commands.calibrate import EngineKind
+from candor.app.commands.evaluate import evaluate
 from demo.task import made
 
 ROOT = Path(__file__).resolve().parent.parent

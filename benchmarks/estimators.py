@@ -31,17 +31,17 @@ import typer
 from torch import Tensor
 
 from benchmarks.two_tasks.tasks import ARITHMETIC, DEMO, Task, answers
-from calibration.fit import standardisation_blocks
-from calibration.generate import scorable
-from calibration.layer import LayerSettings, split_halves, train_layer
-from model_store.bundle import load_bundle
-from sdm.activation import sdm as activation
-from sdm.distance import ClasswiseECDF
-from sdm.ensemble import combine
-from sdm.estimator import SDMEstimator
-from sdm.outputs import Measurement
-from sdm.region import find_region, minimum_points, q_prime
-from sdm.support import Support
+from candor.calibration.fit import standardisation_blocks
+from candor.calibration.generate import scorable
+from candor.calibration.layer import LayerSettings, split_halves, train_layer
+from candor.model_store.bundle import load_bundle
+from candor.sdm.activation import sdm as activation
+from candor.sdm.distance import ClasswiseECDF
+from candor.sdm.ensemble import combine
+from candor.sdm.estimator import SDMEstimator
+from candor.sdm.outputs import Measurement
+from candor.sdm.region import find_region, minimum_points, q_prime
+from candor.sdm.support import Support
 
 ALPHA = 0.9
 GOLDEN = Path(__file__).resolve().parent.parent / "tests/golden"
@@ -133,7 +133,9 @@ class Judge:
             return sdm_, q_prime(one.q, sdm_.gather(1, one.y_hat.unsqueeze(1)).squeeze(1)), d
 
         calibrated, rescaled, _ = scores(known)
-        with mock.patch("sdm.region.minimum_points", lambda *args: self.minimum * minimum_points(*args)):
+        with mock.patch(
+            "candor.sdm.region.minimum_points", lambda *args: self.minimum * minimum_points(*args)
+        ):
             region = find_region(calibrated, rescaled, self.labels, ALPHA)
         found, rescaled, d = scores(seen)
         return region.admit(found, seen.y_hat, rescaled, (rescaled <= 0) | (d <= 0))

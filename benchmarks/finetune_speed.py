@@ -29,18 +29,18 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from engine.prompt import ChatFormat
-from finetune.batches import Batch, collate
-from finetune.data import load_pairs
-from finetune.documents import TAG
-from finetune.examples import Example, negative, positive
-from finetune.forward import LearntPositions
-from finetune.generation import generate
-from finetune.loss import MASKED, sdm_next_token_loss
-from finetune.model import load_model
-from finetune.objectives import sdm_loss
-from finetune.settings import FinetuneSettings
-from finetune.word_ordering import SYSTEM_PROMPT
+from candor.engine.prompt import ChatFormat
+from candor.finetune.batches import Batch, collate
+from candor.finetune.data import load_pairs
+from candor.finetune.documents import TAG
+from candor.finetune.examples import Example, negative, positive
+from candor.finetune.forward import LearntPositions
+from candor.finetune.generation import generate
+from candor.finetune.loss import MASKED, sdm_next_token_loss
+from candor.finetune.model import load_model
+from candor.finetune.objectives import sdm_loss
+from candor.finetune.settings import FinetuneSettings
+from candor.finetune.word_ordering import SYSTEM_PROMPT
 
 MAX_TOKENS = 40
 AHEAD = FinetuneSettings().generate_ahead

@@ -25,11 +25,11 @@ import typer
 from torch import Tensor, nn
 
 from benchmarks.public_way import FlatSupport
-from calibration.comparison import RENEWED
-from calibration.epochs import Half, LayerSettings, run_epochs
-from sdm.activation import SOFTMAX_Q, balanced_loss, sdm_loss
-from sdm.adaptor import ExemplarAdaptor, fit_standardisation
-from sdm.distance import ClasswiseECDF
+from candor.calibration.comparison import RENEWED
+from candor.calibration.epochs import Half, LayerSettings, run_epochs
+from candor.sdm.activation import SOFTMAX_Q, balanced_loss, sdm_loss
+from candor.sdm.adaptor import ExemplarAdaptor, fit_standardisation
+from candor.sdm.distance import ClasswiseECDF
 
 
 class PublicLayer(nn.Module):

@@ -27,20 +27,20 @@ from functools import partial
 import torch
 import uvicorn
 
-from app.backend import Backend
-from app.main import create_app
-from app.scoring import Scorer
-from app.settings import Settings
 from benchmarks.scoring import WIDTH, draw
 from benchmarks.serving import BUNDLE, MODEL
-from engine.answer import Answer
-from engine.base import AdapterIdentity, Delta, Generation, HiddenSummary, Sampling
-from engine.prompt import ChatFormat
-from engine.slot_evidence import surprisal_and_margin
-from model_store.bundle import Bundle, load_bundle
-from sdm.adaptor import ExemplarAdaptor
-from sdm.estimator import SDMEstimator
-from sdm.support import Support
+from candor.app.answering.scoring import Scorer
+from candor.app.process.application import create_app
+from candor.app.process.backend import Backend
+from candor.app.process.settings import Settings
+from candor.engine.answer import Answer
+from candor.engine.base import AdapterIdentity, Delta, Generation, HiddenSummary, Sampling
+from candor.engine.prompt import ChatFormat
+from candor.engine.slot_evidence import surprisal_and_margin
+from candor.model_store.bundle import Bundle, load_bundle
+from candor.sdm.adaptor import ExemplarAdaptor
+from candor.sdm.estimator import SDMEstimator
+from candor.sdm.support import Support
 
 VOCABULARY = 49_152
 QUESTION = (

@@ -24,16 +24,17 @@ import typer
 
 from benchmarks.certificates.world import WIDTH
 from benchmarks.demo_accuracy import ROOT
-from calibration.certificate import KINDS
-from calibration.evaluate import reading_of
-from calibration.fit import FitSettings, fit, standardisation_blocks
-from calibration.generate import Labelled
-from calibration.run import Asking, DataFile, answer_file
-from calibration.served import Attempts, regions_of_policy
-from engine.base import EVIDENCE, Representation
-from engine.factory import EngineSettings, start_engine
-from engine.prompt import ChatFormat
-from model_store.manifest import Policy
+from candor.calibration.certificate import KINDS
+from candor.calibration.evaluate import reading_of
+from candor.calibration.fit import FitSettings, fit, standardisation_blocks
+from candor.calibration.generate import Labelled
+from candor.calibration.run import Asking, DataFile, answer_file
+from candor.calibration.served import Attempts, regions_of_policy
+from candor.engine.base import EVIDENCE, Representation
+from candor.engine.factory import start_engine
+from candor.engine.prompt import ChatFormat
+from candor.engine.settings import EngineSettings
+from candor.model_store.manifest import Policy
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ import typer
 from torch import Tensor
 
 from benchmarks.public_way import CAP, FlatSupport
-from sdm.similarity import neighbourhood
-from sdm.support import Support
+from candor.sdm.similarity import neighbourhood
+from candor.sdm.support import Support
 
 WIDTH = 1000
 LATENT = 256

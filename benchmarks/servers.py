@@ -66,7 +66,7 @@ def serving(
     model: Path, bundle: Path, settings: Mapping[str, str] | None = None, within_s: float = 900
 ) -> Iterator[Serving]:
     """Candor. settings: CANDOR_ variables. Raises RuntimeError with the log's end where it does not start."""
-    command = ["-c", "from app.cli import main; main()", "serve"]
+    command = ["-c", "from candor.app.cli import main; main()", "serve"]
     command += ["--model", str(model), "--bundle", str(bundle)]
     with _started(command, "/readyz", within_s, settings or {}) as server:
         yield server

@@ -34,8 +34,8 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.servers import Serving, bind_all_cores, plain_vllm, serving
+from candor.model_store.bundle import load_bundle
 from demo.task import LONGEST, completion, prompt
-from model_store.bundle import load_bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, BUNDLE = ROOT / "var/models/smollm2-135m-word-ordering", ROOT / "demo/bundle"

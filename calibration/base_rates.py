@@ -14,8 +14,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from calibration.evaluate import Evaluation, Reading
-from calibration.intervals import CONFIDENCE, Share, clopper_pearson
+from candor.calibration.evaluate import Evaluation, Reading
+from candor.calibration.intervals import CONFIDENCE, Share, clopper_pearson
 
 BASE_RATES = (0.1, 0.25, 0.5, 0.75, 0.9)
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from calibration.errors import CacheError
+from candor.calibration.errors import CacheError
 
 FILE_NAME = "answers.sqlite"
 

@@ -33,13 +33,13 @@ from typing import Any
 
 from torch import Tensor
 
-from calibration.errors import CalibrationError
-from calibration.generate import Labelled
-from calibration.intervals import binomial_tails, lower_bound
-from calibration.served import Attempts, Served
-from model_store.certificate import Certificate, EstimatorKind
-from sdm.estimator import SDMEstimator
-from sdm.region import Region
+from candor.calibration.errors import CalibrationError
+from candor.calibration.generate import Labelled
+from candor.calibration.intervals import binomial_tails, lower_bound
+from candor.calibration.served import Attempts, Served
+from candor.model_store.certificate import Certificate, EstimatorKind
+from candor.sdm.estimator import SDMEstimator
+from candor.sdm.region import Region
 
 CUTS = 20
 START_POWER = 0.9

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibration.comparators import COMPARATORS, REFERENCE, SAMPLERS
-from calibration.comparators.base import Fitting, Rows, Verdicts
-from calibration.epochs import LayerSettings
-from calibration.errors import DataError
-from calibration.fit import standardisation_blocks
-from calibration.generate import Labelled, count_faults, scorable
-from calibration.scores import (
+from candor.calibration.comparators import COMPARATORS, REFERENCE, SAMPLERS
+from candor.calibration.comparators.base import Fitting, Rows, Verdicts
+from candor.calibration.epochs import LayerSettings
+from candor.calibration.errors import DataError
+from candor.calibration.fit import standardisation_blocks
+from candor.calibration.generate import Labelled, count_faults, scorable
+from candor.calibration.scores import (
     Figure,
     Figures,
     admission,
@@ -34,8 +34,8 @@ from calibration.scores import (
     shares,
     summarise,
 )
-from model_store.bundle import Bundle
-from model_store.manifest import Manifest
+from candor.model_store.bundle import Bundle
+from candor.model_store.manifest import Manifest
 
 TITLES = {name: one.title for name, one in COMPARATORS.items()} | {
     name: one.title for name, one in SAMPLERS.items()

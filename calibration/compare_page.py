@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import jinja2
 
-from calibration import figures
-from calibration.comparators import COMPARATORS, REFERENCE, SAMPLERS
-from calibration.compare import TITLES, Comparison, SetComparison
-from calibration.compare_tables import Table, cost_table, heading, tables
-from model_store.bundle import Bundle, Exemplar
+from candor.calibration import figures
+from candor.calibration.comparators import COMPARATORS, REFERENCE, SAMPLERS
+from candor.calibration.compare import TITLES, Comparison, SetComparison
+from candor.calibration.compare_tables import Table, cost_table, heading, tables
+from candor.model_store.bundle import Bundle, Exemplar
 
 MISTAKES = 8
 EXEMPLARS = 3

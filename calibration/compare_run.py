@@ -18,20 +18,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from calibration.cache import AnswerCache
-from calibration.comparators import COMPARATORS, REFERENCE, SAMPLERS
-from calibration.comparators.base import Fitting, Verdicts
-from calibration.comparators.passes import Asked, ask
-from calibration.comparators.platt import judge
-from calibration.comparators.verbalised import stated
-from calibration.compare import Comparison, compare, halves, with_samplers
-from calibration.compare_page import page
-from calibration.compare_tables import as_markdown, cost_table, heading, tables
-from calibration.generate import Labelled, conversation, scorable
-from calibration.run import Asking, DataFile, answer_file
-from engine.base import Engine
-from engine.prompt import ChatFormat
-from model_store.bundle import Bundle
+from candor.calibration.cache import AnswerCache
+from candor.calibration.comparators import COMPARATORS, REFERENCE, SAMPLERS
+from candor.calibration.comparators.base import Fitting, Verdicts
+from candor.calibration.comparators.passes import Asked, ask
+from candor.calibration.comparators.platt import judge
+from candor.calibration.comparators.verbalised import stated
+from candor.calibration.compare import Comparison, compare, halves, with_samplers
+from candor.calibration.compare_page import page
+from candor.calibration.compare_tables import as_markdown, cost_table, heading, tables
+from candor.calibration.generate import Labelled, conversation, scorable
+from candor.calibration.run import Asking, DataFile, answer_file
+from candor.engine.base import Engine
+from candor.engine.prompt import ChatFormat
+from candor.model_store.bundle import Bundle
 
 CALIBRATION = "calibration"
 """Under this name the asked part of the calibration half stands beside the sets."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from calibration.comparators import REFERENCE
-from calibration.compare import TITLES, Comparison, Scores, SetComparison
-from calibration.scores import Figure
+from candor.calibration.comparators import REFERENCE
+from candor.calibration.compare import TITLES, Comparison, Scores, SetComparison
+from candor.calibration.scores import Figure
 
 SHARES = {
     "admitted": "admitted",

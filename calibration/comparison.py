@@ -28,7 +28,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sdm.similarity import Neighbourhood, least
+from candor.sdm.similarity import Neighbourhood, least
 
 ROWS = 128
 """Rows of distances computed and read at once, while they are in the cache."""

@@ -21,9 +21,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from calibration.errors import DataError, VerifierError
-from calibration.verifiers import load_verifier, normalise, reference_problem
-from model_store import strict_json
+from candor.calibration.errors import DataError, VerifierError
+from candor.calibration.verifiers import load_verifier, normalise, reference_problem
+from candor.model_store import strict_json
 
 Label = Literal[0, 1]
 T = TypeVar("T")

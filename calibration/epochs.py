@@ -26,13 +26,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calibration.comparison import Comparison
-from sdm.activation import SOFTMAX_Q, balanced_loss, sdm_loss, sdm_loss_gradient
-from sdm.adaptor import Block, ExemplarAdaptor
-from sdm.conventions import DEFAULT, Conventions
-from sdm.distance import ClasswiseECDF
-from sdm.similarity import Neighbourhood, neighbourhood, support_neighbourhood
-from sdm.support import Support
+from candor.calibration.comparison import Comparison
+from candor.sdm.activation import SOFTMAX_Q, balanced_loss, sdm_loss, sdm_loss_gradient
+from candor.sdm.adaptor import Block, ExemplarAdaptor
+from candor.sdm.conventions import DEFAULT, Conventions
+from candor.sdm.distance import ClasswiseECDF
+from candor.sdm.similarity import Neighbourhood, neighbourhood, support_neighbourhood
+from candor.sdm.support import Support
 
 BLOCK_ROWS = 100
 """Rows of W stepped at once: with their gradient they stay in a second-level cache."""

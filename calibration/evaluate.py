@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from calibration.generate import Labelled, count_faults
-from calibration.intervals import Share, bootstrap
-from calibration.served import Attempts, Served
-from model_store.certificate import EstimatorKind
-from sdm.estimator import SDMEstimator
+from candor.calibration.generate import Labelled, count_faults
+from candor.calibration.intervals import Share, bootstrap
+from candor.calibration.served import Attempts, Served
+from candor.model_store.certificate import EstimatorKind
+from candor.sdm.estimator import SDMEstimator
 
 
 @dataclass(frozen=True)

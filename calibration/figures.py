@@ -19,11 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from calibration.comparators import REFERENCE
-from calibration.compare import TITLES, SetComparison
-from calibration.intervals import clopper_pearson
-from calibration.scores import answer_order
-from sdm.estimator import SDMEstimator
+from candor.calibration.comparators import REFERENCE
+from candor.calibration.compare import TITLES, SetComparison
+from candor.calibration.intervals import clopper_pearson
+from candor.calibration.scores import answer_order
+from candor.sdm.estimator import SDMEstimator
 
 STYLE: Any = {
     "font.size": 8,

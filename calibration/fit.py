@@ -25,16 +25,16 @@ from typing import Any
 
 import torch
 
-from calibration.errors import CalibrationError, DataError
-from calibration.generate import Labelled, count_faults, scorable
-from calibration.layer import LayerSettings, TrainedLayer, train_layer
-from calibration.served import Attempts, regions_of_policy
-from calibration.splits import draw, split
-from engine.base import Representation
-from sdm.adaptor import Block
-from sdm.conventions import DEFAULT
-from sdm.estimator import SDMEstimator
-from sdm.region import minimum_points
+from candor.calibration.errors import CalibrationError, DataError
+from candor.calibration.generate import Labelled, count_faults, scorable
+from candor.calibration.layer import LayerSettings, TrainedLayer, train_layer
+from candor.calibration.served import Attempts, regions_of_policy
+from candor.calibration.splits import draw, split
+from candor.engine.base import Representation
+from candor.sdm.adaptor import Block
+from candor.sdm.conventions import DEFAULT
+from candor.sdm.estimator import SDMEstimator
+from candor.sdm.region import minimum_points
 
 NUM_CLASSES = 2
 

@@ -19,13 +19,13 @@ from typing import Literal
 
 import torch
 
-from calibration.cache import AnswerCache, CachedAnswer, cache_key
-from calibration.data import Label, Record
-from calibration.errors import CalibrationError, DataError
-from calibration.verifiers import load_verifier
-from engine.base import Engine, Generation, HiddenSummary, PromptTooLong, Representation, Sampling
-from engine.prompt import ChatFormat
-from model_store.manifest import Policy
+from candor.calibration.cache import AnswerCache, CachedAnswer, cache_key
+from candor.calibration.data import Label, Record
+from candor.calibration.errors import CalibrationError, DataError
+from candor.calibration.verifiers import load_verifier
+from candor.engine.base import Engine, Generation, HiddenSummary, PromptTooLong, Representation, Sampling
+from candor.engine.prompt import ChatFormat
+from candor.model_store.manifest import Policy
 
 Fault = Literal["truncated", "incomplete", "non_finite"]
 """Why an answer cannot be scored: it did not end on its own; not every position was counted; h is

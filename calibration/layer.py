@@ -15,10 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from calibration.epochs import Half, LayerSettings, run_epochs
-from sdm.adaptor import ExemplarAdaptor, fit_standardisation
-from sdm.conventions import DEFAULT, Conventions
-from sdm.estimator import SDMEstimator
+from candor.calibration.epochs import Half, LayerSettings, run_epochs
+from candor.sdm.adaptor import ExemplarAdaptor, fit_standardisation
+from candor.sdm.conventions import DEFAULT, Conventions
+from candor.sdm.estimator import SDMEstimator
 
 __all__ = ["LayerSettings", "TrainedLayer", "TrainedRounds", "split_halves", "train_layer", "train_rounds"]
 

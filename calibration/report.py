@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
-from calibration.base_rates import base_rate_report
-from calibration.certificate import Certification
-from calibration.evaluate import Evaluation
-from calibration.fit import FitSettings, Fitted
-from calibration.generate import Labelled, count_faults
-from calibration.intervals import CONFIDENCE, Share
-from sdm.region import Region
+from candor.calibration.base_rates import base_rate_report
+from candor.calibration.certificate import Certification
+from candor.calibration.evaluate import Evaluation
+from candor.calibration.fit import FitSettings, Fitted
+from candor.calibration.generate import Labelled, count_faults
+from candor.calibration.intervals import CONFIDENCE, Share
+from candor.sdm.region import Region
 
 SCHEMA_VERSION = 2
 

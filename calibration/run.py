@@ -25,19 +25,25 @@ from typing import Any
 
 from tqdm import tqdm
 
-from calibration.cache import AnswerCache
-from calibration.certificate import Certification, Wanted, certify
-from calibration.data import Record, load_records, require_disjoint
-from calibration.errors import CalibrationError, DataError
-from calibration.evaluate import Evaluation, evaluate
-from calibration.fit import FitSettings, fit, set_aside, set_aside_for_certification, standardisation_blocks
-from calibration.generate import Labelled, collect, count_faults
-from calibration.report import build_report
-from engine.base import AdapterIdentity, Engine, ModelIdentity, Representation
-from engine.prompt import ChatFormat
-from model_store.bundle import Bundle, Exemplar
-from model_store.manifest import Manifest, Policy
-from model_store.store import publish
+from candor.calibration.cache import AnswerCache
+from candor.calibration.certificate import Certification, Wanted, certify
+from candor.calibration.data import Record, load_records, require_disjoint
+from candor.calibration.errors import CalibrationError, DataError
+from candor.calibration.evaluate import Evaluation, evaluate
+from candor.calibration.fit import (
+    FitSettings,
+    fit,
+    set_aside,
+    set_aside_for_certification,
+    standardisation_blocks,
+)
+from candor.calibration.generate import Labelled, collect, count_faults
+from candor.calibration.report import build_report
+from candor.engine.base import AdapterIdentity, Engine, ModelIdentity, Representation
+from candor.engine.prompt import ChatFormat
+from candor.model_store.bundle import Bundle, Exemplar
+from candor.model_store.manifest import Manifest, Policy
+from candor.model_store.store import publish
 
 CLASS_NAMES = ("does not follow the instruction", "follows the instruction")
 

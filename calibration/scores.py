@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibration.intervals import CONFIDENCE, clopper_pearson
+from candor.calibration.intervals import CONFIDENCE, clopper_pearson
 
 REDRAWS = 1000
 RISK = 0.05

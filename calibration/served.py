@@ -4,8 +4,8 @@
     served                 that attempt, or the last one
 
 k = 1 is one answer a prompt. An attempt that cannot be scored is not answered, so the next one follows, as in
-`app.service`. Regions and certificates of a policy that resamples come from what it serves, not from its attempts:
-taking the first answer that looks right also picks those that only look it.
+`app.answering.service`. Regions and certificates of a policy that resamples come from what it serves, not from
+its attempts: taking the first answer that looks right also picks those that only look it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from math import inf, nan
 import torch
 from torch import Tensor
 
-from calibration.generate import Labelled
-from model_store.certificate import EstimatorKind
-from sdm.estimator import SDMEstimator
-from sdm.outputs import Measurement
-from sdm.region import Region, find_region
+from candor.calibration.generate import Labelled
+from candor.model_store.certificate import EstimatorKind
+from candor.sdm.estimator import SDMEstimator
+from candor.sdm.outputs import Measurement
+from candor.sdm.region import Region, find_region
 
 _STRIDES = 50
 """Where no threshold would do, a fiftieth of what is left is cut off before the policy is run again."""

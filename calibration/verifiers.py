@@ -25,8 +25,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from calibration.errors import VerifierError
-from model_store import strict_json
+from candor.calibration.errors import VerifierError
+from candor.model_store import strict_json
 
 Verifier = Callable[[str, Any], bool]
 

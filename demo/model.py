@@ -23,7 +23,7 @@ import torch
 import typer
 from safetensors.torch import load_file, save_file
 
-from finetune.merge import merge, replace_directory, write_model
+from candor.finetune.merge import merge, replace_directory, write_model
 
 app = typer.Typer(help=__doc__)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from engine.base import Delta, TokenLogprob
+from candor.engine.base import Delta, TokenLogprob
 
 
 class TagFilter:

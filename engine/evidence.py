@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.base import TokenLogprob
+from candor.engine.base import TokenLogprob
 
 TOP = 2
 """Alternatives needed per token, so that the best other token is among them."""

@@ -11,8 +11,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from engine.base import AdapterIdentity, EngineError, ModelIdentity
-from engine.prompt import ChatFormat
+from candor.engine.base import AdapterIdentity, EngineError, ModelIdentity
+from candor.engine.prompt import ChatFormat
 
 
 def identify(model: Path, chat: ChatFormat, dtype: str) -> ModelIdentity:

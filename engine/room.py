@@ -5,7 +5,7 @@ An answer can be scored only if its tag can still be fed, and one token is sampl
 
 from __future__ import annotations
 
-from engine.base import PromptTooLong
+from candor.engine.base import PromptTooLong
 
 
 def room_for_answer(prompt: int, closing: int, max_model_len: int) -> int:

@@ -22,13 +22,21 @@ from transformers.generation import (
 )
 from transformers.utils import logging as transformers_logging
 
-from engine.answer import Answer
-from engine.base import AdapterIdentity, Delta, EngineError, Generation, HiddenSummary, Sampling, TokenLogprob
-from engine.evidence import TOP, from_logprobs
-from engine.factory import EngineSettings
-from engine.identity import identify
-from engine.prompt import SEPARATOR, ChatFormat
-from engine.room import require_fit, room_for_answer
+from candor.engine.answer import Answer
+from candor.engine.base import (
+    AdapterIdentity,
+    Delta,
+    EngineError,
+    Generation,
+    HiddenSummary,
+    Sampling,
+    TokenLogprob,
+)
+from candor.engine.evidence import TOP, from_logprobs
+from candor.engine.identity import identify
+from candor.engine.prompt import SEPARATOR, ChatFormat
+from candor.engine.room import require_fit, room_for_answer
+from candor.engine.settings import EngineSettings
 
 T = TypeVar("T")
 

@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
-from engine.block_sums import BlockSums
-from engine.frame_stack import with_room
-from engine.slot_evidence import SlotEvidence
-from engine.vllm_scheduler import KEY, Wanted, full_attention_group
+from candor.engine.block_sums import BlockSums
+from candor.engine.frame_stack import with_room
+from candor.engine.slot_evidence import SlotEvidence
+from candor.engine.vllm_scheduler import KEY, Wanted, full_attention_group
 
 Record = tuple[int, bool, bytes, bytes, bytes]
 """(positions, whether all were counted, mean (H,), last state (H,), evidence (T, 3)), float32 as bytes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip  - before everything else of vLLM
 
-from engine.vllm_capture import CaptureMixin
+from candor.engine.vllm_capture import CaptureMixin
 
 
 class CaptureCPUWorker(CaptureMixin, CPUWorker):

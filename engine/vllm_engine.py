@@ -32,8 +32,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from engine.answer import Answer
-from engine.base import (
+from candor.engine.answer import Answer
+from candor.engine.base import (
     AdapterIdentity,
     Delta,
     EngineDead,
@@ -44,14 +44,14 @@ from engine.base import (
     Sampling,
     TokenLogprob,
 )
-from engine.evidence import features
-from engine.factory import EngineSettings
-from engine.identity import identify, identify_adapter
-from engine.prompt import SEPARATOR, ChatFormat
-from engine.room import require_fit, room_for_answer
-from engine.slot_evidence import of_answer
-from engine.vllm_capture import Record
-from engine.vllm_scheduler import KEY
+from candor.engine.evidence import features
+from candor.engine.identity import identify, identify_adapter
+from candor.engine.prompt import SEPARATOR, ChatFormat
+from candor.engine.room import require_fit, room_for_answer
+from candor.engine.settings import EngineSettings
+from candor.engine.slot_evidence import of_answer
+from candor.engine.vllm_capture import Record
+from candor.engine.vllm_scheduler import KEY
 
 logger = logging.getLogger("candor")
 
@@ -259,8 +259,8 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         kv_cache_memory_bytes=kv_cache_bytes,
         enforce_eager=settings.eager,
         async_scheduling=settings.asynchronous,
-        worker_cls=f"engine.{worker}",
-        scheduler_cls=f"engine.vllm_scheduler.{scheduler}",
+        worker_cls=f"candor.engine.{worker}",
+        scheduler_cls=f"candor.engine.vllm_scheduler.{scheduler}",
         enable_lora=bool(settings.adapters),
         # On a CPU, vLLM 0.32 lays its last adapter slot over requests that want none (index -1): it stays empty.
         max_loras=max(1, len(settings.adapters) + on_cpu),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from engine.vllm_capture import CaptureMixin
+from candor.engine.vllm_capture import CaptureMixin
 
 
 class CaptureGPUWorker(CaptureMixin, Worker):

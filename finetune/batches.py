@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune.examples import Example
+from candor.finetune.examples import Example
 
 
 @dataclass(frozen=True, eq=False)

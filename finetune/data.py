@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibration.data import parse_lines, prompt_digest, read_messages
-from calibration.errors import DataError, VerifierError
-from calibration.verifiers import load_verifier, reference_problem
+from candor.calibration.data import parse_lines, prompt_digest, read_messages
+from candor.calibration.errors import DataError, VerifierError
+from candor.calibration.verifiers import load_verifier, reference_problem
 
 FIELDS = frozenset({"id", "messages", "reference", "verifier", "positive", "negative"})
 REMEDY = f"Every line is one JSON object with {', '.join(sorted(FIELDS))}. Correct these lines and run again."

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.base import Representation
-from engine.prompt import ChatFormat
-from finetune.data import Pair
-from finetune.examples import Example, negative, positive
-from finetune.negatives import Negatives
-from finetune.settings import FinetuneSettings
+from candor.engine.base import Representation
+from candor.engine.prompt import ChatFormat
+from candor.finetune.data import Pair
+from candor.finetune.examples import Example, negative, positive
+from candor.finetune.negatives import Negatives
+from candor.finetune.settings import FinetuneSettings
 
 TAG = Representation().tag
 

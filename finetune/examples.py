@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.prompt import SEPARATOR, ChatFormat
+from candor.engine.prompt import SEPARATOR, ChatFormat
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.batches import Batch
+from candor.finetune.batches import Batch
 
 
 class LearntPositions(nn.Module):

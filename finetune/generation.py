@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from engine.prompt import ChatFormat
+from candor.engine.prompt import ChatFormat
 
 BATCH = 64
 """Sequences generated together."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from finetune.settings import FinetuneSettings
+from candor.finetune.settings import FinetuneSettings
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

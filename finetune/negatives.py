@@ -13,8 +13,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from finetune.data import Pair
-from finetune.settings import FinetuneSettings
+from candor.finetune.data import Pair
+from candor.finetune.settings import FinetuneSettings
 
 
 def draw(*what: object) -> random.Random:

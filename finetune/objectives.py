@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.loss import token_losses
+from candor.finetune.loss import token_losses
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.batches import collate
-from finetune.examples import Example
+from candor.finetune.batches import collate
+from candor.finetune.examples import Example
 
 
 def spread(numbers: Sequence[int], size: int, rank: int, processes: int) -> Iterator[tuple[list[int], bool]]:

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.errors import FinetuneError
-from finetune.merge import merge, replace_directory
-from finetune.negatives import Negatives
-from finetune.settings import FinetuneSettings
-from finetune.supervision import Supervision
+from candor.finetune.errors import FinetuneError
+from candor.finetune.merge import merge, replace_directory
+from candor.finetune.negatives import Negatives
+from candor.finetune.settings import FinetuneSettings
+from candor.finetune.supervision import Supervision
 
 
 @dataclass

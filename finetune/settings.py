@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from calibration.epochs import LayerSettings
+from candor.calibration.epochs import LayerSettings
 
 Loss = Literal["sdm", "ce", "ual", "first"]
 """sdm: base 2 + SDM(z')_r (arXiv 2510.26183). ce: cross-entropy. ual: label smoothing by uncertainty

@@ -17,13 +17,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from calibration.epochs import LayerSettings
-from calibration.layer import split_halves, train_layer
-from sdm.activation import sdm
-from sdm.adaptor import FrozenAdaptor
-from sdm.distance import ClasswiseECDF
-from sdm.estimator import SDMEstimator
-from sdm.similarity import neighbourhood, support_neighbourhood
+from candor.calibration.epochs import LayerSettings
+from candor.calibration.layer import split_halves, train_layer
+from candor.sdm.activation import sdm
+from candor.sdm.adaptor import FrozenAdaptor
+from candor.sdm.distance import ClasswiseECDF
+from candor.sdm.estimator import SDMEstimator
+from candor.sdm.similarity import neighbourhood, support_neighbourhood
 
 NUM_CLASSES = 2
 

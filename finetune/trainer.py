@@ -22,21 +22,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.prompt import ChatFormat
-from finetune import objectives, passes
-from finetune.batches import Batch, collate, shuffled_batches
-from finetune.data import Pair
-from finetune.documents import TAG, Documents
-from finetune.errors import FinetuneError
-from finetune.forward import LearntPositions
-from finetune.generation import generate
-from finetune.model import load_model
-from finetune.negatives import Negatives, draw
-from finetune.run_directory import Progress, RunDirectory
-from finetune.settings import FinetuneSettings
-from finetune.supervision import Supervision
-from finetune.teacher import TopTokens, choose_c
-from finetune.uncertainty import failure_rates, smoothing
+from candor.engine.prompt import ChatFormat
+from candor.finetune import objectives, passes
+from candor.finetune.batches import Batch, collate, shuffled_batches
+from candor.finetune.data import Pair
+from candor.finetune.documents import TAG, Documents
+from candor.finetune.errors import FinetuneError
+from candor.finetune.forward import LearntPositions
+from candor.finetune.generation import generate
+from candor.finetune.model import load_model
+from candor.finetune.negatives import Negatives, draw
+from candor.finetune.run_directory import Progress, RunDirectory
+from candor.finetune.settings import FinetuneSettings
+from candor.finetune.supervision import Supervision
+from candor.finetune.teacher import TopTokens, choose_c
+from candor.finetune.uncertainty import failure_rates, smoothing
 
 REPORTED_ALPHA = 0.9
 LOG_EVERY = 10

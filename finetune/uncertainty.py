@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from finetune.data import Pair
+from candor.finetune.data import Pair
 
 SLOPE, MOST = 0.1, 0.3
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import SentencesError
+from candor.finetune.errors import SentencesError
 
 SYSTEM_PROMPT = "Finish the sentence with these words in order."
 """What the task is; the prompt itself holds nothing but the words, since every token costs."""

@@ -20,12 +20,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from model_store import layout, strict_json
-from model_store.directory import read_directory
-from model_store.errors import ContentError, Difference
-from model_store.manifest import ESTIMATOR, EXEMPLARS, MANIFEST, REPORT, SEAL, FileEntry, Manifest, seal
-from sdm.conventions import DEFAULT, Conventions
-from sdm.estimator import SDMEstimator
+from candor.model_store import layout, strict_json
+from candor.model_store.directory import read_directory
+from candor.model_store.errors import ContentError, Difference
+from candor.model_store.manifest import (
+    ESTIMATOR,
+    EXEMPLARS,
+    MANIFEST,
+    REPORT,
+    SEAL,
+    FileEntry,
+    Manifest,
+    seal,
+)
+from candor.sdm.conventions import DEFAULT, Conventions
+from candor.sdm.estimator import SDMEstimator
 
 _MOST_LINES = 10  # of a file of which every line may be wrong
 

@@ -14,8 +14,8 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_store.errors import BundleDamaged, BundleNotFound, Difference
-from model_store.manifest import LIMITS, LISTED, MANIFEST, NAMES, SEAL, FileEntry, Manifest, seal
+from candor.model_store.errors import BundleDamaged, BundleNotFound, Difference
+from candor.model_store.manifest import LIMITS, LISTED, MANIFEST, NAMES, SEAL, FileEntry, Manifest, seal
 
 
 @dataclass(frozen=True)

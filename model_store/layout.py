@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from model_store.errors import Difference
+from candor.model_store.errors import Difference
 
 _MOST = torch.finfo(torch.float32).max
 _LEAST_SCALE = torch.finfo(torch.float32).tiny

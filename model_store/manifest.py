@@ -21,11 +21,11 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from engine.base import AdapterIdentity as AdapterIdentity
-from engine.base import ModelIdentity, Representation
-from model_store import strict_json
-from model_store.certificate import Certificate, EstimatorKind
-from model_store.errors import Difference, ManifestError
+from candor.engine.base import AdapterIdentity as AdapterIdentity
+from candor.engine.base import ModelIdentity, Representation
+from candor.model_store import strict_json
+from candor.model_store.certificate import Certificate, EstimatorKind
+from candor.model_store.errors import Difference, ManifestError
 
 FORMAT_VERSION = 3
 

@@ -25,11 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model_store.bundle import Exemplar, encode, load_bundle
-from model_store.directory import read_manifest
-from model_store.errors import BundleError, BundleExists, BundleNotFound, Difference
-from model_store.manifest import MANIFEST, NAMES, Manifest
-from sdm.estimator import SDMEstimator
+from candor.model_store.bundle import Exemplar, encode, load_bundle
+from candor.model_store.directory import read_manifest
+from candor.model_store.errors import BundleError, BundleExists, BundleNotFound, Difference
+from candor.model_store.manifest import MANIFEST, NAMES, Manifest
+from candor.sdm.estimator import SDMEstimator
 
 _STAGED = ".tmp-bundle-"
 _SHORTEST_PREFIX = 6

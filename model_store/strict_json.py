@@ -16,7 +16,7 @@ from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from model_store.errors import Difference
+from candor.model_store.errors import Difference
 
 _INT64 = range(-(2**63), 2**63)
 

@@ -16,14 +16,14 @@ The mathematics and nothing else: no paths, no logging, no clock, no environment
     conventions    where papers, public code and this project differ
 """
 
-from sdm.adaptor import ExemplarAdaptor, fit_standardisation
-from sdm.conventions import DEFAULT, RECORDED, Conventions
-from sdm.distance import ClasswiseECDF
-from sdm.ensemble import EnsembleEstimate, combine
-from sdm.estimator import STATE_NAMES, SDMEstimator
-from sdm.outputs import Calibration, Estimate, Measurement
-from sdm.region import Region, find_region
-from sdm.support import Support
+from candor.sdm.adaptor import ExemplarAdaptor, fit_standardisation
+from candor.sdm.conventions import DEFAULT, RECORDED, Conventions
+from candor.sdm.distance import ClasswiseECDF
+from candor.sdm.ensemble import EnsembleEstimate, combine
+from candor.sdm.estimator import STATE_NAMES, SDMEstimator
+from candor.sdm.outputs import Calibration, Estimate, Measurement
+from candor.sdm.region import Region, find_region
+from candor.sdm.support import Support
 
 __all__ = [
     "DEFAULT",

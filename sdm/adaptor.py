@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sdm.arithmetic import LARGEST, RoundedLinear
+from candor.sdm.arithmetic import LARGEST, RoundedLinear
 
 Block = tuple[int, Literal["scalar", "feature"]]
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdm.conventions import DEFAULT, Conventions
+from candor.sdm.conventions import DEFAULT, Conventions
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdm.outputs import Estimate
+from candor.sdm.outputs import Estimate
 
 
 @dataclass(frozen=True, eq=False)

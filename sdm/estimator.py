@@ -23,16 +23,16 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from sdm.activation import sdm
-from sdm.adaptor import ExemplarAdaptor, FrozenAdaptor
-from sdm.conventions import DEFAULT, Conventions
-from sdm.distance import ClasswiseECDF
-from sdm.outputs import Calibration, Estimate, Measurement
-from sdm.region import Region, find_region, q_prime
-from sdm.sample_size import band, dkw_epsilon, effective_sample_size
-from sdm.similarity import neighbourhood
-from sdm.state import STATE_NAMES, flatten, restore
-from sdm.support import Support
+from candor.sdm.activation import sdm
+from candor.sdm.adaptor import ExemplarAdaptor, FrozenAdaptor
+from candor.sdm.conventions import DEFAULT, Conventions
+from candor.sdm.distance import ClasswiseECDF
+from candor.sdm.outputs import Calibration, Estimate, Measurement
+from candor.sdm.region import Region, find_region, q_prime
+from candor.sdm.sample_size import band, dkw_epsilon, effective_sample_size
+from candor.sdm.similarity import neighbourhood
+from candor.sdm.state import STATE_NAMES, flatten, restore
+from candor.sdm.support import Support
 
 __all__ = ["STATE_NAMES", "Calibration", "Estimate", "Measurement", "SDMEstimator"]
 

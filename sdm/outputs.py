@@ -7,7 +7,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from sdm.distance import ClasswiseECDF
+from candor.sdm.distance import ClasswiseECDF
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from sdm.conventions import DEFAULT, Conventions
+from candor.sdm.conventions import DEFAULT, Conventions
 
 
 def q_prime(q: Tensor, sdm_top: Tensor) -> Tensor:

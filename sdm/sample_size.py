@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from sdm.distance import ClasswiseECDF
+from candor.sdm.distance import ClasswiseECDF
 
 
 def effective_sample_size(q_prime: Tensor, calibration: ClasswiseECDF) -> Tensor:

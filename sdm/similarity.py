@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sdm.conventions import DEFAULT, Conventions
-from sdm.support import BLOCK, Rough, Support
+from candor.sdm.conventions import DEFAULT, Conventions
+from candor.sdm.support import BLOCK, Rough, Support
 
 
 @dataclass(frozen=True, eq=False)

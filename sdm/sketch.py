@@ -24,7 +24,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sdm.arithmetic import UNIT_32
+from candor.sdm.arithmetic import UNIT_32
 
 LARGEST_CODE = 127
 ZERO = 128

@@ -14,11 +14,11 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from sdm.adaptor import ExemplarAdaptor
-from sdm.distance import ClasswiseECDF
-from sdm.outputs import Calibration
-from sdm.region import Region
-from sdm.support import Support
+from candor.sdm.adaptor import ExemplarAdaptor
+from candor.sdm.distance import ClasswiseECDF
+from candor.sdm.outputs import Calibration
+from candor.sdm.region import Region
+from candor.sdm.support import Support
 
 Regions = Mapping[float, Region]
 

@@ -27,8 +27,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sdm.arithmetic import LARGEST, UNIT_32, pair_distances
-from sdm.sketch import SMALLEST, Sketch, multiplies_exactly
+from candor.sdm.arithmetic import LARGEST, UNIT_32, pair_distances
+from candor.sdm.sketch import SMALLEST, Sketch, multiplies_exactly
 
 BLOCK = 2**23
 """Numbers held at once beside the support itself: 32 MiB, enough rows for an efficient matrix product."""

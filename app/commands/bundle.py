@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from model_store.bundle import Bundle
+    from candor.model_store.bundle import Bundle
 
 bundle_app = typer.Typer(help="Check a bundle, or show what it holds.", no_args_is_help=True)
 
@@ -29,8 +29,8 @@ def show(directory: Directory) -> None:
 
 
 def _load(directory: Path) -> Bundle:
-    from model_store.bundle import load_bundle
-    from model_store.errors import BundleError
+    from candor.model_store.bundle import load_bundle
+    from candor.model_store.errors import BundleError
 
     try:
         return load_bundle(directory)

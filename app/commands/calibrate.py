@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from calibration.run import Answers, Asking, Inputs
-    from engine.factory import EngineSettings
-    from model_store.manifest import Policy
+    from candor.calibration.run import Answers, Asking, Inputs
+    from candor.engine.settings import EngineSettings
+    from candor.model_store.manifest import Policy
 
 
 class EngineKind(StrEnum):
@@ -110,14 +110,14 @@ def calibrate(
 
     A run that was stopped goes on from its cache when the same command is given again.
     """
-    from calibration.base_rates import base_rate_table
-    from calibration.certificate import Wanted, told
-    from calibration.fit import FitSettings
-    from calibration.report import table
-    from calibration.run import Asking, Certifying, Inputs, make_bundle, require_free
-    from engine.base import EVIDENCE, Representation
-    from engine.factory import EngineSettings
-    from model_store.manifest import Policy
+    from candor.calibration.base_rates import base_rate_table
+    from candor.calibration.certificate import Wanted, told
+    from candor.calibration.fit import FitSettings
+    from candor.calibration.report import table
+    from candor.calibration.run import Asking, Certifying, Inputs, make_bundle, require_free
+    from candor.engine.base import EVIDENCE, Representation
+    from candor.engine.settings import EngineSettings
+    from candor.model_store.manifest import Policy
 
     with errors_told():
         try:
@@ -173,9 +173,9 @@ async def _answer(
     adapter: Path | None, engine_settings: EngineSettings, inputs: Inputs, policy: Policy, asking: Asking
 ) -> Answers:
     """Closes the engine when all is answered: training needs its memory and cores."""
-    from calibration.run import answer_inputs
-    from engine.factory import start_under
-    from engine.prompt import ChatFormat
+    from candor.calibration.run import answer_inputs
+    from candor.engine.factory import start_under
+    from candor.engine.prompt import ChatFormat
 
     chat = ChatFormat.from_directory(engine_settings.model)
     engine = await start_under(adapter, engine_settings, chat)
@@ -202,9 +202,9 @@ def errors_told(
 ) -> Iterator[None]:
     """What is wrong with input, engine or bundle, or one of `more`, is said in one message, exit code 1, without a
     traceback. stopped: what to say on Ctrl-C."""
-    from calibration.errors import CalibrationError
-    from engine.base import EngineError
-    from model_store.errors import BundleError
+    from candor.calibration.errors import CalibrationError
+    from candor.engine.base import EngineError
+    from candor.model_store.errors import BundleError
 
     told: tuple[type[Exception], ...] = (CalibrationError, EngineError, BundleError, OSError, *more)
     try:

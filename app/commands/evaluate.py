@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.commands.calibrate import (
+from candor.app.commands.calibrate import (
     Adapter,
     Cache,
     Concurrency,
@@ -29,10 +29,10 @@ from app.commands.calibrate import (
 )
 
 if TYPE_CHECKING:
-    from calibration.compare_run import CompareSettings, Material
-    from calibration.evaluate import Evaluation
-    from calibration.run import Asking, DataFile
-    from model_store.bundle import Bundle
+    from candor.calibration.compare_run import CompareSettings, Material
+    from candor.calibration.evaluate import Evaluation
+    from candor.calibration.run import Asking, DataFile
+    from candor.model_store.bundle import Bundle
 
 
 def evaluate(
@@ -77,8 +77,8 @@ def evaluate(
 
     With --compare, other methods judge the same answers from the same hidden states, and a report is written.
     """
-    from calibration.run import Asking, DataFile, require_unseen
-    from model_store.bundle import load_bundle
+    from candor.calibration.run import Asking, DataFile, require_unseen
+    from candor.model_store.bundle import load_bundle
 
     with errors_told():
         settings = _compare_settings(compare, calibration, ensemble, asked, seed)
@@ -99,7 +99,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(told))
     elif not settings:
-        from calibration.report import table
+        from candor.calibration.report import table
 
         typer.echo(table(evaluations))
 
@@ -111,8 +111,8 @@ def _compare_settings(
     if compare is None:
         return None
     try:
-        from calibration.comparators import COMPARATORS, SAMPLERS
-        from calibration.compare_run import CompareSettings
+        from candor.calibration.comparators import COMPARATORS, SAMPLERS
+        from candor.calibration.compare_run import CompareSettings
     except ImportError as error:
         raise typer.BadParameter(f"--compare needs what candor[compare] installs: {error}") from error
     if calibration is None:
@@ -138,10 +138,11 @@ async def _ask(
     asking: Asking,
 ) -> tuple[dict[str, Evaluation], Material | None]:
     """Closes the engine when all is answered: comparators need its memory and cores."""
-    from app.backend import check_identity
-    from calibration.run import run_evaluation
-    from engine.factory import EngineSettings, start_under
-    from engine.prompt import ChatFormat
+    from candor.app.process.backend import check_identity
+    from candor.calibration.run import run_evaluation
+    from candor.engine.factory import start_under
+    from candor.engine.prompt import ChatFormat
+    from candor.engine.settings import EngineSettings
 
     chat = ChatFormat.from_directory(model)
     engine = await start_under(
@@ -160,7 +161,7 @@ async def _ask(
         evaluations = await run_evaluation(engine, chat, bundle, sets, asking)
         if settings is None or fitted is None:
             return evaluations, None
-        from calibration.compare_run import gather
+        from candor.calibration.compare_run import gather
 
         return evaluations, await gather(engine, chat, bundle, fitted, sets, settings, asking)
     finally:
@@ -171,8 +172,8 @@ def _compare(
     bundle: Bundle, material: Material, settings: CompareSettings, folder: Path, as_json: bool
 ) -> dict[str, Any]:
     """Writes the report; prints its tables unless JSON was asked for, and returns that JSON's part."""
-    from calibration.compare_run import run_comparison, write
-    from calibration.compare_tables import as_text, cost_table, heading, tables
+    from candor.calibration.compare_run import run_comparison, write
+    from candor.calibration.compare_tables import as_text, cost_table, heading, tables
 
     comparison = run_comparison(material, settings)
     written = write(bundle, comparison, folder)

@@ -1,6 +1,6 @@
 """`candor finetune` and `candor data word-ordering`: a language model that can be judged, and data to make one.
 
-Several processes or devices: `accelerate launch --config_file finetune/configs/... -m app.cli finetune ...`.
+Several processes or devices: `accelerate launch --config_file finetune/configs/... -m candor.app.cli finetune ...`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from app.commands.calibrate import errors_told
+from candor.app.commands.calibrate import errors_told
 
 data_app = typer.Typer(help="Data to fine-tune and calibrate on.", no_args_is_help=True)
 
@@ -76,13 +76,13 @@ def finetune(
 
     A run that was stopped at any moment goes on with --resume and ends as one that was not.
     """
-    from finetune.errors import FinetuneError
+    from candor.finetune.errors import FinetuneError
 
     with errors_told(FinetuneError, stopped="--resume goes on from the last checkpoint."):
-        from calibration.epochs import LayerSettings
-        from finetune.data import load_pairs, require_apart
-        from finetune.settings import FinetuneSettings
-        from finetune.trainer import Trainer
+        from candor.calibration.epochs import LayerSettings
+        from candor.finetune.data import load_pairs, require_apart
+        from candor.finetune.settings import FinetuneSettings
+        from candor.finetune.trainer import Trainer
 
         try:
             settings = FinetuneSettings(
@@ -140,10 +140,10 @@ def word_ordering(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """The data of arXiv 2510.26183 from any sentences: put a sentence's last words in order."""
-    from finetune.errors import SentencesError
+    from candor.finetune.errors import SentencesError
 
     with errors_told(SentencesError, stopped="The same command makes the files anew."):
-        from finetune import word_ordering as task
+        from candor.finetune import word_ordering as task
 
         sizes = task.Sizes(
             words=_range("words", words),

@@ -23,7 +23,7 @@ def key(
     ] = None,
 ) -> None:
     """Make an API key. It is printed once, on standard output; the file keeps its hash alone."""
-    from app.security import KeyFileError, Scope, make_key, read_keys
+    from candor.app.edge.keys import KeyFileError, Scope, make_key, read_keys
 
     scopes: list[Scope] = scope or ["answer"]  # type: ignore[assignment]  # make_key refuses others
     try:

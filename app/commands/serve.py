@@ -47,7 +47,7 @@ def serve(
     """
     from pydantic import ValidationError
 
-    from app.settings import Settings
+    from candor.app.process.settings import Settings
 
     given: dict[str, Any] = {
         "model": model,
@@ -68,11 +68,13 @@ def serve(
             typer.echo(f"candor: {_where(name)}{fault['msg']}", err=True)
         raise typer.Exit(2) from None
 
-    from app import logs
+    from candor.app.telemetry import logs
 
     logs.configure(settings.log_format)
-    from app.backend import start_backend  # reads torch: only once the settings are known to be good
-    from app.server import run
+    from candor.app.process.backend import (
+        start_backend,  # reads torch: only once the settings are known to be good
+    )
+    from candor.app.process.server import run
 
     raise typer.Exit(run(settings, partial(start_backend, adapters=list(map(_pair, adapter or ())))))
 

@@ -22,10 +22,10 @@ from torch import Tensor
 from tqdm import trange
 
 from benchmarks.certificates.world import WIDTH, World, as_answers
-from calibration.certificate import KINDS, Wanted, certify, thresholds
-from calibration.fit import FitSettings, fit
-from calibration.intervals import Share
-from calibration.served import Attempts, Served
+from candor.calibration.certificate import KINDS, Wanted, certify, thresholds
+from candor.calibration.fit import FitSettings, fit
+from candor.calibration.intervals import Share
+from candor.calibration.served import Attempts, Served
 
 FITTED, CERTIFIED, FRESH = 400, 1_000, 4_000
 """Records to fit on, to certify on, and to know the truth from."""

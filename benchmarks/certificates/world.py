@@ -16,7 +16,7 @@ from math import log, sqrt
 import torch
 from torch import Tensor
 
-from calibration.generate import Labelled
+from candor.calibration.generate import Labelled
 
 WIDTH = 8
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.conformance.fixture import TOLERANCE
-from sdm.distance import ClasswiseECDF
-from sdm.region import Region
-from sdm.sample_size import effective_sample_size
-from sdm.support import Support
+from candor.sdm.distance import ClasswiseECDF
+from candor.sdm.region import Region
+from candor.sdm.sample_size import effective_sample_size
+from candor.sdm.support import Support
 
 NEAR = 1e-5
 """Relative difference of squared distances below which their order is in doubt."""

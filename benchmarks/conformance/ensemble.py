@@ -10,12 +10,12 @@ from torch import Tensor
 from benchmarks.conformance.doubt import admission_in_doubt, d_in_doubt, q_range, y_in_doubt
 from benchmarks.conformance.fixture import Fixture, Tally
 from benchmarks.conformance.recorded import adaptor_of
-from sdm.activation import sdm
-from sdm.conventions import RECORDED
-from sdm.ensemble import EnsembleEstimate, combine
-from sdm.estimator import SDMEstimator
-from sdm.outputs import Estimate
-from sdm.region import Region, q_prime
+from candor.sdm.activation import sdm
+from candor.sdm.conventions import RECORDED
+from candor.sdm.ensemble import EnsembleEstimate, combine
+from candor.sdm.estimator import SDMEstimator
+from candor.sdm.outputs import Estimate
+from candor.sdm.region import Region, q_prime
 
 
 def check_ensemble(f: Fixture, t: Tally) -> None:

@@ -14,14 +14,14 @@ from torch import Tensor
 from benchmarks.conformance.doubt import admission_in_doubt, d_in_doubt, n_range, q_range, y_in_doubt
 from benchmarks.conformance.fixture import TOLERANCE, Fixture, Tally
 from benchmarks.conformance.recorded import Fit, Recorded, adaptor_of
-from sdm.activation import sdm
-from sdm.adaptor import fit_standardisation
-from sdm.distance import ClasswiseECDF
-from sdm.estimator import SDMEstimator
-from sdm.outputs import Calibration, Measurement
-from sdm.region import Region, find_region, q_prime
-from sdm.sample_size import band, dkw_epsilon, effective_sample_size
-from sdm.similarity import neighbourhood, support_neighbourhood
+from candor.sdm.activation import sdm
+from candor.sdm.adaptor import fit_standardisation
+from candor.sdm.distance import ClasswiseECDF
+from candor.sdm.estimator import SDMEstimator
+from candor.sdm.outputs import Calibration, Measurement
+from candor.sdm.region import Region, find_region, q_prime
+from candor.sdm.sample_size import band, dkw_epsilon, effective_sample_size
+from candor.sdm.similarity import neighbourhood, support_neighbourhood
 
 
 def check_estimator(f: Fixture, t: Tally) -> None:

@@ -7,8 +7,8 @@ from itertools import count
 import torch
 
 from benchmarks.conformance.fixture import Fixture, Tally
-from finetune.encoding import hard_negative, parse, verification_input
-from finetune.loss import next_token_loss, sdm_next_token_loss, verification_loss
+from candor.finetune.encoding import hard_negative, parse, verification_input
+from candor.finetune.loss import next_token_loss, sdm_next_token_loss, verification_loss
 
 
 def check_losses(f: Fixture, t: Tally) -> None:

@@ -9,12 +9,12 @@ from torch.nn.functional import one_hot
 
 from benchmarks.conformance.doubt import d_in_doubt, q_range, strangers, y_in_doubt
 from benchmarks.conformance.fixture import TOLERANCE, Fixture, Tally
-from sdm.adaptor import ExemplarAdaptor
-from sdm.conventions import RECORDED, Conventions
-from sdm.distance import ClasswiseECDF
-from sdm.estimator import SDMEstimator
-from sdm.region import Region
-from sdm.support import Support
+from candor.sdm.adaptor import ExemplarAdaptor
+from candor.sdm.conventions import RECORDED, Conventions
+from candor.sdm.distance import ClasswiseECDF
+from candor.sdm.estimator import SDMEstimator
+from candor.sdm.region import Region
+from candor.sdm.support import Support
 
 
 def adaptor_of(f: Fixture, prefix: str = "") -> ExemplarAdaptor:

@@ -12,13 +12,13 @@ from torch.nn.functional import one_hot
 
 from benchmarks.conformance.doubt import d_in_doubt, q_range, y_in_doubt
 from benchmarks.conformance.fixture import Fixture, Tally
-from calibration.epochs import Half, LayerSettings, run_epochs, score_halves
-from sdm.adaptor import ExemplarAdaptor
-from sdm.conventions import RECORDED
-from sdm.distance import ClasswiseECDF
-from sdm.estimator import SDMEstimator
-from sdm.similarity import neighbourhood
-from sdm.support import Support
+from candor.calibration.epochs import Half, LayerSettings, run_epochs, score_halves
+from candor.sdm.adaptor import ExemplarAdaptor
+from candor.sdm.conventions import RECORDED
+from candor.sdm.distance import ClasswiseECDF
+from candor.sdm.estimator import SDMEstimator
+from candor.sdm.similarity import neighbourhood
+from candor.sdm.support import Support
 
 RECORDED_CAP = 2048
 PARAMETERS = {

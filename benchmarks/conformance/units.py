@@ -7,11 +7,11 @@ from itertools import count, pairwise
 import torch
 
 from benchmarks.conformance.fixture import Fixture, Tally
-from sdm.activation import log_base_sdm, sdm, sdm_loss
-from sdm.conventions import RECORDED
-from sdm.distance import ClasswiseECDF
-from sdm.region import find_region, q_prime
-from sdm.sample_size import dkw_epsilon, effective_sample_size
+from candor.sdm.activation import log_base_sdm, sdm, sdm_loss
+from candor.sdm.conventions import RECORDED
+from candor.sdm.distance import ClasswiseECDF
+from candor.sdm.region import find_region, q_prime
+from candor.sdm.sample_size import dkw_epsilon, effective_sample_size
 
 
 def check_units(f: Fixture, t: Tally) -> None:

@@ -24,8 +24,8 @@ import typer
 
 from benchmarks.two_tasks import arithmetic, table
 from benchmarks.two_tasks.tasks import ARITHMETIC, DEMO, ROOT, SETS, FinishedEngine, Task, answers
+from candor.model_store.bundle import load_bundle
 from demo import task as word_ordering
-from model_store.bundle import load_bundle
 
 BASE = ROOT / "var/models/smollm2-135m-instruct"
 
@@ -101,7 +101,7 @@ def _folder(task: Task) -> Path:
 
 
 def candor(*arguments: object) -> None:
-    command = (sys.executable, "-c", "from app.cli import main; main()", *map(str, arguments))
+    command = (sys.executable, "-c", "from candor.app.cli import main; main()", *map(str, arguments))
     subprocess.run(command, check=True, stdout=sys.stderr)
 
 
@@ -109,12 +109,12 @@ def measure(task: Task, seeds: Sequence[int], asked: int, ensemble: int) -> list
     """Every seed's figures as `Comparison.to_json` has them."""
     from tqdm import tqdm
 
-    from calibration.comparators import COMPARATORS, SAMPLERS
-    from calibration.comparators.base import Fitting
-    from calibration.compare_run import CompareSettings, gather, run_comparison
-    from calibration.fit import FitSettings, fit
-    from calibration.run import Asking, DataFile
-    from engine.prompt import ChatFormat
+    from candor.calibration.comparators import COMPARATORS, SAMPLERS
+    from candor.calibration.comparators.base import Fitting
+    from candor.calibration.compare_run import CompareSettings, gather, run_comparison
+    from candor.calibration.fit import FitSettings, fit
+    from candor.calibration.run import Asking, DataFile
+    from candor.engine.prompt import ChatFormat
 
     bundle = load_bundle(task.bundle)
     folder = _folder(task)

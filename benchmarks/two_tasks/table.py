@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from calibration.compare import TITLES
+from candor.calibration.compare import TITLES
 
 ALPHA = "0.9"
 SETS = {"test": "test", "shifted": "shifted", "ood": "out of distribution"}

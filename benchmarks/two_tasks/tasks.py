@@ -10,9 +10,9 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from calibration.generate import Labelled
-from calibration.run import Asking, DataFile, answer_file
-from engine.base import (
+from candor.calibration.generate import Labelled
+from candor.calibration.run import Asking, DataFile, answer_file
+from candor.engine.base import (
     AdapterIdentity,
     Delta,
     EngineError,
@@ -22,8 +22,8 @@ from engine.base import (
     Representation,
     Sampling,
 )
-from engine.prompt import ChatFormat
-from model_store.bundle import load_bundle
+from candor.engine.prompt import ChatFormat
+from candor.model_store.bundle import load_bundle
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SETS = ("test", "shifted", "ood")

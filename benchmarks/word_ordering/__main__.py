@@ -18,7 +18,7 @@ from benchmarks.word_ordering import table
 from benchmarks.word_ordering.answers import answer, sets_of
 from benchmarks.word_ordering.final_layers import ALPHAS, final_layers
 from benchmarks.word_ordering.signals import signals
-from finetune import word_ordering as task
+from candor.finetune import word_ordering as task
 
 MODELS = Path("var/models")
 SIZES = task.Sizes(

@@ -18,14 +18,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from calibration.cache import AnswerCache
-from calibration.data import Label, Record, load_records
-from calibration.generate import Labelled, collect
-from engine.base import EVIDENCE, Representation
-from engine.factory import EngineSettings, start_engine
-from engine.prompt import ChatFormat
-from finetune.word_ordering import SYSTEM_PROMPT
-from model_store.manifest import Policy
+from candor.calibration.cache import AnswerCache
+from candor.calibration.data import Label, Record, load_records
+from candor.calibration.generate import Labelled, collect
+from candor.engine.base import EVIDENCE, Representation
+from candor.engine.factory import start_engine
+from candor.engine.prompt import ChatFormat
+from candor.engine.settings import EngineSettings
+from candor.finetune.word_ordering import SYSTEM_PROMPT
+from candor.model_store.manifest import Policy
 
 SETS = ("calibration", "test", "harvard", "shifted")
 REPRESENTATION = Representation(order=("mean", "last", "evidence"), evidence=EVIDENCE)

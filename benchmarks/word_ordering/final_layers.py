@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.word_ordering.answers import REPRESENTATION, Answers
-from calibration.data import Record
-from calibration.errors import CalibrationError
-from calibration.evaluate import auroc
-from calibration.fit import FitSettings, fit, standardisation_blocks
-from calibration.generate import Labelled
-from calibration.intervals import Share
-from engine.base import EVIDENCE, Representation
-from finetune.encoding import TAG, parse
-from sdm.estimator import SDMEstimator
+from candor.calibration.data import Record
+from candor.calibration.errors import CalibrationError
+from candor.calibration.evaluate import auroc
+from candor.calibration.fit import FitSettings, fit, standardisation_blocks
+from candor.calibration.generate import Labelled
+from candor.calibration.intervals import Share
+from candor.engine.base import EVIDENCE, Representation
+from candor.finetune.encoding import TAG, parse
+from candor.sdm.estimator import SDMEstimator
 
 ALPHAS = (0.9, 0.95)
 DEALS = 3

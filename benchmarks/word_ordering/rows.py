@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.word_ordering import SYSTEM_PROMPT
+from candor.finetune.word_ordering import SYSTEM_PROMPT
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def fine_tune(row: Row, out: Path, bases: dict[str, Path]) -> None:
     teacher = ("--teacher", str(out / "rows" / row.teacher / "model")) if row.teacher else ()
     subprocess.run(
         [
-            *(sys.executable, "-c", "from app.cli import main; main()", "finetune"),
+            *(sys.executable, "-c", "from candor.app.cli import main; main()", "finetune"),
             *("--model", str(bases[row.base]), "--out", str(run)),
             *("--data", str(out / "data/train.jsonl"), "--held-out", str(out / "data/development.jsonl")),
             *SAME_FOR_ALL,

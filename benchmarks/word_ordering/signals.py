@@ -13,10 +13,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from calibration.evaluate import auroc
-from calibration.generate import Labelled, scorable
-from engine.base import EVIDENCE
-from engine.prompt import ChatFormat
+from candor.calibration.evaluate import auroc
+from candor.calibration.generate import Labelled, scorable
+from candor.engine.base import EVIDENCE
+from candor.engine.prompt import ChatFormat
 
 MEAN_SURPRISAL = len(EVIDENCE) - EVIDENCE.index("log_mean_surprisal")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.word_ordering.rows import TITLES
-from calibration.intervals import Share, bootstrap
+from candor.calibration.intervals import Share, bootstrap
 
 REFERENCE = "ce"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from calibration.comparators import (
+from candor.calibration.comparators import (
     abet,
     adue,
     ensemble,
@@ -25,10 +25,10 @@ from calibration.comparators import (
     vbll_layer,
     verbalised,
 )
-from calibration.comparators.base import Fit
-from calibration.comparators.passes import Asked, Message, Question
-from calibration.generate import Labelled
-from model_store.manifest import Policy
+from candor.calibration.comparators.base import Fit
+from candor.calibration.comparators.passes import Asked, Message, Question
+from candor.calibration.generate import Labelled
+from candor.model_store.manifest import Policy
 
 REFERENCE = "sdm_hr_lower"
 """What is served; differences are taken to it."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from calibration.comparators.base import Fitting, Rows, Scorer, Verdicts, by_thresholds
+from candor.calibration.comparators.base import Fitting, Rows, Scorer, Verdicts, by_thresholds
 
 EPOCHS, BATCH, LEARNING_RATE = 100, 128, 1e-2
 ACCEPTED = 0.95

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from calibration.comparators.base import Fitting, Rows, Scorer, Verdicts, by_probability, linear_head
-from calibration.evaluate import auroc
+from candor.calibration.comparators.base import Fitting, Rows, Scorer, Verdicts, by_probability, linear_head
+from candor.calibration.evaluate import auroc
 
 LAMBDA = 100.0
 EPOCHS, BATCH = 20, 128

@@ -15,11 +15,11 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from calibration.epochs import LayerSettings
-from calibration.generate import Labelled
-from sdm.estimator import SDMEstimator
-from sdm.outputs import Measurement
-from sdm.region import minimum_points
+from candor.calibration.epochs import LayerSettings
+from candor.calibration.generate import Labelled
+from candor.sdm.estimator import SDMEstimator
+from candor.sdm.outputs import Measurement
+from candor.sdm.region import minimum_points
 
 
 @dataclass(frozen=True, eq=False)

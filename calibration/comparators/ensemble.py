@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from calibration.comparators.base import Fitting, Rows, Scorer, Verdicts
-from calibration.generate import Labelled
-from calibration.layer import train_layer
-from calibration.splits import split
-from sdm.ensemble import combine
-from sdm.estimator import SDMEstimator
+from candor.calibration.comparators.base import Fitting, Rows, Scorer, Verdicts
+from candor.calibration.generate import Labelled
+from candor.calibration.layer import train_layer
+from candor.calibration.splits import split
+from candor.sdm.ensemble import combine
+from candor.sdm.estimator import SDMEstimator
 
 
 def fit(fitting: Fitting) -> Scorer:

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from torch import Tensor
 
-from calibration.comparators.base import Fitting, Rows, Scorer, Verdicts, by_classes
+from candor.calibration.comparators.base import Fitting, Rows, Scorer, Verdicts, by_classes
 
 PENALTIES = tuple(10.0**power for power in range(-5, 2))
 

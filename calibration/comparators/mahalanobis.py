@@ -13,7 +13,14 @@ import torch
 from sklearn.covariance import LedoitWolf
 from torch import Tensor
 
-from calibration.comparators.base import Fitting, Rows, Scorer, Verdicts, by_thresholds, selective_threshold
+from candor.calibration.comparators.base import (
+    Fitting,
+    Rows,
+    Scorer,
+    Verdicts,
+    by_thresholds,
+    selective_threshold,
+)
 
 
 def fit(fitting: Fitting) -> Scorer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from calibration.comparators.base import Fitting, Rows, Scorer, Verdicts
+from candor.calibration.comparators.base import Fitting, Rows, Scorer, Verdicts
 
 
 def fit(fitting: Fitting) -> Scorer:

@@ -9,8 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calibration.comparators.base import Fitting, Rows, Scorer, Verdicts, by_thresholds, selective_threshold
-from calibration.scores import ranking
+from candor.calibration.comparators.base import (
+    Fitting,
+    Rows,
+    Scorer,
+    Verdicts,
+    by_thresholds,
+    selective_threshold,
+)
+from candor.calibration.scores import ranking
 
 NORMS = (None, *range(1, 11))
 """None: the softmax's maximum, which the paper falls back on where no norm helps."""

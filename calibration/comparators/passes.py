@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from calibration.cache import AnswerCache, CachedAnswer, cache_key
-from calibration.errors import CalibrationError
-from calibration.generate import Labelled
-from engine.base import Engine, Generation, Sampling
-from engine.prompt import ChatFormat
+from candor.calibration.cache import AnswerCache, CachedAnswer, cache_key
+from candor.calibration.errors import CalibrationError
+from candor.calibration.generate import Labelled
+from candor.engine.base import Engine, Generation, Sampling
+from candor.engine.prompt import ChatFormat
 
 Message = dict[str, str]
 

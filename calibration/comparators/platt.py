@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from calibration.comparators.base import Verdicts, by_classes
+from candor.calibration.comparators.base import Verdicts, by_classes
 
 
 def judge(

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from calibration.comparators.base import Fitting, Rows, Scorer, Verdicts
+from candor.calibration.comparators.base import Fitting, Rows, Scorer, Verdicts
 
 LAMBDAS = (0.001, 0.01, 0.1, 0.2, 0.5)
 

@@ -10,7 +10,7 @@ on alpha; the ranking is that of the lowest alpha.
 
 from __future__ import annotations
 
-from calibration.comparators.base import Fitting, Rows, Scorer, Verdicts, by_classes
+from candor.calibration.comparators.base import Fitting, Rows, Scorer, Verdicts, by_classes
 
 
 def fit_alpha(fitting: Fitting) -> Scorer:

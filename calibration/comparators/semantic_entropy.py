@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from hashlib import sha256
 from math import log
 
-from calibration.comparators.passes import Asked, Message, Question
-from calibration.generate import Labelled
-from calibration.verifiers import normalise
-from engine.base import Sampling
-from model_store.manifest import Policy
+from candor.calibration.comparators.passes import Asked, Message, Question
+from candor.calibration.generate import Labelled
+from candor.calibration.verifiers import normalise
+from candor.engine.base import Sampling
+from candor.model_store.manifest import Policy
 
 SAMPLES = 10
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from calibration.comparators.base import Fitting, Rows, Scorer, Verdicts, by_classes
+from candor.calibration.comparators.base import Fitting, Rows, Scorer, Verdicts, by_classes
 
 
 def fit(fitting: Fitting) -> Scorer:

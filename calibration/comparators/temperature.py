@@ -7,7 +7,7 @@ from math import exp
 from scipy.optimize import minimize_scalar
 from torch.nn import functional as F
 
-from calibration.comparators.base import Fitting, Rows, Scorer, Verdicts, by_classes
+from candor.calibration.comparators.base import Fitting, Rows, Scorer, Verdicts, by_classes
 
 
 def fit(fitting: Fitting) -> Scorer:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from vbll.layers.classification import DiscClassification
 
-from calibration.comparators.base import Fitting, Rows, Scorer, Verdicts, by_classes
+from candor.calibration.comparators.base import Fitting, Rows, Scorer, Verdicts, by_classes
 
 EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 100, 128, 1e-3, 1e-4
 DRAWS = 200

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from calibration.comparators.passes import Asked, Message, Question
-from calibration.generate import Labelled
-from engine.base import Sampling
-from model_store.manifest import Policy
+from candor.calibration.comparators.passes import Asked, Message, Question
+from candor.calibration.generate import Labelled
+from candor.engine.base import Sampling
+from candor.model_store.manifest import Policy
 
 QUESTION = (
     "How likely is it that your answer above is right? "

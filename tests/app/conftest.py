@@ -27,11 +27,11 @@ import torch
 import uvicorn
 from opentelemetry.trace import Tracer
 
-from app.backend import Backend
-from app.main import create_app
-from app.settings import Settings
-from app.tracing import NO_TRACER
-from engine.base import (
+from candor.app.process.application import create_app
+from candor.app.process.backend import Backend
+from candor.app.process.settings import Settings
+from candor.app.telemetry.tracing import NO_TRACER
+from candor.engine.base import (
     AdapterIdentity,
     Delta,
     EngineDead,
@@ -42,11 +42,11 @@ from engine.base import (
     Sampling,
     TokenLogprob,
 )
-from model_store.bundle import Bundle, Exemplar
-from model_store.certificate import Certificate
-from model_store.manifest import Manifest, Policy
-from sdm.adaptor import ExemplarAdaptor
-from sdm.estimator import SDMEstimator
+from candor.model_store.bundle import Bundle, Exemplar
+from candor.model_store.certificate import Certificate
+from candor.model_store.manifest import Manifest, Policy
+from candor.sdm.adaptor import ExemplarAdaptor
+from candor.sdm.estimator import SDMEstimator
 
 HIDDEN = 4
 ALPHAS = (0.9, 0.95)

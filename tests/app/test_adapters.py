@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from app.backend import Backend, check_identity
-from engine.base import AdapterIdentity, IdentityMismatch, ModelIdentity
-from model_store.bundle import Bundle
+from candor.app.process.backend import Backend, check_identity
+from candor.engine.base import AdapterIdentity, IdentityMismatch, ModelIdentity
+from candor.model_store.bundle import Bundle
 
 LEGAL = AdapterIdentity("legal", "e" * 64)
 

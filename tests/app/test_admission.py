@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from app.admission import Admission, Overloaded, RateLimit, Refused, TooFast
-from app.middleware import BodyLimit
+from candor.app.edge.limits import Admission, Overloaded, RateLimit, Refused, TooFast
+from candor.app.edge.middleware import BodyLimit
 
 
 class Clock:

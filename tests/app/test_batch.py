@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from app.cli import cli
-from app.commands.batch import URLS
+from candor.app.cli import cli
+from candor.app.clients.batch import URLS
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = [sys.executable, "-c", "from app.cli import main; main()", "batch"]
+COMMAND = [sys.executable, "-c", "from candor.app.cli import main; main()", "batch"]
 
 
 def request(custom_id: str, prompt: str = "ask", **body: Any) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def test_two_runs_do_not_share_an_output(server: Any, run: Any, tmp_path: Path) 
 def test_a_key_is_needed_and_taken_from_the_environment(
     serve: Any, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from app.security import make_key
+    from candor.app.edge.keys import make_key
 
     secret, kept = make_key("batch", ["answer"])
     (tmp_path / "keys").write_text(kept.line(), encoding="utf-8")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from app.batching import MicroBatcher
+from candor.app.answering.batching import MicroBatcher
 
 
 class Work:

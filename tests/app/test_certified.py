@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from app.admission import Refused
-from model_store.certificate import Certificate
+from candor.app.edge.limits import Refused
+from candor.model_store.certificate import Certificate
 
 # Answers of the state "follows" have q' = 400, above the first threshold and below the second.
 BELOW = Certificate(0.9, "lower", 0.95, 0.95, 300.0, 400, 120, 119, 0.961)
@@ -75,7 +75,7 @@ def test_without_a_certificate_asking_for_one_is_refused_with_what_there_is(serv
 
 
 def test_a_server_that_could_never_answer_does_not_start(serve: Any, settings: Any, backend: Any) -> None:
-    from app.main import create_app
+    from candor.app.process.application import create_app
 
     with pytest.raises(Refused, match="CANDOR_CERTIFIED_ONLY: expected an alpha at which the bundle has a"):
         create_app(settings(certified_only=True), backend)

@@ -6,7 +6,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from app.cli import cli
+from candor.app.cli import cli
 
 
 def talk(url: str, *lines: str, options: tuple[str, ...] = ()) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.base import EngineDead, EngineError, PromptTooLong
+from candor.engine.base import EngineDead, EngineError, PromptTooLong
 
 MESSAGES = [{"role": "user", "content": "ask"}]
 

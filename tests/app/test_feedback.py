@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from app.feedback import (
+from candor.app.feedback import (
     Feedback,
     FeedbackFileError,
     FeedbackLost,
@@ -22,8 +22,8 @@ from app.feedback import (
     NoSuchAnswer,
     Receipt,
 )
-from app.policy import Decision
-from app.verdict import Verdict
+from candor.app.policy import Decision
+from candor.app.writing.verdict import Verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 HIGH = Verdict(Decision("high", False, None), None, True, 0.9)
@@ -244,9 +244,9 @@ def test_a_full_disk_acknowledges_nothing_and_loses_nothing(tmp_path: Path) -> N
 WRITER = """
 import asyncio, sys
 from pathlib import Path
-from app.feedback import Feedback, FeedbackStore, GivenVerdict
-from app.policy import Decision
-from app.verdict import Verdict
+from candor.app.feedback import Feedback, FeedbackStore, GivenVerdict
+from candor.app.policy import Decision
+from candor.app.writing.verdict import Verdict
 
 async def main():
     store = FeedbackStore(Path(sys.argv[1]))

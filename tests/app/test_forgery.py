@@ -21,9 +21,10 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from engine.base import Generation, Representation, Sampling
-from engine.factory import EngineSettings, start_engine
-from engine.prompt import SEPARATOR, ChatFormat
+from candor.engine.base import Generation, Representation, Sampling
+from candor.engine.factory import start_engine
+from candor.engine.prompt import SEPARATOR, ChatFormat
+from candor.engine.settings import EngineSettings
 
 T = TypeVar("T")
 KIND: Any = os.environ.get("CANDOR_ENGINE", "transformers")

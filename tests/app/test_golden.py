@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from app.backend import Backend
-from app.golden import TOLERANCE, Golden, GoldenMismatch
-from engine.base import EngineDead
-from sdm.estimator import SDMEstimator
+from candor.app.process.backend import Backend
+from candor.app.process.selftest import TOLERANCE, Golden, GoldenMismatch
+from candor.engine.base import EngineDead
+from candor.sdm.estimator import SDMEstimator
 
 
 def check(backend: Backend) -> Golden:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from app import logs
+from candor.app.telemetry import logs
 
 SECRET = "canary-7c1e"
 

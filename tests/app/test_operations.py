@@ -11,9 +11,9 @@ from prometheus_client import REGISTRY, Counter, Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open_metrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.metrics import REGION_OF
-from app.policy import Reason
-from app.scoring import Cause
+from candor.app.answering.scoring import Cause
+from candor.app.policy import Reason
+from candor.app.telemetry.metrics import REGION_OF
 
 DIGEST = "0123456789abcdef" * 4
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from app.policy import Decision, Reading, decide, ended_as_calibrated, samples_as_calibrated
-from engine.base import Generation, Sampling
-from model_store.certificate import Certificate
-from model_store.manifest import Policy
+from candor.app.policy import Decision, Reading, decide, ended_as_calibrated, samples_as_calibrated
+from candor.engine.base import Generation, Sampling
+from candor.model_store.certificate import Certificate
+from candor.model_store.manifest import Policy
 
 ADMITTED = Reading(
     prediction=1,

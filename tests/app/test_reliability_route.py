@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from engine.base import EngineDead, EngineError, PromptTooLong
+from candor.engine.base import EngineDead, EngineError, PromptTooLong
 
 
 def score(server: Any, **body: Any) -> Any:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from model_store.certificate import Certificate
-from model_store.manifest import Policy
+from candor.model_store.certificate import Certificate
+from candor.model_store.manifest import Policy
 
 POLICY = Policy(temperature=0.7, top_p=1.0, top_k=0, max_tokens=16, system_prompt="Be brief.", resample=3)
 

@@ -32,8 +32,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from app.security import make_key
 from benchmarks.servers import serving
+from candor.app.edge.keys import make_key
 
 pytestmark = pytest.mark.slow
 

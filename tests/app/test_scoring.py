@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from app.scoring import Score, Scorer, ScoringFailed, read
-from engine.base import HiddenSummary, Representation
-from sdm.estimator import Measurement, SDMEstimator
+from candor.app.answering.scoring import Score, Scorer, ScoringFailed, read
+from candor.engine.base import HiddenSummary, Representation
+from candor.sdm.estimator import Measurement, SDMEstimator
 
 Hidden = Callable[[Any], HiddenSummary]
 

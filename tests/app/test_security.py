@@ -12,8 +12,8 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from app.cli import cli
-from app.security import OPEN, SCOPES, KeyFileError, KeyRing, make_key, read_keys, scope_of
+from candor.app.cli import cli
+from candor.app.edge.keys import OPEN, SCOPES, KeyFileError, KeyRing, make_key, read_keys, scope_of
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "ask"}]}
 

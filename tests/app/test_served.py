@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from app.routes import served
-from app.routes.console import CONSOLE
-from model_store.certificate import Certificate
-from sdm.estimator import SDMEstimator
+from candor.app.edge.routes import served
+from candor.app.edge.routes.console import CONSOLE
+from candor.model_store.certificate import Certificate
+from candor.sdm.estimator import SDMEstimator
 
 DIGEST = "0123456789abcdef" * 4
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from app.scoring import Scorer
-from engine.base import HiddenSummary, Representation
-from sdm.adaptor import ExemplarAdaptor
-from sdm.estimator import SDMEstimator
+from candor.app.answering.scoring import Scorer
+from candor.engine.base import HiddenSummary, Representation
+from candor.sdm.adaptor import ExemplarAdaptor
+from candor.sdm.estimator import SDMEstimator
 
 
 def fresh(estimator: SDMEstimator) -> SDMEstimator:

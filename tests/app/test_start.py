@@ -21,12 +21,12 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from app.admission import Refused
-from app.backend import Backend, check_identity
-from app.server import run
-from app.settings import Settings
-from engine.base import EngineError, IdentityMismatch, Representation
-from model_store.manifest import AdapterIdentity
+from candor.app.edge.limits import Refused
+from candor.app.process.backend import Backend, check_identity
+from candor.app.process.server import run
+from candor.app.process.settings import Settings
+from candor.engine.base import EngineError, IdentityMismatch, Representation
+from candor.model_store.manifest import AdapterIdentity
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +35,7 @@ def candor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     """The command in a process of its own."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("CANDOR_")}
     return subprocess.run(
-        [sys.executable, "-c", "from app.cli import main; main()", *arguments],
+        [sys.executable, "-c", "from candor.app.cli import main; main()", *arguments],
         cwd=ROOT,
         env={**clean, **environment, "COLUMNS": "200"},
         capture_output=True,
@@ -47,8 +47,8 @@ def candor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 def test_neither_vllm_nor_transformers_is_imported() -> None:
     code = (
-        "import sys, app.main, app.server\n"
-        "print(sorted({'vllm', 'transformers', 'tokenizers', 'calibration', 'finetune'} & set(sys.modules)))"
+        "import sys, candor.app.process.application, candor.app.process.server\n"
+        "print(sorted({'vllm', 'transformers', 'tokenizers', 'candor.calibration', 'candor.finetune'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
@@ -64,7 +64,7 @@ def test_adapters_come_from_the_environment_too() -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys, app.cli; print(sorted({'torch', 'fastapi', 'uvicorn'} & set(sys.modules)))"
+    code = "import sys, candor.app.cli; print(sorted({'torch', 'fastapi', 'uvicorn'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
     shown = candor("--help")
@@ -299,7 +299,7 @@ class TestRun:
     def test_with_keys_or_on_purpose_it_may_listen_elsewhere(
         self, settings: Any, wanted: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        from app.security import make_key
+        from candor.app.edge.keys import make_key
 
         if "keys" in wanted:
             wanted = {"keys": tmp_path / "keys"}

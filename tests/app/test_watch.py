@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from app.watch import EngineWatch
-from engine.base import EngineDead
+from candor.app.answering.watch import EngineWatch
+from candor.engine.base import EngineDead
 
 INTERVAL, STALL = 0.01, 0.08
 

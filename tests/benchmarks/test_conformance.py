@@ -14,9 +14,9 @@ import torch
 
 from benchmarks.conformance.__main__ import INFORMATIVE, check, main
 from benchmarks.conformance.fixture import find, load
-from sdm.conventions import RECORDED
-from sdm.similarity import neighbourhood, support_neighbourhood
-from sdm.support import Support
+from candor.sdm.conventions import RECORDED
+from candor.sdm.similarity import neighbourhood, support_neighbourhood
+from candor.sdm.support import Support
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sdm.similarity import neighbourhood, support_neighbourhood
-from sdm.support import Support
+from candor.sdm.similarity import neighbourhood, support_neighbourhood
+from candor.sdm.support import Support
 
 pytest.importorskip("faiss", reason="faiss-cpu is needed by benchmarks alone")
 

@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.two_tasks import arithmetic, table
 from benchmarks.two_tasks.arithmetic import Sizes, build
-from calibration.data import load_records
-from finetune.data import load_pairs
+from candor.calibration.data import load_records
+from candor.finetune.data import load_pairs
 
 SIZES = Sizes(train=60, development=10, calibration=60, test=40, shifted=30, ood=20)
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.base import (
+from candor.engine.base import (
     AdapterIdentity,
     Delta,
     Generation,
@@ -26,7 +26,7 @@ from engine.base import (
     Representation,
     Sampling,
 )
-from engine.prompt import ChatFormat
+from candor.engine.prompt import ChatFormat
 
 HIDDEN = 4
 

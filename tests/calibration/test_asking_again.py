@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from calibration.cache import AnswerCache
-from calibration.comparators import platt, semantic_entropy, verbalised
-from calibration.comparators.passes import Asked, Question, Replies, ask
-from calibration.errors import CalibrationError
-from calibration.generate import Labelled
-from engine.base import Sampling
-from engine.prompt import ChatFormat
-from model_store.manifest import Policy
+from candor.calibration.cache import AnswerCache
+from candor.calibration.comparators import platt, semantic_entropy, verbalised
+from candor.calibration.comparators.passes import Asked, Question, Replies, ask
+from candor.calibration.errors import CalibrationError
+from candor.calibration.generate import Labelled
+from candor.engine.base import Sampling
+from candor.engine.prompt import ChatFormat
+from candor.model_store.manifest import Policy
 
 POLICY = Policy(temperature=0.0, top_p=1.0, top_k=0, max_tokens=16, system_prompt=None)
 ANSWER = Labelled("r3", "digest", "number 3", "3", 1, torch.zeros(1))

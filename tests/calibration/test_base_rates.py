@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from calibration.base_rates import base_rate_report, base_rate_table, least_base_rate, shifted
-from calibration.evaluate import Evaluation, Reading, reading_of
-from calibration.intervals import Share, clopper_pearson
-from calibration.served import Served
+from candor.calibration.base_rates import base_rate_report, base_rate_table, least_base_rate, shifted
+from candor.calibration.evaluate import Evaluation, Reading, reading_of
+from candor.calibration.intervals import Share, clopper_pearson
+from candor.calibration.served import Served
 
 
 def reading(answered_right: int, right: int, answered_wrong: int, wrong: int) -> Reading:

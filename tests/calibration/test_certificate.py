@@ -8,7 +8,7 @@ from math import log
 import pytest
 import torch
 
-from calibration.certificate import (
+from candor.calibration.certificate import (
     CUTS,
     Wanted,
     certify,
@@ -19,11 +19,11 @@ from calibration.certificate import (
     told,
     walk,
 )
-from calibration.errors import CalibrationError
-from calibration.generate import Labelled
-from calibration.served import Served
-from sdm.adaptor import ExemplarAdaptor
-from sdm.estimator import SDMEstimator
+from candor.calibration.errors import CalibrationError
+from candor.calibration.generate import Labelled
+from candor.calibration.served import Served
+from candor.sdm.adaptor import ExemplarAdaptor
+from candor.sdm.estimator import SDMEstimator
 
 WANTED = Wanted(0.9, 0.05)
 

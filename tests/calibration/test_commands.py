@@ -12,9 +12,9 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
-from app.commands.calibrate import calibrate
-from app.commands.evaluate import evaluate
-from model_store.bundle import load_bundle
+from candor.app.commands.calibrate import calibrate
+from candor.app.commands.evaluate import evaluate
+from candor.model_store.bundle import load_bundle
 
 FIT = ("--alpha", "0.9", "--alpha", "0.8", "--rounds", "1", "--epochs", "4", "--exemplar-dim", "8")
 ENGINE = ("--engine", "transformers", "--max-model-len", "128")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.comparators import (
+from candor.calibration.comparators import (
     COMPARATORS,
     adue,
     mahalanobis,
@@ -20,7 +20,7 @@ from calibration.comparators import (
     temperature,
     vbll_layer,
 )
-from calibration.comparators.base import (
+from candor.calibration.comparators.base import (
     Fitting,
     Rows,
     Scorer,
@@ -29,10 +29,10 @@ from calibration.comparators.base import (
     linear_head,
     selective_threshold,
 )
-from calibration.evaluate import auroc
-from calibration.generate import Labelled
-from calibration.layer import LayerSettings, train_layer
-from calibration.scores import answer_order
+from candor.calibration.evaluate import auroc
+from candor.calibration.generate import Labelled
+from candor.calibration.layer import LayerSettings, train_layer
+from candor.calibration.scores import answer_order
 
 ALPHAS = (0.8, 0.9)
 LAYER = LayerSettings(exemplar_dim=4, epochs=15, learning_rate=1e-2)

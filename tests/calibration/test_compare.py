@@ -14,19 +14,19 @@ from xml.etree import ElementTree
 
 import pytest
 
-from calibration import compare_page, figures
-from calibration.comparators import COMPARATORS
-from calibration.compare import Comparison, SetComparison, halves
-from calibration.compare_page import mistakes, page
-from calibration.compare_run import CompareSettings, gather, run_comparison, write
-from calibration.compare_tables import as_markdown, as_text, tables
-from calibration.errors import DataError
-from calibration.fit import FitSettings
-from calibration.generate import Labelled
-from calibration.run import Asking, DataFile, Inputs, answer_inputs, make_bundle
-from engine.prompt import ChatFormat
-from model_store.bundle import Bundle, load_bundle
-from model_store.manifest import Policy
+from candor.calibration import compare_page, figures
+from candor.calibration.comparators import COMPARATORS
+from candor.calibration.compare import Comparison, SetComparison, halves
+from candor.calibration.compare_page import mistakes, page
+from candor.calibration.compare_run import CompareSettings, gather, run_comparison, write
+from candor.calibration.compare_tables import as_markdown, as_text, tables
+from candor.calibration.errors import DataError
+from candor.calibration.fit import FitSettings
+from candor.calibration.generate import Labelled
+from candor.calibration.run import Asking, DataFile, Inputs, answer_inputs, make_bundle
+from candor.engine.prompt import ChatFormat
+from candor.model_store.bundle import Bundle, load_bundle
+from candor.model_store.manifest import Policy
 
 POLICY = Policy(temperature=0.0, top_p=1.0, top_k=0, max_tokens=16, system_prompt=None)
 FIT = FitSettings(alphas=(0.8, 0.9), rounds=1, epochs=10, exemplar_dim=8, learning_rate=1e-2)

@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from app.commands.evaluate import evaluate
+from candor.app.commands.evaluate import evaluate
 
 
 def run(*arguments: object) -> Result:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import calibration.comparison as comparison
-from calibration.comparison import Comparison
-from sdm.similarity import Neighbourhood, neighbourhood, support_neighbourhood
-from sdm.support import Support
+import candor.calibration.comparison as comparison
+from candor.calibration.comparison import Comparison
+from candor.sdm.similarity import Neighbourhood, neighbourhood, support_neighbourhood
+from candor.sdm.support import Support
 
 
 def exact(

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from calibration.data import load_records, require_disjoint
-from calibration.errors import SHOWN, DataError
+from candor.calibration.data import load_records, require_disjoint
+from candor.calibration.errors import SHOWN, DataError
 
 MESSAGES = [{"role": "user", "content": "Capital of France?"}]
 TO_GENERATE = {"id": "a", "messages": MESSAGES, "reference": "Paris", "verifier": "exact"}

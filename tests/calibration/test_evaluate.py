@@ -8,13 +8,13 @@ from math import isnan
 import pytest
 import torch
 
-from calibration.evaluate import Reading, auroc, evaluate, reading_of
-from calibration.generate import Labelled
-from calibration.intervals import Share, clopper_pearson
-from calibration.report import table
-from calibration.served import Served
-from sdm.adaptor import ExemplarAdaptor
-from sdm.estimator import SDMEstimator
+from candor.calibration.evaluate import Reading, auroc, evaluate, reading_of
+from candor.calibration.generate import Labelled
+from candor.calibration.intervals import Share, clopper_pearson
+from candor.calibration.report import table
+from candor.calibration.served import Served
+from candor.sdm.adaptor import ExemplarAdaptor
+from candor.sdm.estimator import SDMEstimator
 
 ALPHAS = (0.9, 0.95)
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from calibration.data import Label
-from calibration.errors import CalibrationError, DataError
-from calibration.fit import FitSettings, fit, set_aside, standardisation_blocks
-from calibration.generate import Labelled
-from engine.base import Representation
-from sdm.adaptor import Block
+from candor.calibration.data import Label
+from candor.calibration.errors import CalibrationError, DataError
+from candor.calibration.fit import FitSettings, fit, set_aside, standardisation_blocks
+from candor.calibration.generate import Labelled
+from candor.engine.base import Representation
+from candor.sdm.adaptor import Block
 
 SMALL = FitSettings(alphas=(0.8, 0.9), rounds=2, epochs=4, exemplar_dim=6, learning_rate=1e-2)
 BLOCKS: tuple[Block, ...] = ((3, "scalar"),)

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from calibration.cache import AnswerCache, CachedAnswer, cache_key
-from calibration.data import Record, load_records
-from calibration.errors import CacheError, CalibrationError, DataError
-from calibration.generate import Labelled, collect, count_faults, scorable
-from engine.base import AdapterIdentity, EngineDead, HiddenSummary, PromptTooLong, Representation
-from engine.prompt import ChatFormat
-from model_store.manifest import Policy
+from candor.calibration.cache import AnswerCache, CachedAnswer, cache_key
+from candor.calibration.data import Record, load_records
+from candor.calibration.errors import CacheError, CalibrationError, DataError
+from candor.calibration.generate import Labelled, collect, count_faults, scorable
+from candor.engine.base import AdapterIdentity, EngineDead, HiddenSummary, PromptTooLong, Representation
+from candor.engine.prompt import ChatFormat
+from candor.model_store.manifest import Policy
 
 GREEDY = Policy(temperature=0.0, top_p=1.0, top_k=0, max_tokens=16, system_prompt=None)
 SAMPLED = replace(GREEDY, temperature=0.7)
@@ -291,11 +291,11 @@ import asyncio, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from conftest import ScriptedEngine, scripted_chat
-from calibration.cache import AnswerCache
-from calibration.data import load_records
-from calibration.generate import collect
-from engine.base import Representation
-from model_store.manifest import Policy
+from candor.calibration.cache import AnswerCache
+from candor.calibration.data import load_records
+from candor.calibration.generate import collect
+from candor.engine.base import Representation
+from candor.model_store.manifest import Policy
 asyncio.run(collect(
     ScriptedEngine(delay=0.02, log=Path({str(log)!r})), scripted_chat(), load_records(Path({str(path)!r})),
     Policy(0.0, 1.0, 0, 16, None), Representation(), AnswerCache(Path({str(cache)!r})), 2, lambda _: None,

@@ -8,7 +8,7 @@ from math import comb, isnan, nan, sqrt
 import pytest
 import torch
 
-from calibration.intervals import (
+from candor.calibration.intervals import (
     Share,
     binomial_cdf,
     binomial_tails,

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.epochs import Half, LayerSettings, run_epochs, score_halves
-from calibration.layer import split_halves, train_layer, train_rounds
-from sdm.activation import sdm_loss
-from sdm.adaptor import ExemplarAdaptor
-from sdm.conventions import DEFAULT, RECORDED
+from candor.calibration.epochs import Half, LayerSettings, run_epochs, score_halves
+from candor.calibration.layer import split_halves, train_layer, train_rounds
+from candor.sdm.activation import sdm_loss
+from candor.sdm.adaptor import ExemplarAdaptor
+from candor.sdm.conventions import DEFAULT, RECORDED
 
 QUICK = LayerSettings(exemplar_dim=16, epochs=25, learning_rate=2e-3)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from calibration.certificate import Wanted
-from calibration.errors import CalibrationError, DataError
-from calibration.fit import FitSettings
-from calibration.run import (
+from candor.calibration.certificate import Wanted
+from candor.calibration.errors import CalibrationError, DataError
+from candor.calibration.fit import FitSettings
+from candor.calibration.run import (
     Asking,
     Certifying,
     DataFile,
@@ -26,10 +26,10 @@ from calibration.run import (
     require_unseen,
     run_evaluation,
 )
-from engine.base import AdapterIdentity, EngineDead
-from engine.prompt import ChatFormat
-from model_store.bundle import Bundle, load_bundle
-from model_store.manifest import Policy
+from candor.engine.base import AdapterIdentity, EngineDead
+from candor.engine.prompt import ChatFormat
+from candor.model_store.bundle import Bundle, load_bundle
+from candor.model_store.manifest import Policy
 
 POLICY = Policy(temperature=0.0, top_p=1.0, top_k=0, max_tokens=16, system_prompt=None)
 SETTINGS = FitSettings(alphas=(0.8, 0.9), rounds=1, epochs=10, exemplar_dim=8, learning_rate=1e-2)

@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from calibration.scores import (
+from candor.calibration.scores import (
     Figures,
     admission,
     answer_order,

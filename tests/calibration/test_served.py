@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from calibration.generate import Labelled
-from calibration.served import Attempts, regions_of_policy
-from sdm.adaptor import ExemplarAdaptor
-from sdm.estimator import SDMEstimator
+from candor.calibration.generate import Labelled
+from candor.calibration.served import Attempts, regions_of_policy
+from candor.sdm.adaptor import ExemplarAdaptor
+from candor.sdm.estimator import SDMEstimator
 
 RIGHT, WRONG, UNSURE = 2.1, -2.1, 0.01
 """Points of the line that are answered, recognised as wrong, and not admitted."""

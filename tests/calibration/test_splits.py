@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration.splits import draw, split
+from candor.calibration.splits import draw, split
 
 RECORDS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 1)), max_size=60)
 SHARES = st.sampled_from([(1.0,), (0.5, 0.5), (0.4, 0.4, 0.2), (0.9, 0.1)])

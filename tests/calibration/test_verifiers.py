@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from calibration.errors import VerifierError
-from calibration.verifiers import load_verifier, reference_problem
+from candor.calibration.errors import VerifierError
+from candor.calibration.verifiers import load_verifier, reference_problem
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from app.security import make_key
+from candor.app.edge.keys import make_key
 
 ROOT = Path(__file__).resolve().parents[2]
 _START_S = 1800
@@ -52,7 +52,7 @@ def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory, chromium:
     folder = tmp_path_factory.mktemp("console")
     key, kept = make_key("console", ["answer", "feedback", "operate"])
     (folder / "keys").write_text(kept.line(), encoding="utf-8")
-    command = [sys.executable, "-c", "from app.cli import main; main()", "serve"]
+    command = [sys.executable, "-c", "from candor.app.cli import main; main()", "serve"]
     command += ["--model", str(demo_model), "--bundle", str(ROOT / "demo/bundle"), "--port", "0"]
     settings = {"CANDOR_KEYS": str(folder / "keys"), "CANDOR_FEEDBACK": str(folder / "feedback.db")}
     environment = {"CANDOR_ENGINE": "transformers"} | os.environ | settings | {"OMP_NUM_THREADS": "1"}

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from candor.finetune.merge import merge
 from demo.model import stack
-from finetune.merge import merge
 
 TARGET = "model.layers.0.mlp.down_proj"
 

@@ -63,7 +63,14 @@ def watched(root: Path, demo_model: Path, tmp_path_factory: pytest.TempPathFacto
             "OTEL_EXPORTER_OTLP_ENDPOINT": otlp,
         }
         port = _free_port()
-        serve = [sys.executable, "-c", "from app.cli import main; main()", "serve", "--port", str(port)]
+        serve = [
+            sys.executable,
+            "-c",
+            "from candor.app.cli import main; main()",
+            "serve",
+            "--port",
+            str(port),
+        ]
         serve += ["--model", str(demo_model), "--bundle", str(root / "demo/bundle")]
         log = folder / "server.log"
         process = stack.enter_context(_running(serve, log, root, os.environ | settings))
@@ -97,7 +104,13 @@ def _load(root: Path, folder: Path, server: httpx.Client) -> None:
         for number, prompt in enumerate(prompts)
     ]
     (folder / "in.jsonl").write_text("".join(json.dumps(one) + "\n" for one in requests), encoding="utf-8")
-    batch = [sys.executable, "-c", "from app.cli import main; main()", "batch", str(folder / "in.jsonl")]
+    batch = [
+        sys.executable,
+        "-c",
+        "from candor.app.cli import main; main()",
+        "batch",
+        str(folder / "in.jsonl"),
+    ]
     command = [*batch, str(folder / "out.jsonl"), "--url", str(server.base_url), "--concurrency", "8"]
     subprocess.run(command, cwd=root, check=True, timeout=600)
     for line in (folder / "out.jsonl").read_text(encoding="utf-8").splitlines():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from app.metrics import Metrics
+from candor.app.telemetry.metrics import Metrics
 
 ADDED_BY_PROMETHEUS = {"job", "instance", "le"}
 

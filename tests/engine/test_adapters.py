@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.base import EVIDENCE, Engine, EngineError, Generation, Representation, Sampling
-from engine.factory import EngineSettings, start_engine
-from engine.prompt import ChatFormat
-from finetune.merge import merge
+from candor.engine.base import EVIDENCE, Engine, EngineError, Generation, Representation, Sampling
+from candor.engine.factory import start_engine
+from candor.engine.prompt import ChatFormat
+from candor.engine.settings import EngineSettings
+from candor.finetune.merge import merge
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "var/models/smollm2-135m-instruct"

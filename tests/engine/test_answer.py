@@ -7,8 +7,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.answer import Answer, TagFilter
-from engine.base import Delta
+from candor.engine.answer import Answer, TagFilter
+from candor.engine.base import Delta
 
 TAG = "<verified>"
 

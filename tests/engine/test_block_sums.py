@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.block_sums import BlockSums
+from candor.engine.block_sums import BlockSums
 
 
 def _mean(sums: BlockSums, blocks: list[int], positions: int) -> tuple[torch.Tensor, bool]:

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from engine.slot_evidence import of_answer
+from candor.engine.slot_evidence import of_answer
 
 pytest.importorskip("vllm")
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from engine.vllm_capture import CaptureMixin
-from engine.vllm_scheduler import KEY, Wanted
+from candor.engine.vllm_capture import CaptureMixin
+from candor.engine.vllm_scheduler import KEY, Wanted
 
 SIZE, HIDDEN, WORDS = 4, 6, 50
 BLOCKS = {"a": [7, 2, 5, 0], "b": [1, 6, 3, 4], "heir": [2, 7]}

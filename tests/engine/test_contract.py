@@ -16,7 +16,7 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
-from engine.base import (
+from candor.engine.base import (
     EVIDENCE,
     Delta,
     Engine,
@@ -26,8 +26,9 @@ from engine.base import (
     Representation,
     Sampling,
 )
-from engine.factory import EngineSettings, start_engine
-from engine.prompt import ChatFormat
+from candor.engine.factory import start_engine
+from candor.engine.prompt import ChatFormat
+from candor.engine.settings import EngineSettings
 
 REPRESENTATION = Representation(order=("mean", "last", "evidence"), evidence=EVIDENCE)
 TASK = "Finish the sentence with the words in the right order.\nSentence: {}\nWords: {}"

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from engine.base import EVIDENCE, TokenLogprob
-from engine.evidence import FLOOR, from_logprobs
+from candor.engine.base import EVIDENCE, TokenLogprob
+from candor.engine.evidence import FLOOR, from_logprobs
 
 # Two tokens: one the likeliest by 2.0, one that trails the likeliest by 0.5.
 TOKENS = (

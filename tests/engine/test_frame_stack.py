@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from engine.frame_stack import with_room
+from candor.engine.frame_stack import with_room
 
 pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="frames are objects of their own there")
 

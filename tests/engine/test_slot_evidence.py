@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from engine.slot_evidence import SlotEvidence, of_answer, surprisal_and_margin
+from candor.engine.slot_evidence import SlotEvidence, of_answer, surprisal_and_margin
 
 BLOCKS = torch.tensor([3, 0])  # of four tokens each
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from candor.model_store.bundle import load_bundle
 from demo.task import made
-from model_store.bundle import load_bundle
 
 pytestmark = pytest.mark.faults
 
@@ -25,8 +25,8 @@ PUBLISH = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from model_store.bundle import load_bundle
-from model_store.store import publish
+from candor.model_store.bundle import load_bundle
+from candor.model_store.store import publish
 
 source, disk = Path(sys.argv[1]), Path(sys.argv[2])
 bundle = load_bundle(source)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import word_ordering
-from finetune.data import Pair
+from candor.finetune import word_ordering
+from candor.finetune.data import Pair
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "var" / "models" / "smollm2-135m-instruct"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from app.cli import cli
-from calibration.data import load_records
-from finetune.data import load_pairs
+from candor.app.cli import cli
+from candor.calibration.data import load_records
+from candor.finetune.data import load_pairs
 
 RUNNER = CliRunner()
 NAMES = ("Ann", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from calibration.errors import DataError
-from finetune.data import load_pairs, require_apart
+from candor.calibration.errors import DataError
+from candor.finetune.data import load_pairs, require_apart
 
 GOOD: dict[str, Any] = {
     "id": "a",

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.factory import EngineSettings
-from engine.prompt import ChatFormat
-from engine.transformers_engine import TransformersEngine
-from finetune.batches import collate, shuffled_batches
-from finetune.data import Pair
-from finetune.examples import negative, positive
-from finetune.forward import LearntPositions
-from finetune.generation import generate
-from finetune.negatives import Negatives
-from finetune.passes import spread
-from finetune.settings import FinetuneSettings
+from candor.engine.prompt import ChatFormat
+from candor.engine.settings import EngineSettings
+from candor.engine.transformers_engine import TransformersEngine
+from candor.finetune.batches import collate, shuffled_batches
+from candor.finetune.data import Pair
+from candor.finetune.examples import negative, positive
+from candor.finetune.forward import LearntPositions
+from candor.finetune.generation import generate
+from candor.finetune.negatives import Negatives
+from candor.finetune.passes import spread
+from candor.finetune.settings import FinetuneSettings
 
 TAG = "<verified>"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.encoding import Parsed, hard_negative, parse, verification_input
+from candor.finetune.encoding import Parsed, hard_negative, parse, verification_input
 
 GOOD = "<sentence>A b.</sentence>\n<verified>"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from finetune.loss import MASKED, next_token_loss, sdm_next_token_loss, verification_loss
+from candor.finetune.loss import MASKED, next_token_loss, sdm_next_token_loss, verification_loss
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from calibration.epochs import LayerSettings
-from finetune import objectives
-from finetune.supervision import Supervision
-from finetune.teacher import TopTokens, choose_c, expected_calibration_error
-from finetune.uncertainty import smoothing
+from candor.calibration.epochs import LayerSettings
+from candor.finetune import objectives
+from candor.finetune.supervision import Supervision
+from candor.finetune.teacher import TopTokens, choose_c, expected_calibration_error
+from candor.finetune.uncertainty import smoothing
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(5, 7, generator=GENERATOR)

@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from calibration.epochs import LayerSettings
-from finetune.data import Pair
-from finetune.errors import FinetuneError
-from finetune.settings import FinetuneSettings
-from finetune.trainer import Trainer
+from candor.calibration.epochs import LayerSettings
+from candor.finetune.data import Pair
+from candor.finetune.errors import FinetuneError
+from candor.finetune.settings import FinetuneSettings
+from candor.finetune.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # accelerate, peft and tensorboard warn of themselves
 
@@ -148,7 +148,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from conftest import make_pairs
 from test_trainer import SETTINGS
-from finetune.trainer import Trainer
+from candor.finetune.trainer import Trainer
 Trainer(Path(sys.argv[2]), make_pairs("train", 32), make_pairs("held out", 16), Path(sys.argv[3]), SETTINGS).run()
 """
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune import word_ordering as task
-from finetune.errors import SentencesError
+from candor.finetune import word_ordering as task
+from candor.finetune.errors import SentencesError
 
 SIZES = task.Sizes((2, 4), (6, 9), (10, 12), train=30, development=5, calibration=10, test=8, shifted=6)
 WORDS = [f"{a}{b}" for a in "bdfgklmn" for b in ("a", "e", "i", "o", "u", "an", "en", "in")]

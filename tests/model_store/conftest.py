@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.base import ModelIdentity, Representation
-from model_store.bundle import Exemplar, encode
-from model_store.certificate import Certificate
-from model_store.manifest import (
+from candor.engine.base import ModelIdentity, Representation
+from candor.model_store.bundle import Exemplar, encode
+from candor.model_store.certificate import Certificate
+from candor.model_store.manifest import (
     LISTED,
     MANIFEST,
     SEAL,
@@ -22,8 +22,8 @@ from model_store.manifest import (
     Policy,
     seal,
 )
-from sdm.adaptor import ExemplarAdaptor
-from sdm.estimator import SDMEstimator
+from candor.sdm.adaptor import ExemplarAdaptor
+from candor.sdm.estimator import SDMEstimator
 
 Files = dict[str, bytes]
 

@@ -20,8 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from model_store.bundle import load_bundle
-from model_store.store import publish
+from candor.model_store.bundle import load_bundle
+from candor.model_store.store import publish
 
 
 def _in_a_child(work: Callable[[], object]) -> int:

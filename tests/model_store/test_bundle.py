@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from engine.base import Representation
-from model_store.bundle import Bundle, Exemplar, encode, load_bundle
-from model_store.errors import BundleDamaged, BundleError, ContentError
-from model_store.manifest import ESTIMATOR, EXEMPLARS, MANIFEST, NAMES, REPORT, FileEntry, Manifest
-from sdm.arithmetic import LARGEST
-from sdm.conventions import RECORDED
-from sdm.estimator import SDMEstimator
-from sdm.support import Support
+from candor.engine.base import Representation
+from candor.model_store.bundle import Bundle, Exemplar, encode, load_bundle
+from candor.model_store.errors import BundleDamaged, BundleError, ContentError
+from candor.model_store.manifest import ESTIMATOR, EXEMPLARS, MANIFEST, NAMES, REPORT, FileEntry, Manifest
+from candor.sdm.arithmetic import LARGEST
+from candor.sdm.conventions import RECORDED
+from candor.sdm.estimator import SDMEstimator
+from candor.sdm.support import Support
 
 Files = dict[str, bytes]
 Write = Callable[[Path, Files], Path]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from app.commands.bundle import bundle_app
-from model_store.manifest import MANIFEST, REPORT, FileEntry
+from candor.app.commands.bundle import bundle_app
+from candor.model_store.manifest import MANIFEST, REPORT, FileEntry
 
 Files = dict[str, bytes]
 ROOT = Path(__file__).parents[2]

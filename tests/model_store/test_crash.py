@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from model_store.bundle import Exemplar, load_bundle
-from model_store.manifest import NAMES, Manifest
-from model_store.store import publish
-from sdm.estimator import SDMEstimator
+from candor.model_store.bundle import Exemplar, load_bundle
+from candor.model_store.manifest import NAMES, Manifest
+from candor.model_store.store import publish
+from candor.sdm.estimator import SDMEstimator
 
 Files = dict[str, bytes]
 SCRIPT = Path(__file__).with_name("killed_publish.py")

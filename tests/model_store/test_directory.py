@@ -9,9 +9,19 @@ from pathlib import Path, PosixPath
 
 import pytest
 
-from model_store.directory import read_directory, read_manifest
-from model_store.errors import BundleDamaged, BundleError, BundleNotFound, ManifestError
-from model_store.manifest import ESTIMATOR, EXEMPLARS, LISTED, MANIFEST, NAMES, REPORT, SEAL, FileEntry, seal
+from candor.model_store.directory import read_directory, read_manifest
+from candor.model_store.errors import BundleDamaged, BundleError, BundleNotFound, ManifestError
+from candor.model_store.manifest import (
+    ESTIMATOR,
+    EXEMPLARS,
+    LISTED,
+    MANIFEST,
+    NAMES,
+    REPORT,
+    SEAL,
+    FileEntry,
+    seal,
+)
 
 Files = dict[str, bytes]
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from model_store import errors
-from model_store.bundle import Exemplar
-from model_store.certificate import Certificate
-from model_store.layout import layout
-from model_store.manifest import LIMITS, NAMES, Manifest
+from candor.model_store import errors
+from candor.model_store.bundle import Exemplar
+from candor.model_store.certificate import Certificate
+from candor.model_store.layout import layout
+from candor.model_store.manifest import LIMITS, NAMES, Manifest
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "bundle-format.md").read_text("utf-8")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_store.layout import check, layout
-from sdm.estimator import STATE_NAMES, SDMEstimator
+from candor.model_store.layout import check, layout
+from candor.sdm.estimator import STATE_NAMES, SDMEstimator
 
 SPECS = layout(2)
 NAN, INF = float("nan"), float("inf")

@@ -13,10 +13,20 @@ from typing import Any
 
 import pytest
 
-from engine.base import ModelIdentity
-from model_store.certificate import Certificate
-from model_store.errors import ManifestError
-from model_store.manifest import LIMITS, LISTED, MANIFEST, REPORT, SEAL, FileEntry, Manifest, Policy, seal
+from candor.engine.base import ModelIdentity
+from candor.model_store.certificate import Certificate
+from candor.model_store.errors import ManifestError
+from candor.model_store.manifest import (
+    LIMITS,
+    LISTED,
+    MANIFEST,
+    REPORT,
+    SEAL,
+    FileEntry,
+    Manifest,
+    Policy,
+    seal,
+)
 
 Files = dict[str, bytes]
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from model_store.bundle import Exemplar, load_bundle
-from model_store.errors import BundleExists, BundleNotFound, ContentError
-from model_store.manifest import MANIFEST, NAMES, REPORT, FileEntry, Manifest
-from model_store.store import list_bundles, publish, resolve
-from sdm.estimator import SDMEstimator
+from candor.model_store.bundle import Exemplar, load_bundle
+from candor.model_store.errors import BundleExists, BundleNotFound, ContentError
+from candor.model_store.manifest import MANIFEST, NAMES, REPORT, FileEntry, Manifest
+from candor.model_store.store import list_bundles, publish, resolve
+from candor.sdm.estimator import SDMEstimator
 
 Publish = Callable[..., str]
 

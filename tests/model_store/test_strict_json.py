@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_store import strict_json
-from model_store.errors import Difference
+from candor.model_store import strict_json
+from candor.model_store.errors import Difference
 
 
 @pytest.mark.parametrize(

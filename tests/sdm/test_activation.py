@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sdm.activation import (
+from candor.sdm.activation import (
     SOFTMAX_Q,
     balanced_loss,
     log_base_sdm,

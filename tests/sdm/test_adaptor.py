@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sdm.adaptor import ExemplarAdaptor, FrozenAdaptor, fit_standardisation
+from candor.sdm.adaptor import ExemplarAdaptor, FrozenAdaptor, fit_standardisation
 
 
 def make_adaptor(seed: int = 0, dim: int = 5) -> ExemplarAdaptor:

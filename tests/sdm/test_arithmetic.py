@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdm.arithmetic import RoundedLinear, pair_distances
+from candor.sdm.arithmetic import RoundedLinear, pair_distances
 
 
 def random_rows(n: int, width: int, seed: int, scale: float = 1.0) -> torch.Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sdm.conventions import RECORDED
-from sdm.distance import ClasswiseECDF
+from candor.sdm.conventions import RECORDED
+from candor.sdm.distance import ClasswiseECDF
 
 
 def test_quantile_by_hand() -> None:

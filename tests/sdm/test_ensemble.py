@@ -7,8 +7,8 @@ from dataclasses import fields
 import pytest
 import torch
 
-from sdm.ensemble import combine
-from sdm.outputs import Estimate
+from candor.sdm.ensemble import combine
+from candor.sdm.outputs import Estimate
 
 
 def vote(y_hat: int, top: float, *, admitted: bool = True, is_ood: bool = False) -> Estimate:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdm.adaptor import ExemplarAdaptor, fit_standardisation
-from sdm.conventions import RECORDED
-from sdm.estimator import SDMEstimator
-from sdm.outputs import Estimate
+from candor.sdm.adaptor import ExemplarAdaptor, fit_standardisation
+from candor.sdm.conventions import RECORDED
+from candor.sdm.estimator import SDMEstimator
+from candor.sdm.outputs import Estimate
 
 ALPHAS = (0.9, 0.95)
 DIM = 24

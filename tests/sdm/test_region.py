@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdm.conventions import DEFAULT, RECORDED, Conventions
-from sdm.region import Region, find_region, minimum_points, q_prime, quantile_index
+from candor.sdm.conventions import DEFAULT, RECORDED, Conventions
+from candor.sdm.region import Region, find_region, minimum_points, q_prime, quantile_index
 
 
 def naive_region(

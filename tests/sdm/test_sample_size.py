@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from sdm.distance import ClasswiseECDF
-from sdm.sample_size import band, dkw_epsilon, effective_sample_size
+from candor.sdm.distance import ClasswiseECDF
+from candor.sdm.sample_size import band, dkw_epsilon, effective_sample_size
 
 
 def test_points_below_count_and_never_the_whole_class() -> None:

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdm.conventions import RECORDED
-from sdm.similarity import neighbourhood, support_neighbourhood
-from sdm.support import BLOCK, Support
+from candor.sdm.conventions import RECORDED
+from candor.sdm.similarity import neighbourhood, support_neighbourhood
+from candor.sdm.support import BLOCK, Support
 
 
 def naive_q(

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import sdm.support
-from sdm.similarity import Neighbourhood, neighbourhood, support_neighbourhood
-from sdm.sketch import Sketch, multiplies_exactly
-from sdm.support import Support
+import candor.sdm.support as support_module
+from candor.sdm.similarity import Neighbourhood, neighbourhood, support_neighbourhood
+from candor.sdm.sketch import Sketch, multiplies_exactly
+from candor.sdm.support import Support
 
 pytestmark = pytest.mark.skipif(
     not multiplies_exactly(64), reason="no exact 8-bit products in this build of torch"
@@ -57,7 +57,7 @@ def test_decisions_are_the_same_to_the_bit(kind: str, monkeypatch: pytest.Monkey
     assert support.sketch is None  # small supports do without
     expected = neighbourhood(queries, y_hat, support)
     expected_own = support_neighbourhood(support)
-    monkeypatch.setattr(sdm.support, "SMALLEST", 1)
+    monkeypatch.setattr(support_module, "SMALLEST", 1)
     sketched = Support(support.h_prime, support.labels, support.predictions)
     assert sketched.sketch is not None
     assert same(neighbourhood(queries, y_hat, sketched), expected)
@@ -88,7 +88,7 @@ def test_the_slack_bounds_the_error_and_most_rows_are_settled_by_it(kind: str) -
 
 
 def test_without_invalid_rows_all_valid_ones_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdm.support, "SMALLEST", 1)
+    monkeypatch.setattr(support_module, "SMALLEST", 1)
     ones = torch.ones(50, dtype=torch.int64)
     support = Support(torch.randn(50, 16, generator=torch.Generator().manual_seed(1)), ones, ones)
     queries = torch.zeros(2, 16)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdm.arithmetic import pair_distances
-from sdm.support import Support
+from candor.sdm.arithmetic import pair_distances
+from candor.sdm.support import Support
 
 
 def make_support(n: int, width: int, seed: int, offset: float = 0.0) -> Support:

@@ -1,0 +1,1 @@
+"""Answering: a request resolved against the policy, generated, scored and decided."""

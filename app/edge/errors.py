@@ -1,0 +1,182 @@
+"""Where errors become HTTP: once, here, in OpenAI's error body.
+
+    400  the body is not JSON, or prompt and answer exceed the model's context
+    401  no key, or an unknown one       403  a key without the scope
+    404  no such model, answer or path   405  no such method
+    408  the body comes too slowly       413  the body is too large
+    422  a field is wrong, too large or not supported
+    429  the key has had its share for now (Retry-After)
+    500  the engine or this server failed
+    503  overloaded, not answered in time, or the engine is dead (Retry-After)
+
+An abstention is not an error.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from candor.app.answering.interruption import ClientGone, DeadlineExceeded
+from candor.app.edge.keys import Forbidden, Unauthorized
+from candor.app.edge.limits import Overloaded, Refused, TooFast
+from candor.app.edge.schemas.errors import Error, ErrorBody, ErrorType
+from candor.app.edge.services import ModelNotFound
+from candor.app.feedback import FeedbackLost, NoSuchAnswer
+from candor.app.process.selftest import GoldenMismatch
+from candor.engine.base import EngineDead, EngineError, PromptTooLong
+
+logger = logging.getLogger("candor")
+
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that left; nobody reads it but the log."""
+
+
+@dataclass(frozen=True)
+class HttpError:
+    """What a client is told of one error."""
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def body(self) -> ErrorBody:
+        kind: ErrorType = "server_error" if self.status >= 500 else "invalid_request_error"
+        return ErrorBody(error=Error(message=self.message, type=kind, param=self.param, code=self.code))
+
+    def response(self) -> Response:
+        return JSONResponse(self.body.model_dump(), status_code=self.status, headers=dict(self.headers))
+
+
+def describe(error: Exception) -> HttpError:
+    """How any error is told to a client; of one that nobody foresaw, only that it happened."""
+    match error:
+        case ModelNotFound():
+            return HttpError(404, str(error), "model", "model_not_found")
+        case PromptTooLong():
+            return HttpError(400, str(error), None, "context_length_exceeded")
+        case Refused():
+            return HttpError(422, str(error), error.param, error.code)
+        case Unauthorized():
+            message = "expected a key that this server knows, sent as `authorization: Bearer KEY`"
+            return HttpError(401, message, None, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+        case Forbidden():
+            return HttpError(403, str(error), None, "insufficient_scope")
+        case NoSuchAnswer():
+            return HttpError(404, str(error), "id", "answer_not_found")
+        case FeedbackLost():
+            return HttpError(503, str(error), None, "feedback_not_kept", {"Retry-After": "10"})
+        case DeadlineExceeded():
+            return HttpError(503, str(error), None, "deadline_exceeded", {"Retry-After": "1"})
+        case TooFast():
+            return HttpError(
+                429, str(error), None, "rate_limit_exceeded", {"Retry-After": str(error.retry_after_s)}
+            )
+        case Overloaded():
+            return HttpError(503, str(error), None, "overloaded", {"Retry-After": str(error.retry_after_s)})
+        case EngineDead():
+            message = (
+                "the engine has ended and the server is about to; send the request to another or try later"
+            )
+            return HttpError(503, message, None, "engine_dead", {"Retry-After": "30"})
+        case RequestValidationError():
+            return _describe_validation(error.errors())
+        case HTTPException():
+            return _describe_http(error)
+        case GoldenMismatch():
+            return HttpError(503, str(error), None, "golden_mismatch", {"Retry-After": "30"})
+        case EngineError():
+            return HttpError(500, f"the engine could not answer: {error}", None, "engine_error")
+        case _:
+            return HttpError(500, "the server failed; its log has the reason", None, "internal_error")
+
+
+def install(app: FastAPI) -> None:
+    """Makes the errors of `app` leave through `describe`; `app.edge.middleware` does so for unforeseen ones."""
+    for kind in (
+        ModelNotFound,
+        PromptTooLong,
+        Refused,
+        Overloaded,
+        NoSuchAnswer,
+        FeedbackLost,
+        DeadlineExceeded,
+        EngineError,
+        RequestValidationError,
+        HTTPException,
+    ):
+        app.add_exception_handler(kind, _respond)
+    app.add_exception_handler(ClientGone, _respond_to_nobody)
+
+
+async def _respond(request: Request, error: Exception) -> Response:
+    described = describe(error)
+    if isinstance(error, EngineError) and not isinstance(error, PromptTooLong):
+        logger.error("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error)
+    return described.response()
+
+
+async def _respond_to_nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def _describe_http(error: HTTPException) -> HttpError:
+    if error.status_code == 400:  # FastAPI's, for what makes Python's parser give up
+        return HttpError(
+            400, "the body is not JSON that can be read: too deep, or a number too long", None, "invalid_json"
+        )
+    messages = {
+        404: "there is nothing at this path",
+        405: "this path does not take this method",
+    }
+    phrase = HTTPStatus(error.status_code).phrase
+    detail = error.detail if error.detail != phrase else messages.get(error.status_code, error.detail)
+    code = phrase.lower().replace(" ", "_")
+    return HttpError(error.status_code, detail, None, code, error.headers or {})
+
+
+def _describe_validation(errors: Sequence[Any]) -> HttpError:
+    first = errors[0]
+    location = first["loc"][1:]  # without "body"
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "syntax error")
+        return HttpError(
+            400, f"the body is not JSON: {reason} at character {location[0]}", None, "invalid_json"
+        )
+    if not location:
+        if first["type"] in ("missing", "model_attributes_type"):
+            return HttpError(
+                422,
+                "expected a JSON object as body, sent with content-type: application/json",
+                None,
+                "invalid_body",
+            )
+        return HttpError(422, first["msg"], None, "invalid_value")
+    path = _path(location)
+    if first["type"] == "unsupported":
+        return HttpError(422, f"{path} {first['msg']}", path, "unsupported_parameter")
+    came = "" if first["type"] == "missing" else f"; got {_clip(first.get('input'))}"
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return HttpError(422, f"{path}: {first['msg']}{came}{more}", path, "invalid_value")
+
+
+def _path(location: Sequence[str | int]) -> str:
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return path.removeprefix(".")
+
+
+def _clip(value: Any, longest: int = 80) -> str:
+    """A value in a message: ASCII, so that it can always be sent, and short."""
+    shown = ascii(value[:longest] if isinstance(value, str) else value)
+    return shown if len(shown) <= longest else f"{shown[:longest]}..."

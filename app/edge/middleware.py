@@ -1,0 +1,175 @@
+"""What happens to every request first: it gets an id and its line in the log, whoever may not ask is turned away,
+and a body that is too large or comes too slowly is refused.
+
+Outermost first: RequestId, Gate, BodyLimit, the application.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import uuid
+from time import perf_counter
+
+from fastapi import HTTPException
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from candor.app.edge.errors import CLIENT_CLOSED_REQUEST, describe
+from candor.app.edge.keys import Forbidden, KeyRing, Unauthorized, scope_of
+from candor.app.edge.limits import RateLimit, TooFast
+from candor.app.telemetry.logs import request_id
+
+logger = logging.getLogger("candor")
+
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_QUIET = frozenset({"/livez", "/readyz", "/health", "/metrics", "/load"})
+"""Asked by machines every few seconds: their lines would bury the others."""
+
+_MOST_LOGGED = 1 << 16
+BODY_TIMEOUT_S = 60.0
+"""Seconds within which a whole body has to come."""
+
+
+def _asks_deep(scope: Scope) -> bool:
+    return QueryParams(scope["query_string"]).get("deep", "false") != "false"
+
+
+class RequestId:
+    """`x-request-id` on every response: the client's own where it is harmless, else a new one.
+
+    The outermost layer, so it also answers where everything within failed, and writes the line of the request.
+    log_bodies: whether what came and what went is logged too.
+    """
+
+    def __init__(self, app: ASGIApp, log_bodies: bool = False) -> None:
+        self._app = app
+        self._log_bodies = log_bodies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        current = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        request_id.set(current)
+        began = perf_counter()
+        status = CLIENT_CLOSED_REQUEST
+        came, went = bytearray(), bytearray()
+
+        async def receive_and_keep() -> Message:
+            message = await receive()
+            came.extend(message.get("body", b"")[: _MOST_LOGGED - len(came)])
+            return message
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = current
+            elif self._log_bodies:
+                went.extend(message.get("body", b"")[: _MOST_LOGGED - len(went)])
+            await send(message)
+
+        try:
+            await self._app(scope, receive_and_keep if self._log_bodies else receive, send_with_id)
+        except Exception as error:
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            if status != CLIENT_CLOSED_REQUEST:
+                raise
+            await describe(error).response()(scope, receive, send_with_id)
+        finally:
+            seconds = perf_counter() - began
+            self._log(scope, status, seconds)
+            if self._log_bodies:
+                logger.info("came=%r went=%r", bytes(came), bytes(went))
+
+    @staticmethod
+    def _log(scope: Scope, status: int, seconds: float) -> None:
+        level = logging.DEBUG if scope["path"] in _QUIET and status < 400 else logging.INFO
+        fields = {
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "seconds": round(seconds, 4),
+            "caller": scope.get("state", {}).get("caller"),
+        }
+        message = "%(method)s %(path)s %(status)d in %(seconds).3f s for %(caller)s"
+        logger.log(level, message, fields, extra=fields)
+
+
+class Gate:
+    """Whoever has no key for what a path needs gets 401 or 403, whoever asks too often 429; their body is not read.
+
+    keys: None where there are none, then everybody is let in and counts as one. rate: of requests for answers.
+    """
+
+    def __init__(self, app: ASGIApp, keys: KeyRing | None, rate: RateLimit) -> None:
+        self._app = app
+        self._keys = keys
+        self._rate = rate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self._admit(scope)
+            except (Unauthorized, Forbidden, TooFast) as error:
+                await describe(error).response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _admit(self, scope: Scope) -> None:
+        needed = scope_of(scope["path"], deep=_asks_deep(scope))
+        state = scope.setdefault("state", {})
+        state["caller"] = caller = "anyone"
+        if needed is None:
+            return
+        if self._keys is not None:
+            kind, _, presented = Headers(scope=scope).get("authorization", "").partition(" ")
+            key = self._keys.find(presented.strip()) if kind.lower() == "bearer" else None
+            if key is None:
+                raise Unauthorized
+            state["caller"] = caller = key.name
+            if needed not in key.scopes:
+                raise Forbidden(needed)
+        if needed == "answer" and scope["method"] == "POST":
+            self._rate.take(caller)
+
+
+class BodyLimit:
+    """413 once a body is, or says that it will be, larger than `most` bytes; 408 where it is not here in time."""
+
+    def __init__(self, app: ASGIApp, most: int, timeout_s: float = BODY_TIMEOUT_S) -> None:
+        self._app = app
+        self._most = most
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "0")
+        size = int(declared) if declared.isdecimal() and len(declared) < 20 else self._most + 1
+        received = 0
+        whole = False
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+
+        async def receive_at_most() -> Message:
+            nonlocal received, whole
+            try:
+                async with asyncio.timeout_at(None if whole else deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(
+                    408, f"the body has to be here within {self._timeout_s:g} s, this one is not"
+                ) from None
+            received += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if max(size, received) > self._most:
+                raise HTTPException(
+                    413, f"the body may have {self._most} bytes on this server, this one has more"
+                )
+            return message
+
+        await self._app(scope, receive_at_most, send)

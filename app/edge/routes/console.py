@@ -1,0 +1,36 @@
+"""`/console`: a page to ask and to look, from files that lie in app/console.
+
+It loads nothing from elsewhere and runs no script but its own: the policy below is what a browser enforces.
+The page itself is no secret; what it shows, it asks of the API, with the reader's key where one is needed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+CONSOLE = Path(__file__).resolve().parents[2] / "console"
+
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cache-control": "no-cache",  # asked each time, sent only when changed
+}
+
+
+class Console(StaticFiles):
+    """The files, each with the headers above."""
+
+    def __init__(self) -> None:
+        super().__init__(directory=CONSOLE, html=True)
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(HEADERS)
+        return response

@@ -1,0 +1,29 @@
+"""`POST /v1/reliability/feedback`: a label for an answer given earlier."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+
+from candor.app.edge.routes.documented import ERRORS
+from candor.app.edge.schemas.feedback import FeedbackReceipt, FeedbackRequest
+from candor.app.edge.services import Given
+from candor.app.feedback import Feedback, NoSuchAnswer
+
+router = APIRouter()
+
+
+@router.post("/v1/reliability/feedback", responses=ERRORS)
+async def take_feedback(body: FeedbackRequest, request: Request, services: Given) -> FeedbackReceipt:
+    """Acknowledged once it is on the disk. Counted once for each answer, by the first that comes."""
+    if services.feedback is None:
+        raise NoSuchAnswer("this server keeps no feedback; its operator can set CANDOR_FEEDBACK")
+    receipt = await services.feedback.take(
+        Feedback(body.id, body.index, body.correct, body.comment, request.state.caller)
+    )
+    if receipt.outcome == "recorded":
+        judges = {model.bundle.digest: model for model in services.models.values()}
+        judge = judges.get(receipt.bundle, services.model())  # an earlier server's bundle may be gone
+        judge.metrics.feedback(receipt.region, body.correct)
+    return FeedbackReceipt(
+        id=body.id, index=body.index, correct=body.correct, region=receipt.region, outcome=receipt.outcome
+    )

@@ -1,0 +1,77 @@
+"""`GET /v1/reliability`: what answers are judged by, for whoever wants to see it before trusting it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from fastapi import APIRouter
+
+from candor.app.edge.routes.documented import ERRORS
+from candor.app.edge.schemas.bundle import BundleReport, CalibrationPoints, ShownCertificate, ShownRegion
+from candor.app.edge.services import Given
+from candor.model_store.bundle import Bundle
+
+router = APIRouter()
+
+LARGEST_PLOT = 2000
+"""Calibration points given at most: more cannot be told apart on a screen."""
+
+_EXAMPLES = 3
+_NOT_SHOWN = {"fitted_prompts"}
+
+
+@router.get("/v1/reliability", responses={404: ERRORS[404]})
+async def show_bundle(services: Given, model: str | None = None) -> BundleReport:
+    """The bundle in use: how it was calibrated, what that measured, and its regions. model: else the first."""
+    served = services.model(model)
+    bundle, manifest = served.bundle, served.bundle.manifest
+    return BundleReport(
+        name=manifest.name,
+        bundle=bundle.digest,
+        created=manifest.created,
+        model=manifest.model.name,
+        class_names=list(manifest.class_names),
+        estimator=services.estimator,
+        default_alpha=served.desk.default_alpha,
+        policy=asdict(manifest.policy),
+        regions=_regions(bundle),
+        certificates=[ShownCertificate(**asdict(one)) for one in manifest.certificates],
+        most_exemplars=served.desk.most_exemplars,
+        examples=_examples(bundle) if served.desk.most_exemplars else [],
+        takes_feedback=services.feedback is not None,
+        report={name: value for name, value in bundle.report.items() if name not in _NOT_SHOWN},
+    )
+
+
+@router.get("/v1/reliability/calibration", responses={404: ERRORS[404]})
+async def show_calibration(services: Given, model: str | None = None) -> CalibrationPoints:
+    """The calibration points in the plane of q' against SDM(z'), in which regions are drawn."""
+    seen = services.model(model).bundle.estimator.calibration
+    total = len(seen.labels)
+    step = -(-total // LARGEST_PLOT) or 1
+    probability, prediction = seen.sdm[::step].max(dim=1)  # (n,) each
+    return CalibrationPoints(
+        total=total,
+        rescaled_similarity=[round(value, 3) for value in seen.q_prime[::step].tolist()],
+        probability=[round(value, 8) for value in probability.tolist()],
+        prediction=prediction.tolist(),
+        label=seen.labels[::step].tolist(),
+    )
+
+
+def _regions(bundle: Bundle) -> list[ShownRegion]:
+    return [
+        ShownRegion(
+            alpha=alpha,
+            found=region.found,
+            rescaled_similarity_threshold=region.q_prime_min if region.found else None,
+            class_thresholds=region.psi.tolist() if region.found else None,
+        )
+        for alpha, region in sorted(bundle.estimator.regions.items())
+    ]
+
+
+def _examples(bundle: Bundle) -> list[str]:
+    """Prompts that the model was seen to answer rightly, and known to."""
+    right = (one.prompt for one in bundle.exemplars if one.label == one.prediction == 1)
+    return [prompt for prompt, _ in zip(right, range(_EXAMPLES), strict=False)]

@@ -1,0 +1,96 @@
+"""The `reliability` object: what a client may ask of it, and what it is told."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from candor.app.edge.schemas.bundle import ShownCertificate
+from candor.app.policy import Reason, RegionName
+
+
+class ReliabilityOptions(BaseModel):
+    """Unlike in OpenAI's objects, an unknown field is refused: a mistyped `alpha` must not go unnoticed."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    mode: Literal["annotate", "abstain", "off"] = Field(
+        default="annotate",
+        description="`annotate` says what is known of an answer, `abstain` also withholds one that is not "
+        "reliable, `off` leaves it unchecked.",
+    )
+    alpha: float | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="Accuracy asked for; one that the bundle was calibrated at.",
+    )
+    certified: bool | None = Field(
+        default=None,
+        description="Abstain also from answers that no certificate covers. By default what the server was told; "
+        "`false` does not undo that.",
+    )
+    on_abstain: Literal["refusal", "content", "fallback"] = Field(
+        default="refusal",
+        description="Where the text that replaces a withheld answer stands: `refusal` beside an empty "
+        "content, `content` in its place; `fallback` puts the text there that the operator set for this.",
+    )
+    stream: Literal["optimistic", "buffered"] | None = Field(
+        default=None,
+        description="`optimistic` sends tokens as they come and decides at the end, `buffered` holds them "
+        "until the decision. By default `buffered` in mode `abstain`, else `optimistic`.",
+    )
+    exemplars: int = Field(
+        default=0, ge=0, description="How many of the nearest calibration exemplars to show."
+    )
+
+
+class ShownExemplar(BaseModel):
+    """distance: L2 distance between the adaptor's vectors h' of answer and exemplar, >= 0."""
+
+    id: str
+    label: int
+    prediction: int
+    distance: float
+    prompt: str
+    response: str
+
+
+class ReliabilityResult(BaseModel):
+    """Everything measured is null where region is `unavailable`.
+
+    prediction: predicted class, 1 = follows its instruction.
+    probability, probability_lower, probability_upper: SDM(z') of that class, and its band.
+    similarity: q. rescaled_similarity: q'. distance_quantile: d.
+    magnitude: how far the predicted class's z' is above the others', >= 0.
+    effective_sample_size: calibration points behind the estimate, per class.
+    calibrated: whether the request kept to the policy that was calibrated.
+    certificate: what was certified of answers like this one, null where nothing was.
+    attempts: answers written until this one, where the policy resamples.
+    """
+
+    index: int
+    region: RegionName
+    abstained: bool
+    reason: Reason | None
+    prediction: int | None
+    alpha: float
+    probability: float | None
+    probability_lower: float | None
+    probability_upper: float | None
+    similarity: int | None
+    rescaled_similarity: float | None
+    distance_quantile: float | None
+    magnitude: float | None
+    effective_sample_size: list[int] | None
+    calibrated: bool
+    certificate: ShownCertificate | None
+    attempts: int
+    exemplars: list[ShownExemplar]
+
+
+class Reliability(BaseModel):
+    """One result for each choice, in the order of their index."""
+
+    schema_version: Literal[1] = 1
+    results: list[ReliabilityResult]

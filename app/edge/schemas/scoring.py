@@ -1,0 +1,43 @@
+"""`POST /v1/reliability`: the score of a given prompt and response."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from candor.app.edge.schemas.fields import Unicode
+from candor.app.edge.schemas.openai import ChatMessage
+from candor.app.edge.schemas.reliability import Reliability
+
+
+class ScoreRequest(BaseModel):
+    """Either messages or a plain prompt, and the response to score.
+
+    The verdict holds for a response that the served model gave under the calibrated policy.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str | None = None
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+    prompt: Unicode | None = None
+    response: Unicode
+    alpha: float | None = Field(default=None, allow_inf_nan=False)
+    certified: bool | None = None
+    exemplars: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        if (self.messages is None) == (self.prompt is None):
+            raise PydanticCustomError("prompt", "expected either messages or prompt, and not both")
+        return self
+
+
+class Score(BaseModel):
+    id: str
+    object: Literal["reliability"] = "reliability"
+    model: str
+    system_fingerprint: str
+    reliability: Reliability

@@ -1,0 +1,72 @@
+"""What the lifespan makes and every handler gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, TypedDict, cast
+
+from fastapi import Depends, Request
+
+from candor.app.answering.request import OrderDesk
+from candor.app.answering.service import AnswerService
+from candor.app.answering.watch import EngineWatch
+from candor.app.edge.limits import Admission, RateLimit
+from candor.app.feedback import FeedbackStore
+from candor.app.policy import EstimatorKind
+from candor.app.process.selftest import Golden
+from candor.app.telemetry.metrics import Metrics
+from candor.engine.base import Engine
+from candor.model_store.bundle import Bundle
+
+
+class ModelNotFound(Exception):
+    """A request names a model that is not served."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """One of the models that requests can name: the engine's own, or under an adapter, each with its bundle."""
+
+    name: str
+    bundle: Bundle
+    desk: OrderDesk
+    service: AnswerService
+    golden: Golden
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Services:
+    """models: by name, first the one that is meant where none is named."""
+
+    engine: Engine
+    models: Mapping[str, Served]
+    admission: Admission
+    token_rate: RateLimit
+    watch: EngineWatch
+    feedback: FeedbackStore | None
+    estimator: EstimatorKind
+    request_timeout_s: float
+    started: int  # seconds since 1970
+
+    def model(self, name: str | None = None) -> Served:
+        """Raises ModelNotFound."""
+        if name is None:
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            served = ", ".join(map(repr, self.models))
+            raise ModelNotFound(f"the model {name!a} is not served here; this server has {served}")
+        return self.models[name]
+
+
+class LifespanState(TypedDict):
+    services: Services
+
+
+async def _services(request: Request) -> Services:
+    return cast(LifespanState, request.state)["services"]
+
+
+Given = Annotated[Services, Depends(_services)]
+"""A handler's parameter of this type is given the services."""

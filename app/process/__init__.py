@@ -1,0 +1,1 @@
+"""The process: settings, start, self-test and end."""

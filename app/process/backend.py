@@ -1,0 +1,123 @@
+"""What answers and what judges the answers: an engine, its chat format and the bundle made for them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from candor.app.answering.request import certified_alphas, default_alpha
+from candor.app.edge.limits import Refused
+from candor.engine.base import AdapterIdentity, Engine, EngineError, IdentityMismatch
+from candor.engine.identity import differences
+from candor.model_store.bundle import Bundle, load_bundle
+
+if TYPE_CHECKING:
+    from candor.app.process.settings import Settings
+    from candor.engine.prompt import ChatFormat
+
+logger = logging.getLogger("candor")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Owns the engine: whoever holds it closes it.
+
+    adapted: the same engine under each of its adapters, with the bundle made for that; closed with it.
+    """
+
+    engine: Engine
+    chat: ChatFormat
+    bundle: Bundle
+    adapted: tuple[Backend, ...] = ()
+
+
+async def start_backend(settings: Settings, adapters: Sequence[tuple[Path, Path]] = ()) -> Backend:
+    """Loads the bundle, starts the engine that it was made for, and checks that it is the same.
+
+    adapters: directories of LoRA adapters, each with its bundle's.
+    Raises BundleError, Refused, EngineError or IdentityMismatch; nothing is left running then.
+    """
+    from candor.engine.factory import start_engine
+    from candor.engine.prompt import ChatFormat
+    from candor.engine.settings import EngineSettings
+
+    bundle = _load(settings.bundle, settings)
+    adapted = [(adapter, _load(path, settings)) for adapter, path in adapters]
+    names = [settings.served_model_name or bundle.manifest.name, *(one.manifest.name for _, one in adapted)]
+    if len(set(names)) < len(names):
+        raise Refused(f"each model served needs a name of its own, got {', '.join(names)}", "model")
+    logger.info("starting engine=%s model=%s", settings.engine, settings.model)
+    chat = ChatFormat.from_directory(settings.model)
+    engine = await start_engine(
+        EngineSettings(
+            model=settings.model,
+            kind=settings.engine,
+            representation=bundle.manifest.representation,
+            dtype=cast(Any, bundle.manifest.model.dtype),  # an unknown one, the engine refuses
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            kv_cache_bytes=settings.kv_cache_bytes,
+            eager=settings.eager,
+            served_model_name=names[0],
+            adapters=tuple(adapter for adapter, _ in adapters),
+        ),
+        chat,
+    )
+    try:
+        check_identity(engine, bundle)
+        others = []
+        for adapter, one in adapted:
+            under = cast(Any, engine).under(
+                adapter, one.manifest.representation
+            )  # vLLM's: others refuse adapters
+            check_identity(under, one)
+            others.append(Backend(under, chat, one))
+    except EngineError:
+        await engine.close()
+        raise
+    return Backend(engine, chat, bundle, tuple(others))
+
+
+def _load(path: Path, settings: Settings) -> Bundle:
+    """Refused here, before the engine takes its time, where it lacks what the settings ask of it."""
+    bundle = load_bundle(path)
+    default_alpha(settings.alpha, bundle.manifest.alphas)
+    certified_alphas(bundle.manifest, settings)
+    alphas = ",".join(map(str, bundle.manifest.alphas))
+    logger.info("bundle name=%s digest=%s alphas=%s", bundle.manifest.name, bundle.digest, alphas)
+    return bundle
+
+
+def check_identity(engine: Engine, bundle: Bundle) -> None:
+    """Raises IdentityMismatch that lists every difference between what is served and what was calibrated."""
+    found = differences(bundle.manifest.model, engine.identity)
+    if engine.representation != bundle.manifest.representation:
+        found.append(
+            f"representation: the bundle was made for {bundle.manifest.representation.to_json()}, "
+            f"this engine gives {engine.representation.to_json()}"
+        )
+    wanted, laid = bundle.manifest.adapter, engine.adapter
+    if (wanted and wanted.sha256) != (laid and laid.sha256):  # the name does not count
+        found.append(
+            f"adapter: the bundle was made for {_shown(wanted)}, this engine lays {_shown(laid)} over"
+        )
+    width = sum(engine.representation.block_sizes(engine.identity.hidden_size))
+    if width != bundle.estimator.adaptor.input_dim:
+        found.append(
+            f"size of h: the bundle's estimator takes {bundle.estimator.adaptor.input_dim} numbers, "
+            f"this engine gives {width}"
+        )
+    if found:
+        raise IdentityMismatch(
+            f"bundle {bundle.manifest.name!r} was not made for this model:\n  "
+            + "\n  ".join(found)
+            + "\nServe the model it was made for, or make a bundle for this one with `candor calibrate`."
+        )
+
+
+def _shown(adapter: AdapterIdentity | None) -> str:
+    return "none" if adapter is None else f"{adapter.name} ({adapter.sha256[:12]})"

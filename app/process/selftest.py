@@ -1,0 +1,134 @@
+"""Golden prompts: does this engine give the states that were calibrated?
+
+    a prompt of the support -> engine -> h -> h',     |h' - h'_stored| <= TOLERANCE * median_j |h'_j - h'_stored|
+                                                      y_hat = y_hat_stored
+
+The bundle holds what that needs: for each row of the support its prompt, answer, h' and prediction, taken when it
+was calibrated. So this machine is compared with the one that calibrated; a state stored at the first start
+would only say that the server is still as wrong as then. One row for each class, of those known rightly the one
+whose prediction is surest: there only a state that is truly different changes the verdict.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from candor.engine.base import EngineError, Generation, HiddenSummary, Sampling
+
+if TYPE_CHECKING:
+    from candor.app.process.backend import Backend
+
+logger = logging.getLogger("candor")
+
+TOLERANCE = 0.25
+"""Of the distance to a typical other row; docs/api.md says what engines differ by."""
+
+_TURNS = ("system: ", "user: ", "assistant: ")
+"""How calibration shows conversations of several turns, which cannot be taken apart again."""
+
+
+class GoldenMismatch(EngineError):
+    """The engine's states are not those that were calibrated, so no verdict means anything."""
+
+
+@dataclass(frozen=True)
+class _Case:
+    row: int
+    prompt_ids: tuple[int, ...]
+    response: str
+    response_ids: tuple[int, ...]
+
+
+class Golden:
+    """The golden prompts of a bundle. fault: what was wrong when they were last asked, None if nothing was."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._cases = _choose(backend)
+        self._one_at_a_time = asyncio.Lock()
+        self.fault: GoldenMismatch | None = None
+        if not self._cases:
+            logger.warning(
+                "no golden prompt: the bundle has no exemplar of a single turn that fits the context"
+            )
+
+    async def check(self) -> None:
+        """Asks them all. Raises GoldenMismatch, or the engine's own error."""
+        async with self._one_at_a_time:
+            try:
+                for case in self._cases:
+                    self._compare(case, await self._answer(case))
+            except GoldenMismatch as mismatch:
+                self.fault = mismatch
+                raise
+            self.fault = None
+
+    async def _answer(self, case: _Case) -> HiddenSummary:
+        """The state of the stored answer: in the pass that writes it, where the engine writes just that."""
+        engine = self._backend.engine
+        sampling = Sampling(max_tokens=self._backend.bundle.manifest.policy.max_tokens)
+        generation: Generation | None = None
+        async with aclosing(engine.generate(case.prompt_ids, sampling)) as outputs:
+            async for output in outputs:
+                if isinstance(output, Generation):
+                    generation = output
+        if generation is None:
+            raise EngineError("the engine ended without an answer")
+        if generation.text == case.response and generation.hidden is not None:
+            return generation.hidden
+        return await engine.summarise(case.prompt_ids, case.response_ids)
+
+    def _compare(self, case: _Case, hidden: HiddenSummary) -> None:
+        bundle = self._backend.bundle
+        support, row = bundle.estimator.support, case.row
+        with torch.inference_mode():
+            h = hidden.vector(bundle.manifest.representation).unsqueeze(0)  # (1, D)
+            seen = bundle.estimator.measure(h)
+            stored = support.h_prime[row]  # (M,)
+            unit = (support.h_prime - stored).norm(dim=1).median()
+            error = float((seen.h_prime[0] - stored).norm() / unit)
+        known, found = int(support.predictions[row]), int(seen.y_hat[0])
+        exemplar = bundle.exemplars[row].id
+        logger.info("golden prompt exemplar=%s difference=%.3f verdict=%d", exemplar, error, found)
+        if not (hidden.complete and bool(seen.finite[0]) and error <= TOLERANCE and found == known):
+            raise GoldenMismatch(
+                f"the engine does not give the states that were calibrated: on the golden prompt {exemplar} expected "
+                f"verdict {known} and a difference of at most {TOLERANCE}, got {found} and {error:.3f} (complete: "
+                f"{hidden.complete}, finite: {bool(seen.finite[0])}). Look at driver, library and quantisation, or "
+                "calibrate on this machine."
+            )
+
+
+def _choose(backend: Backend) -> tuple[_Case, ...]:
+    bundle, chat = backend.bundle, backend.chat
+    support = bundle.estimator.support
+    with torch.inference_mode():
+        z_prime = bundle.estimator.adaptor.head(support.h_prime)  # (N, C)
+        best, second = z_prime.topk(2, dim=1).values.unbind(1)
+    margin = (best - second).where(support.labels == support.predictions, -1.0)
+    system = bundle.manifest.policy.system_prompt
+    cases: list[_Case] = []
+    for known in range(z_prime.shape[1]):
+        of_class = margin.where(support.predictions == known, -1.0)
+        for row in of_class.argsort(descending=True, stable=True)[:_TRIED].tolist():
+            exemplar = bundle.exemplars[row]
+            if of_class[row] < 0 or exemplar.prompt.startswith(_TURNS):
+                continue
+            turns = [{"role": "user", "content": exemplar.prompt}]
+            if system is not None:
+                turns.insert(0, {"role": "system", "content": system})
+            prompt_ids, response_ids = chat.encode_chat(turns), chat.encode_response(exemplar.response)
+            if len(prompt_ids) + len(response_ids) + _TAG_ROOM <= backend.engine.max_model_len:
+                cases.append(_Case(row, tuple(prompt_ids), exemplar.response, tuple(response_ids)))
+                break
+    return tuple(cases)
+
+
+_TRIED = 100  # of each class, surest first
+_TAG_ROOM = 32  # for the tag and its separator, which the engine appends

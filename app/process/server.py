@@ -1,0 +1,190 @@
+"""From settings to a running server, and from its end to an exit code.
+
+    bind the port -> load and verify the bundle -> start the engine -> compare identities
+                  -> ask the golden prompts -> serve
+
+Whatever fails before serving is one readable message and code 1, and nothing is left running. The port is
+bound first, for that is known at once, but only listened on when answers can be given. Keys and certificate are
+looked at first too. Without keys nothing but this machine is listened to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import ssl
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from types import FrameType
+from typing import NoReturn
+
+import uvicorn
+
+from candor.app.edge.keys import KeyFileError, read_keys
+from candor.app.edge.limits import Refused
+from candor.app.feedback import FeedbackFileError
+from candor.app.process.application import create_app
+from candor.app.process.backend import Backend, start_backend
+from candor.app.process.selftest import Golden
+from candor.app.process.settings import Settings
+from candor.app.telemetry.tracing import tracer_from_environment
+from candor.engine.base import EngineError
+from candor.model_store.errors import BundleError
+
+logger = logging.getLogger("candor")
+
+Start = Callable[[Settings], Awaitable[Backend]]
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_GRACE_S = 30
+"""Beyond the drain: how long a server with a dead engine may take to end by itself."""
+
+
+class StartError(Exception):
+    """The server cannot start; the message says what to do."""
+
+
+def run(settings: Settings, start: Start = start_backend) -> int:
+    """Serves until told to end (SIGTERM, SIGINT) or until the engine dies.
+
+    start: makes what answers. Returns the exit code: 0 where it was told to end, else 1.
+    """
+    # As an exception, so that whatever is being started is also ended.
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        with asyncio.Runner(loop_factory=_fastest_loop()) as runner:
+            return runner.run(_serve(settings, start))
+    except KeyboardInterrupt:
+        return 0
+    except (BundleError, EngineError, FeedbackFileError, KeyFileError, Refused, StartError) as error:
+        print(f"candor: {error}", file=sys.stderr)
+        return 1
+
+
+async def _serve(settings: Settings, start: Start) -> int:
+    _check_access(settings)
+    with _bind(settings.host, settings.port) as listener, tracer_from_environment() as tracer:
+        backend = await start(settings)
+        engine_died = False
+        last_resort = threading.Timer(settings.drain_timeout_s + _GRACE_S, os._exit, [1])
+        last_resort.daemon = True
+
+        def end() -> None:
+            nonlocal engine_died
+            engine_died = server.should_exit = True
+            last_resort.start()  # an engine that is stuck may not even let itself be closed
+
+        try:
+            for one in (backend, *backend.adapted):
+                await _prove(one, settings.engine_stall_timeout_s)
+            app = create_app(settings, backend, on_engine_death=end, tracer=tracer)
+        except BaseException:
+            await backend.engine.close()
+            raise
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=settings.drain_timeout_s,
+            ssl_certfile=settings.tls_certificate,
+            ssl_keyfile=settings.tls_key,
+        )
+        server = _Server(config, settings.served_model_name or backend.bundle.manifest.name)
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            last_resort.cancel()
+        return 1 if engine_died else 0
+
+
+def _check_access(settings: Settings) -> None:
+    """What can be known at once. Raises StartError or KeyFileError."""
+    if settings.keys is not None:
+        names = ", ".join(key.name for key in read_keys(settings.keys))
+        logger.info("keys of %s: whoever has none of them is refused", names)
+    elif settings.host in _LOOPBACK:
+        logger.info("no API keys: listening on %s alone, whoever is on this machine may ask", settings.host)
+    elif settings.open_to_all:
+        logger.warning("no API keys: whoever reaches %s may ask", settings.host)
+    else:
+        raise StartError(
+            f"without API keys this server listens on 127.0.0.1 alone, not on {settings.host}: make a key with "
+            "`candor key NAME --file keys` and give the file with --keys (or set CANDOR_OPEN_TO_ALL=true where "
+            "nobody but you reaches that address)"
+        )
+    if settings.tls_certificate is not None:
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(settings.tls_certificate, settings.tls_key)
+        except OSError as error:  # also ssl.SSLError
+            raise StartError(f"cannot use the certificate {settings.tls_certificate}: {error}") from error
+
+
+async def _prove(backend: Backend, within_s: float) -> None:
+    """Raises GoldenMismatch, EngineError or StartError unless the engine answers as calibrated."""
+    check = asyncio.create_task(Golden(backend).check())
+    await asyncio.wait({check}, timeout=within_s)
+    if not check.done():
+        check.cancel()
+        raise StartError(
+            f"the engine did not answer the golden prompts within {within_s:g} s; a slow one needs a larger "
+            "CANDOR_ENGINE_STALL_TIMEOUT_S"
+        )
+    check.result()
+
+
+class _Server(uvicorn.Server):
+    """Says where it listens, once it does."""
+
+    def __init__(self, config: uvicorn.Config, model_name: str) -> None:
+        super().__init__(config)
+        self._model_name = model_name
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().startup(sockets)
+            # uvloop does not raise where listening fails, but closes the socket: that is an OSError here.
+            addresses = [listener.getsockname()[:2] for listener in sockets or ()]
+        except OSError as error:
+            await self.lifespan.shutdown()
+            raise StartError(
+                "cannot listen: somebody else does on the same port by now; choose another with --port"
+            ) from error
+        for host, port in addresses:
+            protocol = "https" if self.config.is_ssl else "http"
+            url = f"{protocol}://[{host}]:{port}" if ":" in host else f"{protocol}://{host}:{port}"
+            logger.info("ready url=%s model=%s", url, self._model_name)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise StartError(f"cannot listen on {host}: {error}; choose another address with --host") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise StartError(
+            f"cannot listen on {host}:{port}: {error}; choose another port with --port"
+        ) from error
+    return listener
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(0)
+
+
+def _fastest_loop() -> type[asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.Loop

@@ -1,1 +1,0 @@
-"""Thin handlers: a request in, a response out; the work is done in `app.service`."""

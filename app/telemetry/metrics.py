@@ -1,0 +1,199 @@
+"""What operators see: how often it abstains and why, how sure it is, what scoring costs.
+
+The instruments live on a registry of their own. vLLM keeps its `vllm:*` metrics on the process's default
+registry; `/metrics` shows both. Counters and histograms begin at 0 for every label they can have: a rate needs
+a value before the first event, and a dashboard tells "none" from "unknown".
+
+Samples of a traced request carry its trace id as an exemplar, which OpenMetrics alone can show.
+"""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Iterable
+from copy import copy
+from typing import get_args
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client.exposition import choose_encoder
+
+from candor.app.answering.scoring import Cause
+from candor.app.policy import EstimatorKind, Reason, RegionName
+from candor.app.telemetry.tracing import exemplar
+from candor.app.writing.verdict import Verdict
+from candor.model_store.bundle import Bundle
+
+# Of the likelier of two classes: from a half on, and finer where the calibrated accuracies lie.
+_PROBABILITIES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)
+# Uniform where answers are like the calibration's, but the least quantiles are those that matter.
+_QUANTILES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_COUNTS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
+REGION_OF: dict[Reason, RegionName] = {
+    "out_of_distribution": "ood",
+    "below_similarity_threshold": "low",
+    "below_class_threshold": "low",
+    "predicted_not_following": "high",
+    "not_certified": "high",
+    "no_region_at_alpha": "low",
+    "uncalibrated_request": "low",
+    "scoring_unavailable": "unavailable",
+}
+"""Where each reason to abstain is met."""
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+
+class Metrics:
+    """All of this server's instruments, labelled with one of the models served."""
+
+    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+        self._registry = registry
+        self._model = model_name
+        label = ("model_name",)
+        self._answers = Counter(
+            "sdm_answers",
+            "Answers that were checked, by verdict.",
+            (*label, "alpha", "region", "decision", "reason"),
+            registry=registry,
+        )
+        self._probability = Histogram(
+            "sdm_probability",
+            "The estimator's probability of its predicted class.",
+            label,
+            buckets=_PROBABILITIES,
+            registry=registry,
+        )
+        self._distance_quantile = Histogram(
+            "sdm_distance_quantile",
+            "d: share of calibration points farther from the support.",
+            label,
+            buckets=_QUANTILES,
+            registry=registry,
+        )
+        self._rescaled_similarity = Histogram(
+            "sdm_rescaled_similarity", "q'.", label, buckets=_COUNTS, registry=registry
+        )
+        self._scoring_duration = Histogram(
+            "sdm_scoring_duration_seconds",
+            "From an answer's end to its score, waiting included.",
+            label,
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._scoring_failures = Counter(
+            "sdm_scoring_failures",
+            "Answers that could not be scored and are unavailable.",
+            (*label, "cause"),
+            registry=registry,
+        )
+        self._feedback = Counter(
+            "sdm_feedback",
+            "Labels that came back for answers given, by the verdict's region.",
+            (*label, "region", "correct"),
+            registry=registry,
+        )
+        self._reference = Gauge(
+            "sdm_reference_abstention_ratio",
+            "Share of answers abstained from that calibration measured.",
+            (*label, "alpha"),
+            registry=registry,
+        )
+        self._reference_ood = Gauge(
+            "sdm_reference_ood_ratio",
+            "Share of answers out of distribution that calibration measured on held-out prompts.",
+            label,
+            registry=registry,
+        )
+        self._bundle_info = Gauge(
+            "sdm_bundle_info", "The bundle in use; always 1.", (*label, "bundle", "alpha"), registry=registry
+        )
+        self._support_size = Gauge(
+            "sdm_support_size", "Support exemplars by label.", (*label, "label"), registry=registry
+        )
+
+    def of(self, model_name: str) -> Metrics:
+        """The same instruments for another model."""
+        other = copy(self)
+        other._model = model_name
+        return other
+
+    def describe(self, bundle: Bundle, estimator: EstimatorKind) -> None:
+        """Says what is in use, and that nothing has happened yet."""
+        for alpha in bundle.manifest.alphas:
+            self._bundle_info.labels(self._model, bundle.digest, str(alpha)).set(1)
+        if estimator == "lower":  # the one whose abstentions calibration measures
+            for alpha_name, ratio in bundle.report.get("reference_abstention_ratio", {}).items():
+                self._reference.labels(self._model, alpha_name).set(ratio)
+        for label, size in Tally(one.label for one in bundle.exemplars).items():
+            self._support_size.labels(self._model, str(label)).set(size)
+        if (ood := bundle.report.get("held_out", {}).get("ood")) is not None:
+            self._reference_ood.labels(self._model).set(ood["value"])
+        self._begin(bundle.manifest.alphas)
+
+    def _begin(self, alphas: Iterable[float]) -> None:
+        for alpha in map(str, alphas):
+            self._answers.labels(self._model, alpha, "high", "answered", "none")
+            for reason, region in REGION_OF.items():
+                self._answers.labels(self._model, alpha, region, "abstained", reason)
+        for cause in get_args(Cause):
+            self._scoring_failures.labels(self._model, cause)
+        for region in get_args(RegionName):
+            for correct in ("true", "false"):
+                self._feedback.labels(self._model, region, correct)
+        for histogram in (
+            self._probability,
+            self._distance_quantile,
+            self._rescaled_similarity,
+            self._scoring_duration,
+        ):
+            histogram.labels(self._model)
+
+    def count(self, verdict: Verdict) -> None:
+        """One answer that was given or withheld."""
+        decision = verdict.decision
+        self._answers.labels(
+            self._model,
+            str(verdict.alpha),
+            decision.region,
+            "abstained" if decision.abstained else "answered",
+            decision.reason or "none",
+        ).inc(exemplar=exemplar())
+        if verdict.reading is not None:
+            for histogram, value in (
+                (self._probability, verdict.reading.probability),
+                (self._distance_quantile, verdict.reading.distance_quantile),
+                (self._rescaled_similarity, verdict.reading.rescaled_similarity),
+            ):
+                histogram.labels(self._model).observe(value, exemplar())
+
+    def scored(self, seconds: float) -> None:
+        self._scoring_duration.labels(self._model).observe(seconds, exemplar())
+
+    def scoring_failed(self, cause: str) -> None:
+        self._scoring_failures.labels(self._model, cause).inc()
+
+    def feedback(self, region: str, correct: bool) -> None:
+        """The first label that comes for an answer."""
+        self._feedback.labels(self._model, region, str(correct).lower()).inc()
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """The page for a scraper that accepts this, and its content type.
+
+        Names stay as they are, for they are legal everywhere: to a Prometheus before 3.0 the client library would
+        call `vllm:x` `vllm_x` (prometheus/client_python#1177).
+        """
+        if "application/openmetrics-text" in accept:
+            accept = "application/openmetrics-text; version=1.0.0; escaping=allow-utf-8"
+        encode, content_type = choose_encoder(accept)
+        return encode(_Both(self._registry, REGISTRY)), content_type
+
+
+class _Both:
+    """Two registries as one."""
+
+    def __init__(self, *registries: CollectorRegistry) -> None:
+        self._registries = dict.fromkeys(registries)  # each once
+
+    def collect(self) -> Iterable[Metric]:
+        for registry in self._registries:
+            yield from registry.collect()

@@ -1,0 +1,136 @@
+"""Traces, for whoever follows one request through many services: OpenTelemetry spans, sent by OTLP over HTTP.
+
+    POST /v1/chat/completions        the request, child of the caller's span (W3C traceparent)
+    └── answer                       one for each attempt at each choice
+        ├── queue                    until the engine began with it, where the engine tells
+        ├── generate
+        └── score                    with the event gen_ai.evaluation.result: the probability, labelled by region
+
+Off unless OTEL_EXPORTER_OTLP_ENDPOINT (or ..._TRACES_ENDPOINT) says where to send them; OpenTelemetry's other
+variables (headers, service name, sampling) hold as they do everywhere. No prompt and no answer is in a span.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import time_ns
+
+from opentelemetry.trace import (
+    NoOpTracer,
+    SpanKind,
+    StatusCode,
+    Tracer,
+    format_trace_id,
+    get_current_span,
+    set_span_in_context,
+)
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from candor.app.writing.verdict import Verdict
+from candor.engine.base import Generation
+
+NO_TRACER: Tracer = NoOpTracer()
+
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_TRACED = "/v1/"
+"""Under it is what clients ask for; probes and scrapes would drown it."""
+
+
+@contextmanager
+def tracer_from_environment() -> Iterator[Tracer]:
+    """A tracer as the environment wants it; what waits to be sent is sent at the end."""
+    if not any(os.environ.get(name) for name in _ENDPOINTS):
+        yield NO_TRACER
+        return
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    name = {} if "OTEL_SERVICE_NAME" in os.environ else {"service.name": "candor"}
+    provider = TracerProvider(resource=Resource.create(name))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    try:
+        yield provider.get_tracer("candor")
+    finally:
+        provider.shutdown()
+
+
+def exemplar() -> dict[str, str] | None:
+    """For a metric's sample: the trace of the request at hand, if it is kept."""
+    context = get_current_span().get_span_context()
+    return {"trace_id": format_trace_id(context.trace_id)} if context.trace_flags.sampled else None
+
+
+class Traced:
+    """Puts every request for an answer into a span, below the caller's."""
+
+    def __init__(self, app: ASGIApp, tracer: Tracer) -> None:
+        self._app = app
+        self._tracer = tracer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith(_TRACED):
+            await self._app(scope, receive, send)
+            return
+        above = TraceContextTextMapPropagator().extract(Headers(scope=scope))
+        attributes = {"http.request.method": scope["method"], "url.path": scope["path"]}
+        with self._tracer.start_as_current_span(scope["method"], above, SpanKind.SERVER, attributes) as span:
+
+            async def send_and_note(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    status = message["status"]
+                    span.set_attribute("http.response.status_code", status)
+                    span.set_attribute("candor.request_id", Headers(raw=message["headers"])["x-request-id"])
+                    if status >= 500:
+                        span.set_status(StatusCode.ERROR)
+                await send(message)
+
+            try:
+                await self._app(scope, receive, send_and_note)
+            finally:
+                if route := scope.get("route"):  # its pattern, for paths are as many as clients like
+                    span.update_name(f"{scope['method']} {route.path}")
+
+
+class AnswerTrace:
+    """The span of one attempt at a choice, from its making on; what is done for it is noted when it has been done."""
+
+    def __init__(self, tracer: Tracer, index: int) -> None:
+        self._tracer = tracer
+        self._since = time_ns()
+        self._span = tracer.start_span("answer", attributes={"candor.choice": index}, start_time=self._since)
+        self._here = set_span_in_context(self._span)
+
+    def generated(self, generation: Generation) -> None:
+        if generation.queued_s is not None:
+            self._step("queue", self._since + int(generation.queued_s * 1e9))
+        self._step("generate", time_ns())
+        self._span.set_attribute("gen_ai.usage.input_tokens", generation.prompt_tokens)
+        self._span.set_attribute("gen_ai.usage.output_tokens", generation.completion_tokens)
+        self._span.set_attribute("gen_ai.response.finish_reasons", [generation.finish_reason])
+
+    def judged(self, verdict: Verdict) -> None:
+        decision = verdict.decision
+        result: dict[str, str | float] = {
+            "gen_ai.evaluation.name": "sdm",
+            "gen_ai.evaluation.score.label": decision.region,
+            "gen_ai.evaluation.explanation": decision.reason or "admitted",
+            "candor.alpha": verdict.alpha,
+        }
+        if verdict.reading is not None:
+            result["gen_ai.evaluation.score.value"] = verdict.reading.probability
+        span = self._tracer.start_span("score", self._here, start_time=self._since)
+        span.add_event("gen_ai.evaluation.result", result)
+        span.end()
+
+    def close(self) -> None:
+        self._span.end()
+
+    def _step(self, name: str, until: int) -> None:
+        self._tracer.start_span(name, self._here, start_time=self._since).end(until)
+        self._since = until

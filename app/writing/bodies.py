@@ -1,0 +1,242 @@
+"""Answers as OpenAI's JSON: one body, or the chunks of a stream.
+
+Of a stream's chunks only the text changes from token to token, so the rest is rendered once.
+
+    data: {id ... "choices":[{... text ...}]}                         as it comes
+    data: {id ... "choices":[{... finish_reason}], "reliability": }   once per choice, at its end
+    data: {id ... "choices":[], "usage": , "reliability": }           if asked for
+    data: [DONE]
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from candor.app.answering.orders import Order
+from candor.app.answering.service import Answer, Piece
+from candor.app.edge.schemas.openai import (
+    AssistantMessage,
+    ChatChoice,
+    ChatCompletion,
+    Completion,
+    CompletionChoice,
+    Usage,
+)
+from candor.app.writing.logprobs import chat_logprobs, completion_logprobs
+from candor.app.writing.verdict import reliability
+
+# ASCII: some clients split lines at U+2028 and the like, which would cut an event in two.
+_dumps = json.JSONEncoder(separators=(",", ":")).encode
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What all chunks of one response have in common."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+    @classmethod
+    def new(cls, prefix: Literal["chatcmpl", "cmpl"], model: str, digest: str) -> Heading:
+        return cls(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, fingerprint(digest))
+
+
+def fingerprint(digest: str) -> str:
+    """Of the bundle with this digest."""
+    return f"sdm-{digest[:12]}"
+
+
+class Renderer(ABC):
+    """One response's rendering. Chat and plain completions differ in what a choice looks like."""
+
+    kind: str
+
+    def __init__(self, heading: Heading, order: Order, *, include_usage: bool = False) -> None:
+        self.heading = heading
+        self._order = order
+        self._include_usage = include_usage
+        self._alternatives = order.jobs[0].sampling.logprobs or 0
+        fields = {"id": heading.id, "object": self.kind, "created": heading.created, "model": heading.model}
+        common = _dumps(fields | {"system_fingerprint": heading.system_fingerprint})
+        self._head = f'data: {common[:-1]},"choices":['
+        self._tail = '],"usage":null' if include_usage else "]"
+
+    def opening(self, index: int, *, refused: bool = False) -> bytes:
+        """Before a choice's first text. refused: none will come, but a refusal."""
+        return b""
+
+    @abstractmethod
+    def piece(self, piece: Piece) -> bytes:
+        """Some text as it comes."""
+
+    @abstractmethod
+    def replacement(self, answer: Answer, separator: str) -> bytes:
+        """The text in place of a withheld answer. separator: what sets it off from text sent before."""
+
+    @abstractmethod
+    def _last_choice(self, answer: Answer) -> dict[str, Any]:
+        """The choice of the chunk that carries finish_reason."""
+
+    @abstractmethod
+    def body(self, answers: Sequence[Answer]) -> bytes:
+        """The whole response, not streamed."""
+
+    def finish(self, answer: Answer) -> bytes:
+        """The end of a choice, with its verdict."""
+        return self._chunk(_dumps(self._last_choice(answer)), self._reliability_json([answer]))
+
+    def closing(self, answers: Sequence[Answer]) -> bytes:
+        """After the last choice."""
+        usage = b""
+        if self._include_usage:
+            figures = _dumps(self._usage(answers).model_dump())
+            usage = f'{self._head}],"usage":{figures}{self._reliability_json(answers)}}}\n\n'.encode()
+        return usage + b"data: [DONE]\n\n"
+
+    def _chunk(self, choice: str, more: str = "") -> bytes:
+        return f"{self._head}{choice}{self._tail}{more}}}\n\n".encode()
+
+    def _usage(self, answers: Sequence[Answer]) -> Usage:
+        written = sum(answer.completion_tokens for answer in answers)
+        prompt = self._order.prompt_tokens
+        return Usage(prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written)
+
+    def _common(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Fields of a whole response beside its choices."""
+        verdicts = [(answer.index, answer.verdict) for answer in answers if answer.verdict]
+        return {
+            "id": self.heading.id,
+            "created": self.heading.created,
+            "model": self.heading.model,
+            "system_fingerprint": self.heading.system_fingerprint,
+            "usage": self._usage(answers),
+            "reliability": reliability(verdicts) if verdicts else None,
+        }
+
+    def _reliability_json(self, answers: Iterable[Answer]) -> str:
+        verdicts = [(answer.index, answer.verdict) for answer in answers if answer.verdict]
+        return f',"reliability":{_dumps(reliability(verdicts).model_dump())}' if verdicts else ""
+
+
+class ChatRenderer(Renderer):
+    kind = "chat.completion.chunk"
+
+    def opening(self, index: int, *, refused: bool = False) -> bytes:
+        # Clients add up content: from "" on it would never be null again.
+        content = "null" if refused else '""'
+        return self._delta(index, f'"role":"assistant","content":{content}', "null")
+
+    def piece(self, piece: Piece) -> bytes:
+        logprobs = "null"
+        if piece.logprobs:
+            logprobs = _dumps(chat_logprobs(piece.logprobs, self._alternatives).model_dump())
+        return self._delta(piece.index, f'"content":{_dumps(piece.text)}', logprobs)
+
+    def replacement(self, answer: Answer, separator: str) -> bytes:
+        if answer.replacement is None:
+            return b""
+        if answer.replacement.as_refusal:
+            return self._delta(answer.index, f'"refusal":{_dumps(answer.replacement.text)}', "null")
+        return self._delta(answer.index, f'"content":{_dumps(separator + answer.replacement.text)}', "null")
+
+    def body(self, answers: Sequence[Answer]) -> bytes:
+        choices = [
+            ChatChoice(
+                index=answer.index,
+                message=_message(answer),
+                logprobs=chat_logprobs(answer.generation.logprobs, self._alternatives)
+                if _shows_logprobs(answer)
+                else None,
+                finish_reason=_finish_reason(answer),
+            )
+            for answer in answers
+        ]
+        return _json(ChatCompletion(choices=choices, **self._common(answers)))
+
+    def _last_choice(self, answer: Answer) -> dict[str, Any]:
+        return {"index": answer.index, "delta": {}, "logprobs": None, "finish_reason": _finish_reason(answer)}
+
+    def _delta(self, index: int, delta: str, logprobs: str) -> bytes:
+        return self._chunk(
+            f'{{"index":{index},"delta":{{{delta}}},"logprobs":{logprobs},"finish_reason":null}}'
+        )
+
+
+class CompletionRenderer(Renderer):
+    kind = "text_completion"
+
+    def __init__(self, heading: Heading, order: Order, *, include_usage: bool = False) -> None:
+        super().__init__(heading, order, include_usage=include_usage)
+        self._offsets: dict[int, int] = defaultdict(int)
+
+    def piece(self, piece: Piece) -> bytes:
+        logprobs = "null"
+        if piece.logprobs:
+            logprobs = _dumps(
+                completion_logprobs(
+                    piece.logprobs, self._alternatives, self._offsets[piece.index]
+                ).model_dump()
+            )
+            self._offsets[piece.index] += sum(len(token.token) for token in piece.logprobs)
+        return self._text(piece.index, f'"text":{_dumps(piece.text)}', logprobs)
+
+    def replacement(self, answer: Answer, separator: str) -> bytes:
+        if answer.replacement is None:
+            return b""
+        if answer.replacement.as_refusal:
+            return self._text(answer.index, f'"text":"","refusal":{_dumps(answer.replacement.text)}', "null")
+        return self._text(answer.index, f'"text":{_dumps(separator + answer.replacement.text)}', "null")
+
+    def body(self, answers: Sequence[Answer]) -> bytes:
+        choices = [
+            CompletionChoice(
+                index=answer.index,
+                text=_message(answer).content or "",
+                refusal=_message(answer).refusal,
+                logprobs=completion_logprobs(answer.generation.logprobs, self._alternatives)
+                if _shows_logprobs(answer)
+                else None,
+                finish_reason=_finish_reason(answer),
+            )
+            for answer in answers
+        ]
+        return _json(Completion(choices=choices, **self._common(answers)))
+
+    def _last_choice(self, answer: Answer) -> dict[str, Any]:
+        return {"index": answer.index, "text": "", "logprobs": None, "finish_reason": _finish_reason(answer)}
+
+    def _text(self, index: int, text: str, logprobs: str) -> bytes:
+        return self._chunk(f'{{"index":{index},{text},"logprobs":{logprobs},"finish_reason":null}}')
+
+
+def _message(answer: Answer) -> AssistantMessage:
+    instead = answer.replacement
+    if instead is None:
+        return AssistantMessage(content=answer.generation.text)
+    return AssistantMessage(
+        content=None if instead.as_refusal else instead.text,
+        refusal=instead.text if instead.as_refusal else None,
+    )
+
+
+def _shows_logprobs(answer: Answer) -> bool:
+    # A withheld answer's log-probabilities would spell it out.
+    return bool(answer.generation.logprobs) and answer.replacement is None
+
+
+def _finish_reason(answer: Answer) -> Literal["stop", "length"]:
+    return "stop" if answer.replacement else answer.generation.finish_reason
+
+
+def _json(response: ChatCompletion | Completion) -> bytes:
+    without = {"reliability"} if response.reliability is None else set()
+    return response.model_dump_json(exclude=without).encode()

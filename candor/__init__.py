@@ -1,0 +1,1 @@
+"""Candor: language model answers that say whether they can be relied on."""
