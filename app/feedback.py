@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from candor.app.answering.batching import MicroBatcher
-from candor.app.policy import RegionName
-from candor.app.writing.verdict import Verdict
+from candor.policy.decision import RegionName, Verdict
 
 logger = logging.getLogger("candor")
 
@@ -176,10 +175,10 @@ class FeedbackStore:
         return receipts
 
     def _note(self, cursor: sqlite3.Cursor, given: GivenVerdict) -> None:
-        decision = given.verdict.decision
+        verdict = given.verdict
         cursor.execute(
             "INSERT OR IGNORE INTO verdicts (id, choice, region, reason, alpha, bundle) VALUES (?, ?, ?, ?, ?, ?)",
-            [given.id, given.index, decision.region, decision.reason, given.verdict.alpha, given.bundle],
+            [given.id, given.index, verdict.region, verdict.reason, verdict.alpha, given.bundle],
         )
 
     def _keep(self, cursor: sqlite3.Cursor, new: Feedback) -> Receipt | None:

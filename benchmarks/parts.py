@@ -29,7 +29,7 @@ import uvicorn
 
 from benchmarks.scoring import WIDTH, draw
 from benchmarks.serving import BUNDLE, MODEL
-from candor.app.answering.scoring import Scorer
+from candor.app.answering.scoring import Scorer, ScoringRequest
 from candor.app.process.application import create_app
 from candor.app.process.backend import Backend
 from candor.app.process.settings import Settings
@@ -119,7 +119,7 @@ def scores_at_size(bundle: Bundle, size: int = 20_000) -> Iterator[str]:
 
 
 def scores_with(estimator: SDMEstimator, bundle: Bundle, hidden: Sequence[HiddenSummary]) -> Iterator[str]:
-    scorer = Scorer(estimator, bundle.manifest.representation, 10.0)
+    scorer = Scorer(replace(bundle, estimator=estimator), "lower", 10.0)
     for rows in (1, 8, 32):
         work = partial(score_all, scorer, hidden[:rows])
         work()
@@ -134,7 +134,7 @@ def score_all(scorer: Scorer, hidden: Sequence[HiddenSummary]) -> None:
 
 
 async def together(scorer: Scorer, hidden: Sequence[HiddenSummary]) -> None:
-    await asyncio.gather(*(scorer.score(one, 0.9) for one in hidden))
+    await asyncio.gather(*(scorer.judge(ScoringRequest(one, 0.9, calibrated=True)) for one in hidden))
 
 
 def summary(bundle: Bundle) -> HiddenSummary:

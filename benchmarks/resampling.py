@@ -34,7 +34,7 @@ from candor.engine.base import EVIDENCE, Representation
 from candor.engine.factory import start_engine
 from candor.engine.prompt import ChatFormat
 from candor.engine.settings import EngineSettings
-from candor.model_store.manifest import Policy
+from candor.policy.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def imagined(numbers: tuple[int, int], attempts: int) -> tuple[list[Labelled], l
     answers = []
     for i in range(sum(numbers)):
         first, *more = (
-            Labelled(f"{i}", f"{i}", "", "", 1 if right[i, j] else 0, h[i, j], tokens=1)
+            Labelled(f"{i}", f"{i}", (), "", 1 if right[i, j] else 0, h[i, j], tokens=1)
             for j in range(attempts)
         )
         answers.append(replace(first, more=tuple(more)))
@@ -146,7 +146,7 @@ def main(
     if synthetic:
         found = list(rows(*imagined((prompts, judged), attempts), ((WIDTH, "scalar"),), alpha, attempts))
     else:
-        policy = Policy(temperature, 1.0, 0, max_tokens, system_prompt=None, resample=attempts)
+        policy = Policy(temperature, max_tokens=max_tokens, resample=attempts)
         made = asyncio.run(answer(model, data, (prompts, judged), policy, data / "resampled"))
         found = list(rows(*made, alpha, attempts))
     if as_json:

@@ -36,8 +36,8 @@ from torch import Tensor
 from candor.calibration.errors import CalibrationError
 from candor.calibration.generate import Labelled
 from candor.calibration.intervals import binomial_tails, lower_bound
-from candor.calibration.served import Attempts, Served
-from candor.model_store.certificate import Certificate, EstimatorKind
+from candor.calibration.served import Attempts, ServedRows
+from candor.policy.certificate import Certificate, EstimatorKind
 from candor.sdm.estimator import SDMEstimator
 from candor.sdm.region import Region
 
@@ -141,7 +141,7 @@ def certify(
     return Certification(wanted, frozenset(first_of_each), tuple(sought))
 
 
-def _seek(region: Region, kind: EstimatorKind, seen: Served, drawn: Served, wanted: Wanted) -> Sought:
+def _seek(region: Region, kind: EstimatorKind, seen: ServedRows, drawn: ServedRows, wanted: Wanted) -> Sought:
     order = thresholds(seen, region.q_prime_min)
     steps = walk(drawn, order[start(seen, order, len(drawn.y), wanted) :], wanted)
     passed = [step for step in steps if step.passed]
@@ -163,14 +163,14 @@ def _seek(region: Region, kind: EstimatorKind, seen: Served, drawn: Served, want
     return Sought(region.alpha, kind, steps, certificate, None)
 
 
-def thresholds(seen: Served, floor: float) -> tuple[float, ...]:
+def thresholds(seen: ServedRows, floor: float) -> tuple[float, ...]:
     """q' at CUTS quantiles of the answered, descending, the last one the region's own threshold."""
     q_prime = seen.q_prime[seen.answered].sort(descending=True).values
     cuts = [float(q_prime[ceil(len(q_prime) * step / CUTS) - 1]) for step in range(1, CUTS) if len(q_prime)]
     return tuple(sorted({floor, *cuts}, reverse=True))
 
 
-def start(seen: Served, order: Sequence[float], records: int, wanted: Wanted) -> int:
+def start(seen: ServedRows, order: Sequence[float], records: int, wanted: Wanted) -> int:
     """Where in `order` to begin, from what the calibration half `seen` lets expect of so many records."""
     powers = []
     for threshold in order:
@@ -188,7 +188,7 @@ def power(answered: int, accuracy: float, wanted: Wanted) -> float:
     return float(binomial_tails(answered, accuracy)[least_right])
 
 
-def walk(drawn: Served, order: Sequence[float], wanted: Wanted) -> tuple[Step, ...]:
+def walk(drawn: ServedRows, order: Sequence[float], wanted: Wanted) -> tuple[Step, ...]:
     """Thresholds in their order until one fails."""
     steps: list[Step] = []
     for threshold in order:
@@ -200,7 +200,7 @@ def walk(drawn: Served, order: Sequence[float], wanted: Wanted) -> tuple[Step, .
     return tuple(steps)
 
 
-def records_needed(drawn: Served, order: Sequence[float], wanted: Wanted) -> int | None:
+def records_needed(drawn: ServedRows, order: Sequence[float], wanted: Wanted) -> int | None:
     """About the fewest records with which some threshold passes with ENOUGH_POWER, if what was measured is true."""
     fewest = MOST_RECORDS + 1
     for threshold in order:
@@ -243,7 +243,7 @@ def told(found: Certification) -> str:
     return "\n".join(lines)
 
 
-def _count(served: Served, threshold: float) -> tuple[int, int]:
+def _count(served: ServedRows, threshold: float) -> tuple[int, int]:
     """(answered with q' from the threshold on, right among them)."""
     answered: Tensor = served.answered & (served.q_prime >= threshold)
     return int(answered.sum()), int((served.y[answered] == 1).sum())

@@ -27,7 +27,7 @@ from candor.calibration.comparators.verbalised import stated
 from candor.calibration.compare import Comparison, compare, halves, with_samplers
 from candor.calibration.compare_page import page
 from candor.calibration.compare_tables import as_markdown, cost_table, heading, tables
-from candor.calibration.generate import Labelled, conversation, scorable
+from candor.calibration.generate import Labelled, scorable
 from candor.calibration.run import Asking, DataFile, answer_file
 from candor.engine.base import Engine
 from candor.engine.prompt import ChatFormat
@@ -92,7 +92,7 @@ async def gather(
         for name, file in sets.items()
     }
     conversations = {
-        name: {record.id: tuple(conversation(record, policy)) for record in file.records}
+        name: {record.id: policy.conversations.resolve(record.messages) for record in file.records}
         for name, file in {CALIBRATION: calibration, **sets}.items()
     }
     parts = {

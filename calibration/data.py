@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 from candor.calibration.errors import DataError, VerifierError
 from candor.calibration.verifiers import load_verifier, normalise, reference_problem
 from candor.model_store import strict_json
+from candor.policy.conversation import shown
 
 Label = Literal[0, 1]
 T = TypeVar("T")
@@ -58,9 +59,7 @@ class Record:
     @property
     def prompt(self) -> str:
         """The conversation as text to show."""
-        if len(self.messages) == 1:
-            return self.messages[0]["content"]
-        return "\n".join(f"{message['role']}: {message['content']}" for message in self.messages)
+        return shown(self.messages)
 
     @cached_property
     def prompt_digest(self) -> str:

@@ -22,8 +22,8 @@ import torch
 
 from candor.calibration.generate import Labelled, count_faults
 from candor.calibration.intervals import Share, bootstrap
-from candor.calibration.served import Attempts, Served
-from candor.model_store.certificate import EstimatorKind
+from candor.calibration.served import Attempts, ServedRows
+from candor.policy.certificate import EstimatorKind
 from candor.sdm.estimator import SDMEstimator
 
 
@@ -104,7 +104,7 @@ def evaluate(
     )
 
 
-def reading_of(served: Served) -> Reading:
+def reading_of(served: ServedRows) -> Reading:
     admitted, answered, y = served.admitted, served.answered, served.y
     right = served.y_hat == y
     return Reading(

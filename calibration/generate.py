@@ -1,10 +1,9 @@
 """Records to labelled answers with their h: the same engine, policy and chat format that will serve.
 
-A layer only speaks of answers made the way it was calibrated on, so this asks the engine exactly as the
-server does: the policy's system prompt and sampling, greedy or seeded per record. Where the policy resamples,
-all attempts are made, since the region decides which one is served (`calibration.served`). Given responses are
-summarised instead of generated. What the server could never admit is marked by its fault and kept out of
-fitting; held-out figures count it as not answered.
+A layer only speaks of answers made the way it was calibrated on, so this asks the engine by the same policy as
+the server does (`candor.policy`). Where the policy resamples, all attempts are made, since the region decides which
+one is served (`calibration.served`). Given responses are summarised instead of generated. What the server could never
+admit is marked by its fault and kept out of fitting; held-out figures count it as not answered.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import product
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -25,18 +25,19 @@ from candor.calibration.errors import CalibrationError, DataError
 from candor.calibration.verifiers import load_verifier
 from candor.engine.base import Engine, Generation, HiddenSummary, PromptTooLong, Representation, Sampling
 from candor.engine.prompt import ChatFormat
-from candor.model_store.manifest import Policy
+from candor.policy.conversation import Turn, shown
+from candor.policy.policy import Policy
 
-Fault = Literal["truncated", "incomplete", "non_finite"]
-"""Why an answer cannot be scored: it did not end on its own; not every position was counted; h is
-not finite."""
+Fault = Literal["truncated", "incomplete", "non_finite", "uncalibrated"]
+"""Why the server would never let an answer through: it did not end on its own; not every position was counted; h is
+not finite; its conversation or given response departs from the policy."""
 
 
 @dataclass(frozen=True)
 class Labelled:
     """One answer, its label and what the model's states said of it.
 
-    prompt_digest: equal for the same prompt (`Record.prompt_digest`). prompt, response: text to show.
+    prompt_digest: equal for the same prompt (`Record.prompt_digest`). messages: the record's conversation.
     label: 1 the response follows the instruction, 0 it does not.
     h: (D,) float32; (0,) where the states could not be taken. fault: None iff it can be scored.
     tokens: of the response. more: further attempts at the same prompt, in order, where the policy resamples.
@@ -44,13 +45,18 @@ class Labelled:
 
     id: str
     prompt_digest: str
-    prompt: str
+    messages: tuple[Turn, ...]
     response: str
     label: Label
     h: torch.Tensor
     fault: Fault | None = None
     tokens: int = 0
     more: tuple[Labelled, ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        """The conversation as one text to show."""
+        return shown(self.messages)
 
     @property
     def attempts(self) -> tuple[Labelled, ...]:
@@ -96,7 +102,7 @@ async def collect(
             key = _key(engine, record, policy, representation, sampling)
             answer = cache.get(key)
             if answer is None:
-                answer = await _ask(engine, chat, record, prompts[index], representation, sampling)
+                answer = await _ask(engine, chat, record, prompts[index], policy, representation, sampling)
                 if answer.h.numel():  # one whose states were lost is tried again next time
                     cache.put(key, answer)
             answers[index, attempt] = answer
@@ -110,17 +116,39 @@ async def collect(
         raise errors.exceptions[0] from errors
     labelled = []
     for index, record in enumerate(records):
-        first, *more = (_label(record, answers[index, attempt], chat) for attempt in range(policy.resample))
+        fault: Fault | None = "uncalibrated" if departure(record, policy, chat, representation.tag) else None
+        first, *more = (
+            _label(record, answers[index, attempt], chat, fault) for attempt in range(policy.resample)
+        )
         labelled.append(replace(first, more=tuple(more)))
     _refuse_contradictions(records, labelled)
     return labelled
 
 
-def conversation(record: Record, policy: Policy) -> list[dict[str, str]]:
-    """The messages as they are served: the policy's system prompt leads where the record has none."""
-    if policy.system_prompt is None or any(message["role"] == "system" for message in record.messages):
-        return list(record.messages)
-    return [{"role": "system", "content": policy.system_prompt}, *record.messages]
+def departure(record: Record, policy: Policy, chat: ChatFormat, tag: str) -> str | None:
+    """Why the server would not call an answer to this record calibrated; None where it would, if it is complete."""
+    found = policy.conversations.resolve(record.messages).departure
+    if found is None and record.response is not None:
+        found = policy.given(record.response, chat.encode_response(record.response), tag)
+    return found
+
+
+def require_calibrated(
+    source: Path, records: Sequence[Record], policy: Policy, chat: ChatFormat, tag: str
+) -> None:
+    """Raises DataError that lists every record which the server would not call calibrated."""
+    problems = [
+        f'line {record.line} (id "{record.id}"): {why}'
+        for record in records
+        if (why := departure(record, policy, chat, tag))
+    ]
+    if problems:
+        raise DataError.from_problems(
+            source,
+            problems,
+            "The server would never call such an answer calibrated. Correct or remove these records, or calibrate "
+            "with another --system-prompt or --max-tokens.",
+        )
 
 
 def _encode(engine: Engine, chat: ChatFormat, records: Sequence[Record], policy: Policy) -> list[list[int]]:
@@ -128,7 +156,7 @@ def _encode(engine: Engine, chat: ChatFormat, records: Sequence[Record], policy:
     prompts, problems = [], []
     for record in records:
         try:
-            ids = chat.encode_chat(conversation(record, policy))
+            ids = policy.conversations.resolve(record.messages).encode(chat)
         except ValueError as error:
             problems.append(f'line {record.line} (id "{record.id}"): {error}')
             continue
@@ -154,25 +182,23 @@ def _encode(engine: Engine, chat: ChatFormat, records: Sequence[Record], policy:
 
 def _sampling(policy: Policy, record: Record, seed: int, attempt: int) -> Sampling:
     stream = f"{seed}:{record.id}" + (f":{attempt}" if attempt else "")
-    digest = sha256(stream.encode()).digest()
-    return Sampling(
-        max_tokens=policy.max_tokens,
-        temperature=policy.temperature,
-        top_p=policy.top_p,
-        top_k=policy.top_k,
-        seed=int.from_bytes(digest[:4], "big") if policy.temperature > 0 else None,
-    )
+    drawn = int.from_bytes(sha256(stream.encode()).digest()[:4], "big")
+    return policy.sampling(seed=drawn if policy.temperature > 0 else None)
 
 
 def _key(
     engine: Engine, record: Record, policy: Policy, representation: Representation, sampling: Sampling
 ) -> str:
     identity = {name: value for name, value in asdict(engine.identity).items() if name != "name"}
+    conversation = policy.conversations.resolve(record.messages)
     return cache_key(
         model=identity,  # with the digests of tokenizer and chat template
         **({"adapter": engine.adapter.sha256} if engine.adapter else {}),
         representation=representation.to_json(),
-        messages=conversation(record, policy),
+        messages=conversation.turns,
+        **(
+            {"template_arguments": conversation.template_arguments} if conversation.template_arguments else {}
+        ),
         # A given response does not depend on the policy; sampled twins are told apart by their seeds.
         **({"sampling": asdict(sampling)} if record.response is None else {"response": record.response}),
     )
@@ -183,6 +209,7 @@ async def _ask(
     chat: ChatFormat,
     record: Record,
     prompt_ids: list[int],
+    policy: Policy,
     representation: Representation,
     sampling: Sampling,
 ) -> CachedAnswer:
@@ -201,7 +228,8 @@ async def _ask(
         ) from error
     if generation is None:
         raise CalibrationError(f'the engine ended without an answer for "{record.id}"; run again to resume')
-    return CachedAnswer(generation.text, generation.truncated, _vector(generation.hidden, representation))
+    complete = policy.completed(generation.completion_tokens, ended=not generation.truncated)
+    return CachedAnswer(generation.text, not complete, _vector(generation.hidden, representation))
 
 
 def _vector(summary: HiddenSummary | None, representation: Representation) -> torch.Tensor:
@@ -210,28 +238,29 @@ def _vector(summary: HiddenSummary | None, representation: Representation) -> to
     return summary.vector(representation).to(torch.float32)
 
 
-def _label(record: Record, answer: CachedAnswer, chat: ChatFormat) -> Labelled:
+def _label(record: Record, answer: CachedAnswer, chat: ChatFormat, fault: Fault | None) -> Labelled:
     label = record.label
     if label is None:
         assert record.verifier is not None  # one of the two, by `load_records`
         label = 1 if load_verifier(record.verifier)(answer.response, record.reference) else 0
-    fault: Fault | None = None
-    if answer.truncated:
-        fault = "truncated"
-    elif answer.h.numel() == 0:
-        fault = "incomplete"
-    elif not answer.h.isfinite().all():
-        fault = "non_finite"
     return Labelled(
         record.id,
         record.prompt_digest,
-        record.prompt,
+        record.messages,
         answer.response,
         label,
         answer.h,
-        fault,
+        fault or _fault(answer),
         len(chat.encode_response(answer.response)),
     )
+
+
+def _fault(answer: CachedAnswer) -> Fault | None:
+    if answer.truncated:
+        return "truncated"
+    if answer.h.numel() == 0:
+        return "incomplete"
+    return None if answer.h.isfinite().all() else "non_finite"
 
 
 def _refuse_contradictions(records: Sequence[Record], labelled: Sequence[Labelled]) -> None:

@@ -37,13 +37,14 @@ from candor.calibration.fit import (
     set_aside_for_certification,
     standardisation_blocks,
 )
-from candor.calibration.generate import Labelled, collect, count_faults
+from candor.calibration.generate import Labelled, collect, count_faults, require_calibrated
 from candor.calibration.report import build_report
 from candor.engine.base import AdapterIdentity, Engine, ModelIdentity, Representation
 from candor.engine.prompt import ChatFormat
 from candor.model_store.bundle import Bundle, Exemplar
-from candor.model_store.manifest import Manifest, Policy
+from candor.model_store.manifest import Manifest
 from candor.model_store.store import publish
+from candor.policy.policy import Policy
 
 CLASS_NAMES = ("does not follow the instruction", "follows the instruction")
 
@@ -155,6 +156,14 @@ class Made:
     certification: Certification | None
 
 
+def require_inputs_calibrated(chat: ChatFormat, inputs: Inputs, policy: Policy, tag: str) -> None:
+    """Raises DataError for records to fit or certify on that the server would not call calibrated. Held-out records
+    may depart from the policy: they count as not answered."""
+    for file in (inputs.fitting, inputs.certification):
+        if file is not None:
+            require_calibrated(file.path, file.records, policy, chat, tag)
+
+
 async def answer_inputs(
     engine: Engine, chat: ChatFormat, inputs: Inputs, policy: Policy, asking: Asking
 ) -> Answers:
@@ -222,7 +231,7 @@ def make_bundle(
         },
     )
     exemplars = [
-        Exemplar(answer.id, answer.label, prediction, answer.prompt, answer.response)
+        Exemplar(answer.id, answer.label, prediction, answer.messages, answer.response)
         for answer, prediction in zip(
             fitted.training, fitted.estimator.support.predictions.tolist(), strict=True
         )

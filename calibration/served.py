@@ -1,11 +1,11 @@
-"""What the server would serve, of answers that are there already: the policy and the verdict, run on labelled data.
+"""What the server would serve, of answers that are there already: the decision of `candor.policy`, on labelled data.
 
     attempt 1, 2, ..., k   written until one is *answered*: admitted at alpha and judged right
     served                 that attempt, or the last one
 
-k = 1 is one answer a prompt. An attempt that cannot be scored is not answered, so the next one follows, as in
-`app.answering.service`. Regions and certificates of a policy that resamples come from what it serves, not from
-its attempts: taking the first answer that looks right also picks those that only look it.
+k = 1 is one answer a prompt. An attempt that the server would never let through (`Labelled.fault`) is not answered,
+so the next one follows, as in `app.answering.service`. Regions and certificates of a policy that resamples come from
+what it serves, not from its attempts: taking the first answer that looks right also picks those that only look it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from candor.calibration.generate import Labelled
-from candor.model_store.certificate import EstimatorKind
+from candor.policy.certificate import EstimatorKind
+from candor.policy.decision import FOLLOWS, decide
 from candor.sdm.estimator import SDMEstimator
 from candor.sdm.outputs import Measurement
 from candor.sdm.region import Region, find_region
@@ -28,7 +29,7 @@ _STRIDES = 50
 
 
 @dataclass(frozen=True, eq=False)
-class Served:
+class ServedRows:
     """One row a prompt: the attempt that is served. All (n,) but sdm (n, C).
 
     admitted: by the estimator that chose. q_prime: what its threshold is compared with, so q' at d_lower
@@ -46,7 +47,7 @@ class Served:
     @property
     def answered(self) -> Tensor:
         """(n,) bool: what a client in abstain mode gets to see."""
-        return self.admitted & (self.y_hat == 1)
+        return self.admitted & (self.y_hat == FOLLOWS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,21 +86,26 @@ class Attempts:
         kept = {name: value[rows] for name, value in vars(self.measurement).items()}
         return Attempts(Measurement(**kept), self.y[:, :k], self.scored[:, :k], self.tokens[:, :k])
 
-    def served(self, estimator: SDMEstimator, alpha: float, kind: EstimatorKind) -> Served:
+    def served(self, estimator: SDMEstimator, alpha: float, kind: EstimatorKind) -> ServedRows:
         """estimator: the one that measured, perhaps with other regions."""
         n, k = self.y.shape
         estimate = estimator.judge(self.measurement, alpha)
-        lower = kind == "lower"
-        admitted = estimate.admitted_lower if lower else estimate.admitted
-        answered = (admitted & (estimate.y_hat == 1)).view(n, k)
-        at = torch.where(answered.any(dim=1), answered.int().argmax(dim=1), k - 1)  # argmax: the first
+        decisions = decide(
+            estimate,
+            estimator.regions[alpha],
+            finite=self.measurement.finite,
+            calibrated=self.scored.flatten(),
+            estimator=kind,
+        )
+        follows = decisions.follows.view(n, k)
+        at = torch.where(follows.any(dim=1), follows.int().argmax(dim=1), k - 1)  # argmax: the first
         row = torch.arange(n) * k + at
-        return Served(
+        return ServedRows(
             y=self.y.gather(1, at.unsqueeze(1)).squeeze(1),
             y_hat=estimate.y_hat[row],
-            admitted=admitted[row],
+            admitted=decisions.admitted[row],
             sdm=estimate.sdm[row],
-            q_prime=(estimate.q_prime_lower if lower else estimate.q_prime)[row],
+            q_prime=decisions.similarity[row],
             attempts=at + 1,
             tokens=self.tokens.cumsum(dim=1).gather(1, at.unsqueeze(1)).squeeze(1),
         )

@@ -46,8 +46,12 @@ class ChatFormat:
         end: int = self._tokenizer.eos_token_id
         return end
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], template_arguments: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Ids of a conversation ({"role", "content"} each) up to where the assistant's answer begins.
+
+        template_arguments: what the template is given besides, such as {"enable_thinking": false}.
 
         Raises ValueError where the model has no template or the template refuses the conversation.
         """
@@ -55,7 +59,9 @@ class ChatFormat:
             raise ValueError("this model has no chat template; use plain completions instead")
         marked = [{"role": m["role"], "content": _PLACEHOLDER.format(i)} for i, m in enumerate(messages)]
         try:
-            rendered = self._tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
+            rendered = self._tokenizer.apply_chat_template(
+                marked, tokenize=False, add_generation_prompt=True, **(template_arguments or {})
+            )
         except Exception as error:  # jinja2's own errors and those a template raises have no common base
             raise ValueError(f"the model's chat template refused these messages: {error}") from error
         ids: list[int] = []

@@ -10,9 +10,11 @@ from torch import Tensor
 from candor.engine.base import Representation
 from candor.engine.prompt import ChatFormat
 from candor.finetune.data import Pair
+from candor.finetune.errors import FinetuneError
 from candor.finetune.examples import Example, negative, positive
 from candor.finetune.negatives import Negatives
 from candor.finetune.settings import FinetuneSettings
+from candor.policy.conversation import Conversations
 
 TAG = Representation().tag
 
@@ -25,8 +27,16 @@ class Documents:
     ) -> None:
         self.pairs = pairs
         self.negatives = Negatives(pairs, settings, name)
-        system = [{"role": "system", "content": settings.system_prompt}] if settings.system_prompt else []
-        self.prompts = [chat.encode_chat([*system, *pair.messages]) for pair in pairs]
+        served = Conversations.of_records([pair.messages for pair in pairs], settings.system_prompt)
+        self.prompts = []
+        for pair in pairs:
+            conversation = served.resolve(pair.messages)
+            if conversation.departure:
+                raise FinetuneError(
+                    f'pair "{pair.id}": {conversation.departure}; remove its system message, or train without '
+                    "--system-prompt"
+                )
+            self.prompts.append(conversation.encode(chat))
         self._chat = chat
 
     def __len__(self) -> int:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from candor.model_store import layout, strict_json
+from candor.model_store import formats, layout, strict_json
 from candor.model_store.directory import read_directory
 from candor.model_store.errors import ContentError, Difference
 from candor.model_store.manifest import (
@@ -33,6 +33,7 @@ from candor.model_store.manifest import (
     Manifest,
     seal,
 )
+from candor.policy.conversation import shown
 from candor.sdm.conventions import DEFAULT, Conventions
 from candor.sdm.estimator import SDMEstimator
 
@@ -41,13 +42,25 @@ _MOST_LINES = 10  # of a file of which every line may be wrong
 
 @dataclass(frozen=True)
 class Exemplar:
-    """The text behind one support row. label: -1 unlabelled, -99 out of distribution, else a class."""
+    """What stands behind one support row. label: -1 unlabelled, -99 out of distribution, else a class.
+
+    messages: the conversation as its record had it, {"role", "content"} each.
+    """
 
     id: str
     label: int
     prediction: int
-    prompt: str
+    messages: tuple[dict[str, str], ...]
     response: str
+
+    def __post_init__(self) -> None:
+        if not self.messages or any(turn.keys() != {"role", "content"} for turn in self.messages):
+            raise ValueError('its messages are no list of {"role", "content"}')
+
+    @property
+    def prompt(self) -> str:
+        """The conversation as one text to show."""
+        return shown(self.messages)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +81,10 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     """
     files = read_directory(Path(path))
     manifest = files.manifest
-    exemplars = _read_exemplars(files.data[EXEMPLARS])
+    version = manifest.format_version
+    exemplars = _read_exemplars(files.data[EXEMPLARS], version)
+    policy = formats.with_conversations(manifest.policy, version, [one.messages for one in exemplars])
+    manifest = replace(manifest, policy=policy)
     report = _read_report(files.data[REPORT])
     tensors = _read_tensors(files.data[ESTIMATOR])
     _check(manifest, tensors, exemplars)
@@ -97,7 +113,8 @@ def encode(
         EXEMPLARS: b"".join(_dump(EXEMPLARS, asdict(one)) + b"\n" for one in exemplars),
         REPORT: _dump(REPORT, report, indent=2) + b"\n",
     }
-    listed = replace(manifest, files={name: FileEntry.of(content) for name, content in data.items()})
+    entries = {name: FileEntry.of(content) for name, content in data.items()}
+    listed = replace(manifest, format_version=formats.LATEST, files=entries)
     manifest_bytes = listed.to_bytes()
     return {**data, MANIFEST: manifest_bytes, SEAL: seal(manifest_bytes)}
 
@@ -128,7 +145,7 @@ def _read_tensors(data: bytes) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_exemplars(data: bytes) -> tuple[Exemplar, ...]:
+def _read_exemplars(data: bytes, version: int) -> tuple[Exemplar, ...]:
     faults: list[Difference] = []
     exemplars: list[Exemplar] = []
     *lines, rest = data.split(b"\n")  # not splitlines: U+2028 may stand unescaped in a string
@@ -137,7 +154,8 @@ def _read_exemplars(data: bytes) -> tuple[Exemplar, ...]:
     for number, line in enumerate(lines, start=1):
         where = f"{EXEMPLARS} line {number}"
         try:
-            exemplars.append(strict_json.decode(Exemplar, strict_json.parse(line), where, faults))
+            value = formats.exemplar_as_latest(strict_json.parse(line), version)
+            exemplars.append(strict_json.decode(Exemplar, value, where, faults))
         except ValueError as error:
             faults.append(Difference(where, "a JSON object", str(error)))
         if len(faults) >= _MOST_LINES:

@@ -23,11 +23,12 @@ from typing import Any
 
 from candor.engine.base import AdapterIdentity as AdapterIdentity
 from candor.engine.base import ModelIdentity, Representation
-from candor.model_store import strict_json
-from candor.model_store.certificate import Certificate, EstimatorKind
+from candor.model_store import formats, strict_json
 from candor.model_store.errors import Difference, ManifestError
+from candor.policy.certificate import Certificate, EstimatorKind
+from candor.policy.policy import Policy
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = formats.LATEST
 
 MANIFEST = "manifest.json"
 SEAL = "manifest.json.sha256"
@@ -57,42 +58,11 @@ class FileEntry:
         return cls(hashlib.sha256(data).hexdigest(), len(data))
 
 
-@dataclass(frozen=True)
-class Policy:
-    """How answers were generated for calibration; a request that leaves it is uncalibrated.
-
-    temperature in [0, 2], top_p in (0, 1], top_k >= 0 (0: all), max_tokens >= 1.
-    system_prompt: None where the records brought their own messages.
-    resample: most answers written for one prompt, until one lies in the region and is judged right; 1: the
-    first is it. Above 1 only with a temperature above 0.
-    """
-
-    temperature: float
-    top_p: float
-    top_k: int
-    max_tokens: int
-    system_prompt: str | None
-    resample: int = 1
-
-    def __post_init__(self) -> None:
-        if not (
-            0 <= self.temperature <= 2 and 0 < self.top_p <= 1 and self.top_k >= 0 and self.max_tokens >= 1
-        ):
-            raise ValueError(
-                "temperature must be in [0, 2], top_p in (0, 1], top_k >= 0, max_tokens >= 1; "
-                f"got {self.temperature}, {self.top_p}, {self.top_k}, {self.max_tokens}"
-            )
-        if self.resample < 1 or (self.resample > 1 and self.temperature == 0):
-            raise ValueError(
-                "resample must be at least 1, and above 1 it needs a temperature above 0, or every try is the same; "
-                f"got resample {self.resample}, temperature {self.temperature}"
-            )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What manifest.json says.
 
+    format_version: that it was written in; what is published has the latest.
     name: by which the bundle is chosen and served.
     created: ISO 8601 in UTC, such as 2026-01-31T12:00:00Z.
     adapter: None where the model's weights are served as they are.
@@ -128,7 +98,10 @@ class Manifest:
                 faults.append(Difference(where, expected, strict_json.show(actual)))
 
         require(
-            self.format_version == FORMAT_VERSION, "format_version", str(FORMAT_VERSION), self.format_version
+            formats.FIRST <= self.format_version <= formats.LATEST,
+            "format_version",
+            f"{formats.FIRST} to {formats.LATEST}",
+            self.format_version,
         )
         require(bool(self.name.strip()), "name", "a name", self.name)
         require(_is_utc(self.created), "created", "an ISO 8601 time in UTC", self.created)
@@ -191,42 +164,20 @@ class Manifest:
         except ValueError as error:
             raise _invalid([Difference(MANIFEST, "a JSON object", str(error))]) from None
         version = value.get("format_version") if isinstance(value, dict) else None
-        if type(version) is int and version in (1, 2):
-            value = _from_version_2(_from_version_1(value, faults) if version == 1 else value, faults)
-        elif type(version) is int and version != FORMAT_VERSION:  # first: another version has other fields
-            raise ManifestError(
-                "the bundle has another format",
-                [Difference("format_version", f"1 to {FORMAT_VERSION}", str(version))],
-                "Use the version of candor that wrote it, or create the bundle anew with `candor calibrate`.",
-            )
+        if type(version) is int:  # first: another version has other fields
+            if not formats.FIRST <= version <= formats.LATEST:
+                raise ManifestError(
+                    "the bundle has another format",
+                    [Difference("format_version", f"{formats.FIRST} to {formats.LATEST}", str(version))],
+                    "Use the version of candor that wrote it, or create the bundle anew with `candor calibrate`.",
+                )
+            value = formats.manifest_as_latest(value, version, faults)
         manifest: Manifest = strict_json.decode(cls, value, "", faults)
         if faults:
             raise _invalid(faults)
         if not manifest.files:
             raise _invalid([Difference("files", f"exactly {', '.join(LISTED)}", "none")])
         return manifest
-
-
-def _from_version_1(value: dict[str, Any], faults: list[Difference]) -> dict[str, Any]:
-    """Version 1 knew neither certificates nor resampling: it has none, and the first answer is it."""
-    policy = value.get("policy")
-    if "certificates" in value:
-        faults.append(Difference("certificates", "no such field", strict_json.show(value["certificates"])))
-    if isinstance(policy, dict):
-        if "resample" in policy:
-            faults.append(
-                Difference("policy.resample", "no such field", strict_json.show(policy["resample"]))
-            )
-        policy = policy | {"resample": 1}
-    named = {"policy": policy} if "policy" in value else {}
-    return value | named | {"certificates": []}
-
-
-def _from_version_2(value: dict[str, Any], faults: list[Difference]) -> dict[str, Any]:
-    """Version 2 knew q as the papers define it alone."""
-    if "passed_over" in value:
-        faults.append(Difference("passed_over", "no such field", strict_json.show(value["passed_over"])))
-    return value | {"passed_over": 0, "format_version": FORMAT_VERSION}
 
 
 def _invalid(faults: list[Difference]) -> ManifestError:

@@ -1,27 +1,25 @@
-"""Where a request's body, checked against what is served, becomes an order.
+"""A request's body, resolved against what is served: what the engine is given, and what is done with its answer.
 
-What a request leaves open is filled in from the bundle's policy, so a stock client that sets nothing gets
-calibrated answers. What leaves the policy is answered all the same, but marked as uncalibrated.
+What a request leaves open is filled in from the bundle's policy, so a stock client that sets nothing gets calibrated
+answers. What departs from the policy (`candor.policy`) is answered all the same, but not called calibrated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from candor.app.answering.orders import Job, Options, Order, PairOrder, Replacement
 from candor.app.edge.limits import Limits, Refused, at_most
-from candor.app.edge.schemas.openai import (
+from candor.app.edge.schemas.reliability import ReliabilityOptions
+from candor.app.edge.schemas.requests import (
     INT64,
     ChatCompletionRequest,
     ChatMessage,
     CompletionRequest,
     GenerationRequest,
 )
-from candor.app.edge.schemas.reliability import ReliabilityOptions
 from candor.app.edge.schemas.scoring import ScoreRequest
-from candor.app.policy import samples_as_calibrated
 from candor.engine.base import PromptTooLong, Sampling
 
 if TYPE_CHECKING:
@@ -29,41 +27,123 @@ if TYPE_CHECKING:
     from candor.app.process.settings import Settings
     from candor.model_store.manifest import Manifest
 
+Mode = Literal["annotate", "abstain", "off"]
 
-class OrderDesk:
-    """Turns bodies into orders for one model. Raises Refused or PromptTooLong."""
+_STRICTNESS: dict[Mode, int] = {"off": 0, "annotate": 1, "abstain": 2}
+
+_APART = 2**32
+"""Between the seeds of one choice's attempts, so that they meet no other choice's."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What a client gets in place of a withheld answer."""
+
+    text: str
+    as_refusal: bool
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """A request's reliability options, resolved. replacement: None where nothing is withheld.
+
+    certified_only: whether answers that no certificate covers are abstained from. buffered: of streams, whether the
+    text is held back until the decision.
+    """
+
+    mode: Mode
+    alpha: float
+    certified_only: bool
+    buffered: bool
+    exemplars: int
+    replacement: Replacement | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One answer to write: what the engine is given."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+
+    def attempt(self, number: int) -> Choice:
+        """The same, drawn anew: attempts from 0 on differ, and repeat where the first is seeded."""
+        seed = self.sampling.seed
+        if seed is None or number == 0:
+            return self
+        return replace(self, sampling=replace(self.sampling, seed=_wrapped(seed + number * _APART)))
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """choices: in index order. prompt_tokens: each prompt counted once.
+
+    calibrated: whether the request keeps to the policy, as far as that is known before the answer.
+    attempts: most answers written for one choice, until one is reliable; 1 outside the policy.
+    """
+
+    choices: tuple[Choice, ...]
+    prompt_tokens: int
+    calibrated: bool
+    reliability: Reliability
+    attempts: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """The most it may come to: each answer at its longest, beside its prompt."""
+        return sum(len(choice.prompt_ids) + choice.sampling.max_tokens for choice in self.choices)
+
+
+@dataclass(frozen=True)
+class PairRequest:
+    """A given prompt and response to score."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    calibrated: bool
+    alpha: float
+    certified_only: bool
+    exemplars: int
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+class RequestResolver:
+    """Resolves bodies for one model. Raises Refused or PromptTooLong."""
 
     def __init__(self, backend: Backend, settings: Settings) -> None:
         manifest = backend.bundle.manifest
         self.alphas = manifest.alphas
         self.default_alpha = default_alpha(settings.alpha, manifest.alphas)
+        self.most_exemplars = settings.max_exemplars
         self._certified_only = settings.certified_only
         self._certified_alphas = certified_alphas(manifest, settings)
+        self._least_mode: Mode = "abstain" if settings.certified_only else settings.least_mode
         self._chat = backend.chat
         self._policy = manifest.policy
         self._tag = manifest.representation.tag
-        self.most_exemplars = settings.max_exemplars
         self._room = backend.engine.max_model_len
         self._limits = Limits.of(settings, backend.engine.max_model_len)
         self._refusal_text = settings.refusal_text
         self._fallback_text = settings.fallback_text
 
-    def chat(self, body: ChatCompletionRequest) -> Order:
-        prompt_ids, keeps_system_prompt = self._encode_chat(body.messages)
-        top = (body.top_logprobs or 0) if body.logprobs else None
-        return self._order(
+    def chat(self, body: ChatCompletionRequest) -> AnswerRequest:
+        prompt_ids, calibrated = self._encode_chat(body.messages, body.chat_template_kwargs)
+        return self._answers(
             body,
             [prompt_ids],
             max_tokens=body.max_completion_tokens or body.max_tokens,
             param="messages",
-            logprobs=top,
-            calibrated=keeps_system_prompt,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            calibrated=calibrated,
         )
 
-    def completion(self, body: CompletionRequest) -> Order:
+    def completion(self, body: CompletionRequest) -> AnswerRequest:
         """Plain prompts leave the chat format that was calibrated, so their answers are never calibrated."""
         prompts = [self._encode_text(text) for text in body.prompt]
-        return self._order(
+        return self._answers(
             body,
             prompts,
             max_tokens=body.max_tokens,
@@ -72,7 +152,7 @@ class OrderDesk:
             calibrated=False,
         )
 
-    def pair(self, body: ScoreRequest) -> PairOrder:
+    def pair(self, body: ScoreRequest) -> PairRequest:
         at_most(self._limits.exemplars, body.exemplars, "exemplars", "exemplars")
         if body.messages is not None:
             prompt_ids, calibrated = self._encode_chat(body.messages)
@@ -80,19 +160,18 @@ class OrderDesk:
             prompt_ids, calibrated = self._encode_text(body.prompt or ""), False
         response_ids = tuple(self._chat.encode_response(body.response))
         self._check_fit(prompt_ids, len(response_ids), "messages" if body.messages else "prompt")
-        return PairOrder(
+        departure = self._policy.given(body.response, response_ids, self._tag)
+        alpha = self._alpha(body.alpha, "alpha")
+        return PairRequest(
             prompt_ids=prompt_ids,
             response_ids=response_ids,
-            # No answer of the served model holds its tag: that is where an answer ends.
-            calibrated=calibrated
-            and len(response_ids) <= self._policy.max_tokens
-            and self._tag not in body.response,
-            alpha=(alpha := self._alpha(body.alpha, "alpha")),
-            certified=self._certified(body.certified, alpha, "certified"),
+            calibrated=calibrated and departure is None,
+            alpha=alpha,
+            certified_only=self._certified(body.certified, alpha, "certified"),
             exemplars=body.exemplars,
         )
 
-    def _order(
+    def _answers(
         self,
         body: GenerationRequest,
         prompts: Sequence[tuple[int, ...]],
@@ -101,55 +180,50 @@ class OrderDesk:
         param: str,
         logprobs: int | None,
         calibrated: bool,
-    ) -> Order:
+    ) -> AnswerRequest:
         n = body.n or 1
         at_most(self._limits.choices, n * len(prompts), "answers in one request (n times prompts)", "n")
         if max_tokens is not None:
             at_most(self._limits.output_tokens, max_tokens, "max_tokens", "max_tokens")
-        sampling = self._sampling(body, logprobs)
-        jobs: list[Job] = []
+        sampling = self._policy.sampling(
+            temperature=body.temperature,
+            top_p=body.top_p,
+            top_k=None if body.top_k is None else max(body.top_k, 0),
+            stop=tuple(body.stop or ()),
+            frequency_penalty=body.frequency_penalty,
+            presence_penalty=body.presence_penalty,
+            logprobs=logprobs,
+        )
+        choices: list[Choice] = []
         for prompt_ids in prompts:
             self._check_fit(prompt_ids, max_tokens or 1, param)
             left = self._room - len(prompt_ids)
             length = max_tokens or min(self._policy.max_tokens, self._limits.output_tokens, left)
             for _ in range(n):
-                jobs.append(
-                    Job(
-                        prompt_ids, replace(sampling, max_tokens=length, seed=_nth_seed(body.seed, len(jobs)))
-                    )
-                )
-        calibrated = calibrated and samples_as_calibrated(self._policy, sampling)
-        options = self._options(body.reliability or ReliabilityOptions(), streamed=body.wants_stream)
-        return Order(
-            jobs=tuple(jobs),
+                seed = None if body.seed is None else _wrapped(body.seed + len(choices))  # choices differ
+                choices.append(Choice(prompt_ids, replace(sampling, max_tokens=length, seed=seed)))
+        calibrated = calibrated and self._policy.draws(sampling)
+        reliability = self._reliability(body.reliability or ReliabilityOptions(), streamed=body.wants_stream)
+        return AnswerRequest(
+            choices=tuple(choices),
             prompt_tokens=sum(map(len, prompts)),
             calibrated=calibrated,
-            options=options,
-            attempts=self._policy.resample if calibrated and options.mode != "off" else 1,
+            reliability=reliability,
+            attempts=self._policy.resample if calibrated and reliability.mode != "off" else 1,
         )
 
-    def _sampling(self, body: GenerationRequest, logprobs: int | None) -> Sampling:
-        policy = self._policy
-        return Sampling(
-            temperature=policy.temperature if body.temperature is None else body.temperature,
-            top_p=policy.top_p if body.top_p is None else body.top_p,
-            top_k=policy.top_k if body.top_k is None else max(body.top_k, 0),
-            stop=tuple(body.stop or ()),
-            frequency_penalty=body.frequency_penalty or 0.0,
-            presence_penalty=body.presence_penalty or 0.0,
-            logprobs=logprobs,
-        )
-
-    def _options(self, asked: ReliabilityOptions, *, streamed: bool) -> Options:
+    def _reliability(self, asked: ReliabilityOptions, *, streamed: bool) -> Reliability:
+        """The operator's least mode goes before the request's; then nothing leaves a stream before its decision."""
         at_most(self._limits.exemplars, asked.exemplars, "exemplars", "reliability.exemplars")
-        withholds = asked.mode == "abstain"
-        by_default = "buffered" if withholds else "optimistic"
+        mode = max(asked.mode, self._least_mode, key=_STRICTNESS.__getitem__)
+        withholds = mode == "abstain"
+        stream = asked.stream or ("buffered" if withholds else "optimistic")
         alpha = self._alpha(asked.alpha, "reliability.alpha")
-        return Options(
-            mode=asked.mode,
+        return Reliability(
+            mode=mode,
             alpha=alpha,
-            certified=self._certified(asked.certified, alpha, "reliability.certified"),
-            buffered=streamed and (asked.stream or by_default) == "buffered",
+            certified_only=self._certified(asked.certified, alpha, "reliability.certified"),
+            buffered=streamed and (stream == "buffered" or self._least_mode == "abstain"),
             exemplars=asked.exemplars,
             replacement=self._replacement(asked) if withholds else None,
         )
@@ -175,18 +249,17 @@ class OrderDesk:
             _require_certified(alpha, self._certified_alphas, param)
         return wanted
 
-    def _encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[tuple[int, ...], bool]:
-        """The prompt's ids, and whether it has the system prompt that was calibrated."""
+    def _encode_chat(
+        self, messages: Sequence[ChatMessage], template_arguments: dict[str, Any] | None = None
+    ) -> tuple[tuple[int, ...], bool]:
+        """The prompt's ids, and whether it is a conversation that was calibrated."""
         turns = [message.to_template() for message in messages]
-        wanted = self._policy.system_prompt  # None: the calibration's records brought their own
-        systems = [position for position, turn in enumerate(turns) if turn["role"] == "system"]
-        if wanted is not None and not systems:
-            turns, systems = [{"role": "system", "content": wanted}, *turns], [0]
+        conversation = self._policy.conversations.resolve(turns, template_arguments)
         try:
-            ids = self._chat.encode_chat(turns)
+            ids = conversation.encode(self._chat)
         except ValueError as error:
             raise Refused(str(error), "messages") from error
-        return tuple(ids), wanted is None or (systems == [0] and turns[0]["content"] == wanted)
+        return tuple(ids), conversation.departure is None
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
         ids = tuple(self._chat.encode_text(text))
@@ -241,6 +314,6 @@ def _calibrated(alpha: float, alphas: Sequence[float], param: str) -> float:
     return alpha
 
 
-def _nth_seed(seed: int | None, n: int) -> int | None:
-    """Choices of one seeded request differ, and are the same when asked for again."""
-    return None if seed is None else (seed + n + INT64) % (2 * INT64) - INT64
+def _wrapped(seed: int) -> int:
+    """Within 64 bits with a sign."""
+    return (seed + INT64) % (2 * INT64) - INT64

@@ -1,23 +1,23 @@
-"""From an engine's hidden state to a reading: batched, off the event loop, within a time limit.
+"""From an engine's hidden state to a verdict: batched, off the event loop, within a time limit.
 
-h of every answer that finished meanwhile is measured at once, `measure((n, D))`; the cheap part, admission
-at alpha, is done once for each alpha asked for.
+h of every answer that finished meanwhile is measured at once, `measure((n, D))`; the cheap part, the decision
+at alpha (`policy.decision`), is made once for each alpha asked for.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from candor.app.answering.batching import MicroBatcher
-from candor.app.policy import Reading
-from candor.engine.base import HiddenSummary, Representation
-from candor.sdm.estimator import Estimate, SDMEstimator
+from candor.engine.base import HiddenSummary
+from candor.model_store.bundle import Bundle, Exemplar
+from candor.policy.certificate import EstimatorKind
+from candor.policy.decision import Verdict, decide, verdict_of
 
 Cause = Literal["not_captured", "incomplete", "non_finite", "timeout", "error"]
 
@@ -34,121 +34,110 @@ class ScoringFailed(Exception):
 
 
 @dataclass(frozen=True)
-class Neighbour:
-    """A support exemplar near an answer. row: in the support. distance: L2 between their h'."""
+class NearExemplar:
+    """A support exemplar near an answer. distance: L2 between their h'."""
 
-    row: int
+    exemplar: Exemplar
     distance: float
 
 
 @dataclass(frozen=True)
-class Score:
-    """neighbours: nearest first."""
+class Judged:
+    """exemplars: nearest first, as many as were asked for."""
 
-    reading: Reading
-    neighbours: tuple[Neighbour, ...]
+    verdict: Verdict
+    exemplars: tuple[NearExemplar, ...] = ()
 
 
 @dataclass(frozen=True)
-class _Query:
-    h: torch.Tensor  # (D,)
+class ScoringRequest:
+    """What is asked of an answer's state. calibrated: whether request and answer kept to the policy."""
+
+    hidden: HiddenSummary | None
     alpha: float
-    exemplars: int
+    calibrated: bool
+    certified_only: bool = False
+    exemplars: int = 0
 
 
 class Scorer:
-    """Scores answers with one estimator."""
+    """Judges answers by one bundle, under one estimator."""
 
-    def __init__(self, estimator: SDMEstimator, representation: Representation, timeout_s: float) -> None:
-        self._estimator = estimator
-        self._representation = representation
+    def __init__(self, bundle: Bundle, kind: EstimatorKind, timeout_s: float) -> None:
+        self._bundle = bundle
+        self._kind = kind
         self._timeout_s = timeout_s
-        self._batcher = MicroBatcher(self._score_batch, LARGEST_BATCH)
+        self._batcher = MicroBatcher(self._judge_batch, LARGEST_BATCH)
 
     async def warm_up(self) -> None:
-        """Scores nothing in particular, so that what is made at the first comparison, for a large support in seconds,
-        is there before the first answer."""
-        nothing = torch.zeros(self._estimator.adaptor.input_dim)
-        for alpha in self._estimator.regions:
-            await self._batcher.submit(_Query(nothing, alpha, exemplars=1))
+        """Judges nothing in particular, so that what is made at the first comparison, for a large support in
+        seconds, is there before the first answer."""
+        none = torch.zeros(0)
+        nothing = HiddenSummary(none, none, none, positions=1, complete=True)
+        for alpha in self._bundle.estimator.regions:
+            await self._batcher.submit(ScoringRequest(nothing, alpha, calibrated=True, exemplars=1))
 
-    async def score(self, hidden: HiddenSummary | None, alpha: float, exemplars: int = 0) -> Score:
-        """The score of one answer at a calibrated alpha, with its `exemplars` nearest neighbours.
-
-        Raises ScoringFailed, whatever the reason.
-        """
-        if hidden is None:
+    async def judge(self, request: ScoringRequest) -> Judged:
+        """The verdict on one answer. Raises ScoringFailed, whatever the reason."""
+        if request.hidden is None:
             raise ScoringFailed("not_captured", "the engine gave no hidden state")
-        if not hidden.complete:
+        if not request.hidden.complete:
             raise ScoringFailed("incomplete", "the engine did not count every position")
         try:
-            query = _Query(self._vector(hidden), alpha, exemplars)
-            score = await asyncio.wait_for(self._batcher.submit(query), self._timeout_s)
+            judged = await asyncio.wait_for(self._batcher.submit(request), self._timeout_s)
         except TimeoutError as error:
             raise ScoringFailed("timeout", f"no score within {self._timeout_s} s") from error
         except Exception as error:
             raise ScoringFailed("error", f"{type(error).__name__}: {error}") from error
-        if score is None:
+        if judged.verdict.reason == "scoring_unavailable":
             raise ScoringFailed("non_finite", "the hidden state, or what was made of it, is no finite number")
-        return score
+        return judged
 
     def close(self) -> None:
         self._batcher.close()
 
-    def _vector(self, hidden: HiddenSummary) -> torch.Tensor:
-        h = hidden.vector(self._representation)
-        expected = (self._estimator.adaptor.input_dim,)
-        if h.shape != expected:  # checked alone: in a batch it would spoil the others' scores
-            raise ValueError(f"expected h of shape {expected}, got {tuple(h.shape)}")
-        return h
+    @torch.inference_mode()
+    def _judge_batch(self, requests: list[ScoringRequest]) -> list[Judged]:
+        estimator, manifest = self._bundle.estimator, self._bundle.manifest
+        h = torch.stack([self._vector(request) for request in requests])  # (n, D)
+        measurement = estimator.measure(h)
+        calibrated = torch.tensor([request.calibrated for request in requests])  # (n,)
+        certified_only = torch.tensor([request.certified_only for request in requests])
+        found: dict[int, Judged] = {}
+        for alpha in {request.alpha for request in requests}:
+            certificate = manifest.certificate(alpha, self._kind)
+            estimate = estimator.judge(measurement, alpha)
+            decisions = decide(
+                estimate,
+                estimator.regions[alpha],
+                finite=measurement.finite,
+                calibrated=calibrated,
+                estimator=self._kind,
+                certificate=certificate,
+                certified_only=certified_only,
+            )
+            for row, request in enumerate(requests):
+                if request.alpha == alpha:
+                    verdict = verdict_of(row, estimate, decisions, alpha, calibrated, certificate)
+                    found[row] = Judged(verdict, self._nearest(h[row], request.exemplars))
+        return [found[row] for row in range(len(requests))]
 
-    def _score_batch(self, queries: list[_Query]) -> list[Score | None]:
-        """None for a state that is not finite: that is no reading of the answer, but a fault of the machine."""
-        with torch.inference_mode():
-            h = torch.stack([query.h for query in queries])  # (n, D)
-            measurement = self._estimator.measure(h)
-            rows_of: dict[float, list[int]] = defaultdict(list)
-            for row, query in enumerate(queries):
-                rows_of[query.alpha].append(row)
-            readings: dict[int, Reading] = {}
-            for alpha, rows in rows_of.items():
-                estimate = self._estimator.judge(measurement, alpha)
-                threshold = self._estimator.regions[alpha].q_prime_min
-                readings |= {row: read(estimate, row, threshold) for row in rows}
-            return [
-                Score(readings[row], self._neighbours(query)) if finite else None
-                for row, (query, finite) in enumerate(zip(queries, measurement.finite.tolist(), strict=True))
-            ]
+    def _vector(self, request: ScoringRequest) -> torch.Tensor:
+        """h (D,). One of another size is no state of this model: it is judged like one that is not finite."""
+        assert request.hidden is not None  # seen before it was queued
+        h = request.hidden.vector(self._bundle.manifest.representation)
+        expected = self._bundle.estimator.adaptor.mean  # (D,)
+        return h if h.shape == expected.shape else torch.full_like(expected, math.nan)
 
-    def _neighbours(self, query: _Query) -> tuple[Neighbour, ...]:
-        if not query.exemplars:
+    def _nearest(self, h: torch.Tensor, exemplars: int) -> tuple[NearExemplar, ...]:
+        if not exemplars:
             return ()
-        count = min(query.exemplars, len(self._estimator.support))
-        squared, rows = self._estimator.nearest(query.h.unsqueeze(0), count)  # (1, count) each
+        estimator = self._bundle.estimator
+        squared, rows = estimator.nearest(
+            h.unsqueeze(0), min(exemplars, len(estimator.support))
+        )  # (1, count)
         return tuple(
-            Neighbour(row, math.sqrt(distance))
+            NearExemplar(self._bundle.exemplars[row], math.sqrt(distance))
             for distance, row in zip(squared[0].tolist(), rows[0].tolist(), strict=True)
+            if row >= 0  # a state that is not finite has no neighbours
         )
-
-
-def read(estimate: Estimate, row: int, similarity_threshold: float) -> Reading:
-    """One row of an estimate as plain numbers."""
-    prediction = int(estimate.y_hat[row])
-    z_prime = estimate.z_prime[row]
-    others = torch.cat([z_prime[:prediction], z_prime[prediction + 1 :]])
-    return Reading(
-        prediction=prediction,
-        probability=float(estimate.sdm[row, prediction]),
-        probability_lower=float(estimate.sdm_lower[row, prediction]),
-        probability_upper=float(estimate.sdm_upper[row, prediction]),
-        similarity=int(estimate.q[row]),
-        rescaled_similarity=float(estimate.q_prime[row]),
-        rescaled_similarity_lower=float(estimate.q_prime_lower[row]),
-        distance_quantile=float(estimate.d[row]),
-        magnitude=float(z_prime[prediction] - others.max()),
-        effective_sample_size=tuple(int(size) for size in estimate.effective_sample_size[row]),
-        is_ood=bool(estimate.is_ood[row]),
-        admitted=bool(estimate.admitted[row]),
-        admitted_lower=bool(estimate.admitted_lower[row]),
-        similarity_threshold=similarity_threshold,
-    )

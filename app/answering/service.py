@@ -1,8 +1,7 @@
-"""One answer's path: generate, score, decide.
+"""One answer's path: generate, judge, decide.
 
-    Order -> for each choice: Engine.generate -> Piece ...            while it is written
-                              hidden state -> Scorer.score -> Reading
-                              policy.decide -> Verdict -> Answer       once, at its end
+    AnswerRequest -> for each choice: Engine.generate -> Piece ...           while it is written
+                                      hidden state -> Scorer.judge -> Answer once, at its end
 
 Closing the iterator of `events` cancels what the engine still does for it.
 """
@@ -12,21 +11,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, closing
+from contextlib import ExitStack, aclosing, closing
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TypeVar
 
 from opentelemetry.trace import Tracer
 
-from candor.app.answering.orders import Job, Order, PairOrder, Replacement
-from candor.app.answering.scoring import Score, Scorer, ScoringFailed
-from candor.app.answering.watch import EngineWatch
+from candor.app.answering.request import AnswerRequest, Choice, PairRequest, Reliability, Replacement
+from candor.app.answering.scoring import Judged, Scorer, ScoringFailed, ScoringRequest
+from candor.app.answering.waiting import EngineWatch
 from candor.app.edge.limits import Admission
-from candor.app.policy import EstimatorKind, decide, ended_as_calibrated
 from candor.app.telemetry.metrics import Metrics
-from candor.app.telemetry.tracing import NO_TRACER, AnswerTrace
-from candor.app.writing.verdict import Verdict
+from candor.app.telemetry.tracing import AnswerTrace
 from candor.engine.base import (
     Engine,
     EngineDead,
@@ -36,7 +33,8 @@ from candor.engine.base import (
     PromptTooLong,
     TokenLogprob,
 )
-from candor.model_store.bundle import Bundle
+from candor.policy.decision import unavailable
+from candor.policy.policy import Policy
 
 logger = logging.getLogger("candor")
 T = TypeVar("T")
@@ -53,15 +51,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished choice. verdict: None in mode off. replacement: shown instead where it is withheld.
+    """A finished choice. judged: None in mode off. replacement: shown instead where it is withheld.
 
-    discarded_tokens: of attempts before this one, where the policy resamples.
+    attempts: how many answers were written, of which this is the last. discarded_tokens: of those before it.
     """
 
     index: int
     generation: Generation
-    verdict: Verdict | None
+    judged: Judged | None
     replacement: Replacement | None
+    attempts: int = 1
     discarded_tokens: int = 0
 
     @property
@@ -71,87 +70,87 @@ class Answer:
 
 
 class AnswerService:
-    """Answers orders. Raises Overloaded, PromptTooLong, EngineDead or EngineError from its iterators."""
+    """Answers requests. Raises Overloaded, PromptTooLong, EngineDead or EngineError from its iterators.
+
+    tracer: None where nobody traces.
+    """
 
     def __init__(
         self,
         engine: Engine,
-        bundle: Bundle,
+        policy: Policy,
         scorer: Scorer,
         admission: Admission,
         metrics: Metrics,
         watch: EngineWatch,
-        estimator: EstimatorKind,
-        tracer: Tracer = NO_TRACER,
+        tracer: Tracer | None = None,
     ) -> None:
         self._engine = engine
-        self._exemplars = bundle.exemplars
-        self._policy = bundle.manifest.policy
-        self._certificate = bundle.manifest.certificate
+        self._policy = policy
         self._scorer = scorer
         self._admission = admission
         self._metrics = metrics
         self._watch = watch
-        self._estimator = estimator
         self._tracer = tracer
 
-    async def events(self, order: Order) -> AsyncGenerator[Piece | Answer, None]:
+    async def events(self, request: AnswerRequest) -> AsyncGenerator[Piece | Answer, None]:
         """Pieces of all choices as they come, and each choice's Answer at its end."""
-        with self._admission.admit(len(order.jobs), order.tokens):
-            choices = [self._choice(index, job, order) for index, job in enumerate(order.jobs)]
+        with self._admission.admit(len(request.choices), request.tokens):
+            choices = [self._choice(index, choice, request) for index, choice in enumerate(request.choices)]
             async with aclosing(merged(choices)) as events:
                 async for event in events:
                     yield event
 
-    async def answers(self, order: Order) -> list[Answer]:
+    async def answers(self, request: AnswerRequest) -> list[Answer]:
         """All choices, finished, in index order."""
-        async with aclosing(self.events(order)) as events:
+        async with aclosing(self.events(request)) as events:
             found = [event async for event in events if isinstance(event, Answer)]
         return sorted(found, key=lambda answer: answer.index)
 
-    async def score_pair(self, order: PairOrder) -> Verdict:
+    async def judge_pair(self, request: PairRequest) -> Judged:
         """The verdict on a given response."""
-        with self._admission.admit(1, order.tokens):
+        with self._admission.admit(1, request.tokens):
+            hidden: HiddenSummary | None = None
             try:
                 with self._watch.waiting():
-                    hidden = await self._engine.summarise(order.prompt_ids, order.response_ids)
+                    hidden = await self._engine.summarise(request.prompt_ids, request.response_ids)
             except (EngineDead, PromptTooLong):
                 raise
             except EngineError as error:
                 logger.warning("no hidden state for a given pair: %s", error)
-                hidden = None
-            return await self._judge(
-                hidden, order.alpha, order.exemplars, order.certified, calibrated=order.calibrated
-            )
+            return await self._judge(hidden, request, calibrated=request.calibrated)
 
-    async def _choice(self, index: int, job: Job, order: Order) -> AsyncGenerator[Piece | Answer, None]:
+    async def _choice(
+        self, index: int, choice: Choice, request: AnswerRequest
+    ) -> AsyncGenerator[Piece | Answer, None]:
         """By the policy: of several attempts nothing is told until one is reliable, or the last is written."""
         answer: Answer | None = None
         discarded = 0
-        for number in range(order.attempts):
+        for number in range(request.attempts):
             discarded += answer.generation.completion_tokens if answer else 0
-            async with aclosing(self._attempt(index, job.attempt(number), order)) as events:
+            async with aclosing(self._attempt(index, choice.attempt(number), request)) as events:
                 async for event in events:
                     if isinstance(event, Answer):
-                        answer = event
-                    elif order.attempts == 1:
+                        answer = replace(event, attempts=number + 1, discarded_tokens=discarded)
+                    elif request.attempts == 1:
                         yield event
-            if answer and answer.verdict and answer.verdict.decision.settles:
+            if answer and answer.judged and answer.judged.verdict.settles:
                 break
         assert answer is not None  # an attempt ends with its answer, or raises
-        if answer.verdict is not None:
-            verdict = replace(answer.verdict, attempts=number + 1)
-            self._metrics.count(verdict)
-            answer = replace(answer, verdict=verdict)
-        if order.attempts > 1:
+        if answer.judged is not None:
+            self._metrics.count(answer.judged.verdict)
+        if request.attempts > 1:
             yield Piece(index, answer.generation.text, answer.generation.logprobs)
-        yield replace(answer, discarded_tokens=discarded)
+        yield answer
 
-    async def _attempt(self, index: int, job: Job, order: Order) -> AsyncGenerator[Piece | Answer, None]:
-        options = order.options
-        with closing(AnswerTrace(self._tracer, index)) as trace:
-            outputs = self._watch.heard(
-                self._engine.generate(job.prompt_ids, job.sampling, capture=options.mode != "off")
+    async def _attempt(
+        self, index: int, choice: Choice, request: AnswerRequest
+    ) -> AsyncGenerator[Piece | Answer, None]:
+        reliability = request.reliability
+        with ExitStack() as stack:
+            trace = stack.enter_context(closing(AnswerTrace(self._tracer, index))) if self._tracer else None
+            outputs = self._watch.watched(
+                self._engine.generate(choice.prompt_ids, choice.sampling, capture=reliability.mode != "off")
             )
             generation: Generation | None = None
             async with aclosing(outputs):
@@ -162,46 +161,35 @@ class AnswerService:
                         yield Piece(index, output.text, output.logprobs)
             if generation is None:
                 raise EngineError("the engine ended without an answer")
-            trace.generated(generation)
-            if options.mode == "off":
+            if trace:
+                trace.generated(generation)
+            if reliability.mode == "off":
                 yield Answer(index, generation, None, None)
                 return
-            calibrated = order.calibrated and ended_as_calibrated(self._policy, generation)
-            verdict = await self._judge(
-                generation.hidden, options.alpha, options.exemplars, options.certified, calibrated=calibrated
+            complete = self._policy.completed(generation.completion_tokens, ended=not generation.truncated)
+            judged = await self._judge(
+                generation.hidden, reliability, calibrated=request.calibrated and complete
             )
-            trace.judged(verdict)
+            if trace:
+                trace.judged(judged.verdict)
             yield Answer(
-                index, generation, verdict, options.replacement if verdict.decision.abstained else None
+                index, generation, judged, reliability.replacement if judged.verdict.abstained else None
             )
 
     async def _judge(
-        self, hidden: HiddenSummary | None, alpha: float, exemplars: int, certified: bool, *, calibrated: bool
-    ) -> Verdict:
-        score: Score | None = None
+        self, hidden: HiddenSummary | None, asked: Reliability | PairRequest, *, calibrated: bool
+    ) -> Judged:
         started = perf_counter()
         try:
-            score = await self._scorer.score(hidden, alpha, exemplars)
+            judged = await self._scorer.judge(
+                ScoringRequest(hidden, asked.alpha, calibrated, asked.certified_only, asked.exemplars)
+            )
         except ScoringFailed as error:
             logger.warning("an answer could not be scored: %s", error)
             self._metrics.scoring_failed(error.cause)
-        else:
-            self._metrics.scored(perf_counter() - started)
-        reading = score.reading if score else None
-        neighbours = score.neighbours if score else ()
-        return Verdict(
-            decision=decide(
-                reading,
-                calibrated=calibrated,
-                estimator=self._estimator,
-                certificate=self._certificate(alpha, self._estimator),
-                certified_only=certified,
-            ),
-            reading=reading,
-            calibrated=calibrated,
-            alpha=alpha,
-            exemplars=tuple((self._exemplars[neighbour.row], neighbour) for neighbour in neighbours),
-        )
+            return Judged(unavailable(asked.alpha, calibrated=calibrated))
+        self._metrics.scored(perf_counter() - started)
+        return judged
 
 
 async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:

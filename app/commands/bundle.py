@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from candor.model_store.bundle import Bundle
+    from candor.policy.conversation import SystemPrompt
 
 bundle_app = typer.Typer(help="Check a bundle, or show what it holds.", no_args_is_help=True)
 
@@ -59,7 +60,8 @@ def _describe(bundle: Bundle) -> list[str]:
         "policy": f"temperature {policy.temperature:g}, top_p {policy.top_p:g}, top_k {policy.top_k}, "
         f"max_tokens {policy.max_tokens}"
         + (f", up to {policy.resample} answers until one is reliable" if policy.resample > 1 else ""),
-        "system prompt": "none" if policy.system_prompt is None else repr(policy.system_prompt),
+        "system prompt": _system_prompt(policy.conversations.system_prompt),
+        "turns": ", ".join(policy.conversations.turns) or "none known",
         "classes": ", ".join(classes),
         "support": f"{len(support)} rows of {support.h_prime.shape[1]}: {', '.join(counts)}",
         "calibration": f"{len(estimator.calibration.labels)} rows",
@@ -77,3 +79,14 @@ def _describe(bundle: Bundle) -> list[str]:
             f"{one.rescaled_similarity_min:.1f}: {one.right} of {one.answered} answered were right"
         )
     return [f"{label + ':':<16} {text}" for label, text in rows.items()]
+
+
+def _system_prompt(calibrated: SystemPrompt) -> str:
+    match calibrated.kind:
+        case "none":
+            return "none"
+        case "fixed":
+            return repr(calibrated.text)
+        case "records":
+            count = len(calibrated.digests)
+            return f"{count} of the records' own" + (", or none" if calibrated.optional else "")

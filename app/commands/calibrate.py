@@ -10,16 +10,17 @@ import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from candor.calibration.run import Answers, Asking, Inputs
     from candor.engine.settings import EngineSettings
-    from candor.model_store.manifest import Policy
+    from candor.policy.policy import Policy
 
 
 class EngineKind(StrEnum):
@@ -83,8 +84,14 @@ def calibrate(
         int, typer.Option(min=1, help="Longest answer; longer ones are not calibrated.")
     ] = 128,
     system_prompt: Annotated[
-        str | None, typer.Option(help="Leads every conversation that has none, also when served.")
+        str | None,
+        typer.Option(
+            help="Leads every conversation, also when served; default: what the records bring, or none."
+        ),
     ] = None,
+    template_arguments: Annotated[
+        str, typer.Option(help='Arguments of the chat template as JSON, e.g. {"enable_thinking": false}.')
+    ] = "{}",
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0: greedy.")] = 0.0,
     resample: Annotated[
         int,
@@ -117,7 +124,8 @@ def calibrate(
     from candor.calibration.run import Asking, Certifying, Inputs, make_bundle, require_free
     from candor.engine.base import EVIDENCE, Representation
     from candor.engine.settings import EngineSettings
-    from candor.model_store.manifest import Policy
+    from candor.policy.conversation import Conversations
+    from candor.policy.policy import Policy
 
     with errors_told():
         try:
@@ -131,18 +139,14 @@ def calibrate(
             if certify_data is not None and certify is None:
                 raise ValueError("--certify-data says where to certify; say with --certify which accuracy")
             certifying = None if certify is None else Certifying(Wanted(certify, delta), certify_share)
-            policy = Policy(
-                temperature=temperature,
-                top_p=1.0,
-                top_k=0,
-                max_tokens=max_tokens,
-                system_prompt=system_prompt,
-                resample=resample,
-            )
+            policy = Policy(temperature=temperature, max_tokens=max_tokens, resample=resample)
+            arguments = _template_arguments(template_arguments)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         require_free(out)
         inputs = Inputs.load(data, test or [], certify_data)
+        asked = [record.messages for record in inputs.fitting.records]
+        policy = replace(policy, conversations=Conversations.of_records(asked, system_prompt, arguments))
         engine_settings = EngineSettings(
             model=model,
             kind=engine.value,
@@ -173,16 +177,27 @@ async def _answer(
     adapter: Path | None, engine_settings: EngineSettings, inputs: Inputs, policy: Policy, asking: Asking
 ) -> Answers:
     """Closes the engine when all is answered: training needs its memory and cores."""
-    from candor.calibration.run import answer_inputs
+    from candor.calibration.run import answer_inputs, require_inputs_calibrated
     from candor.engine.factory import start_under
     from candor.engine.prompt import ChatFormat
 
     chat = ChatFormat.from_directory(engine_settings.model)
+    require_inputs_calibrated(chat, inputs, policy, engine_settings.representation.tag)
     engine = await start_under(adapter, engine_settings, chat)
     try:
         return await answer_inputs(engine, chat, inputs, policy, asking)
     finally:
         await engine.close()
+
+
+def _template_arguments(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--template-arguments: expected a JSON object, got {text!r}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"--template-arguments: expected a JSON object, got {text!r}")
+    return found
 
 
 def _by_commas(text: str) -> tuple[str, ...]:

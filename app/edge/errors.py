@@ -25,7 +25,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from candor.app.answering.interruption import ClientGone, DeadlineExceeded
+from candor.app.answering.waiting import ClientGone, DeadlineExceeded
 from candor.app.edge.keys import Forbidden, Unauthorized
 from candor.app.edge.limits import Overloaded, Refused, TooFast
 from candor.app.edge.schemas.errors import Error, ErrorBody, ErrorType

@@ -25,9 +25,6 @@ logger = logging.getLogger("candor")
 Scope = Literal["answer", "feedback", "operate"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
-OPEN = frozenset({"/livez", "/readyz", "/health"})
-"""For the machines that look whether a server lives: they learn nothing else."""
-
 _PREFIX = "candor-"  # by which scanners for leaked secrets find one
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -58,19 +55,6 @@ class Key:
 
     def line(self) -> str:
         return f"{self.name} {','.join(sorted(self.scopes))} {self.sha256}\n"
-
-
-def scope_of(path: str, *, deep: bool = False) -> Scope | None:
-    """The scope that a path needs; None where anybody may ask. deep: whether a check asks the model."""
-    if path in OPEN:
-        return "operate" if deep else None
-    if path == "/console" or path.startswith("/console/"):
-        return None  # a page without secrets; what it shows it asks of the API, with the reader's key
-    if path == "/v1/reliability/feedback":
-        return "feedback"
-    if path.startswith("/v1/") or path in ("/version", "/openapi.json"):
-        return "answer"
-    return "operate"
 
 
 def make_key(name: str, scopes: Collection[Scope]) -> tuple[str, Key]:

@@ -17,7 +17,8 @@ from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from candor.app.edge.errors import CLIENT_CLOSED_REQUEST, describe
-from candor.app.edge.keys import Forbidden, KeyRing, Unauthorized, scope_of
+from candor.app.edge.keys import Forbidden, KeyRing, Unauthorized
+from candor.app.edge.keys import Scope as KeyScope
 from candor.app.edge.limits import RateLimit, TooFast
 from candor.app.telemetry.logs import request_id
 
@@ -30,6 +31,23 @@ _QUIET = frozenset({"/livez", "/readyz", "/health", "/metrics", "/load"})
 _MOST_LOGGED = 1 << 16
 BODY_TIMEOUT_S = 60.0
 """Seconds within which a whole body has to come."""
+
+
+OPEN = frozenset({"/livez", "/readyz", "/health"})
+"""For the machines that look whether a server lives: they learn nothing else."""
+
+
+def scope_of(path: str, *, deep: bool = False) -> KeyScope | None:
+    """The scope that a path needs; None where anybody may ask. deep: whether a check asks the model."""
+    if path in OPEN:
+        return "operate" if deep else None
+    if path == "/console" or path.startswith("/console/"):
+        return None  # a page without secrets; what it shows it asks of the API, with the reader's key
+    if path == "/v1/reliability/feedback":
+        return "feedback"
+    if path.startswith("/v1/") or path in ("/version", "/openapi.json"):
+        return "answer"
+    return "operate"
 
 
 def _asks_deep(scope: Scope) -> bool:

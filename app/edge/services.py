@@ -8,16 +8,16 @@ from typing import Annotated, TypedDict, cast
 
 from fastapi import Depends, Request
 
-from candor.app.answering.request import OrderDesk
+from candor.app.answering.request import RequestResolver
 from candor.app.answering.service import AnswerService
-from candor.app.answering.watch import EngineWatch
+from candor.app.answering.waiting import EngineWatch
 from candor.app.edge.limits import Admission, RateLimit
 from candor.app.feedback import FeedbackStore
-from candor.app.policy import EstimatorKind
-from candor.app.process.selftest import Golden
+from candor.app.process.selftest import SelfTest
 from candor.app.telemetry.metrics import Metrics
 from candor.engine.base import Engine
 from candor.model_store.bundle import Bundle
+from candor.policy.certificate import EstimatorKind
 
 
 class ModelNotFound(Exception):
@@ -25,14 +25,14 @@ class ModelNotFound(Exception):
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """One of the models that requests can name: the engine's own, or under an adapter, each with its bundle."""
 
     name: str
     bundle: Bundle
-    desk: OrderDesk
+    resolver: RequestResolver
     service: AnswerService
-    golden: Golden
+    selftest: SelfTest
     metrics: Metrics
 
 
@@ -41,7 +41,7 @@ class Services:
     """models: by name, first the one that is meant where none is named."""
 
     engine: Engine
-    models: Mapping[str, Served]
+    models: Mapping[str, ServedModel]
     admission: Admission
     token_rate: RateLimit
     watch: EngineWatch
@@ -50,7 +50,7 @@ class Services:
     request_timeout_s: float
     started: int  # seconds since 1970
 
-    def model(self, name: str | None = None) -> Served:
+    def model(self, name: str | None = None) -> ServedModel:
         """Raises ModelNotFound."""
         if name is None:
             return next(iter(self.models.values()))
@@ -68,5 +68,5 @@ async def _services(request: Request) -> Services:
     return cast(LifespanState, request.state)["services"]
 
 
-Given = Annotated[Services, Depends(_services)]
+InjectedServices = Annotated[Services, Depends(_services)]
 """A handler's parameter of this type is given the services."""

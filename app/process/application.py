@@ -13,43 +13,43 @@ from fastapi.security import HTTPBearer
 from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry
 
-from candor.app.answering.request import OrderDesk
+from candor.app.answering.request import RequestResolver
 from candor.app.answering.scoring import Scorer
 from candor.app.answering.service import AnswerService
-from candor.app.answering.watch import EngineWatch
+from candor.app.answering.waiting import EngineWatch
 from candor.app.edge import errors
 from candor.app.edge.keys import KeyRing
 from candor.app.edge.limits import Admission, RateLimit
 from candor.app.edge.middleware import BodyLimit, Gate, RequestId
-from candor.app.edge.routes import chat, completions, feedback, operations, reliability, served
+from candor.app.edge.routes import answers, feedback, operations, reliability, served
 from candor.app.edge.routes.console import Console
 from candor.app.edge.routes.documented import ERRORS
-from candor.app.edge.services import LifespanState, Served, Services
+from candor.app.edge.services import LifespanState, ServedModel, Services
 from candor.app.feedback import FeedbackStore
 from candor.app.process.backend import Backend
-from candor.app.process.selftest import Golden
+from candor.app.process.selftest import SelfTest
 from candor.app.process.settings import Settings
 from candor.app.telemetry.metrics import Metrics
-from candor.app.telemetry.tracing import NO_TRACER, Traced
+from candor.app.telemetry.tracing import Traced, exemplar
 
 
 def create_app(
     settings: Settings,
     backend: Backend,
     on_engine_death: Callable[[], None] = lambda: None,
-    tracer: Tracer = NO_TRACER,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """Serves `backend`, which it owns from then on: the engine is closed when the application ends.
 
-    on_engine_death: called once; what runs the application should end it.
+    on_engine_death: called once; what runs the application should end it. tracer: None traces nothing.
     Raises Refused where the settings ask for an alpha that the bundle does not have, KeyFileError or
     FeedbackFileError for a file that cannot be used.
     """
     keys = KeyRing(settings.keys) if settings.keys else None
     first = settings.served_model_name or backend.bundle.manifest.name
     backends = {first: backend} | {one.bundle.manifest.name: one for one in backend.adapted}
-    desks = {name: OrderDesk(one, settings) for name, one in backends.items()}
-    goldens = {name: Golden(one) for name, one in backends.items()}
+    resolvers = {name: RequestResolver(one, settings) for name, one in backends.items()}
+    selftests = {name: SelfTest(one) for name, one in backends.items()}
     store = FeedbackStore(settings.feedback) if settings.feedback else None
 
     @asynccontextmanager
@@ -60,20 +60,20 @@ def create_app(
             settings.engine_stall_timeout_s,
             on_engine_death,
         )
-        instruments = Metrics(CollectorRegistry(), first)
+        traces = {"exemplar": exemplar} if tracer else {}
+        instruments = Metrics(CollectorRegistry(), first, **traces)
         admission = Admission(settings.max_in_flight, settings.max_in_flight_tokens)
         scorers: list[Scorer] = []
-        models: dict[str, Served] = {}
+        models: dict[str, ServedModel] = {}
         for name, one in backends.items():
             bundle, metrics = one.bundle, instruments.of(name)
             metrics.describe(bundle, settings.estimator)
-            scorer = Scorer(bundle.estimator, bundle.manifest.representation, settings.scoring_timeout_s)
+            scorer = Scorer(bundle, settings.estimator, settings.scoring_timeout_s)
             scorers.append(scorer)
             await scorer.warm_up()
-            service = AnswerService(
-                one.engine, bundle, scorer, admission, metrics, watch, settings.estimator, tracer
-            )
-            models[name] = Served(name, bundle, desks[name], service, goldens[name], metrics)
+            policy = bundle.manifest.policy
+            service = AnswerService(one.engine, policy, scorer, admission, metrics, watch, tracer)
+            models[name] = ServedModel(name, bundle, resolvers[name], service, selftests[name], metrics)
         services = Services(
             engine=backend.engine,
             models=models,
@@ -102,12 +102,13 @@ def create_app(
     turned_away: dict[int | str, dict[str, Any]] = (
         {status: ERRORS[status] for status in (401, 403)} if keys else {}
     )
-    for module in (chat, completions, reliability, feedback, served, operations):
+    for module in (answers, reliability, feedback, served, operations):
         app.include_router(module.router, dependencies=keyed, responses=turned_away)
     app.mount("/console", Console(), name="console")
     errors.install(app)
     app.add_middleware(BodyLimit, most=settings.max_body_bytes)
     app.add_middleware(Gate, keys=keys, rate=RateLimit(settings.requests_per_minute, "requests"))
     app.add_middleware(RequestId, log_bodies=settings.log_bodies)
-    app.add_middleware(Traced, tracer=tracer)
+    if tracer is not None:
+        app.add_middleware(Traced, tracer=tracer)
     return app

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from candor.engine.base import EngineError, Generation, HiddenSummary, Sampling
+from candor.engine.base import EngineError, Generation, HiddenSummary
+from candor.model_store.formats import knows_turns
 
 if TYPE_CHECKING:
     from candor.app.process.backend import Backend
@@ -28,9 +29,6 @@ logger = logging.getLogger("candor")
 
 TOLERANCE = 0.25
 """Of the distance to a typical other row; docs/api.md says what engines differ by."""
-
-_TURNS = ("system: ", "user: ", "assistant: ")
-"""How calibration shows conversations of several turns, which cannot be taken apart again."""
 
 
 class GoldenMismatch(EngineError):
@@ -45,7 +43,7 @@ class _Case:
     response_ids: tuple[int, ...]
 
 
-class Golden:
+class SelfTest:
     """The golden prompts of a bundle. fault: what was wrong when they were last asked, None if nothing was."""
 
     def __init__(self, backend: Backend) -> None:
@@ -55,7 +53,7 @@ class Golden:
         self.fault: GoldenMismatch | None = None
         if not self._cases:
             logger.warning(
-                "no golden prompt: the bundle has no exemplar of a single turn that fits the context"
+                "no golden prompt: the bundle has no exemplar that fits the context and whose turns are known"
             )
 
     async def check(self) -> None:
@@ -72,7 +70,7 @@ class Golden:
     async def _answer(self, case: _Case) -> HiddenSummary:
         """The state of the stored answer: in the pass that writes it, where the engine writes just that."""
         engine = self._backend.engine
-        sampling = Sampling(max_tokens=self._backend.bundle.manifest.policy.max_tokens)
+        sampling = self._backend.bundle.manifest.policy.sampling(temperature=0.0)
         generation: Generation | None = None
         async with aclosing(engine.generate(case.prompt_ids, sampling)) as outputs:
             async for output in outputs:
@@ -112,18 +110,17 @@ def _choose(backend: Backend) -> tuple[_Case, ...]:
         z_prime = bundle.estimator.adaptor.head(support.h_prime)  # (N, C)
         best, second = z_prime.topk(2, dim=1).values.unbind(1)
     margin = (best - second).where(support.labels == support.predictions, -1.0)
-    system = bundle.manifest.policy.system_prompt
+    conversations = bundle.manifest.policy.conversations
     cases: list[_Case] = []
     for known in range(z_prime.shape[1]):
         of_class = margin.where(support.predictions == known, -1.0)
         for row in of_class.argsort(descending=True, stable=True)[:_TRIED].tolist():
             exemplar = bundle.exemplars[row]
-            if of_class[row] < 0 or exemplar.prompt.startswith(_TURNS):
+            known_turns = knows_turns(bundle.manifest.format_version) or len(exemplar.messages) == 1
+            if of_class[row] < 0 or not known_turns:
                 continue
-            turns = [{"role": "user", "content": exemplar.prompt}]
-            if system is not None:
-                turns.insert(0, {"role": "system", "content": system})
-            prompt_ids, response_ids = chat.encode_chat(turns), chat.encode_response(exemplar.response)
+            prompt_ids = conversations.resolve(exemplar.messages).encode(chat)
+            response_ids = chat.encode_response(exemplar.response)
             if len(prompt_ids) + len(response_ids) + _TAG_ROOM <= backend.engine.max_model_len:
                 cases.append(_Case(row, tuple(prompt_ids), exemplar.response, tuple(response_ids)))
                 break

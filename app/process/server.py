@@ -29,7 +29,7 @@ from candor.app.edge.limits import Refused
 from candor.app.feedback import FeedbackFileError
 from candor.app.process.application import create_app
 from candor.app.process.backend import Backend, start_backend
-from candor.app.process.selftest import Golden
+from candor.app.process.selftest import SelfTest
 from candor.app.process.settings import Settings
 from candor.app.telemetry.tracing import tracer_from_environment
 from candor.engine.base import EngineError
@@ -127,7 +127,7 @@ def _check_access(settings: Settings) -> None:
 
 async def _prove(backend: Backend, within_s: float) -> None:
     """Raises GoldenMismatch, EngineError or StartError unless the engine answers as calibrated."""
-    check = asyncio.create_task(Golden(backend).check())
+    check = asyncio.create_task(SelfTest(backend).check())
     await asyncio.wait({check}, timeout=within_s)
     if not check.done():
         check.cancel()

@@ -71,9 +71,14 @@ class Settings(BaseSettings):
         default=None,
         description="Accuracy asked for where a request names none; without it, the lowest the bundle has.",
     )
+    least_mode: Literal["off", "annotate", "abstain"] = Field(
+        default="off",
+        description="Least mode of every request, whatever it asks for: `annotate` checks each answer, `abstain` "
+        "withholds each that is not reliable.",
+    )
     certified_only: bool = Field(
         default=False,
-        description="Abstain also from reliable answers that the bundle's certificate does not cover.",
+        description="Answer nothing that the bundle's certificate does not cover, whatever the request asks for.",
     )
     refusal_text: str = Field(
         default="I do not know this reliably enough to answer.",

@@ -10,7 +10,7 @@ Samples of a traced request carry its trace id as an exemplar, which OpenMetrics
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import copy
 from typing import get_args
 
@@ -18,36 +18,32 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from prometheus_client.exposition import choose_encoder
 
 from candor.app.answering.scoring import Cause
-from candor.app.policy import EstimatorKind, Reason, RegionName
-from candor.app.telemetry.tracing import exemplar
-from candor.app.writing.verdict import Verdict
 from candor.model_store.bundle import Bundle
+from candor.policy.certificate import EstimatorKind
+from candor.policy.decision import REGION_OF, RegionName, Verdict
 
 # Of the likelier of two classes: from a half on, and finer where the calibrated accuracies lie.
 _PROBABILITIES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)
 # Uniform where answers are like the calibration's, but the least quantiles are those that matter.
 _QUANTILES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _COUNTS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
-REGION_OF: dict[Reason, RegionName] = {
-    "out_of_distribution": "ood",
-    "below_similarity_threshold": "low",
-    "below_class_threshold": "low",
-    "predicted_not_following": "high",
-    "not_certified": "high",
-    "no_region_at_alpha": "low",
-    "uncalibrated_request": "low",
-    "scoring_unavailable": "unavailable",
-}
-"""Where each reason to abstain is met."""
-
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
 class Metrics:
-    """All of this server's instruments, labelled with one of the models served."""
+    """All of this server's instruments, labelled with one of the models served.
 
-    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+    exemplar: gives a sample's trace, where the request at hand is traced.
+    """
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        model_name: str,
+        exemplar: Callable[[], dict[str, str] | None] = lambda: None,
+    ) -> None:
         self._registry = registry
+        self._exemplar = exemplar
         self._model = model_name
         label = ("model_name",)
         self._answers = Counter(
@@ -150,24 +146,24 @@ class Metrics:
 
     def count(self, verdict: Verdict) -> None:
         """One answer that was given or withheld."""
-        decision = verdict.decision
+        exemplar = self._exemplar()
         self._answers.labels(
             self._model,
             str(verdict.alpha),
-            decision.region,
-            "abstained" if decision.abstained else "answered",
-            decision.reason or "none",
-        ).inc(exemplar=exemplar())
-        if verdict.reading is not None:
+            verdict.region,
+            "abstained" if verdict.abstained else "answered",
+            verdict.reason or "none",
+        ).inc(exemplar=exemplar)
+        if (figures := verdict.figures) is not None:
             for histogram, value in (
-                (self._probability, verdict.reading.probability),
-                (self._distance_quantile, verdict.reading.distance_quantile),
-                (self._rescaled_similarity, verdict.reading.rescaled_similarity),
+                (self._probability, figures.probability),
+                (self._distance_quantile, figures.distance_quantile),
+                (self._rescaled_similarity, figures.rescaled_similarity),
             ):
-                histogram.labels(self._model).observe(value, exemplar())
+                histogram.labels(self._model).observe(value, exemplar)
 
     def scored(self, seconds: float) -> None:
-        self._scoring_duration.labels(self._model).observe(seconds, exemplar())
+        self._scoring_duration.labels(self._model).observe(seconds, self._exemplar())
 
     def scoring_failed(self, cause: str) -> None:
         self._scoring_failures.labels(self._model, cause).inc()

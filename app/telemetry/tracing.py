@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from time import time_ns
 
 from opentelemetry.trace import (
-    NoOpTracer,
     SpanKind,
     StatusCode,
     Tracer,
@@ -30,10 +29,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from candor.app.writing.verdict import Verdict
 from candor.engine.base import Generation
-
-NO_TRACER: Tracer = NoOpTracer()
+from candor.policy.decision import Verdict
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _TRACED = "/v1/"
@@ -41,10 +38,10 @@ _TRACED = "/v1/"
 
 
 @contextmanager
-def tracer_from_environment() -> Iterator[Tracer]:
-    """A tracer as the environment wants it; what waits to be sent is sent at the end."""
+def tracer_from_environment() -> Iterator[Tracer | None]:
+    """A tracer as the environment wants it, None where it wants none; what waits to be sent is sent at the end."""
     if not any(os.environ.get(name) for name in _ENDPOINTS):
-        yield NO_TRACER
+        yield None
         return
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
@@ -115,15 +112,14 @@ class AnswerTrace:
         self._span.set_attribute("gen_ai.response.finish_reasons", [generation.finish_reason])
 
     def judged(self, verdict: Verdict) -> None:
-        decision = verdict.decision
         result: dict[str, str | float] = {
             "gen_ai.evaluation.name": "sdm",
-            "gen_ai.evaluation.score.label": decision.region,
-            "gen_ai.evaluation.explanation": decision.reason or "admitted",
+            "gen_ai.evaluation.score.label": verdict.region,
+            "gen_ai.evaluation.explanation": verdict.reason or "admitted",
             "candor.alpha": verdict.alpha,
         }
-        if verdict.reading is not None:
-            result["gen_ai.evaluation.score.value"] = verdict.reading.probability
+        if verdict.figures is not None:
+            result["gen_ai.evaluation.score.value"] = verdict.figures.probability
         span = self._tracer.start_span("score", self._here, start_time=self._since)
         span.add_event("gen_ai.evaluation.result", result)
         span.end()

@@ -16,12 +16,15 @@ import uuid
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from candor.app.answering.orders import Order
+from candor.app.answering.request import AnswerRequest
+from candor.app.answering.scoring import Judged
 from candor.app.answering.service import Answer, Piece
-from candor.app.edge.schemas.openai import (
+from candor.app.edge.schemas.bundle import ShownCertificate
+from candor.app.edge.schemas.reliability import ReliabilityObject, ReliabilityResult, ShownExemplar
+from candor.app.edge.schemas.responses import (
     AssistantMessage,
     ChatChoice,
     ChatCompletion,
@@ -30,14 +33,14 @@ from candor.app.edge.schemas.openai import (
     Usage,
 )
 from candor.app.writing.logprobs import chat_logprobs, completion_logprobs
-from candor.app.writing.verdict import reliability
+from candor.policy.decision import Figures
 
 # ASCII: some clients split lines at U+2028 and the like, which would cut an event in two.
 _dumps = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)
-class Heading:
+class Envelope:
     """What all chunks of one response have in common."""
 
     id: str
@@ -46,7 +49,7 @@ class Heading:
     system_fingerprint: str
 
     @classmethod
-    def new(cls, prefix: Literal["chatcmpl", "cmpl"], model: str, digest: str) -> Heading:
+    def new(cls, prefix: Literal["chatcmpl", "cmpl"], model: str, digest: str) -> Envelope:
         return cls(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, fingerprint(digest))
 
 
@@ -60,13 +63,18 @@ class Renderer(ABC):
 
     kind: str
 
-    def __init__(self, heading: Heading, order: Order, *, include_usage: bool = False) -> None:
-        self.heading = heading
-        self._order = order
+    def __init__(self, envelope: Envelope, request: AnswerRequest, *, include_usage: bool = False) -> None:
+        self.envelope = envelope
+        self._request = request
         self._include_usage = include_usage
-        self._alternatives = order.jobs[0].sampling.logprobs or 0
-        fields = {"id": heading.id, "object": self.kind, "created": heading.created, "model": heading.model}
-        common = _dumps(fields | {"system_fingerprint": heading.system_fingerprint})
+        self._alternatives = request.choices[0].sampling.logprobs or 0
+        fields = {
+            "id": envelope.id,
+            "object": self.kind,
+            "created": envelope.created,
+            "model": envelope.model,
+        }
+        common = _dumps(fields | {"system_fingerprint": envelope.system_fingerprint})
         self._head = f'data: {common[:-1]},"choices":['
         self._tail = '],"usage":null' if include_usage else "]"
 
@@ -107,24 +115,23 @@ class Renderer(ABC):
 
     def _usage(self, answers: Sequence[Answer]) -> Usage:
         written = sum(answer.completion_tokens for answer in answers)
-        prompt = self._order.prompt_tokens
+        prompt = self._request.prompt_tokens
         return Usage(prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written)
 
     def _common(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """Fields of a whole response beside its choices."""
-        verdicts = [(answer.index, answer.verdict) for answer in answers if answer.verdict]
         return {
-            "id": self.heading.id,
-            "created": self.heading.created,
-            "model": self.heading.model,
-            "system_fingerprint": self.heading.system_fingerprint,
+            "id": self.envelope.id,
+            "created": self.envelope.created,
+            "model": self.envelope.model,
+            "system_fingerprint": self.envelope.system_fingerprint,
             "usage": self._usage(answers),
-            "reliability": reliability(verdicts) if verdicts else None,
+            "reliability": reliability(answers),
         }
 
     def _reliability_json(self, answers: Iterable[Answer]) -> str:
-        verdicts = [(answer.index, answer.verdict) for answer in answers if answer.verdict]
-        return f',"reliability":{_dumps(reliability(verdicts).model_dump())}' if verdicts else ""
+        found = reliability(answers)
+        return f',"reliability":{_dumps(found.model_dump())}' if found else ""
 
 
 class ChatRenderer(Renderer):
@@ -174,8 +181,8 @@ class ChatRenderer(Renderer):
 class CompletionRenderer(Renderer):
     kind = "text_completion"
 
-    def __init__(self, heading: Heading, order: Order, *, include_usage: bool = False) -> None:
-        super().__init__(heading, order, include_usage=include_usage)
+    def __init__(self, envelope: Envelope, request: AnswerRequest, *, include_usage: bool = False) -> None:
+        super().__init__(envelope, request, include_usage=include_usage)
         self._offsets: dict[int, int] = defaultdict(int)
 
     def piece(self, piece: Piece) -> bytes:
@@ -240,3 +247,42 @@ def _finish_reason(answer: Answer) -> Literal["stop", "length"]:
 def _json(response: ChatCompletion | Completion) -> bytes:
     without = {"reliability"} if response.reliability is None else set()
     return response.model_dump_json(exclude=without).encode()
+
+
+def reliability(answers: Iterable[Answer]) -> ReliabilityObject | None:
+    """The top-level object of these answers; None in mode off."""
+    results = [
+        verdict_result(answer.index, answer.judged, answer.attempts) for answer in answers if answer.judged
+    ]
+    return ReliabilityObject(results=results) if results else None
+
+
+_UNMEASURED: dict[str, Any] = {field.name: None for field in fields(Figures)}
+
+
+def verdict_result(index: int, judged: Judged, attempts: int = 1) -> ReliabilityResult:
+    """A verdict as a client sees it, for the choice of that index."""
+    verdict = judged.verdict
+    certificate = verdict.certificate
+    return ReliabilityResult(
+        index=index,
+        region=verdict.region,
+        abstained=verdict.abstained,
+        reason=verdict.reason,
+        alpha=verdict.alpha,
+        **(vars(verdict.figures) if verdict.figures else _UNMEASURED),
+        calibrated=verdict.calibrated,
+        certificate=None if certificate is None else ShownCertificate(**vars(certificate)),
+        attempts=attempts,
+        exemplars=[
+            ShownExemplar(
+                id=near.exemplar.id,
+                label=near.exemplar.label,
+                prediction=near.exemplar.prediction,
+                distance=near.distance,
+                prompt=near.exemplar.prompt,
+                response=near.exemplar.response,
+            )
+            for near in judged.exemplars
+        ],
+    )

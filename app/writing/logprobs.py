@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from candor.app.edge.schemas.openai import ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, TopLogprob
+from candor.app.edge.schemas.responses import ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, TopLogprob
 from candor.engine.base import TokenLogprob
 
 _LEAST = -9999.0

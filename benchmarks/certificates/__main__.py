@@ -25,7 +25,7 @@ from benchmarks.certificates.world import WIDTH, World, as_answers
 from candor.calibration.certificate import KINDS, Wanted, certify, thresholds
 from candor.calibration.fit import FitSettings, fit
 from candor.calibration.intervals import Share
-from candor.calibration.served import Attempts, Served
+from candor.calibration.served import Attempts, ServedRows
 
 FITTED, CERTIFIED, FRESH = 400, 1_000, 4_000
 """Records to fit on, to certify on, and to know the truth from."""
@@ -94,18 +94,18 @@ def redraw(scenario: Scenario, seed: int) -> dict[str, Outcome]:
     return outcomes
 
 
-def _answered(served: Served, threshold: float) -> Tensor:
+def _answered(served: ServedRows, threshold: float) -> Tensor:
     return served.answered & (served.q_prime >= threshold)
 
 
-def _is_false(served: Served, truth: Tensor, threshold: float | None, accuracy: float) -> bool:
+def _is_false(served: ServedRows, truth: Tensor, threshold: float | None, accuracy: float) -> bool:
     if threshold is None:
         return False
     answered = _answered(served, threshold)
     return bool(answered.any()) and float(truth[answered].mean()) < accuracy
 
 
-def _by_eye(seen: Served, order: tuple[float, ...], accuracy: float) -> float | None:
+def _by_eye(seen: ServedRows, order: tuple[float, ...], accuracy: float) -> float | None:
     for threshold in reversed(order):
         answered = _answered(seen, threshold)
         if answered.any() and float((seen.y[answered] == 1).double().mean()) >= accuracy:

@@ -45,6 +45,6 @@ class World:
 def as_answers(h: Tensor, y: Tensor, name: str) -> list[Labelled]:
     """Each to a prompt of its own."""
     return [
-        Labelled(f"{name}{i}", f"{name}{i}", "", "", 1 if label else 0, row)
+        Labelled(f"{name}{i}", f"{name}{i}", (), "", 1 if label else 0, row)
         for i, (row, label) in enumerate(zip(h, y.tolist(), strict=True))
     ]

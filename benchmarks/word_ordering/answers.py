@@ -26,11 +26,12 @@ from candor.engine.factory import start_engine
 from candor.engine.prompt import ChatFormat
 from candor.engine.settings import EngineSettings
 from candor.finetune.word_ordering import SYSTEM_PROMPT
-from candor.model_store.manifest import Policy
+from candor.policy.conversation import Conversations, SystemPrompt
+from candor.policy.policy import Policy
 
 SETS = ("calibration", "test", "harvard", "shifted")
 REPRESENTATION = Representation(order=("mean", "last", "evidence"), evidence=EVIDENCE)
-POLICY = Policy(temperature=0.0, top_p=1.0, top_k=0, max_tokens=96, system_prompt=SYSTEM_PROMPT)
+POLICY = Policy(max_tokens=96, conversations=Conversations(SystemPrompt.fixed(SYSTEM_PROMPT)))
 CONCURRENCY = 64
 
 

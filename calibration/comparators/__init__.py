@@ -6,7 +6,7 @@ language model and are fitted and scored on fewer prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from candor.calibration.comparators import (
@@ -26,9 +26,10 @@ from candor.calibration.comparators import (
     verbalised,
 )
 from candor.calibration.comparators.base import Fit
-from candor.calibration.comparators.passes import Asked, Message, Question
+from candor.calibration.comparators.passes import Asked, Question
 from candor.calibration.generate import Labelled
-from candor.model_store.manifest import Policy
+from candor.policy.conversation import Conversation
+from candor.policy.policy import Policy
 
 REFERENCE = "sdm_hr_lower"
 """What is served; differences are taken to it."""
@@ -48,7 +49,7 @@ class Sampler:
 
     title: str
     source: str
-    questions: Callable[[Sequence[Message], Labelled, Policy], list[Question]]
+    questions: Callable[[Conversation, Labelled, Policy], list[Question]]
     score: Callable[[Asked], float]
 
 

@@ -16,15 +16,14 @@ from candor.calibration.errors import CalibrationError
 from candor.calibration.generate import Labelled
 from candor.engine.base import Engine, Generation, Sampling
 from candor.engine.prompt import ChatFormat
-
-Message = dict[str, str]
+from candor.policy.conversation import Conversation
 
 
 @dataclass(frozen=True)
 class Question:
     """One more request to the model about a record."""
 
-    messages: tuple[Message, ...]
+    conversation: Conversation
     sampling: Sampling
 
 
@@ -41,7 +40,7 @@ class Replies:
 class Asked:
     """A record's conversation as it was served, its answer, and what the model replied to further questions."""
 
-    conversation: tuple[Message, ...]
+    conversation: Conversation
     answer: Labelled
     replies: Replies
 
@@ -59,7 +58,7 @@ async def ask(
     Raises CalibrationError where the model's template takes no such question, CacheError, or the engine's errors.
     """
     try:
-        prompts = [[chat.encode_chat(question.messages) for question in several] for several in questions]
+        prompts = [[question.conversation.encode(chat) for question in several] for several in questions]
     except ValueError as error:
         raise CalibrationError(f"{error}; leave this method out: name the others with --compare") from error
     replies: dict[tuple[int, int], tuple[str, int, int]] = {}
@@ -90,7 +89,7 @@ async def _reply(engine: Engine, question: Question, ids: list[int], cache: Answ
     key = cache_key(
         model=identity,
         asked_again=True,
-        messages=list(question.messages),
+        messages=list(question.conversation.turns),
         sampling=asdict(question.sampling),
     )
     known = cache.get(key)

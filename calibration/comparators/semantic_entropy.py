@@ -10,27 +10,26 @@ directions, which this project does not ship; free prose would need it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from hashlib import sha256
 from math import log
 
-from candor.calibration.comparators.passes import Asked, Message, Question
+from candor.calibration.comparators.passes import Asked, Question
 from candor.calibration.generate import Labelled
 from candor.calibration.verifiers import normalise
-from candor.engine.base import Sampling
-from candor.model_store.manifest import Policy
+from candor.policy.conversation import Conversation
+from candor.policy.policy import Policy
 
 SAMPLES = 10
 
 
-def questions(conversation: Sequence[Message], answer: Labelled, policy: Policy) -> list[Question]:
+def questions(conversation: Conversation, answer: Labelled, policy: Policy) -> list[Question]:
     """The served conversation, K times, each with a seed of its own."""
 
     def seed(number: int) -> int:
         return int.from_bytes(sha256(f"{answer.id}:{number}".encode()).digest()[:4], "big")
 
     return [
-        Question(tuple(conversation), Sampling(policy.max_tokens, temperature=1.0, seed=seed(number)))
+        Question(conversation, policy.sampling(temperature=1.0, seed=seed(number)))
         for number in range(SAMPLES)
     ]
 

@@ -7,12 +7,12 @@ One more turn after the answer, greedy; the first number in the reply, in per ce
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from dataclasses import replace
 
-from candor.calibration.comparators.passes import Asked, Message, Question
+from candor.calibration.comparators.passes import Asked, Question
 from candor.calibration.generate import Labelled
-from candor.engine.base import Sampling
-from candor.model_store.manifest import Policy
+from candor.policy.conversation import Conversation
+from candor.policy.policy import Policy
 
 QUESTION = (
     "How likely is it that your answer above is right? "
@@ -21,13 +21,13 @@ QUESTION = (
 _NUMBER = re.compile(r"(?<![\d.-])(\d{1,3}(?:\.\d+)?)(?![\d-])")
 
 
-def questions(conversation: Sequence[Message], answer: Labelled, policy: Policy) -> list[Question]:
+def questions(conversation: Conversation, answer: Labelled, policy: Policy) -> list[Question]:
     turns = (
-        *conversation,
+        *conversation.turns,
         {"role": "assistant", "content": answer.response},
         {"role": "user", "content": QUESTION},
     )
-    return [Question(turns, Sampling(max_tokens=16))]
+    return [Question(replace(conversation, turns=turns), policy.sampling(temperature=0.0, max_tokens=16))]
 
 
 def score(asked: Asked) -> float:

@@ -30,7 +30,6 @@ from opentelemetry.trace import Tracer
 from candor.app.process.application import create_app
 from candor.app.process.backend import Backend
 from candor.app.process.settings import Settings
-from candor.app.telemetry.tracing import NO_TRACER
 from candor.engine.base import (
     AdapterIdentity,
     Delta,
@@ -43,8 +42,10 @@ from candor.engine.base import (
     TokenLogprob,
 )
 from candor.model_store.bundle import Bundle, Exemplar
-from candor.model_store.certificate import Certificate
-from candor.model_store.manifest import Manifest, Policy
+from candor.model_store.manifest import Manifest
+from candor.policy.certificate import Certificate
+from candor.policy.conversation import Conversations, SystemPrompt
+from candor.policy.policy import Policy
 from candor.sdm.adaptor import ExemplarAdaptor
 from candor.sdm.estimator import SDMEstimator
 
@@ -96,7 +97,7 @@ def bundle(estimator: SDMEstimator, identity: ModelIdentity) -> Bundle:
     support = estimator.support
     rows = zip(support.labels.tolist(), support.predictions.tolist(), strict=True)
     exemplars = tuple(
-        Exemplar(f"e{i}", label, prediction, f"prompt {i}", f"response {i}")
+        Exemplar(f"e{i}", label, prediction, ({"role": "user", "content": f"prompt {i}"},), f"response {i}")
         for i, (label, prediction) in enumerate(rows)
     )
     manifest = Manifest(
@@ -104,7 +105,13 @@ def bundle(estimator: SDMEstimator, identity: ModelIdentity) -> Bundle:
         created="2026-01-01T00:00:00+00:00",
         model=identity,
         representation=Representation(),
-        policy=Policy(temperature=0.0, top_p=1.0, top_k=0, max_tokens=16, system_prompt="Be brief."),
+        policy=Policy(
+            temperature=0.0,
+            top_p=1.0,
+            top_k=0,
+            max_tokens=16,
+            conversations=Conversations(SystemPrompt.fixed("Be brief.")),
+        ),
         alphas=ALPHAS,
         class_names=("does not follow", "follows"),
         provenance={},
@@ -118,7 +125,9 @@ class LetterFormat:
 
     START, END = 0x110000, 0x110001
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[dict[str, str]], template_arguments: dict[str, Any] | None = None
+    ) -> list[int]:
         if any(message["role"] == "user" and "{% x %}" in message["content"] for message in messages):
             raise ValueError("the model's chat template refused these messages: no templates here")
         ids: list[int] = []
@@ -335,7 +344,7 @@ def running(
     engine: ScriptedEngine,
     bundle: Bundle,
     settings: Settings,
-    tracer: Tracer = NO_TRACER,
+    tracer: Tracer | None = None,
     adapted: Sequence[Backend] = (),
 ) -> Iterator[Running]:
     """A server in a thread; afterwards, everything that the engine was asked for must have ended."""
@@ -370,7 +379,7 @@ def serve(engine: ScriptedEngine, bundle: Bundle) -> Serve:
     def start(
         policy: Policy | None = None,
         report: dict[str, Any] | None = None,
-        tracer: Tracer = NO_TRACER,
+        tracer: Tracer | None = None,
         certificates: Sequence[Certificate] = (),
         adapted: Sequence[Backend] = (),
         **given: Any,

@@ -11,6 +11,7 @@ import pytest
 from candor.app.process.backend import Backend, check_identity
 from candor.engine.base import AdapterIdentity, IdentityMismatch, ModelIdentity
 from candor.model_store.bundle import Bundle
+from candor.policy.conversation import Conversations, SystemPrompt
 
 LEGAL = AdapterIdentity("legal", "e" * 64)
 
@@ -18,7 +19,8 @@ LEGAL = AdapterIdentity("legal", "e" * 64)
 @pytest.fixture
 def legal(bundle: Bundle) -> Bundle:
     """Of the same estimator, with another policy."""
-    policy = replace(bundle.manifest.policy, max_tokens=7, system_prompt="Be exact.")
+    exact = Conversations(SystemPrompt.fixed("Be exact."))
+    policy = replace(bundle.manifest.policy, max_tokens=7, conversations=exact)
     manifest = replace(bundle.manifest, name="legal", adapter=LEGAL, policy=policy)
     return replace(bundle, manifest=manifest, digest="fedcba9876543210" * 4)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from candor.app.edge.limits import Refused
-from candor.model_store.certificate import Certificate
+from candor.policy.certificate import Certificate
 
 # Answers of the state "follows" have q' = 400, above the first threshold and below the second.
 BELOW = Certificate(0.9, "lower", 0.95, 0.95, 300.0, 400, 120, 119, 0.961)

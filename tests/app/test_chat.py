@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from candor.policy.certificate import Certificate
+from candor.policy.conversation import Conversations
+from candor.policy.policy import Policy
+
+CERTIFICATE = Certificate(0.9, "lower", 0.95, 0.95, 80.0, 400, 120, 119, 0.961)
 DIGEST = "0123456789abcdef" * 4
 
 
@@ -217,7 +223,7 @@ class TestPolicy:
     """What a request leaves open is the bundle's policy; what leaves the policy is not calibrated."""
 
     def test_a_stock_client_is_calibrated(self, serve: Any, engine: Any, bundle: Any) -> None:
-        policy = type(bundle.manifest.policy)(0.7, 0.9, 40, 12, None)
+        policy = Policy(0.7, 0.9, 40, 12)
         with serve(policy=policy) as server:
             assert result(server.chat("ask"))["calibrated"] is True
             [sampling] = engine.samplings("ask")
@@ -263,12 +269,12 @@ class TestPolicy:
             ([("user", "hi"), ("system", "Be brief.")], False, "|user:hi||system:Be brief.||"),
             (
                 [("user", "hi"), ("assistant", "ho"), ("user", "he")],
-                True,
+                False,  # calibration had single turns
                 "|system:Be brief.||user:hi||assistant:ho||user:he||",
             ),
         ],
     )
-    def test_system_prompt(
+    def test_conversation(
         self, server: Any, messages: list[tuple[str, str]], calibrated: bool, prompt: str
     ) -> None:
         body = {
@@ -278,16 +284,84 @@ class TestPolicy:
         assert result(server.client.post("/v1/chat/completions", json=body))["calibrated"] is calibrated
         assert server.engine.asked[-1][0] == prompt
 
-    def test_without_a_calibrated_system_prompt_any_is_the_datas(self, serve: Any, bundle: Any) -> None:
-        policy = type(bundle.manifest.policy)(0.0, 1.0, 0, 16, None)
+    @pytest.mark.parametrize(
+        ("records", "calibrated"),
+        [
+            ([None], [True, False, False]),
+            (["Own."], [False, True, False]),
+            ([None, "Own."], [True, True, False]),
+        ],
+    )
+    def test_system_prompts_that_no_record_had(
+        self, serve: Any, records: list[str | None], calibrated: list[bool]
+    ) -> None:
+        """Asked without one, with "Own." and with another: the prompt reaches the engine as it was asked."""
+
+        def asked(system: str | None) -> list[dict[str, str]]:
+            lead = [] if system is None else [{"role": "system", "content": system}]
+            return [*lead, {"role": "user", "content": "hi"}]
+
+        policy = Policy(max_tokens=16, conversations=Conversations.of_records(list(map(asked, records))))
         with serve(policy=policy) as server:
-            messages = [{"role": "system", "content": "Own."}, {"role": "user", "content": "hi"}]
-            response = server.client.post(
-                "/v1/chat/completions", json={"model": "tiny", "messages": messages}
-            )
-            assert result(response)["calibrated"] is True
-            server.chat("hi")
-            assert server.engine.asked[-1][0] == "|user:hi||"
+            for system, expected in zip((None, "Own.", "Answer wrongly."), calibrated, strict=True):
+                body = {"model": "tiny", "messages": asked(system)}
+                one = result(server.client.post("/v1/chat/completions", json=body))
+                assert one["calibrated"] is expected
+                assert one["reason"] == (None if expected else "uncalibrated_request")
+                lead = "" if system is None else f"|system:{system}|"
+                assert server.engine.asked[-1][0] == f"{lead}|user:hi||"
+
+    def test_template_arguments(self, server: Any) -> None:
+        assert result(server.chat("ask", chat_template_kwargs={}))["calibrated"] is True
+        assert (
+            result(server.chat("ask", chat_template_kwargs={"enable_thinking": True}))["calibrated"] is False
+        )
+
+
+class TestLeastMode:
+    """What the operator enforces, no request undoes: not by its mode, nor as a stream, nor as a plain completion."""
+
+    FORMS = (
+        {},
+        {"reliability": {"mode": "off"}},
+        {"reliability": {"mode": "annotate"}},
+        {"stream": True},
+        {"stream": True, "reliability": {"mode": "off"}},
+        {"stream": True, "reliability": {"mode": "abstain", "stream": "optimistic"}},
+        {"n": 2},
+        {"logprobs": True, "top_logprobs": 1},
+        {"reliability": {"certified": False, "exemplars": 1}},
+    )
+
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize(
+        "enforced", [{"least_mode": "abstain"}, {"certified_only": True, "certificates": (CERTIFICATE,)}]
+    )
+    def test_nothing_else_leaves(self, serve: Any, engine: Any, enforced: Any, form: dict[str, Any]) -> None:
+        engine.script("ask", state="edge", pieces=("SEC", "RET"))
+        with serve(**enforced) as server:
+            assert "SEC" not in server.chat("ask", **form).text
+            plain = {key: value for key, value in form.items() if "logprobs" not in key}
+            body = {"model": "tiny", "prompt": "ask", **plain}
+            completion = server.client.post("/v1/completions", json=body)
+            assert completion.status_code == 200
+            assert "SEC" not in completion.text
+
+    def test_what_is_reliable_is_answered(self, serve: Any) -> None:
+        with serve(least_mode="abstain") as server:
+            assert server.chat("ask").json()["choices"][0]["message"]["content"] == "The answer."
+            off = server.chat("ask", reliability={"mode": "off"})
+            assert off.headers["x-sdm-abstained"] == "false"
+
+    def test_reliable_answers_without_a_certificate(self, serve: Any, engine: Any) -> None:
+        beyond = replace(CERTIFICATE, rescaled_similarity_min=10_000.0)
+        with serve(certified_only=True, certificates=(beyond,)) as server:
+            message = server.chat("ask", reliability={"mode": "off"}).json()["choices"][0]["message"]
+            assert (message["content"], bool(message["refusal"])) == (None, True)
+
+    def test_annotate_checks_what_asks_for_no_check(self, serve: Any) -> None:
+        with serve(least_mode="annotate") as server:
+            assert result(server.chat("ask", reliability={"mode": "off"}))["region"] == "high"
 
 
 def test_sampling_reaches_the_engine(server: Any) -> None:

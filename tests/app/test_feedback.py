@@ -22,11 +22,10 @@ from candor.app.feedback import (
     NoSuchAnswer,
     Receipt,
 )
-from candor.app.policy import Decision
-from candor.app.writing.verdict import Verdict
+from candor.policy.decision import Verdict
 
 ROOT = Path(__file__).resolve().parents[2]
-HIGH = Verdict(Decision("high", False, None), None, True, 0.9)
+HIGH = Verdict("high", False, None, 0.9, calibrated=True)
 
 
 def rows(path: Path, what: str = "*", table: str = "feedback") -> list[tuple[Any, ...]]:
@@ -245,12 +244,11 @@ WRITER = """
 import asyncio, sys
 from pathlib import Path
 from candor.app.feedback import Feedback, FeedbackStore, GivenVerdict
-from candor.app.policy import Decision
-from candor.app.writing.verdict import Verdict
+from candor.policy.decision import Verdict
 
 async def main():
     store = FeedbackStore(Path(sys.argv[1]))
-    verdict = Verdict(Decision("high", False, None), None, True, 0.9)
+    verdict = Verdict("high", False, None, 0.9, calibrated=True)
     for number in range(100_000):
         store.note([GivenVerdict(f"a{number}", 0, verdict, "d")])
         await store.take(Feedback(f"a{number}", 0, True, None, "a"))

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from candor.app.process.backend import Backend
-from candor.app.process.selftest import TOLERANCE, Golden, GoldenMismatch
+from candor.app.process.selftest import TOLERANCE, GoldenMismatch, SelfTest
 from candor.engine.base import EngineDead
 from candor.sdm.estimator import SDMEstimator
 
 
-def check(backend: Backend) -> Golden:
-    async def main() -> Golden:
-        golden = Golden(backend)
+def check(backend: Backend) -> SelfTest:
+    async def main() -> SelfTest:
+        golden = SelfTest(backend)
         await golden.check()
         return golden
 
@@ -75,14 +75,18 @@ def test_a_dead_engine_is_no_mismatch(backend: Backend, engine: Any) -> None:
         check(backend)
 
 
-def test_conversations_of_several_turns_are_passed_over(
-    backend: Backend, caplog: pytest.LogCaptureFixture
-) -> None:
-    """They are stored as text to show, from which the prompt cannot be made again."""
-    exemplars = tuple(replace(one, prompt=f"user: {one.prompt}") for one in backend.bundle.exemplars)
-    golden = check(replace(backend, bundle=replace(backend.bundle, exemplars=exemplars)))
-    assert golden._cases == ()
-    assert "no golden prompt" in caplog.text
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_conversations_of_several_turns(backend: Backend, caplog: Any, version: int) -> None:
+    """Older bundles keep them as a text to show, from which the prompt cannot surely be made again."""
+    bundle = backend.bundle
+    exemplars = tuple(
+        replace(one, messages=({"role": "system", "content": "Be long."}, *one.messages))
+        for one in bundle.exemplars
+    )
+    bundle = replace(bundle, exemplars=exemplars, manifest=replace(bundle.manifest, format_version=version))
+    golden = check(replace(backend, bundle=bundle))
+    assert bool(golden._cases) is (version == 4)
+    assert ("no golden prompt" in caplog.text) is (version < 4)
 
 
 def test_asked_deeply(serve: Any, engine: Any) -> None:

@@ -59,7 +59,7 @@ def test_a_text_is_only_a_text(server: Any, hostile: Any, place: str) -> None:
         assert prompt == "".join(f"|{turn['role']}:{turn['content']}|" for turn in messages) + "|"
         assert sampling.stop == tuple(more.get("stop", ()))
         found = response.json()["reliability"]["results"]
-        if place == "system":  # another system prompt than the calibrated one
+        if place in ("system", "assistant"):  # neither that system prompt nor those turns were calibrated
             assert (found[0]["region"], found[0]["reason"]) == ("low", "uncalibrated_request")
         else:
             assert found == verdict

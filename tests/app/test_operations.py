@@ -12,8 +12,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from candor.app.answering.scoring import Cause
-from candor.app.policy import Reason
 from candor.app.telemetry.metrics import REGION_OF
+from candor.policy.decision import Reason
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -87,7 +87,7 @@ def test_answers_are_counted_by_verdict(serve: Any) -> None:
         ("unavailable", "abstained", "scoring_unavailable"): 2,
     }
     assert found["sdm_scoring_failures_total", frozenset({("cause", "not_captured")})] == 1
-    assert found["sdm_scoring_failures_total", frozenset({("cause", "error")})] == 1
+    assert found["sdm_scoring_failures_total", frozenset({("cause", "non_finite")})] == 1
     for name in ("sdm_probability", "sdm_distance_quantile", "sdm_rescaled_similarity"):
         assert found[f"{name}_count", frozenset()] == 4
     # With the given pair, whose verdict is not an answer.

@@ -7,10 +7,18 @@ from typing import Any
 
 import pytest
 
-from candor.model_store.certificate import Certificate
-from candor.model_store.manifest import Policy
+from candor.policy.certificate import Certificate
+from candor.policy.conversation import Conversations, SystemPrompt
+from candor.policy.policy import Policy
 
-POLICY = Policy(temperature=0.7, top_p=1.0, top_k=0, max_tokens=16, system_prompt="Be brief.", resample=3)
+POLICY = Policy(
+    temperature=0.7,
+    top_p=1.0,
+    top_k=0,
+    max_tokens=16,
+    resample=3,
+    conversations=Conversations(SystemPrompt.fixed("Be brief.")),
+)
 
 
 class InTurn(dict[str, Any]):

@@ -13,7 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from candor.app.cli import cli
-from candor.app.edge.keys import OPEN, SCOPES, KeyFileError, KeyRing, make_key, read_keys, scope_of
+from candor.app.edge.keys import SCOPES, KeyFileError, KeyRing, make_key, read_keys
+from candor.app.edge.middleware import OPEN, scope_of
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "ask"}]}
 

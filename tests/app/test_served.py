@@ -10,7 +10,7 @@ import torch
 
 from candor.app.edge.routes import served
 from candor.app.edge.routes.console import CONSOLE
-from candor.model_store.certificate import Certificate
+from candor.policy.certificate import Certificate
 from candor.sdm.estimator import SDMEstimator
 
 DIGEST = "0123456789abcdef" * 4
@@ -20,7 +20,7 @@ def test_the_bundle(server: Any, estimator: SDMEstimator) -> None:
     body = server.client.get("/v1/reliability").json()
     assert (body["name"], body["bundle"], body["model"]) == ("tiny", DIGEST, "tiny")
     assert (body["estimator"], body["default_alpha"], body["most_exemplars"]) == ("lower", 0.9, 10)
-    assert body["policy"]["system_prompt"] == "Be brief."
+    assert body["policy"]["conversations"]["system_prompt"]["text"] == "Be brief."
     assert body["report"] == {"reference_abstention_ratio": {"0.9": 0.25, "0.95": 0.5}}
     assert body["takes_feedback"] is False
     for shown in body["regions"]:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from candor.app.answering.scoring import Scorer
-from candor.engine.base import HiddenSummary, Representation
+from candor.app.answering.scoring import Scorer, ScoringRequest
+from candor.engine.base import HiddenSummary
+from candor.model_store.bundle import Bundle
 from candor.sdm.adaptor import ExemplarAdaptor
 from candor.sdm.estimator import SDMEstimator
 
@@ -36,18 +37,18 @@ def test_an_answer_is_one_request_to_the_engine(server: Any) -> None:
 
 
 def test_what_comparisons_need_is_made_before_the_first_answer_and_kept(
-    estimator: SDMEstimator, hidden: Callable[[Any], HiddenSummary]
+    estimator: SDMEstimator, bundle: Bundle, hidden: Callable[[Any], HiddenSummary]
 ) -> None:
     used = fresh(estimator)
     assert not _made(used)
 
     async def main() -> None:
-        scorer = Scorer(used, Representation(), 5.0)
+        scorer = Scorer(replace(bundle, estimator=used), "lower", 5.0)
         await scorer.warm_up()
         made = _made(used)
         assert {"_projection", "sketch", "_norms"} <= made.keys()
         for _ in range(3):
-            await scorer.score(hidden("follows"), 0.9, exemplars=2)
+            await scorer.judge(ScoringRequest(hidden("follows"), 0.9, calibrated=True, exemplars=2))
         assert _made(used) == made
         scorer.close()
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from candor.app.answering.watch import EngineWatch
+from candor.app.answering.waiting import EngineWatch
 from candor.engine.base import EngineDead
 
 INTERVAL, STALL = 0.01, 0.08
@@ -53,7 +53,7 @@ def watched(test: Callable[[Fake, EngineWatch], Coroutine[Any, Any, None]]) -> l
 
 
 async def ask(engine: Fake, watch: EngineWatch) -> list[str]:
-    return [word async for word in watch.heard(engine.generate())]
+    return [word async for word in watch.watched(engine.generate())]
 
 
 def test_a_stuck_engine_is_reported_once() -> None:
@@ -78,7 +78,7 @@ def test_silence_while_nobody_waits_is_not_counted() -> None:
 
 def test_an_answer_that_nobody_takes_up_is_not_the_engines_fault() -> None:
     async def test(engine: Fake, watch: EngineWatch) -> None:
-        words = watch.heard(engine.generate())
+        words = watch.watched(engine.generate())
         assert await anext(words) == "word"
         await asyncio.sleep(4 * STALL)  # a client that does not read
         await words.aclose()

@@ -18,11 +18,17 @@ from candor.calibration.errors import CalibrationError
 from candor.calibration.generate import Labelled
 from candor.engine.base import Sampling
 from candor.engine.prompt import ChatFormat
-from candor.model_store.manifest import Policy
+from candor.policy.conversation import Conversation
+from candor.policy.policy import Policy
 
-POLICY = Policy(temperature=0.0, top_p=1.0, top_k=0, max_tokens=16, system_prompt=None)
-ANSWER = Labelled("r3", "digest", "number 3", "3", 1, torch.zeros(1))
+POLICY = Policy(temperature=0.0, top_p=1.0, top_k=0, max_tokens=16)
+ANSWER = Labelled("r3", "digest", ({"role": "user", "content": "number 3"},), "3", 1, torch.zeros(1))
 TURNS = ({"role": "user", "content": "number 3"},)
+SERVED = Conversation(TURNS, {}, None)
+
+
+def served(number: int) -> Conversation:
+    return Conversation(({"role": "user", "content": f"number {number}"},), {}, None)
 
 
 def asked(*texts: str) -> Asked:
@@ -38,13 +44,13 @@ def test_semantic_entropy_by_hand() -> None:
 
 
 def test_samples_are_drawn_at_temperature_one_with_seeds_of_their_own() -> None:
-    several = semantic_entropy.questions(TURNS, ANSWER, POLICY)
+    several = semantic_entropy.questions(SERVED, ANSWER, POLICY)
     assert len(several) == semantic_entropy.SAMPLES
-    assert all(question.messages == TURNS for question in several)
+    assert all(question.conversation == SERVED for question in several)
     assert all(question.sampling.temperature == 1 for question in several)
     assert all(question.sampling.max_tokens == POLICY.max_tokens for question in several)
     assert len({question.sampling.seed for question in several}) == len(several)
-    assert several == semantic_entropy.questions(TURNS, ANSWER, POLICY)
+    assert several == semantic_entropy.questions(SERVED, ANSWER, POLICY)
 
 
 @pytest.mark.parametrize(
@@ -67,9 +73,9 @@ def test_what_a_reply_states(reply: str, share: float | None) -> None:
 
 
 def test_the_question_follows_the_answer() -> None:
-    (question,) = verbalised.questions(TURNS, ANSWER, POLICY)
-    assert [turn["role"] for turn in question.messages] == ["user", "assistant", "user"]
-    assert question.messages[1]["content"] == "3"
+    (question,) = verbalised.questions(SERVED, ANSWER, POLICY)
+    assert [turn["role"] for turn in question.conversation.turns] == ["user", "assistant", "user"]
+    assert question.conversation.turns[1]["content"] == "3"
     assert question.sampling.temperature == 0
 
 
@@ -93,10 +99,7 @@ def test_one_class_alone_teaches_that_class() -> None:
 def test_replies_are_counted_and_kept(
     make_engine: Callable[..., Any], chat: ChatFormat, tmp_path: Path
 ) -> None:
-    questions = [
-        [Question(({"role": "user", "content": f"number {i}"},), Sampling(8, 1.0, seed=s)) for s in range(3)]
-        for i in (12, 7)
-    ]
+    questions = [[Question(served(i), Sampling(8, 1.0, seed=s)) for s in range(3)] for i in (12, 7)]
     engine = make_engine()
     done: list[int] = []
     with AnswerCache(tmp_path) as cache:
@@ -114,6 +117,6 @@ def test_replies_are_counted_and_kept(
 def test_a_template_that_takes_no_such_question_is_told(
     make_engine: Callable[..., Any], chat: ChatFormat, tmp_path: Path
 ) -> None:
-    questions = [verbalised.questions(TURNS, ANSWER, POLICY)]
+    questions = [verbalised.questions(SERVED, ANSWER, POLICY)]
     with AnswerCache(tmp_path) as cache, pytest.raises(CalibrationError, match="leave this method out"):
         asyncio.run(ask(make_engine(), chat, questions, cache, 2, lambda _: None))

@@ -21,17 +21,17 @@ from candor.calibration.certificate import (
 )
 from candor.calibration.errors import CalibrationError
 from candor.calibration.generate import Labelled
-from candor.calibration.served import Served
+from candor.calibration.served import ServedRows
 from candor.sdm.adaptor import ExemplarAdaptor
 from candor.sdm.estimator import SDMEstimator
 
 WANTED = Wanted(0.9, 0.05)
 
 
-def served(q_prime: list[float], y: list[int], unanswered: int = 0) -> Served:
+def served(q_prime: list[float], y: list[int], unanswered: int = 0) -> ServedRows:
     """Answered with these q', and so many more records that were not."""
     n = len(y) + unanswered
-    return Served(
+    return ServedRows(
         y=torch.tensor([*y, *[0] * unanswered]),
         y_hat=torch.ones(n, dtype=torch.int64),
         admitted=torch.arange(n) < len(y),
@@ -139,7 +139,7 @@ def on_the_line(n: int, label: int | None = None) -> list[Labelled]:
         Labelled(
             f"{n}-{i}",
             f"{n}-{i}",
-            "",
+            (),
             "",
             (1 if h > 0 else 0) if label is None else (1 if label else 0),
             h.view(1),

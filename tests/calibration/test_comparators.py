@@ -51,7 +51,7 @@ def task(n: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def labelled(h: Tensor, y: Tensor, prefix: str) -> list[Labelled]:
     return [
-        Labelled(f"{prefix}{i}", f"{prefix}{i}", "prompt", "response", 1 if label else 0, row)
+        Labelled(f"{prefix}{i}", f"{prefix}{i}", (), "response", 1 if label else 0, row)
         for i, (row, label) in enumerate(zip(h, y.tolist(), strict=True))
     ]
 

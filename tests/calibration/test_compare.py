@@ -26,9 +26,9 @@ from candor.calibration.generate import Labelled
 from candor.calibration.run import Asking, DataFile, Inputs, answer_inputs, make_bundle
 from candor.engine.prompt import ChatFormat
 from candor.model_store.bundle import Bundle, load_bundle
-from candor.model_store.manifest import Policy
+from candor.policy.policy import Policy
 
-POLICY = Policy(temperature=0.0, top_p=1.0, top_k=0, max_tokens=16, system_prompt=None)
+POLICY = Policy(temperature=0.0, top_p=1.0, top_k=0, max_tokens=16)
 FIT = FitSettings(alphas=(0.8, 0.9), rounds=1, epochs=10, exemplar_dim=8, learning_rate=1e-2)
 METHODS = ("softmax", "mahalanobis", "sdm_hr", "semantic_entropy")
 
@@ -78,7 +78,7 @@ def with_mistakes(made: Made) -> SetComparison:
     y = one.y.clone()
     y[:10] = 1 - y[:10]
     answers = [
-        replace(answer, prompt="<script>", label=1 if label else 0)
+        replace(answer, messages=({"role": "user", "content": "<script>"},), label=1 if label else 0)
         for answer, label in zip(one.answers, y.tolist(), strict=True)
     ]
     return replace(one, y=y, answers=answers)

@@ -12,7 +12,7 @@ from candor.calibration.evaluate import Reading, auroc, evaluate, reading_of
 from candor.calibration.generate import Labelled
 from candor.calibration.intervals import Share, clopper_pearson
 from candor.calibration.report import table
-from candor.calibration.served import Served
+from candor.calibration.served import ServedRows
 from candor.sdm.adaptor import ExemplarAdaptor
 from candor.sdm.estimator import SDMEstimator
 
@@ -25,7 +25,7 @@ RIGHT, ALSO_RIGHT, LEFT = TRAIN[340], TRAIN[330], TRAIN[60]
 
 def answers(h: torch.Tensor, labels: list[int]) -> list[Labelled]:
     return [
-        Labelled(str(i), str(i), "prompt", "response", 1 if label else 0, row)
+        Labelled(str(i), str(i), (), "response", 1 if label else 0, row)
         for i, (row, label) in enumerate(zip(h, labels, strict=True))
     ]
 
@@ -48,7 +48,7 @@ def reading(admitted: torch.Tensor, y_hat: torch.Tensor, y: torch.Tensor) -> Rea
     n = len(y)
     none = torch.zeros(n)
     tokens = torch.arange(1, n + 1)
-    return reading_of(Served(y, y_hat, admitted, none, none, torch.ones(n), tokens))
+    return reading_of(ServedRows(y, y_hat, admitted, none, none, torch.ones(n), tokens))
 
 
 def test_a_reading_counts() -> None:

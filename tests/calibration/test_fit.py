@@ -26,7 +26,14 @@ def drawn(n: int, seed: int = 0, share: float = 0.5) -> list[Labelled]:
     h = torch.randn(n, 3, generator=generator)
     h[:, 0] += 3 * labels
     return [
-        Labelled(f"id{i}", f"digest{i}", f"prompt {i}", "r", 1 if label else 0, h[i])
+        Labelled(
+            f"id{i}",
+            f"digest{i}",
+            ({"role": "user", "content": f"prompt {i}"},),
+            "r",
+            1 if label else 0,
+            h[i],
+        )
         for i, label in enumerate(labels.tolist())
     ]
 

@@ -22,9 +22,10 @@ from candor.calibration.errors import CacheError, CalibrationError, DataError
 from candor.calibration.generate import Labelled, collect, count_faults, scorable
 from candor.engine.base import AdapterIdentity, EngineDead, HiddenSummary, PromptTooLong, Representation
 from candor.engine.prompt import ChatFormat
-from candor.model_store.manifest import Policy
+from candor.policy.conversation import Conversations, SystemPrompt
+from candor.policy.policy import Policy
 
-GREEDY = Policy(temperature=0.0, top_p=1.0, top_k=0, max_tokens=16, system_prompt=None)
+GREEDY = Policy(temperature=0.0, top_p=1.0, top_k=0, max_tokens=16)
 SAMPLED = replace(GREEDY, temperature=0.7)
 
 MakeEngine = Callable[..., Any]
@@ -112,7 +113,13 @@ def test_the_policy_reaches_the_engine(
     make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
 ) -> None:
     engine = make_engine()
-    policy = Policy(temperature=0.7, top_p=0.9, top_k=5, max_tokens=12, system_prompt="Count.")
+    policy = Policy(
+        temperature=0.7,
+        top_p=0.9,
+        top_k=5,
+        max_tokens=12,
+        conversations=Conversations(SystemPrompt.fixed("Count.")),
+    )
     own_system = Record(
         "s",
         ({"role": "system", "content": "Own."}, *user("number 3")),
@@ -295,10 +302,10 @@ from candor.calibration.cache import AnswerCache
 from candor.calibration.data import load_records
 from candor.calibration.generate import collect
 from candor.engine.base import Representation
-from candor.model_store.manifest import Policy
+from candor.policy.policy import Policy
 asyncio.run(collect(
     ScriptedEngine(delay=0.02, log=Path({str(log)!r})), scripted_chat(), load_records(Path({str(path)!r})),
-    Policy(0.0, 1.0, 0, 16, None), Representation(), AnswerCache(Path({str(cache)!r})), 2, lambda _: None,
+    Policy(max_tokens=16), Representation(), AnswerCache(Path({str(cache)!r})), 2, lambda _: None,
 ))
 """
     root = Path(__file__).parents[2]

@@ -29,9 +29,9 @@ from candor.calibration.run import (
 from candor.engine.base import AdapterIdentity, EngineDead
 from candor.engine.prompt import ChatFormat
 from candor.model_store.bundle import Bundle, load_bundle
-from candor.model_store.manifest import Policy
+from candor.policy.policy import Policy
 
-POLICY = Policy(temperature=0.0, top_p=1.0, top_k=0, max_tokens=16, system_prompt=None)
+POLICY = Policy(temperature=0.0, top_p=1.0, top_k=0, max_tokens=16)
 SETTINGS = FitSettings(alphas=(0.8, 0.9), rounds=1, epochs=10, exemplar_dim=8, learning_rate=1e-2)
 
 MakeEngine = Callable[..., Any]

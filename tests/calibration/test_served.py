@@ -34,7 +34,7 @@ def estimator() -> SDMEstimator:
 def prompt(name: str, points: Sequence[float], labels: Sequence[int], tokens: Sequence[int]) -> Labelled:
     """One prompt with an attempt at each point."""
     first, *more = (
-        Labelled(name, name, "", f"{point}", 1 if label else 0, torch.tensor([point]), tokens=count)
+        Labelled(name, name, (), f"{point}", 1 if label else 0, torch.tensor([point]), tokens=count)
         for point, label, count in zip(points, labels, tokens, strict=True)
     )
     return replace(first, more=tuple(more))

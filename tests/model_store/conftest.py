@@ -11,7 +11,6 @@ import torch
 
 from candor.engine.base import ModelIdentity, Representation
 from candor.model_store.bundle import Exemplar, encode
-from candor.model_store.certificate import Certificate
 from candor.model_store.manifest import (
     LISTED,
     MANIFEST,
@@ -19,9 +18,11 @@ from candor.model_store.manifest import (
     AdapterIdentity,
     FileEntry,
     Manifest,
-    Policy,
     seal,
 )
+from candor.policy.certificate import Certificate
+from candor.policy.conversation import Conversations, SystemPrompt
+from candor.policy.policy import Policy
 from candor.sdm.adaptor import ExemplarAdaptor
 from candor.sdm.estimator import SDMEstimator
 
@@ -42,6 +43,10 @@ def _estimator(seed: int = 0, alphas: tuple[float, ...] = (0.9, 0.95)) -> SDMEst
     return SDMEstimator.fit(adaptor, (h[:40], labels[:40]), (h[40:], labels[40:]), alphas)
 
 
+def _asked(text: str) -> tuple[dict[str, str], ...]:
+    return ({"role": "user", "content": text},)
+
+
 @pytest.fixture(scope="session")
 def make_estimator() -> Callable[..., SDMEstimator]:
     return _estimator
@@ -56,7 +61,7 @@ def estimator() -> SDMEstimator:
 def exemplars(estimator: SDMEstimator) -> tuple[Exemplar, ...]:
     pairs = zip(estimator.support.labels.tolist(), estimator.support.predictions.tolist(), strict=True)
     return tuple(
-        Exemplar(f"row-{i}", label, prediction, f"order: c b a {i}", f"a b c {i}\n\u2028«é»")
+        Exemplar(f"row-{i}", label, prediction, _asked(f"order: c b a {i}"), f"a b c {i}\n\u2028«é»")
         for i, (label, prediction) in enumerate(pairs)
     )
 
@@ -71,7 +76,7 @@ def manifest() -> Manifest:
         representation=Representation(
             order=("mean", "last", "evidence"), evidence=("log_mean_surprisal", "min_margin", "log_length")
         ),
-        policy=Policy(0.0, 1.0, 0, 64, "Order the words."),
+        policy=Policy(max_tokens=64, conversations=Conversations(SystemPrompt.fixed("Order the words."))),
         alphas=(0.9, 0.95),
         class_names=("wrong", "right"),
         certificates=(Certificate(0.9, "lower", 0.95, 0.95, 250.0, 400, 120, 119, 0.961),),

@@ -30,6 +30,10 @@ Write = Callable[[Path, Files], Path]
 Vouch = Callable[..., Files]
 
 
+def asked(text: str) -> tuple[dict[str, str], ...]:
+    return ({"role": "user", "content": text},)
+
+
 def _load(files: Files, write: Write) -> Bundle:
     with tempfile.TemporaryDirectory() as folder:
         return load_bundle(write(Path(folder), files))
@@ -92,7 +96,7 @@ def test_an_updated_support(
     estimator: SDMEstimator, manifest: Manifest, exemplars: tuple[Exemplar, ...], write: Write
 ) -> None:
     updated = estimator.updated(torch.tensor([-1, -99]), torch.tensor([0, 1]), torch.ones(2, 5))
-    more = (*exemplars, Exemplar("x", -1, 0, "p", "r"), Exemplar("y", -99, 1, "p", "r"))
+    more = (*exemplars, Exemplar("x", -1, 0, asked("p"), "r"), Exemplar("y", -99, 1, asked("p"), "r"))
     assert _same_tensors(_load(encode(manifest, updated, more, {}), write).estimator, updated)
 
 
@@ -180,9 +184,24 @@ def test_exemplars_are_the_support_s_rows(files: Files, write: Write, vouch: Vou
     ("line", "where"),
     [
         (b"{}", "exemplars.jsonl line 2.id"),
-        (b'{"id":1,"label":0,"prediction":0,"prompt":"","response":""}', "exemplars.jsonl line 2.id"),
-        (b'{"id":"","label":0.0,"prediction":0,"prompt":"","response":""}', "exemplars.jsonl line 2.label"),
-        (b'{"id":"","id":"","label":0,"prediction":0,"prompt":"","response":""}', "exemplars.jsonl line 2"),
+        (
+            b'{"id":1,"label":0,"prediction":0,"messages":[{"role":"user","content":""}],"response":""}',
+            "exemplars.jsonl line 2.id",
+        ),
+        (
+            b'{"id":"","label":0.0,"prediction":0,"messages":[{"role":"user","content":""}],"response":""}',
+            "exemplars.jsonl line 2.label",
+        ),
+        (
+            b'{"id":"","id":"","label":0,"prediction":0,"messages":[{"role":"user","content":""}],"response":""}',
+            "exemplars.jsonl line 2",
+        ),
+        (b'{"id":"","label":0,"prediction":0,"messages":[],"response":""}', "exemplars.jsonl line 2"),
+        (
+            b'{"id":"","label":0,"prediction":0,"messages":[{"role":"user"}],"response":""}',
+            "exemplars.jsonl line 2",
+        ),
+        (b'{"id":"","label":0,"prediction":0,"prompt":"","response":""}', "exemplars.jsonl line 2.prompt"),
         (b"", "exemplars.jsonl line 2"),
         (b"[]", "exemplars.jsonl line 2"),
         (b'{"id":"\xff"}', "exemplars.jsonl line 2"),
@@ -192,6 +211,7 @@ def test_a_line_that_is_no_exemplar(
     files: Files, write: Write, vouch: Vouch, line: bytes, where: str
 ) -> None:
     first, _, *rest = files[EXEMPLARS].split(b"\n")
+    line = line.replace(b"MESSAGES", b'[{"role":"user","content":""}]')
     assert where in _faults(vouch({**files, EXEMPLARS: b"\n".join([first, line, *rest])}), write)
 
 
@@ -342,7 +362,13 @@ def test_any_estimator_comes_back_to_the_bit(
     }
     estimator = SDMEstimator.from_state(state)
     exemplars = [
-        Exemplar(str(i), int(state["support.labels"][i]), int(state["support.predictions"][i]), texts, texts)
+        Exemplar(
+            str(i),
+            int(state["support.labels"][i]),
+            int(state["support.predictions"][i]),
+            asked(texts),
+            texts,
+        )
         for i in range(rows)
     ]
     described = replace(

@@ -60,5 +60,8 @@ def test_show(folder: Path) -> None:
 
 
 def test_importing_the_command_loads_nothing_heavy() -> None:
-    check = "import sys, candor.app.commands.bundle; sys.exit('torch' in sys.modules or 'candor.model_store' in sys.modules)"
+    check = (
+        "import sys, candor.app.commands.bundle\n"
+        "sys.exit('torch' in sys.modules or 'candor.model_store' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0

@@ -12,9 +12,9 @@ import pytest
 
 from candor.model_store import errors
 from candor.model_store.bundle import Exemplar
-from candor.model_store.certificate import Certificate
 from candor.model_store.layout import layout
 from candor.model_store.manifest import LIMITS, NAMES, Manifest
+from candor.policy.certificate import Certificate
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "bundle-format.md").read_text("utf-8")
 
@@ -51,6 +51,9 @@ def test_every_field_of_the_manifest_is_described(example: dict[str, Any]) -> No
             expected |= {"files", "files.*.sha256", "files.*.size"}
         elif key == "certificates":
             expected |= {"certificates"} | {f"certificates[].{field.name}" for field in fields(Certificate)}
+        elif key == "policy":
+            expected |= {f"policy.{inner}" for inner in value}
+            expected |= {f"policy.conversations.{inner}" for inner in value["conversations"]}
         elif isinstance(value, dict) and key != "provenance":
             expected |= {f"{key}.{inner}" for inner in value} | ({"adapter"} if key == "adapter" else set())
         else:

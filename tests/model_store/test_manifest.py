@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from candor.engine.base import ModelIdentity
-from candor.model_store.certificate import Certificate
 from candor.model_store.errors import ManifestError
 from candor.model_store.manifest import (
     LIMITS,
@@ -24,9 +23,11 @@ from candor.model_store.manifest import (
     SEAL,
     FileEntry,
     Manifest,
-    Policy,
     seal,
 )
+from candor.policy.certificate import Certificate
+from candor.policy.conversation import SystemPrompt
+from candor.policy.policy import Policy
 
 Files = dict[str, bytes]
 
@@ -92,8 +93,8 @@ def test_unknown_fields_are_named_all_at_once(fields: dict[str, Any]) -> None:
 
 
 def test_another_format_is_said_before_its_fields(fields: dict[str, Any]) -> None:
-    with pytest.raises(ManifestError, match="format_version: expected 1 to 3, got 4") as caught:
-        _parse({"format_version": 4, "quite": "different"})
+    with pytest.raises(ManifestError, match="format_version: expected 1 to 4, got 5") as caught:
+        _parse({"format_version": 5, "quite": "different"})
     assert len(caught.value.differences) == 1
     assert "version of candor" in caught.value.remedy
     with pytest.raises(ManifestError, match="format_version: expected an integer, got true"):
@@ -154,9 +155,9 @@ def test_entries(fields: dict[str, Any], entry: dict[str, Any], where: str) -> N
         ({"class_names": ("one",)}, "class_names"),
         ({"class_names": ("one", "one")}, "class_names"),
         ({"class_names": ("one", "")}, "class_names"),
-        ({"format_version": 2}, "format_version"),
+        ({"format_version": 5}, "format_version"),
         ({"passed_over": -1}, "passed_over"),
-        ({"format_version": 1}, "format_version"),  # what is written is of this version
+        ({"format_version": 0}, "format_version"),
         ({"certificates": (AT_0_9, AT_0_9)}, "certificates"),
         ({"alphas": (0.8, 0.95), "certificates": (AT_0_9,)}, "certificates"),  # of no region
         ({"model": ModelIdentity("m", "M", 0, "float32", "", "", "", "")}, "model.hidden_size"),
@@ -181,7 +182,7 @@ def test_ranges(manifest: Manifest, changed: dict[str, Any], where: str) -> None
 )
 def test_policy_ranges(fields: dict[str, Any], wrong: tuple[float, float, int, int]) -> None:
     with pytest.raises(ValueError, match="temperature must be in"):
-        Policy(*wrong, None)
+        Policy(*wrong)
     names = ("temperature", "top_p", "top_k", "max_tokens")
     fields["policy"].update(zip(names, wrong, strict=True))
     with pytest.raises(ManifestError, match="policy: expected a valid Policy"):
@@ -191,8 +192,8 @@ def test_policy_ranges(fields: dict[str, Any], wrong: tuple[float, float, int, i
 @pytest.mark.parametrize(("temperature", "resample"), [(0.0, 2), (0.7, 0), (0.7, -1)])
 def test_resampling_needs_answers_that_differ(temperature: float, resample: int) -> None:
     with pytest.raises(ValueError, match=f"got resample {resample}, temperature {temperature}"):
-        Policy(temperature, 1.0, 0, 16, None, resample)
-    assert Policy(0.7, 1.0, 0, 16, None, 2).resample == 2
+        Policy(temperature, 1.0, 0, 16, resample)
+    assert Policy(0.7, 1.0, 0, 16, 2).resample == 2
 
 
 @pytest.mark.parametrize(
@@ -229,46 +230,67 @@ def test_a_certificate_is_found_by_region_and_estimator(manifest: Manifest) -> N
     assert manifest.certificate(0.9, "plain") is manifest.certificate(0.95, "lower") is None
 
 
-class TestVersion1:
-    """It knew neither certificates nor resampling."""
+def _older(fields: dict[str, Any], version: int, system_prompt: str | None = "Be brief.") -> dict[str, Any]:
+    """The manifest as that version would have written it."""
+    policy = {name: value for name, value in fields["policy"].items() if name != "conversations"}
+    old = fields | {"format_version": version, "policy": policy | {"system_prompt": system_prompt}}
+    if version < 3:
+        del old["passed_over"]
+    if version < 2:
+        del old["certificates"], old["policy"]["resample"]
+    return old
 
-    @pytest.fixture
-    def old(self, fields: dict[str, Any]) -> dict[str, Any]:
-        del fields["certificates"], fields["policy"]["resample"], fields["passed_over"]
-        return fields | {"format_version": 1}
 
-    def test_it_is_read_as_what_it_meant(self, old: dict[str, Any], fields: dict[str, Any]) -> None:
-        read = _parse(old)
-        assert (read.certificates, read.policy.resample, read.format_version) == ((), 1, 3)
+@pytest.mark.parametrize("version", [1, 2, 3])
+class TestOlderVersions:
+    def test_they_are_read_as_what_they_meant(self, fields: dict[str, Any], version: int) -> None:
+        read = _parse(_older(fields, version))
+        assert read.format_version == version
         assert read.name == fields["name"]
+        assert read.passed_over == (0 if version < 3 else fields["passed_over"])
+        assert read.policy.resample == 1
+        assert bool(read.certificates) is (version > 1)
+        assert read.policy.conversations.system_prompt == SystemPrompt.fixed("Be brief.")
 
-    def test_what_it_lacks_besides_is_still_missing(self, old: dict[str, Any]) -> None:
-        del old["policy"]["top_p"], old["name"]
+    def test_until_the_exemplars_have_told_no_conversation_is_calibrated(
+        self, fields: dict[str, Any], version: int
+    ) -> None:
+        policy = _parse(_older(fields, version, None)).policy
+        assert policy.conversations.resolve([{"role": "user", "content": "ask"}]).departure is not None
+
+    def test_what_they_lack_besides_is_still_missing(self, fields: dict[str, Any], version: int) -> None:
+        old = _older(fields, version)
+        del old["policy"]["top_p"], old["policy"]["system_prompt"], old["name"]
         with pytest.raises(ManifestError) as caught:
             _parse(old)
-        assert {one.where for one in caught.value.differences} == {"policy.top_p", "name"}
+        found = {one.where for one in caught.value.differences}
+        assert found == {"policy.top_p", "policy.system_prompt", "name"}
         with pytest.raises(ManifestError, match="policy: expected an object, got nothing"):
             _parse({key: value for key, value in old.items() if key != "policy"} | {"name": "n"})
 
-    def test_fields_of_the_next_version_are_none_of_its_own(self, old: dict[str, Any]) -> None:
-        old["certificates"] = []
-        old["policy"]["resample"] = 1
+    def test_fields_of_later_versions_are_none_of_theirs(self, fields: dict[str, Any], version: int) -> None:
+        old = _older(fields, version)
+        old["policy"]["conversations"] = fields["policy"]["conversations"]
+        wrong = {"policy.conversations"}
+        if version < 3:
+            old["passed_over"] = 3
+            wrong.add("passed_over")
+        if version < 2:
+            old["certificates"], old["policy"]["resample"] = [], 1
+            wrong |= {"certificates", "policy.resample"}
         with pytest.raises(ManifestError) as caught:
             _parse(old)
-        assert {one.where for one in caught.value.differences} == {"certificates", "policy.resample"}
+        assert {one.where for one in caught.value.differences} == wrong
+
+    def test_a_system_prompt_that_is_no_text(self, fields: dict[str, Any], version: int) -> None:
+        with pytest.raises(ManifestError, match=r"policy\.system_prompt: expected a string, got 3"):
+            _parse(_older(fields, version, 3))  # type: ignore[arg-type]
 
 
-class TestVersion2:
-    """It knew q as the papers define it alone."""
-
-    def test_it_is_read_as_what_it_meant(self, fields: dict[str, Any]) -> None:
-        del fields["passed_over"]
-        read = _parse(fields | {"format_version": 2})
-        assert (read.passed_over, read.format_version) == (0, 3)
-
-    def test_a_field_of_the_next_version_is_none_of_its_own(self, fields: dict[str, Any]) -> None:
-        with pytest.raises(ManifestError, match="passed_over: expected no such field, got 3"):
-            _parse(fields | {"format_version": 2, "passed_over": 3})
+def test_the_latest_version_has_no_fields_of_older_ones(fields: dict[str, Any]) -> None:
+    fields["policy"]["system_prompt"] = None
+    with pytest.raises(ManifestError, match=r"policy\.system_prompt: expected no such field"):
+        _parse(fields)
 
 
 def test_an_unknown_evidence_is_refused(fields: dict[str, Any]) -> None:

@@ -6,14 +6,16 @@ from fastapi import APIRouter, Request
 
 from candor.app.edge.routes.documented import ERRORS
 from candor.app.edge.schemas.feedback import FeedbackReceipt, FeedbackRequest
-from candor.app.edge.services import Given
+from candor.app.edge.services import InjectedServices
 from candor.app.feedback import Feedback, NoSuchAnswer
 
 router = APIRouter()
 
 
 @router.post("/v1/reliability/feedback", responses=ERRORS)
-async def take_feedback(body: FeedbackRequest, request: Request, services: Given) -> FeedbackReceipt:
+async def take_feedback(
+    body: FeedbackRequest, request: Request, services: InjectedServices
+) -> FeedbackReceipt:
     """Acknowledged once it is on the disk. Counted once for each answer, by the first that comes."""
     if services.feedback is None:
         raise NoSuchAnswer("this server keeps no feedback; its operator can set CANDOR_FEEDBACK")

@@ -7,10 +7,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from candor.app.answering.interruption import seconds_for, unless_interrupted
+from candor.app.answering.waiting import seconds_for, unless_interrupted
 from candor.app.edge.routes.documented import ERRORS
-from candor.app.edge.schemas.openai import Model, ModelList, ServedBundle
-from candor.app.edge.services import Given, Served, Services
+from candor.app.edge.schemas.responses import Model, ModelList, ServedBundle
+from candor.app.edge.services import InjectedServices, ServedModel, Services
 from candor.engine.base import EngineDead
 
 router = APIRouter()
@@ -20,13 +20,13 @@ _DEEP: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (
 
 
 @router.get("/v1/models")
-async def list_models(services: Given) -> ModelList:
+async def list_models(services: InjectedServices) -> ModelList:
     """The models served, each with its bundle and the alphas it was calibrated at."""
     return ModelList(data=[_model(model, services) for model in services.models.values()])
 
 
 @router.get("/v1/models/{model:path}", responses={404: ERRORS[404]})
-async def retrieve_model(model: str, services: Given) -> Model:
+async def retrieve_model(model: str, services: InjectedServices) -> Model:
     return _model(services.model(model), services)
 
 
@@ -37,40 +37,40 @@ async def live() -> dict[str, str]:
 
 
 @router.get("/readyz", responses=_UNREADY | _DEEP)
-async def ready(request: Request, services: Given, deep: bool = False) -> dict[str, str]:
+async def ready(request: Request, services: InjectedServices, deep: bool = False) -> dict[str, str]:
     """The engine lives and gave the calibrated states when it was last asked: send requests. deep: it is asked
     now, its golden prompts, for which a key needs the scope `operate`.
     """
     if deep:
         within_s = seconds_for(request, services.request_timeout_s)
         for model in services.models.values():
-            await unless_interrupted(model.golden.check(), request.receive, services.watch, within_s)
+            await unless_interrupted(model.selftest.check(), request.receive, services.watch, within_s)
     for model in services.models.values():
-        if model.golden.fault is not None:
-            raise model.golden.fault
+        if model.selftest.fault is not None:
+            raise model.selftest.fault
     return _alive(services)
 
 
 @router.get("/health", responses=_UNREADY)
-async def healthy(services: Given) -> dict[str, str]:
+async def healthy(services: InjectedServices) -> dict[str, str]:
     """The engine is asked now."""
     await services.watch.check()
     return _alive(services)
 
 
 @router.get("/version")
-async def show_version(services: Given) -> dict[str, str]:
+async def show_version(services: InjectedServices) -> dict[str, str]:
     return {"version": version("candor"), "bundle": services.model().bundle.digest}
 
 
 @router.get("/load")
-async def show_load(services: Given) -> dict[str, int]:
+async def show_load(services: InjectedServices) -> dict[str, int]:
     """Answers being written or waiting to be, under the name that vLLM gives it."""
     return {"server_load": services.admission.in_flight}
 
 
 @router.get("/metrics", response_class=Response)
-async def show_metrics(request: Request, services: Given) -> Response:
+async def show_metrics(request: Request, services: InjectedServices) -> Response:
     """For Prometheus: this server's metrics and the engine's own."""
     content, content_type = services.model().metrics.exposition(request.headers.get("accept", ""))
     return Response(content, headers={"content-type": content_type})
@@ -82,15 +82,15 @@ def _alive(services: Services) -> dict[str, str]:
     return {"status": "ok"}
 
 
-def _model(model: Served, services: Services) -> Model:
+def _model(model: ServedModel, services: Services) -> Model:
     return Model(
         id=model.name,
         created=services.started,
         max_model_len=services.engine.max_model_len,
         reliability=ServedBundle(
             bundle=model.bundle.digest,
-            alphas=list(model.desk.alphas),
-            default_alpha=model.desk.default_alpha,
+            alphas=list(model.resolver.alphas),
+            default_alpha=model.resolver.default_alpha,
             estimator=services.estimator,
             class_names=list(model.bundle.manifest.class_names),
         ),

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 
 from candor.app.edge.routes.documented import ERRORS
 from candor.app.edge.schemas.bundle import BundleReport, CalibrationPoints, ShownCertificate, ShownRegion
-from candor.app.edge.services import Given
+from candor.app.edge.services import InjectedServices
 from candor.model_store.bundle import Bundle
 
 router = APIRouter()
@@ -21,7 +21,7 @@ _NOT_SHOWN = {"fitted_prompts"}
 
 
 @router.get("/v1/reliability", responses={404: ERRORS[404]})
-async def show_bundle(services: Given, model: str | None = None) -> BundleReport:
+async def show_bundle(services: InjectedServices, model: str | None = None) -> BundleReport:
     """The bundle in use: how it was calibrated, what that measured, and its regions. model: else the first."""
     served = services.model(model)
     bundle, manifest = served.bundle, served.bundle.manifest
@@ -32,19 +32,19 @@ async def show_bundle(services: Given, model: str | None = None) -> BundleReport
         model=manifest.model.name,
         class_names=list(manifest.class_names),
         estimator=services.estimator,
-        default_alpha=served.desk.default_alpha,
+        default_alpha=served.resolver.default_alpha,
         policy=asdict(manifest.policy),
         regions=_regions(bundle),
         certificates=[ShownCertificate(**asdict(one)) for one in manifest.certificates],
-        most_exemplars=served.desk.most_exemplars,
-        examples=_examples(bundle) if served.desk.most_exemplars else [],
+        most_exemplars=served.resolver.most_exemplars,
+        examples=_examples(bundle) if served.resolver.most_exemplars else [],
         takes_feedback=services.feedback is not None,
         report={name: value for name, value in bundle.report.items() if name not in _NOT_SHOWN},
     )
 
 
 @router.get("/v1/reliability/calibration", responses={404: ERRORS[404]})
-async def show_calibration(services: Given, model: str | None = None) -> CalibrationPoints:
+async def show_calibration(services: InjectedServices, model: str | None = None) -> CalibrationPoints:
     """The calibration points in the plane of q' against SDM(z'), in which regions are drawn."""
     seen = services.model(model).bundle.estimator.calibration
     total = len(seen.labels)

@@ -6,9 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from candor.app.edge.schemas.fields import Unicode
-from candor.app.edge.schemas.openai import INT64
-from candor.app.policy import RegionName
+from candor.app.edge.schemas.requests import INT64, Unicode
+from candor.policy.decision import RegionName
 
 
 class FeedbackRequest(BaseModel):

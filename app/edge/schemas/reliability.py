@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from candor.app.edge.schemas.bundle import ShownCertificate
-from candor.app.policy import Reason, RegionName
+from candor.policy.decision import Reason, RegionName
 
 
 class ReliabilityOptions(BaseModel):
@@ -89,7 +89,7 @@ class ReliabilityResult(BaseModel):
     exemplars: list[ShownExemplar]
 
 
-class Reliability(BaseModel):
+class ReliabilityObject(BaseModel):
     """One result for each choice, in the order of their index."""
 
     schema_version: Literal[1] = 1

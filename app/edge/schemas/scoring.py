@@ -7,9 +7,8 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from candor.app.edge.schemas.fields import Unicode
-from candor.app.edge.schemas.openai import ChatMessage
-from candor.app.edge.schemas.reliability import Reliability
+from candor.app.edge.schemas.reliability import ReliabilityObject
+from candor.app.edge.schemas.requests import ChatMessage, Unicode
 
 
 class ScoreRequest(BaseModel):
@@ -35,9 +34,9 @@ class ScoreRequest(BaseModel):
         return self
 
 
-class Score(BaseModel):
+class ScoreResponse(BaseModel):
     id: str
     object: Literal["reliability"] = "reliability"
     model: str
     system_fingerprint: str
-    reliability: Reliability
+    reliability: ReliabilityObject

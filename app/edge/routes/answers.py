@@ -1,7 +1,7 @@
-"""An order's answers as an HTTP response: whole, buffered or streamed as they come.
+"""`POST /v1/chat/completions` and `/v1/completions`: answers, whole, buffered or streamed as they come.
 
-A stream's status and headers are sent with its first token, so that what fails before it is an
-ordinary error. What fails later is a last chunk with the error body, and no [DONE].
+A stream's status and headers are sent with its first token, so that what fails before it is an ordinary error. What
+fails later is a last chunk with the error body, and no [DONE].
 """
 
 from __future__ import annotations
@@ -10,31 +10,64 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 
-from fastapi import Request, Response
+from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
-from candor.app.answering.interruption import ClientGone, DeadlineExceeded, seconds_for, unless_interrupted
-from candor.app.answering.orders import Order
+from candor.app.answering.request import AnswerRequest
 from candor.app.answering.service import Answer, Piece
-from candor.app.answering.watch import EngineWatch
+from candor.app.answering.waiting import (
+    ClientGone,
+    DeadlineExceeded,
+    EngineWatch,
+    seconds_for,
+    unless_interrupted,
+)
 from candor.app.edge.errors import describe
-from candor.app.edge.services import Served, Services
+from candor.app.edge.routes.documented import ERRORS, STREAMED
+from candor.app.edge.schemas.requests import ChatCompletionRequest, CompletionRequest
+from candor.app.edge.schemas.responses import ChatCompletion, Completion
+from candor.app.edge.services import InjectedServices, ServedModel, Services
 from candor.app.feedback import GivenVerdict
-from candor.app.writing.bodies import Renderer
+from candor.app.writing.bodies import ChatRenderer, CompletionRenderer, Envelope, Renderer
 from candor.engine.base import EngineError
 
 logger = logging.getLogger("candor")
+router = APIRouter()
 
 _STREAM = "text/event-stream"
 _SET_OFF = "\n\n"
 """Between an answer that was streamed already and the text that takes it back."""
 
 
-async def respond(
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS | STREAMED)
+async def create_chat_completion(
+    body: ChatCompletionRequest, request: Request, services: InjectedServices
+) -> Response:
+    """An answer to a conversation, with its reliability."""
+    model = services.model(body.model)
+    wanted = model.resolver.chat(body)
+    envelope = Envelope.new("chatcmpl", model.name, model.bundle.digest)
+    renderer = ChatRenderer(envelope, wanted, include_usage=body.wants_usage)
+    return await _respond(request, wanted, renderer, model, services, stream=body.wants_stream)
+
+
+@router.post("/v1/completions", response_model=Completion, responses=ERRORS | STREAMED)
+async def create_completion(
+    body: CompletionRequest, request: Request, services: InjectedServices
+) -> Response:
+    """A plain prompt, continued. It leaves the chat format, so its reliability is never calibrated."""
+    model = services.model(body.model)
+    wanted = model.resolver.completion(body)
+    envelope = Envelope.new("cmpl", model.name, model.bundle.digest)
+    renderer = CompletionRenderer(envelope, wanted, include_usage=body.wants_usage)
+    return await _respond(request, wanted, renderer, model, services, stream=body.wants_stream)
+
+
+async def _respond(
     request: Request,
-    order: Order,
+    wanted: AnswerRequest,
     renderer: Renderer,
-    model: Served,
+    model: ServedModel,
     services: Services,
     *,
     stream: bool,
@@ -42,21 +75,21 @@ async def respond(
     """Raises what the service raises, Refused, TooFast, DeadlineExceeded or ClientGone."""
     service, watch, digest = model.service, services.watch, model.bundle.digest
     within_s = seconds_for(request, services.request_timeout_s)
-    services.admission.check(len(order.jobs), order.tokens)  # first: who is not served is not charged
-    services.token_rate.take(request.state.caller, order.tokens)
+    services.admission.check(len(wanted.choices), wanted.tokens)  # first: who is not served is not charged
+    services.token_rate.take(request.state.caller, wanted.tokens)
 
     def note(*answers: Answer) -> None:
         if services.feedback is not None:
             services.feedback.note(
-                GivenVerdict(renderer.heading.id, answer.index, answer.verdict, digest)
+                GivenVerdict(renderer.envelope.id, answer.index, answer.judged.verdict, digest)
                 for answer in answers
-                if answer.verdict
+                if answer.judged
             )
 
-    if stream and not order.options.buffered:
-        chunks = _as_they_come(service.events(order), renderer, len(order.jobs), note)
+    if stream and not wanted.reliability.buffered:
+        chunks = _as_they_come(service.events(wanted), renderer, len(wanted.choices), note)
         return EventStream(chunks, watch, within_s)
-    answers = await unless_interrupted(service.answers(order), request.receive, watch, within_s)
+    answers = await unless_interrupted(service.answers(wanted), request.receive, watch, within_s)
     note(*answers)
     headers = verdict_headers(answers, digest)
     if stream:
@@ -66,12 +99,12 @@ async def respond(
 
 def verdict_headers(answers: Sequence[Answer], digest: str) -> Mapping[str, str]:
     """Comma-joined in index order; none in mode off."""
-    decisions = [answer.verdict.decision for answer in answers if answer.verdict]
-    if not decisions:
+    verdicts = [answer.judged.verdict for answer in answers if answer.judged]
+    if not verdicts:
         return {}
     return {
-        "x-sdm-region": ",".join(decision.region for decision in decisions),
-        "x-sdm-abstained": ",".join(str(decision.abstained).lower() for decision in decisions),
+        "x-sdm-region": ",".join(verdict.region for verdict in verdicts),
+        "x-sdm-abstained": ",".join(str(verdict.abstained).lower() for verdict in verdicts),
         "x-sdm-bundle": digest,
     }
 

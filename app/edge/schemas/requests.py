@@ -1,19 +1,122 @@
-"""OpenAI's chat completions and completions, as far as this server speaks them.
+"""OpenAI's chat completions and completions as requests, as far as this server speaks them.
 
-Fields it does not know are ignored, since clients send many; fields it knows and cannot honour are refused.
+Fields it does not know are ignored, since clients send many; fields it knows and cannot honour are refused. Types are
+strict: `"n": "2"` is refused rather than guessed at.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from candor.app.edge.schemas.fields import Only, Prompts, Stop, Text, Unicode
-from candor.app.edge.schemas.reliability import Reliability, ReliabilityOptions
+from candor.app.edge.schemas.reliability import ReliabilityOptions
 
 INT64 = 2**63
+
+
+@dataclass(frozen=True)
+class Only:
+    """Marks a field that is known, but may only have values that change nothing."""
+
+    allowed: Sequence[Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {"enum": list(self.allowed), "description": "Accepted only as a value that changes nothing."}
+
+    def _check(self, value: Any) -> Any:
+        if value not in self.allowed:
+            raise PydanticCustomError("unsupported", "is not supported by this server; leave it out")
+        return value
+
+
+def _encodable(value: str) -> str:
+    # JSON can escape half a surrogate pair, which is no character: no tokenizer and no UTF-8 takes it.
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError(
+            "lone_surrogate", "expected Unicode text, got half a surrogate pair at {at}", {"at": error.start}
+        ) from None
+    return value
+
+
+Unicode = Annotated[str, AfterValidator(_encodable)]
+"""A text that can be encoded."""
+
+_TEXT_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+
+
+def _join_parts(value: Any) -> Any:
+    """Text given in parts, `[{"type": "text", "text": ...}, ...]`, as one text."""
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            shown = kind if isinstance(kind, str) else type(part).__name__
+            raise PydanticCustomError(
+                "content_part",
+                'expected a text or parts {"type": "text", "text": "..."}, got a part of type {shown}',
+                {"shown": ascii(shown)},
+            )
+    return "".join(part["text"] for part in value)
+
+
+Text = Annotated[
+    Unicode,
+    BeforeValidator(_join_parts),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}]}),
+]
+"""A text, or text parts that are joined."""
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _one_or_many(items: dict[str, Any], limits: dict[str, int]) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [items, {"type": "array", "items": items, **limits}]})
+
+
+Stop = Annotated[
+    list[Annotated[Unicode, Field(min_length=1)]],
+    Field(max_length=16),
+    BeforeValidator(_as_list),
+    _one_or_many({"type": "string", "minLength": 1}, {"maxItems": 16}),
+]
+"""One stop string or up to 16."""
+
+Prompts = Annotated[
+    list[Unicode],
+    Field(min_length=1),
+    BeforeValidator(_as_list),
+    _one_or_many({"type": "string"}, {"minItems": 1}),
+]
+"""One plain prompt or several. Token ids are refused: with them, control tokens could be forged."""
 
 
 class ChatMessage(BaseModel):
@@ -104,7 +207,10 @@ class ChatCompletionRequest(GenerationRequest):
     prediction: Annotated[Any, Only([None])] = None
     web_search_options: Annotated[Any, Only([None])] = None
     chat_template: Annotated[Any, Only([None])] = None
-    chat_template_kwargs: Annotated[Any, Only([None, {}])] = None
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None,
+        description="Arguments of the chat template; others than the calibrated are not calibrated.",
+    )
     add_generation_prompt: Annotated[Any, Only([None, True])] = None
     continue_final_message: Annotated[Any, Only([None, False])] = None
 
@@ -123,110 +229,3 @@ class CompletionRequest(GenerationRequest):
     suffix: Annotated[Any, Only([None, ""])] = None
     best_of: Annotated[Any, Only([None, 1])] = None
     prompt_logprobs: Annotated[Any, Only([None])] = None
-
-
-class Usage(BaseModel):
-    """prompt_tokens counts a prompt once, however many answers it got."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class TopLogprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatTokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[ChatTokenLogprob]
-    refusal: None = None
-
-
-class CompletionLogprobs(BaseModel):
-    """text_offset: where each token starts in the text."""
-
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
-class AssistantMessage(BaseModel):
-    """A withheld answer has content null and a refusal."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str | None
-    refusal: str | None = None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: AssistantMessage
-    logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length"]
-
-
-class CompletionChoice(BaseModel):
-    """refusal is not OpenAI's; a withheld answer has an empty text and says so there."""
-
-    index: int
-    text: str
-    refusal: str | None = None
-    logprobs: CompletionLogprobs | None = None
-    finish_reason: Literal["stop", "length"]
-
-
-class ChatCompletion(BaseModel):
-    """Without `reliability` where its mode is off."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    system_fingerprint: str
-    reliability: Reliability | None = None
-
-
-class Completion(BaseModel):
-    """Without `reliability` where its mode is off."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage
-    system_fingerprint: str
-    reliability: Reliability | None = None
-
-
-class ServedBundle(BaseModel):
-    """What an answer's reliability rests on."""
-
-    bundle: str
-    alphas: list[float]
-    default_alpha: float
-    estimator: Literal["lower", "plain"]
-    class_names: list[str]
-
-
-class Model(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: Literal["candor"] = "candor"
-    max_model_len: int
-    reliability: ServedBundle
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Model]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
+from torch import Tensor
+
 EstimatorKind = Literal["lower", "plain"]
 
 
@@ -55,6 +57,6 @@ class Certificate:
         if not self.accuracy <= self.lower_bound <= 1:
             raise ValueError(f"the bound {self.lower_bound} does not show an accuracy of {self.accuracy}")
 
-    def covers(self, rescaled_similarity: float) -> bool:
-        """Whether an answer of the region with this q' is among those that were certified."""
+    def covers(self, rescaled_similarity: Tensor) -> Tensor:
+        """(n,) bool: which answers of the region, with this q' (n,), are among those that were certified."""
         return rescaled_similarity >= self.rescaled_similarity_min

@@ -1,0 +1,116 @@
+"""OpenAI's chat completions and completions, as this server answers them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+from candor.app.edge.schemas.reliability import ReliabilityObject
+
+
+class Usage(BaseModel):
+    """prompt_tokens counts a prompt once, however many answers it got."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
+class CompletionLogprobs(BaseModel):
+    """text_offset: where each token starts in the text."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class AssistantMessage(BaseModel):
+    """A withheld answer has content null and a refusal."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    refusal: str | None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class CompletionChoice(BaseModel):
+    """refusal is not OpenAI's; a withheld answer has an empty text and says so there."""
+
+    index: int
+    text: str
+    refusal: str | None = None
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(BaseModel):
+    """Without `reliability` where its mode is off."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: str
+    reliability: ReliabilityObject | None = None
+
+
+class Completion(BaseModel):
+    """Without `reliability` where its mode is off."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+    system_fingerprint: str
+    reliability: ReliabilityObject | None = None
+
+
+class ServedBundle(BaseModel):
+    """What an answer's reliability rests on."""
+
+    bundle: str
+    alphas: list[float]
+    default_alpha: float
+    estimator: Literal["lower", "plain"]
+    class_names: list[str]
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["candor"] = "candor"
+    max_model_len: int
+    reliability: ServedBundle
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]

@@ -1,0 +1,74 @@
+"""The files that one chat request walks through, from the socket to the body.
+
+    python -m benchmarks.walk
+
+A real server answers over HTTP; in the engine's place stands the script of tests/app. Counted are the project's files
+in which a function runs on the event loop's thread while one request is answered, its first one not counted. What is
+computed beside the loop (the mathematics, in a thread) is told apart.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import threading
+from collections import defaultdict
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
+
+import typer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    double = _engine_double()
+    walked: dict[str, set[str]] = defaultdict(set)  # files by thread
+    recording = threading.Event()
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call" and recording.is_set():
+            file = Path(frame.f_code.co_filename).resolve()
+            if (
+                file.exists()
+                and file.is_relative_to(ROOT)
+                and not {"tests", ".venv"} & set(file.relative_to(ROOT).parts)
+            ):
+                walked[threading.current_thread().name].add(str(file.relative_to(ROOT)))
+
+    threading.setprofile(note)
+    estimator, identity = _made_by(double.estimator)(), _made_by(double.identity)()
+    bundle = _made_by(double.bundle)(estimator, identity)
+    with double.running(double.scripted(identity, bundle), bundle, double.make_settings()) as server:
+        server.chat("ask")
+        recording.set()
+        server.chat("ask").raise_for_status()
+        recording.clear()
+    loop, beside = [], set()
+    for thread, files in walked.items():
+        if thread.startswith("candor-"):
+            beside |= files
+        else:
+            loop += sorted(files)
+    typer.echo(f"{len(loop)} files on the event loop:\n  " + "\n  ".join(loop))
+    typer.echo(f"{len(beside)} files beside it:\n  " + "\n  ".join(sorted(beside)))
+
+
+def _engine_double() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("engine_double", ROOT / "tests/app/conftest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _made_by(fixture: Any) -> Any:
+    """The function behind a pytest fixture."""
+    return getattr(fixture, "__wrapped__", None) or fixture._fixture_function
+
+
+if __name__ == "__main__":
+    typer.run(main)
