@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from candor.calibration.comparison import Comparison
+from candor.calibration.distances import Comparison
 from candor.sdm.activation import SOFTMAX_Q, balanced_loss, sdm_loss, sdm_loss_gradient
 from candor.sdm.adaptor import Block, ExemplarAdaptor
 from candor.sdm.conventions import DEFAULT, Conventions
