@@ -1,1 +1,1 @@
-"""Finished experiments: `python -m studies.NAME` runs one, docs/results says what came of it. Nothing imports them."""
+"""Finished experiments, run as `python -m studies.NAME`; docs/results says what came of each. Nothing imports them."""
