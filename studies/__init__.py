@@ -1,1 +1,1 @@
-"""Finished experiments, run as `python -m studies.NAME`; docs/results says what came of each. Nothing imports them."""
+"""Finished experiments: `python -m studies.NAME`; docs/results says what came of each. Nothing imports them."""
