@@ -45,8 +45,8 @@ TOLERANCE = 1e-6
 RENEWED = 50
 
 
-class Comparison:
-    """Of training rows x (n, D), labels (n,) in 0..C-1, and calibration rows x (m, D)."""
+class KeptDistances:
+    """Squared distances of training rows x (n, D), labels (n,) in 0..C-1, and calibration rows (m, D) to the former."""
 
     def __init__(self, train_x: Tensor, labels: Tensor, calibration_x: Tensor, num_classes: int) -> None:
         self._order = labels.argsort(stable=True)  # so that a class's columns are one slice
@@ -61,21 +61,24 @@ class Comparison:
         self._age = 0
         self._rank = RANK
 
-    def after(
+    def neighbourhoods(
         self, weight: Tensor, train_y: Tensor, calibration_y: Tensor, max_q: int | None = None
     ) -> tuple[Neighbourhood, Neighbourhood]:
-        """Under W (M, D), with predictions (n,), (m,). max_q: as in `sdm.similarity`; one less for training rows."""
+        """Of both halves under W (M, D), with predictions (n,), (m,). max_q: as in `sdm.similarity`; one less for
+        training rows."""
         factors = self._factors(weight)
         train_y = train_y[self._order]
-        astray = [
+        mispredicted = [
             low + (train_y[low:high] != c).nonzero().flatten()
             for c, (low, high) in enumerate(pairwise(self._bounds))
         ]
         train, calibration = (_images(x, weight, factors) for x in (self._train, self._calibration))
         support = train.columns()
         back = self._order.argsort()
-        own_q, own = self._compare(0, train.rows(), support, train_y, astray, factors is not None)
-        q, nearest = self._compare(1, calibration.rows(), support, calibration_y, astray, factors is not None)
+        own_q, own = self._compare(0, train.rows(), support, train_y, mispredicted, factors is not None)
+        q, nearest = self._compare(
+            1, calibration.rows(), support, calibration_y, mispredicted, factors is not None
+        )
         return (
             _neighbourhood(own_q[back], own[back], None if max_q is None else max_q - 1),
             _neighbourhood(q, nearest, max_q),
@@ -103,7 +106,13 @@ class Comparison:
         return None
 
     def _compare(
-        self, half: int, rows: Tensor, support: Tensor, y: Tensor, astray: Sequence[Tensor], corrects: bool
+        self,
+        half: int,
+        rows: Tensor,
+        support: Tensor,
+        y: Tensor,
+        mispredicted: Sequence[Tensor],
+        corrects: bool,
     ) -> tuple[Tensor, Tensor]:
         """q (n,) int64 and the smallest distance (n,) of one half's rows."""
         found = []
@@ -114,14 +123,14 @@ class Comparison:
             distances.addmm_(part, support.T, beta=int(corrects), alpha=-2)
             if half == 0:
                 distances[:, start : start + len(part)].fill_diagonal_(torch.inf)
-            found.append(self._read(distances, y[start : start + ROWS].unsqueeze(1), astray))
+            found.append(self._read(distances, y[start : start + ROWS].unsqueeze(1), mispredicted))
         q, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
         return q, nearest
 
-    def _read(self, distances: Tensor, y: Tensor, astray: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """distances (b, n), predictions y (b, 1); astray: each class's rows that are predicted to be of another."""
+    def _read(self, distances: Tensor, y: Tensor, mispredicted: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """distances (b, n), predictions y (b, 1); mispredicted: each class's rows that are judged to be of another."""
         nearest = torch.stack([least(distances[:, a:b]) for a, b in pairwise(self._bounds)], dim=1)  # (b, C)
-        wrong = torch.stack([least(distances.index_select(1, rows)) for rows in astray], dim=1)
+        wrong = torch.stack([least(distances.index_select(1, rows)) for rows in mispredicted], dim=1)
         boundary = torch.minimum(
             nearest.scatter(1, y, torch.inf).amin(dim=1, keepdim=True), wrong.gather(1, y)
         )

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import candor.calibration.distances as comparison
-from candor.calibration.distances import Comparison
+from candor.calibration import distances
+from candor.calibration.distances import KeptDistances
 from candor.sdm.similarity import Neighbourhood, neighbourhood, support_neighbourhood
 from candor.sdm.support import Support
 
@@ -24,8 +24,8 @@ def exact(
 @pytest.mark.parametrize("kept", [0, 2**27])
 @pytest.mark.parametrize("classes", [1, 2, 4])
 def test_it_agrees_where_nothing_is_close(classes: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "ROWS", 64)  # several blocks, the last one short
-    monkeypatch.setattr(comparison, "KEPT", kept)
+    monkeypatch.setattr(distances, "ROWS", 64)  # several blocks, the last one short
+    monkeypatch.setattr(distances, "KEPT", kept)
     generator = torch.Generator().manual_seed(classes)
     x, labels = (
         torch.randn(350, 6, generator=generator) + 5,
@@ -35,7 +35,7 @@ def test_it_agrees_where_nothing_is_close(classes: int, kept: int, monkeypatch: 
     wrong = torch.rand(350, generator=generator) < 0.1
     y = torch.where(wrong, (labels + 1) % classes, labels)
     weight = torch.randn(5, 6, generator=generator)
-    found = Comparison(x[:300], labels[:300], x[300:], classes).after(weight, y[:300], y[300:])
+    found = KeptDistances(x[:300], labels[:300], x[300:], classes).neighbourhoods(weight, y[:300], y[300:])
     for got, expected in zip(found, exact(x, weight, labels, y, 300), strict=True):
         assert torch.equal(got.q, expected.q)
         assert torch.allclose(got.d_nearest, expected.d_nearest, atol=1e-4)
@@ -49,10 +49,10 @@ def test_distances_follow_the_weights(rank: int, size: float) -> None:
     x, labels = torch.randn(n + 50, wide, generator=generator), torch.arange(n + 50) % 2
     x[:, 0] += 3 * labels
     weight = torch.randn(tall, wide, generator=generator) / wide**0.5
-    compared = Comparison(x[:n], labels[:n], x[n:], 2)
-    for epoch in range(2 * comparison.RENEWED + 2):
+    compared = KeptDistances(x[:n], labels[:n], x[n:], 2)
+    for epoch in range(2 * distances.RENEWED + 2):
         y = torch.where(torch.rand(n + 50, generator=generator) < 0.1, 1 - labels, labels)
-        found = compared.after(weight, y[:n], y[n:])
+        found = compared.neighbourhoods(weight, y[:n], y[n:])
         if epoch % 10 == 1:
             for got, expected in zip(found, exact(x, weight, labels, y, n), strict=True):
                 assert torch.allclose(got.d_nearest, expected.d_nearest, rtol=1e-5)
@@ -64,9 +64,9 @@ def test_distances_follow_the_weights(rank: int, size: float) -> None:
 def test_weights_that_are_no_numbers_leave_no_q() -> None:
     x, labels = torch.randn(60, 20, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 2
     weight = torch.ones(100, 20)
-    compared = Comparison(x, labels, x, 2)
-    compared.after(weight, labels, labels)
-    own, others = compared.after(weight * torch.nan, labels, labels)
+    compared = KeptDistances(x, labels, x, 2)
+    compared.neighbourhoods(weight, labels, labels)
+    own, others = compared.neighbourhoods(weight * torch.nan, labels, labels)
     assert not own.q.any()
     assert not others.q.any()
 
@@ -74,7 +74,13 @@ def test_weights_that_are_no_numbers_leave_no_q() -> None:
 def test_caps_are_one_lower_for_the_training_half_itself() -> None:
     ones = torch.ones(20, dtype=torch.int64)
     x = torch.arange(20.0).unsqueeze(1)
-    compared, weight = Comparison(x, ones, x, 2), torch.ones(1, 1)
-    assert [found.q.tolist() for found in compared.after(weight, ones, ones)] == [[19] * 20, [20] * 20]
-    assert [found.q.tolist() for found in compared.after(weight, ones, ones, 5)] == [[4] * 20, [5] * 20]
-    assert compared.after(weight, ones, 0 * ones)[1].q.tolist() == [0] * 20
+    compared, weight = KeptDistances(x, ones, x, 2), torch.ones(1, 1)
+    assert [found.q.tolist() for found in compared.neighbourhoods(weight, ones, ones)] == [
+        [19] * 20,
+        [20] * 20,
+    ]
+    assert [found.q.tolist() for found in compared.neighbourhoods(weight, ones, ones, 5)] == [
+        [4] * 20,
+        [5] * 20,
+    ]
+    assert compared.neighbourhoods(weight, ones, 0 * ones)[1].q.tolist() == [0] * 20
