@@ -46,7 +46,7 @@ RENEWED = 50
 
 
 class KeptDistances:
-    """Squared distances of training rows x (n, D), labels (n,) in 0..C-1, and calibration rows (m, D) to the former."""
+    """From training rows x (n, D), labels (n,) in 0..C-1, and from calibration rows (m, D), to all training rows."""
 
     def __init__(self, train_x: Tensor, labels: Tensor, calibration_x: Tensor, num_classes: int) -> None:
         self._order = labels.argsort(stable=True)  # so that a class's columns are one slice
@@ -128,7 +128,7 @@ class KeptDistances:
         return q, nearest
 
     def _read(self, distances: Tensor, y: Tensor, mispredicted: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """distances (b, n), predictions y (b, 1); mispredicted: each class's rows that are judged to be of another."""
+        """distances (b, n), predictions y (b, 1); mispredicted: each class's rows that are judged to be another."""
         nearest = torch.stack([least(distances[:, a:b]) for a, b in pairwise(self._bounds)], dim=1)  # (b, C)
         wrong = torch.stack([least(distances.index_select(1, rows)) for rows in mispredicted], dim=1)
         boundary = torch.minimum(
