@@ -82,12 +82,12 @@ def page(bundle: Bundle, comparison: Comparison) -> str:
     )
 
 
-def mistakes(bundle: Bundle, one: SetComparison, alpha: float, count: int = MISTAKES) -> tuple[Mistake, ...]:
+def mistakes(bundle: Bundle, one: SetComparison, alpha: float) -> tuple[Mistake, ...]:
     """The verdicts of the bundle's layer that do not hold, with the highest SDM(z') first."""
     estimate = bundle.estimator.judge(one.rows.measurement, alpha)
     top = estimate.sdm.gather(1, estimate.y_hat.unsqueeze(1)).squeeze(1)
     wrong = (estimate.y_hat != one.y).nonzero().flatten()
-    chosen = wrong[top[wrong].argsort(descending=True, stable=True)][:count]
+    chosen = wrong[top[wrong].argsort(descending=True, stable=True)][:MISTAKES]
     far, near = bundle.estimator.nearest(one.rows.h[chosen], min(EXEMPLARS, len(bundle.exemplars)))
     found = []
     for place, row in enumerate(chosen.tolist()):

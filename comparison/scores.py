@@ -132,9 +132,9 @@ def answer_order(confidence: Tensor, y_hat: Tensor) -> Tensor:
     return torch.where(y_hat == 1, positive, -positive)
 
 
-def redrawn(function: Callable[[Tensor], Figures], n: int, seed: int, redraws: int = REDRAWS) -> Figures:
-    """`function(weights)` over the sample itself (entry 0) and `redraws` redraws of its n rows."""
-    parts = [function(weights) for weights in _weights(n, seed, redraws)]
+def redrawn(function: Callable[[Tensor], Figures], n: int, seed: int) -> Figures:
+    """`function(weights)` over the sample itself (entry 0) and `REDRAWS` redraws of its n rows."""
+    parts = [function(weights) for weights in _weights(n, seed)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -173,12 +173,12 @@ def shares(counted: Mapping[str, tuple[Tensor, Tensor]], seed: int) -> dict[str,
     return figures
 
 
-def _weights(n: int, seed: int, redraws: int) -> Iterator[Tensor]:
+def _weights(n: int, seed: int) -> Iterator[Tensor]:
     yield torch.ones(1, n, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     at_once = max(1, _CHUNK // n)
-    for start in range(0, redraws, at_once):
-        rows = torch.randint(n, (min(at_once, redraws - start), n), generator=generator)
+    for start in range(0, REDRAWS, at_once):
+        rows = torch.randint(n, (min(at_once, REDRAWS - start), n), generator=generator)
         zeros = torch.zeros(rows.shape, dtype=torch.float64)
         yield zeros.scatter_add_(1, rows, torch.ones_like(zeros))
 
