@@ -15,7 +15,7 @@ gradients G (B x C) and R = G' x (C x D) the weights' are
 
 outer products of rank C, made a block of rows at a time, stepped by Adam and folded into the next A while
 the block is in the cache (`Weights.step`). What is left is Adam's arithmetic, and an epoch's comparison of both
-halves (`calibration.comparison`), at single precision, which mostly needs no h' either.
+halves (`calibration.distances`), at single precision, which mostly needs no h' either.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from candor.calibration.comparison import Comparison
+from candor.calibration.distances import KeptDistances
 from candor.sdm.activation import SOFTMAX_Q, balanced_loss, sdm_loss, sdm_loss_gradient
 from candor.sdm.adaptor import Block, ExemplarAdaptor
 from candor.sdm.conventions import DEFAULT, Conventions
@@ -179,7 +179,7 @@ def run_epochs(
     weights = Weights(adaptor, settings.learning_rate)
     # Which of two twins is found first is for exact distances to say.
     exact = exact or conventions.self_exclusion == "first match"
-    comparison = None if exact else Comparison(train.x, train.labels, calibration.x, adaptor.num_classes)
+    kept = None if exact else KeptDistances(train.x, train.labels, calibration.x, adaptor.num_classes)
     q = torch.full((len(train.x),), SOFTMAX_Q)
     d = torch.ones(len(train.x))
     for number, order in enumerate(orders, start=1):
@@ -188,11 +188,11 @@ def run_epochs(
         for x, q_batch, d_batch, labels in batches:
             weights.step(x, sdm_loss_gradient(weights.logits(x), q_batch, d_batch, labels))
         weights.write()
-        if comparison is None:
+        if kept is None:
             scores = score_halves(adaptor, train, calibration, conventions)
         else:
             z_train, z_cal = weights.logits(train.x), weights.logits(calibration.x)
-            own, near = comparison.after(
+            own, near = kept.neighbourhoods(
                 adaptor.exemplar.weight.detach(),
                 z_train.argmax(dim=1),
                 z_cal.argmax(dim=1),

@@ -83,16 +83,14 @@ def _log_choose(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def bootstrap(
-    statistic: Callable[[torch.Tensor], float], n: int, seed: int, redraws: int = 1000
-) -> tuple[float, float]:
-    """Percentile interval (at `CONFIDENCE`) of `statistic(indices)` over redraws of n records.
+def bootstrap(statistic: Callable[[torch.Tensor], float], n: int, seed: int) -> tuple[float, float]:
+    """Percentile interval (at `CONFIDENCE`) of `statistic(indices)` over 1,000 redraws of n records.
 
     `statistic` may return nan for a redraw in which it is undefined; such redraws are left out.
     Returns (nan, nan) where none is left.
     """
     generator = torch.Generator().manual_seed(seed)
-    draws = [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(redraws)]
+    draws = [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(1000)]
     values = torch.tensor(draws, dtype=torch.float64)
     values = values[~values.isnan()]
     if len(values) == 0:

@@ -1,6 +1,6 @@
-"""Training one SDM layer on two halves, and J rounds over random halves (2509.12760, section 3 and A.1).
+"""Training one SDM layer on two halves (2509.12760, section 3 and A.1); the J rounds are `calibration.fit`'s.
 
-The epoch kept is the one with the lowest balanced calibration loss, the later one on ties; so is the round.
+The epoch kept is the one with the lowest balanced calibration loss, the later one on ties.
 The estimator that is handed back is built once more from the kept weights, by the arithmetic that
 scores (sdm/arithmetic.py), with its regions from the calibration half.
 """
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from candor.sdm.adaptor import ExemplarAdaptor, fit_standardisation
 from candor.sdm.conventions import DEFAULT, Conventions
 from candor.sdm.estimator import SDMEstimator
 
-__all__ = ["LayerSettings", "TrainedLayer", "TrainedRounds", "split_halves", "train_layer", "train_rounds"]
+__all__ = ["LayerSettings", "TrainedLayer", "split_halves", "train_layer"]
 
 Progress = Callable[[int, float], None]
 """Called after every epoch with its number (from 1) and its balanced calibration loss."""
@@ -37,21 +36,6 @@ class TrainedLayer:
     @property
     def loss(self) -> float:
         return self.losses[self.best_epoch - 1]
-
-
-@dataclass(frozen=True, eq=False)
-class TrainedRounds:
-    """The best round (from 0): its layer and its halves as row numbers; losses: every round's best."""
-
-    layer: TrainedLayer
-    best_round: int
-    train_rows: Tensor
-    calibration_rows: Tensor
-    losses: tuple[float, ...]
-
-    @property
-    def estimator(self) -> SDMEstimator:
-        return self.layer.estimator
 
 
 def train_layer(
@@ -93,48 +77,6 @@ def train_layer(
     adaptor.load_state_dict(best)
     estimator = SDMEstimator.fit(adaptor, (h_train, y_train), (h_cal, y_cal), alphas, conventions)
     return TrainedLayer(estimator, best_epoch, tuple(losses))
-
-
-def train_rounds(
-    h: Tensor,
-    y: Tensor,
-    *,
-    rounds: int,
-    num_classes: int,
-    generator: torch.Generator,
-    alphas: Iterable[float] = (),
-    settings: LayerSettings | None = None,
-    conventions: Conventions = DEFAULT,
-    progress: Callable[[int, int, float], None] | None = None,
-) -> TrainedRounds:
-    """J rounds over a pool h (n, D), labels (n,): new halves and weights each, the lowest loss wins.
-
-    progress is called with (round from 0, epoch from 1, loss). The later round wins ties.
-    """
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
-    alphas = tuple(alphas)
-    best: TrainedRounds | None = None
-    losses: list[float] = []
-    for number in range(rounds):
-        train, cal = split_halves(y, generator, conventions)
-        layer = train_layer(
-            h[train],
-            y[train],
-            h[cal],
-            y[cal],
-            num_classes=num_classes,
-            generator=generator,
-            alphas=alphas,
-            settings=settings,
-            conventions=conventions,
-            progress=None if progress is None else partial(progress, number),
-        )
-        losses.append(layer.loss)
-        if best is None or layer.loss <= best.layer.loss:
-            best = TrainedRounds(layer, number, train, cal, ())
-    assert best is not None
-    return replace(best, losses=tuple(losses))
 
 
 def split_halves(

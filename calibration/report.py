@@ -51,7 +51,7 @@ def build_report(
             str(alpha): 1 - reading.answered.hits / reading.answered.of
             for alpha, reading in evaluation.lower.items()
         },
-        # By these a comparison finds the half again (`calibration.compare.halves`).
+        # By these a comparison finds the half again (`candor.comparison.compare.halves`).
         "calibration_prompts": sorted({answer.prompt_digest for answer in fitted.calibration}),
         # By these a later evaluation knows a prompt that the bundle was made from.
         "fitted_prompts": sorted(

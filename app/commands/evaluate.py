@@ -29,9 +29,9 @@ from candor.app.commands.calibrate import (
 )
 
 if TYPE_CHECKING:
-    from candor.calibration.compare_run import CompareSettings, Material
     from candor.calibration.evaluate import Evaluation
     from candor.calibration.run import Asking, DataFile
+    from candor.comparison.run import CompareSettings, Material
     from candor.model_store.bundle import Bundle
 
 
@@ -111,8 +111,8 @@ def _compare_settings(
     if compare is None:
         return None
     try:
-        from candor.calibration.comparators import COMPARATORS, SAMPLERS
-        from candor.calibration.compare_run import CompareSettings
+        from candor.comparison.comparators import COMPARATORS, SAMPLERS
+        from candor.comparison.run import CompareSettings
     except ImportError as error:
         raise typer.BadParameter(f"--compare needs what candor[compare] installs: {error}") from error
     if calibration is None:
@@ -161,7 +161,7 @@ async def _ask(
         evaluations = await run_evaluation(engine, chat, bundle, sets, asking)
         if settings is None or fitted is None:
             return evaluations, None
-        from candor.calibration.compare_run import gather
+        from candor.comparison.run import gather
 
         return evaluations, await gather(engine, chat, bundle, fitted, sets, settings, asking)
     finally:
@@ -172,8 +172,8 @@ def _compare(
     bundle: Bundle, material: Material, settings: CompareSettings, folder: Path, as_json: bool
 ) -> dict[str, Any]:
     """Writes the report; prints its tables unless JSON was asked for, and returns that JSON's part."""
-    from candor.calibration.compare_run import run_comparison, write
-    from candor.calibration.compare_tables import as_text, cost_table, heading, tables
+    from candor.comparison.run import run_comparison, write
+    from candor.comparison.tables import as_text, cost_table, heading, tables
 
     comparison = run_comparison(material, settings)
     written = write(bundle, comparison, folder)

@@ -101,14 +101,14 @@ def _calibration_half(f: Fixture, t: Tally, recorded: Recorded, fitted: SDMEstim
     t.close("end to end: cal_q_prime_stored", fitted.calibration.q_prime, stored.q_prime, where=steady)
 
 
-def _same_region(t: Tally, what: str, got: Region, recorded: Region, tolerance: float = TOLERANCE) -> None:
+def _same_region(t: Tally, what: str, got: Region, recorded: Region) -> None:
     t.close(
         f"{what}: q_prime_min",
         torch.tensor([got.q_prime_min]),
         torch.tensor([recorded.q_prime_min]),
-        tolerance,
+        TOLERANCE,
     )
-    t.close(f"{what}: psi", got.psi, recorded.psi, tolerance)
+    t.close(f"{what}: psi", got.psi, recorded.psi, TOLERANCE)
 
 
 def _measured(f: Fixture, p: str) -> Measurement:

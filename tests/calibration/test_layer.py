@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from candor.calibration.epochs import Half, LayerSettings, run_epochs, score_halves
-from candor.calibration.layer import split_halves, train_layer, train_rounds
+from candor.calibration.layer import split_halves, train_layer
 from candor.sdm.activation import sdm_loss
 from candor.sdm.adaptor import ExemplarAdaptor
 from candor.sdm.conventions import DEFAULT, RECORDED
@@ -137,28 +137,6 @@ def test_rare_points_do_not_freeze_training() -> None:
     assert by_default.d[3:].mean() > 0.4
 
 
-def test_rounds_keep_the_lowest_loss_and_its_halves() -> None:
-    h, labels = rows(240, 12, gap=1.0)
-    seen: list[int] = []
-    settings = LayerSettings(exemplar_dim=8, epochs=4, learning_rate=5e-3)
-    got = train_rounds(
-        h,
-        labels,
-        rounds=3,
-        num_classes=2,
-        generator=generator(8),
-        alphas=iter((0.9, 0.95)),
-        settings=settings,
-        progress=lambda number, epoch, loss: seen.append(number),
-    )
-    assert seen == [0] * 4 + [1] * 4 + [2] * 4
-    assert got.layer.loss == min(got.losses) == got.losses[got.best_round]
-    assert set(got.estimator.regions) == {0.9, 0.95}
-    assert torch.cat([got.train_rows, got.calibration_rows]).sort().values.tolist() == list(range(240))
-    assert torch.equal(got.estimator.support.labels, labels[got.train_rows])
-    assert torch.equal(got.estimator.calibration.labels, labels[got.calibration_rows])
-
-
 @pytest.mark.parametrize("sizes", [(50, 50), (51, 7), (30, 9, 2), (3, 3)])
 def test_halves_are_stratified_and_seeded(sizes: tuple[int, ...]) -> None:
     labels = torch.cat([torch.full((size,), c) for c, size in enumerate(sizes)])
@@ -202,13 +180,11 @@ def test_what_cannot_be_trained_on_is_refused(spoil: object, message: str) -> No
         )
 
 
-def test_settings_and_rounds_are_checked() -> None:
+def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         LayerSettings(epochs=0)
     with pytest.raises(ValueError, match="learning_rate above 0"):
         LayerSettings(learning_rate=0.0)
-    with pytest.raises(ValueError, match="rounds must be at least 1"):
-        train_rounds(*rows(20, 15), rounds=0, num_classes=2, generator=generator())
 
 
 def test_divergence_is_reported() -> None:

@@ -1,0 +1,79 @@
+"""Other ways to say which answers can be relied on, on the same states, halves and alphas.
+
+One idea a file; `COMPARATORS` is the list, in the order in which reports show it. `SAMPLERS` need more passes of the
+language model and are fitted and scored on fewer prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from candor.calibration.generate import Labelled
+from candor.comparison.comparators import (
+    abet,
+    adue,
+    ensemble,
+    logistic,
+    mahalanobis,
+    no_reject,
+    p_norm,
+    prediction_sets,
+    sdm_layer,
+    semantic_entropy,
+    softmax,
+    temperature,
+    vbll_layer,
+    verbalised,
+)
+from candor.comparison.comparators.base import Fit
+from candor.comparison.comparators.passes import Asked, Question
+from candor.policy.conversation import Conversation
+from candor.policy.policy import Policy
+
+REFERENCE = "sdm_hr_lower"
+"""What is served; differences are taken to it."""
+
+
+@dataclass(frozen=True)
+class Comparator:
+    title: str
+    source: str
+    fit: Fit
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """questions(conversation, answer, policy): what the model is asked again. score(asked): higher is surer that
+    the answer is right; any range."""
+
+    title: str
+    source: str
+    questions: Callable[[Conversation, Labelled, Policy], list[Question]]
+    score: Callable[[Asked], float]
+
+
+COMPARATORS = {
+    "no_reject": Comparator("No-reject", "the adaptor's verdict", no_reject.fit),
+    "softmax": Comparator("Softmax", "1610.02136", softmax.fit),
+    "temperature": Comparator("Temperature", "1706.04599", temperature.fit),
+    "aps": Comparator("APS", "2006.02544", prediction_sets.fit_aps),
+    "raps": Comparator("RAPS", "2009.14193", prediction_sets.fit_raps),
+    "mahalanobis": Comparator("Mahalanobis", "1807.03888", mahalanobis.fit),
+    "p_norm": Comparator("Max-logit p-norm", "2305.15508", p_norm.fit),
+    "logistic": Comparator("Logistic", "scikit-learn", logistic.fit),
+    "vbll": Comparator("VBLL", "2404.11599", vbll_layer.fit),
+    "adue": Comparator("AdUE", "2505.15443", adue.fit),
+    "abet": Comparator("AbeT", "2401.12129", abet.fit),
+    "sdm_alpha": Comparator("SDM alpha", "2509.12760", sdm_layer.fit_alpha),
+    "sdm_hr": Comparator("SDM HR", "2509.12760", sdm_layer.fit_region),
+    "sdm_hr_lower": Comparator("SDM HR lower", "2509.12760", sdm_layer.fit_region_lower),
+    "ensemble": Comparator("Ensemble of J", "2509.12760, A.7", ensemble.fit),
+}
+
+SAMPLERS = {
+    "semantic_entropy": Sampler(
+        "Semantic entropy", "2302.09664", semantic_entropy.questions, semantic_entropy.score
+    ),
+    "verbalised": Sampler("Verbalised", "2305.14975", verbalised.questions, verbalised.score),
+}

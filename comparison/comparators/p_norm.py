@@ -1,0 +1,46 @@
+"""Max-logit p-norm: the largest logit of z' / |z'|_p (Cattelan and Silva, 2305.15508).
+
+p from 1 to 10, and the softmax's own maximum, by the lowest AURC on the calibration half; thresholds there too. The
+logits are not centred: two centred logits are (-a, a), whose normed maximum is the same for every row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from candor.comparison.comparators.base import (
+    Fitting,
+    Rows,
+    Scorer,
+    Verdicts,
+    by_thresholds,
+    selective_threshold,
+)
+from candor.comparison.scores import ranking
+
+NORMS = (None, *range(1, 11))
+"""None: the softmax's maximum, which the paper falls back on where no norm helps."""
+
+
+def fit(fitting: Fitting) -> Scorer:
+    seen = fitting.calibration_rows
+    right = seen.y_hat == fitting.calibration_labels
+    once = torch.ones(1, len(right), dtype=torch.float64)
+    norm = min(NORMS, key=lambda p: float(ranking(once, confidence(seen.z_prime, p), right)["aurc"]))
+    known = confidence(seen.z_prime, norm)
+    thresholds = {alpha: selective_threshold(known, right, alpha) for alpha in fitting.alphas}
+
+    def score(rows: Rows) -> Verdicts:
+        return by_thresholds(rows.y_hat, confidence(rows.z_prime, norm), thresholds)
+
+    return score
+
+
+def confidence(z_prime: Tensor, p: int | None) -> Tensor:
+    """(n, C) -> (n,) float64; a row of zeros has 0."""
+    z = z_prime.double()
+    if p is None:
+        return z.softmax(1).amax(1)
+    size: Tensor = torch.linalg.vector_norm(z, p, dim=1)
+    return z.amax(1) / size.clamp(min=1e-30)

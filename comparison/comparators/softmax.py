@@ -1,0 +1,12 @@
+"""Softmax: admitted where softmax(z')_y_hat >= alpha (Hendrycks and Gimpel, 1610.02136)."""
+
+from __future__ import annotations
+
+from candor.comparison.comparators.base import Fitting, Rows, Scorer, Verdicts, by_classes
+
+
+def fit(fitting: Fitting) -> Scorer:
+    def score(rows: Rows) -> Verdicts:
+        return by_classes(rows.z_prime.double().softmax(1), fitting.alphas)
+
+    return score

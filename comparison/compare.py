@@ -1,0 +1,237 @@
+"""A bundle beside other methods: the same states, halves, alphas and test rows for all of them.
+
+    halves      which fitted answers the bundle's layer learnt from, and which chose its thresholds
+    score       each comparator fitted on the halves, then every set judged by each
+    figures     one redraw of rows for all methods, so that differences are paired
+
+Where the policy resamples, all of this is about each prompt's first attempt. Answers that cannot be scored are
+admitted by no method and left out of every figure; their number is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from candor.calibration.epochs import LayerSettings
+from candor.calibration.errors import DataError
+from candor.calibration.fit import standardisation_blocks
+from candor.calibration.generate import Labelled, count_faults, scorable
+from candor.comparison.comparators import COMPARATORS, REFERENCE, SAMPLERS
+from candor.comparison.comparators.base import Fitting, Rows, Verdicts
+from candor.comparison.scores import (
+    Figure,
+    Figures,
+    admission,
+    answer_order,
+    probabilistic,
+    ranking,
+    redrawn,
+    shares,
+    summarise,
+)
+from candor.model_store.bundle import Bundle
+from candor.model_store.manifest import Manifest
+
+TITLES = {name: one.title for name, one in COMPARATORS.items()} | {
+    name: one.title for name, one in SAMPLERS.items()
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """One method's figures on one set.
+
+    admitted: by alpha, the shares of `scores.admission`. answers: how the surest right *answers* rank, risk being
+    the share of wrong answers let through. verdicts: how the surest *verdicts* rank, risk being wrong verdicts,
+    and ECE and Brier where the method gives a probability. difference: AURC of both less the reference's.
+    """
+
+    admitted: dict[float, dict[str, Figure]]
+    answers: dict[str, Figure]
+    verdicts: dict[str, Figure]
+    difference: dict[str, Figure]
+
+    def to_json(self) -> dict[str, Any]:
+        def plain(figures: Mapping[str, Figure]) -> dict[str, Any]:
+            return {name: figure.to_json() for name, figure in figures.items()}
+
+        return {
+            "admitted": {str(alpha): plain(figures) for alpha, figures in self.admitted.items()},
+            "answers": plain(self.answers),
+            "verdicts": plain(self.verdicts),
+            "difference": plain(self.difference),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class SetComparison:
+    """One set of records: answers that can be scored, their labels y (n,), and by method verdicts and figures.
+
+    faults: answers left out, by reason. cost: tokens read and written beyond the answer itself, a record, for
+    methods that ask the model again.
+    """
+
+    answers: Sequence[Labelled]
+    rows: Rows
+    y: Tensor
+    faults: dict[str, int]
+    verdicts: dict[str, Verdicts]
+    scores: dict[str, Scores]
+    cost: dict[str, dict[str, float]]
+
+    @property
+    def records(self) -> int:
+        return len(self.answers) + sum(self.faults.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "records": self.records,
+            "faults": self.faults,
+            "correct": float(self.y.double().mean()),
+            "cost": self.cost,
+            "methods": {name: scores.to_json() for name, scores in self.scores.items()},
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """sets: by name, all their records. sampled: a part of each, with the methods that ask the model again."""
+
+    fitting: Fitting
+    sets: dict[str, SetComparison]
+    sampled: dict[str, SetComparison]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "alphas": list(self.fitting.alphas),
+            "seed": self.fitting.seed,
+            "ensemble": self.fitting.ensemble,
+            "training_half": len(self.fitting.training),
+            "calibration_half": len(self.fitting.calibration),
+            "reference": REFERENCE,
+            "sets": {name: one.to_json() for name, one in self.sets.items()},
+            "sampled": {name: one.to_json() for name, one in self.sampled.items()},
+        }
+
+
+def halves(bundle: Bundle, answers: Sequence[Labelled], seed: int, ensemble: int) -> Fitting:
+    """The halves of the bundle's layer among the answers of the file that it was calibrated on.
+
+    Raises DataError where they are not those answers: another file, or answered anew with another outcome.
+    """
+    # Bundles of before there were certificates name only all prompts that were fitted on.
+    second = set(bundle.report.get("calibration_prompts", bundle.report["fitted_prompts"]))
+    known = {answer.id: answer for answer in scorable(answers)}
+    exemplars = {one.id: None for one in bundle.exemplars}
+    training = [known[one] for one in exemplars if one in known]
+    calibration = [one for one in known.values() if one.prompt_digest in second and one.id not in exemplars]
+    estimator = bundle.estimator
+    for half, found, expected in (
+        ("training", training, estimator.support.labels.tolist()),
+        ("calibration", calibration, estimator.calibration.labels.tolist()),
+    ):
+        if [answer.label for answer in found] != expected:
+            raise DataError(
+                f"expected the {len(expected)} answers of the bundle's {half} half with their labels, found "
+                f"{len(found)}, and not all the same: give --calibration the file that the bundle was made from, "
+                "and --hidden-cache the folder with the answers of that run"
+            )
+    layer, alphas = layer_settings(bundle.manifest), bundle.manifest.alphas
+    return Fitting(estimator, training, calibration, layer, alphas, seed, ensemble)
+
+
+def layer_settings(manifest: Manifest) -> LayerSettings:
+    """How the bundle's layer was trained."""
+    settings = manifest.provenance["settings"]
+    return LayerSettings(
+        exemplar_dim=settings["exemplar_dim"],
+        epochs=settings["epochs"],
+        learning_rate=settings["learning_rate"],
+        blocks=standardisation_blocks(manifest.representation, manifest.model.hidden_size),
+    )
+
+
+def compare(
+    fitting: Fitting,
+    sets: Mapping[str, Sequence[Labelled]],
+    names: Sequence[str],
+    progress: Callable[[str], object],
+) -> dict[str, SetComparison]:
+    """Every named comparator fitted and scored on every set. progress: called with each method's title."""
+    usable = {name: scorable(answers) for name, answers in sets.items()}
+    rows = {
+        name: Rows.of(fitting.estimator, torch.stack([one.h for one in answers]))
+        for name, answers in usable.items()
+        if answers
+    }
+    verdicts: dict[str, dict[str, Verdicts]] = {name: {} for name in rows}
+    for method in names:
+        scorer = COMPARATORS[method].fit(fitting)
+        for name, these in rows.items():
+            verdicts[name][method] = scorer(these)
+        progress(TITLES[method])
+    compared = {}
+    for name, these in rows.items():
+        y = torch.tensor([answer.label for answer in usable[name]])
+        scores = figures(verdicts[name], y, fitting.seed)
+        faults = count_faults(sets[name])
+        compared[name] = SetComparison(usable[name], these, y, faults, verdicts[name], scores, {})
+    return compared
+
+
+def with_samplers(
+    whole: SetComparison,
+    ids: Sequence[str],
+    more: Mapping[str, Verdicts],
+    cost: dict[str, dict[str, float]],
+    seed: int,
+) -> SetComparison:
+    """A part of a set: every method's verdicts on the records `ids`, and beside them those in `more`."""
+    places = {answer.id: index for index, answer in enumerate(whole.answers)}
+    part = torch.tensor([places[one] for one in ids])
+    verdicts = {name: verdicts[part] for name, verdicts in whole.verdicts.items()} | dict(more)
+    y = whole.y[part]
+    answers = [whole.answers[index] for index in part.tolist()]
+    return SetComparison(answers, whole.rows[part], y, {}, verdicts, figures(verdicts, y, seed), cost)
+
+
+def figures(verdicts: Mapping[str, Verdicts], y: Tensor, seed: int) -> dict[str, Scores]:
+    """Figures of every method over the same redraws of the same rows. y: (n,)."""
+    answers = {
+        name: _ranked(answer_order(one.confidence, one.y_hat), y == 1, seed) for name, one in verdicts.items()
+    }
+    ranks = {name: _ranked(one.confidence, one.y_hat == y, seed) for name, one in verdicts.items()}
+    return {
+        name: Scores(
+            {
+                alpha: shares(admission(admitted, one.y_hat, y), seed)
+                for alpha, admitted in one.admitted.items()
+            },
+            {key: summarise(values) for key, values in answers[name].items()},
+            {key: summarise(values) for key, values in {**ranks[name], **_sure(one, y, seed)}.items()},
+            {
+                view: summarise(found[name]["aurc"] - found[REFERENCE]["aurc"])
+                for view, found in (("answers", answers), ("verdicts", ranks))
+                if REFERENCE in found
+            },
+        )
+        for name, one in verdicts.items()
+    }
+
+
+def _ranked(confidence: Tensor, right: Tensor, seed: int) -> Figures:
+    return redrawn(lambda weights: ranking(weights, confidence, right), len(right), seed)
+
+
+def _sure(one: Verdicts, y: Tensor, seed: int) -> Figures:
+    probability = one.probability
+    if probability is None:
+        return {}
+    return redrawn(
+        lambda weights: probabilistic(weights, probability, one.y_hat, one.y_hat == y), len(y), seed
+    )

@@ -1,0 +1,195 @@
+"""Everything that a comparison asks of the engine, and then the comparison itself.
+
+    answers of every set, and of the file that the bundle was made from      from the cache where they are known
+    further questions about a part of each, for methods that ask again       also kept there
+    engine closed
+    fit, score, tables, figures
+
+What asks again is fitted on as many prompts of the calibration half as it is scored on of each set.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from candor.calibration.cache import AnswerCache
+from candor.calibration.generate import Labelled, scorable
+from candor.calibration.run import Asking, DataFile, answer_file
+from candor.comparison.comparators import COMPARATORS, REFERENCE, SAMPLERS
+from candor.comparison.comparators.base import Fitting, Verdicts
+from candor.comparison.comparators.passes import Asked, ask
+from candor.comparison.comparators.platt import judge
+from candor.comparison.comparators.verbalised import stated
+from candor.comparison.compare import Comparison, compare, halves, with_samplers
+from candor.comparison.page import page
+from candor.comparison.tables import as_markdown, cost_table, heading, tables
+from candor.engine.base import Engine
+from candor.engine.prompt import ChatFormat
+from candor.model_store.bundle import Bundle
+
+CALIBRATION = "calibration"
+"""Under this name the asked part of the calibration half stands beside the sets."""
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """methods: names from COMPARATORS and SAMPLERS. ensemble: layers of the ensemble. asked: prompts of each set, and
+    of the calibration half, that the model is asked about again. Raises ValueError for a method that is unknown."""
+
+    methods: tuple[str, ...]
+    ensemble: int = 3
+    asked: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = [*COMPARATORS, *SAMPLERS]
+        unknown = [name for name in self.methods if name not in known]
+        if unknown or not self.methods:
+            raise ValueError(f"unknown methods {unknown}: give all, or some of {', '.join(known)}, by commas")
+
+    @property
+    def samplers(self) -> list[str]:
+        return [name for name in SAMPLERS if name in self.methods and self.asked > 0]
+
+    @property
+    def comparators(self) -> list[str]:
+        """In the registry's order; what differences are taken to is always among them."""
+        return [name for name in COMPARATORS if name in (*self.methods, REFERENCE)]
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What the engine gave: the bundle's halves, every set's answers, and by method and set what was asked again."""
+
+    fitting: Fitting
+    sets: dict[str, list[Labelled]]
+    asked: dict[str, dict[str, list[Asked]]]
+
+
+async def gather(
+    engine: Engine,
+    chat: ChatFormat,
+    bundle: Bundle,
+    calibration: DataFile,
+    sets: Mapping[str, DataFile],
+    settings: CompareSettings,
+    asking: Asking,
+) -> Material:
+    """Raises CalibrationError or EngineError."""
+    policy = bundle.manifest.policy
+    fitted = await answer_file(
+        engine, chat, calibration, policy, asking, "answering what the bundle was made from"
+    )
+    fitting = halves(bundle, fitted, settings.seed, settings.ensemble)
+    answers = {
+        name: await answer_file(engine, chat, file, policy, asking, f"answering {name}")
+        for name, file in sets.items()
+    }
+    conversations = {
+        name: {record.id: policy.conversations.resolve(record.messages) for record in file.records}
+        for name, file in {CALIBRATION: calibration, **sets}.items()
+    }
+    parts = {
+        name: _some(found, settings) for name, found in {CALIBRATION: fitting.calibration, **answers}.items()
+    }
+    asked: dict[str, dict[str, list[Asked]]] = {}
+    for method in settings.samplers:
+        sampler = SAMPLERS[method]
+        asked[method] = {}
+        for name, part in parts.items():
+            questions = [sampler.questions(conversations[name][one.id], one, policy) for one in part]
+            with (
+                AnswerCache(asking.cache) as cache,
+                tqdm(total=sum(map(len, questions)), desc=f"{sampler.title}, {name}", unit="reply") as bar,
+            ):
+                replies = await ask(engine, chat, questions, cache, asking.concurrency, bar.update)
+            asked[method][name] = [
+                Asked(conversations[name][one.id], one, reply)
+                for one, reply in zip(part, replies, strict=True)
+            ]
+    return Material(fitting, answers, asked)
+
+
+def run_comparison(material: Material, settings: CompareSettings) -> Comparison:
+    """Fits and scores everything; no engine is needed any more."""
+    fitting = material.fitting
+    with tqdm(total=len(settings.comparators), desc="comparing", unit="method") as bar:
+
+        def done(title: str) -> None:
+            bar.set_postfix_str(title)
+            bar.update(1)
+
+        sets = compare(fitting, material.sets, settings.comparators, done)
+    sampled = {}
+    if material.asked:
+        for name, whole in sets.items():
+            by_method = {method: found[name] for method, found in material.asked.items()}
+            ids = [one.answer.id for one in next(iter(by_method.values()))]
+            more = {
+                method: _judged(method, found, material.asked[method][CALIBRATION], fitting.alphas)
+                for method, found in by_method.items()
+            }
+            cost = {method: _cost(method, found) for method, found in by_method.items()}
+            sampled[name] = with_samplers(whole, ids, more, cost, fitting.seed)
+    return Comparison(fitting, sets, sampled)
+
+
+def write(bundle: Bundle, comparison: Comparison, folder: Path) -> list[Path]:
+    """comparison.json, comparison.md and comparison.html in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = {"bundle": bundle.manifest.name, "digest": bundle.digest, **comparison.to_json()}
+    contents = {
+        "comparison.json": json.dumps(fields, indent=1) + "\n",
+        "comparison.md": markdown(bundle, comparison),
+        "comparison.html": page(bundle, comparison),
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    return [folder / name for name in contents]
+
+
+def markdown(bundle: Bundle, comparison: Comparison) -> str:
+    parts = [
+        f"# {bundle.manifest.name}: comparison",
+        f"Bundle `{bundle.digest[:12]}`. Best values in bold; differences are to what is served.",
+    ]
+    for name, one in comparison.sets.items():
+        parts.append(f"## {heading(name, one)}")
+        parts += [as_markdown(table) for table in tables(comparison, name, one)]
+    for name, one in comparison.sampled.items():
+        parts.append(f"## Asking the model again: {heading(name, one)}")
+        parts += [as_markdown(table) for table in (cost_table(name, one), *tables(comparison, name, one))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _some(answers: Sequence[Labelled], settings: CompareSettings) -> list[Labelled]:
+    """At most `settings.asked` of the scorable answers, at random, in their order."""
+    usable = scorable(answers)
+    drawn = torch.randperm(len(usable), generator=torch.Generator().manual_seed(settings.seed))
+    return [usable[index] for index in sorted(drawn[: settings.asked].tolist())]
+
+
+def _judged(method: str, asked: Sequence[Asked], known: Sequence[Asked], alphas: Sequence[float]) -> Verdicts:
+    score = SAMPLERS[method].score
+    return judge(
+        [score(one) for one in known],
+        [one.answer.label for one in known],
+        [score(one) for one in asked],
+        alphas,
+    )
+
+
+def _cost(method: str, asked: Sequence[Asked]) -> dict[str, float]:
+    """Means over records. usable: share of records whose replies say anything to this method."""
+    usable = [method != "verbalised" or stated(one.replies.texts[0]) is not None for one in asked]
+    return {
+        "read": sum(one.replies.read for one in asked) / len(asked),
+        "written": sum(one.replies.written for one in asked) / len(asked),
+        "usable": sum(usable) / len(asked),
+    }
