@@ -36,7 +36,8 @@ def q_prime(q: Tensor, sdm_top: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """alpha; q_prime_min in [1, inf]; psi: (C,) float32 class thresholds, each in [alpha, 1] if found."""
+    """alpha; q_prime_min in [1, inf]; psi: (C,) float32 class thresholds, each in [alpha, 1] if found
+    (alpha rounded to float32)."""
 
     alpha: float
     q_prime_min: float
@@ -85,16 +86,17 @@ def find_region(
 
     O(n (C + log n)): psi_c >= alpha iff at most `quantile_index` of the class's remaining points lie
     under alpha, so two running counts per class, in descending q', decide every candidate at once.
+    Scores are float32, so alpha is rounded to float32 too: a score of 0.9 reaches alpha = 0.9.
     """
     if not 0.5 < alpha <= 1:
         raise ValueError(f"alpha must be in (0.5, 1], got {alpha}: it is the target accuracy, such as 0.95")
     num_classes = sdm.shape[1]
     kept = q_prime > 0
     labels, q_prime = labels[kept], q_prime[kept]
-    own = sdm[kept].gather(1, labels.unsqueeze(1)).squeeze(1)  # SDM of the true class
+    own = sdm[kept].gather(1, labels.unsqueeze(1)).squeeze(1).float()  # SDM of the true class
     order = q_prime.argsort(descending=True)
     member = torch.nn.functional.one_hot(labels[order], num_classes)  # (n, C)
-    under = member * (own[order].double() < alpha).unsqueeze(1)
+    under = member * (own[order] < torch.tensor(alpha, dtype=torch.float32)).unsqueeze(1)
     n, n_under = (
         member.cumsum(0),
         under.cumsum(0),
@@ -112,4 +114,4 @@ def find_region(
     for c in range(num_classes):
         values = own[(labels == c) & (q_prime >= q_prime_min)].sort().values
         psi.append(values[quantile_index(torch.tensor(len(values)), alpha, conventions)])
-    return Region(alpha, q_prime_min, torch.stack(psi).float())
+    return Region(alpha, q_prime_min, torch.stack(psi))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import log
+from math import log, nextafter
 
 import pytest
 import torch
@@ -53,6 +53,14 @@ def test_29_of_29_certify_nine_in_ten_and_28_do_not() -> None:
     (step,) = walk(served([1.0] * 46, [1] * 45 + [0]), [1.0], WANTED)
     assert step.p_value == pytest.approx(0.9**46 + 46 * 0.1 * 0.9**45)
     assert step.passed
+
+
+def test_a_probability_of_delta_itself_passes() -> None:
+    # Two of two: 0.5^2 = 0.25, to the bit.
+    wanted = Wanted(0.5, 0.25)
+    (step,) = walk(served([1.0] * 2, [1] * 2), [1.0], wanted)
+    assert (step.p_value, step.passed) == (wanted.delta, True)
+    assert power(2, 0.9, wanted) == pytest.approx(0.9**2)
 
 
 def test_nothing_answered_shows_nothing() -> None:
@@ -146,6 +154,100 @@ def on_the_line(n: int, label: int | None = None) -> list[Labelled]:
         )
         for i, h in enumerate(points)
     ]
+
+
+DEPTH = {193.0: 1.45, 173.0: 1.3, 153.0: 1.15, 133.0: 1.0, 114.0: 0.85, 0.0: 0.0}
+"""Points of the line with q' = q, also at d_lower: far from 0 that many exemplars are nearer than the first other."""
+
+
+def at(q_prime: float, right: int, wrong: int = 0) -> list[Labelled]:
+    """Answers to so many prompts, judged right with this q', and right or wrong in truth; at 0 none is answered."""
+    point = torch.tensor([DEPTH[q_prime]])
+    named = ((label, f"{q_prime}/{label}/{i}") for label, n in ((1, right), (0, wrong)) for i in range(n))
+    return [Labelled(name, name, "", "", 1 if label else 0, point) for label, name in named]
+
+
+def test_the_depths_are_what_they_are_said_to_be() -> None:
+    estimator = line_estimator()
+    for kind in ("admitted", "admitted_lower"):
+        got = estimator.estimate(torch.tensor(list(DEPTH.values()))[:, None], 0.9)
+        assert getattr(got, kind).tolist() == [True] * 5 + [False]
+    assert got.q_prime.tolist()[:-1] == got.q_prime_lower.tolist()[:-1] == list(DEPTH)[:-1]
+    assert not (got.y_hat[:-1] - 1).any()
+
+
+def test_the_calibration_half_orders_and_the_certification_records_count() -> None:
+    """No threshold lies where only certification records do, and no calibration record is counted."""
+    estimator = line_estimator()
+    known = at(173.0, 300) + at(133.0, 300)
+    fresh = at(193.0, 60) + at(173.0, 40) + at(153.0, 40) + at(133.0, 37, wrong=3) + at(114.0, 20)
+    floor = estimator.regions[0.9].q_prime_min
+    for one in certify(estimator, known, fresh, WANTED).sought:
+        assert [(step.threshold, step.answered, step.right, step.passed) for step in one.steps] == [
+            (173.0, 100, 100, True),
+            (133.0, 180, 177, True),
+            (floor, 200, 197, True),
+        ]
+        certificate = one.certificate
+        assert certificate is not None
+        assert (certificate.rescaled_similarity_min, certificate.records) == (floor, 200)
+        assert (certificate.answered, certificate.right) == (200, 197)
+        assert certificate.covers(floor)
+        assert not certificate.covers(nextafter(floor, 0))
+
+
+def test_the_calibration_half_says_where_to_begin() -> None:
+    """Of 1,000 known 400 lie at 193: of 60 fresh ones 24 are expected there, and 24 show nothing (0.9^24 = 0.08).
+
+    That all 60 do lie there is not to be known beforehand.
+    """
+    estimator = line_estimator()
+    floor = estimator.regions[0.9].q_prime_min
+    found = certify(estimator, at(193.0, 400) + at(153.0, 600), at(193.0, 60), WANTED)
+    for one in found.sought:
+        assert [step.threshold for step in one.steps] == [153.0, floor]
+
+
+def test_what_passed_before_the_first_failure_is_certified_and_nothing_after_it() -> None:
+    """From 193 on 40 of 40, from 153 on 70 of 80; from the region's own threshold on 670 of 680, never asked."""
+    known = at(193.0, 300) + at(153.0, 300) + at(114.0, 300)
+    fresh = at(193.0, 40) + at(153.0, 30, wrong=10) + at(114.0, 600)
+    for one in certify(line_estimator(), known, fresh, WANTED).sought:
+        assert [(step.threshold, step.passed) for step in one.steps] == [(193.0, True), (153.0, False)]
+        assert one.certificate is not None
+        assert one.certificate.rescaled_similarity_min == 193.0
+        assert (one.certificate.answered, one.certificate.right) == (40, 40)
+
+
+def test_the_lower_estimators_thresholds_are_q_prime_at_d_lower() -> None:
+    estimator = line_estimator()
+    moved = [replace(answer, h=torch.tensor([1.2])) for answer in at(153.0, 300)]  # d = 0.4 there
+    got = estimator.estimate(moved[0].h[None], 0.9)
+    first = {one.estimator: one.steps[0].threshold for one in certify(estimator, moved, moved, WANTED).sought}
+    assert first == {"lower": got.q_prime_lower.item(), "plain": got.q_prime.item()}
+    assert first["lower"] < first["plain"] < 160
+
+
+def test_of_a_prompt_that_stands_there_twice_the_first_counts() -> None:
+    twenty_nine = at(153.0, 29)
+    other = replace(twenty_nine[0], id="again", label=0)
+
+    def right(fresh: list[Labelled]) -> set[tuple[int, int]]:
+        found = certify(line_estimator(), at(153.0, 300), fresh, WANTED)
+        return {(one.steps[0].answered, one.steps[0].right) for one in found.sought}
+
+    assert right([*twenty_nine, other]) == {(29, 29)}
+    assert right([other, *twenty_nine]) == {(29, 28)}
+
+
+def test_how_many_would_do_is_reckoned_from_the_certification_records() -> None:
+    """28 right of 56: half are answered, and 29/30 is the estimate, however well the calibration half did."""
+    fresh = at(153.0, 28) + at(0.0, 0, wrong=28)
+    for one in certify(line_estimator(), at(153.0, 300), fresh, WANTED).sought:
+        assert one.certificate is None
+        assert one.records_needed is not None
+        assert power(round(one.records_needed / 2), 29 / 30, WANTED) >= 0.8
+        assert power(round((one.records_needed - 4) / 2), 29 / 30, WANTED) < 0.8
 
 
 def test_a_region_that_keeps_its_promise_is_certified_as_it_is() -> None:

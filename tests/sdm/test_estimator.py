@@ -10,8 +10,11 @@ from torch import Tensor
 
 from candor.sdm.adaptor import ExemplarAdaptor, fit_standardisation
 from candor.sdm.conventions import RECORDED
+from candor.sdm.distance import ClasswiseECDF
 from candor.sdm.estimator import SDMEstimator
-from candor.sdm.outputs import Estimate
+from candor.sdm.outputs import Calibration, Estimate
+from candor.sdm.region import Region
+from candor.sdm.support import Support
 
 ALPHAS = (0.9, 0.95)
 DIM = 24
@@ -203,3 +206,46 @@ def test_exemplars_come_nearest_first(estimator: SDMEstimator) -> None:
     assert torch.equal(indices[:, 0], seen.nearest)
     assert torch.equal(distances[:, 0], seen.d_nearest)
     assert (distances.diff(dim=1) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("below", "epsilon", "sdm_lower", "admitted"),
+    [
+        # ln(2 / 0.1) = 2.995732; eps_c = sqrt(2.995732 / (2 n_c)); SDM(z')_1 at d_lower = 1 / (1 + 8^(-2 d_lower)).
+        ((6, 600), 0.4996442, 0.8890349, False),  # d_lower = 0.5003557
+        ((600, 6), 0.4996442, 0.8890349, False),
+        ((600, 600), 0.0499644, 0.9811292, True),  # d_lower = 0.9500356
+    ],
+)
+def test_the_class_with_the_fewest_points_decides_how_wide_the_band_is(
+    below: tuple[int, int], epsilon: float, sdm_lower: float, admitted: bool
+) -> None:
+    """h' = h and z' = (-h, h). Six exemplars at 1 before the first other at -1: at h = 1, q = 6 and d = 1."""
+    adaptor = ExemplarAdaptor(torch.zeros(1), torch.ones(1), 1, 2)
+    with torch.no_grad():
+        for values, parameter in (
+            ([[1.0]], adaptor.exemplar.weight),
+            ([0.0], adaptor.exemplar.bias),
+            ([[-1.0], [1.0]], adaptor.head.weight),
+            ([0.0, 0.0], adaptor.head.bias),
+        ):
+            parameter.copy_(torch.tensor(values))
+    labels = torch.tensor([1] * 6 + [0])
+    # Below q' = 6 lie all of a class's points but one, which the cap at N_c - 1 leaves out anyway.
+    of_class = torch.tensor([0] * (below[0] + 1) + [1] * (below[1] + 1))
+    n = len(of_class)
+    estimator = SDMEstimator(
+        adaptor,
+        Support(torch.tensor([[1.0]] * 6 + [[-1.0]]), labels, labels),
+        ClasswiseECDF.from_classes([torch.ones(1), torch.ones(1)]),
+        Calibration(torch.full((n, 2), 0.5), torch.ones(n), of_class),
+        {0.9: Region(0.9, 6.0, torch.tensor([0.9, 0.9]))},
+    )
+    got = estimator.estimate(torch.ones(1, 1), 0.9)
+    assert (got.q.item(), got.d.item(), got.q_prime.item()) == (6, 1.0, 6.0)
+    assert got.effective_sample_size.tolist() == [list(below)]
+    assert got.epsilon.item() == pytest.approx(epsilon, abs=1e-7)
+    assert got.d_lower.item() == pytest.approx(1 - epsilon, abs=1e-7)
+    assert got.sdm_lower[0, 1].item() == pytest.approx(sdm_lower, abs=1e-6)
+    assert got.admitted.item()
+    assert got.admitted_lower.item() is admitted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,52 +18,71 @@ from candor.sdm.region import Region, find_region, minimum_points, q_prime, quan
 
 def naive_region(
     sdm: Tensor, q_prime: Tensor, labels: Tensor, alpha: float, conventions: Conventions
-) -> tuple[float, list[float]]:
-    """Every candidate in turn, every class sorted anew."""
-    classes = sdm.shape[1]
-    for candidate in sorted({v for v in q_prime.tolist() if v > 0}):
+) -> tuple[np.float32, list[np.float32]]:
+    """Every candidate in turn, every class sorted anew, every comparison of scores in numpy's float32."""
+    scores, similarity, classes = sdm.numpy(), q_prime.numpy(), labels.numpy()
+    assert scores.dtype == similarity.dtype == np.float32
+    target = np.float32(alpha)
+    for candidate in sorted({v for v in similarity if v > 0}):
         psi = []
-        for c in range(classes):
-            values = sorted(
-                float(sdm[i, c])
-                for i in range(len(labels))
-                if labels[i] == c and float(q_prime[i]) >= candidate
-            )
+        for c in range(scores.shape[1]):
+            values = np.sort(scores[(classes == c) & (similarity >= candidate), c])
             n = len(values)
             if n == 0 or n < minimum_points(alpha, conventions):
-                psi.append(0.0)
+                psi.append(np.float32(0))
                 continue
             if conventions.quantile_index == "double":
                 index = int((1 - alpha) * n)
             else:
                 index = math.floor((1 - Fraction(str(alpha))) * n)
             psi.append(values[min(index, n - 1)])
-        if all(value >= alpha for value in psi):
+        if all(value >= target for value in psi):
             return candidate, psi
-    return math.inf, [conventions.missing_psi] * classes
+    return np.float32(np.inf), [np.float32(conventions.missing_psi)] * scores.shape[1]
 
 
 @st.composite
-def calibrations(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
-    """Few distinct q' and scores, many near alpha, so that ties and near misses are common."""
+def calibrations(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Few distinct q' and scores, the true class's mostly alpha itself or a float32 beside it: ties are common."""
+    alpha = draw(st.sampled_from([0.6, 0.7, 0.75, 0.9, 0.95, 1.0]))
     n, classes = draw(st.integers(1, 60)), draw(st.integers(2, 3))
-    score = st.sampled_from([0.0, 0.3, 0.59, 0.6, 0.61, 0.8, 0.95, 1.0])
-    scores = draw(st.lists(st.lists(score, min_size=classes, max_size=classes), min_size=n, max_size=n))
+    at = np.float32(alpha)
+    under, over = (float(np.nextafter(at, np.float32(end))) for end in (0, 1))
+    own = st.sampled_from([1.0, over, float(at), float(at), float(at), under])
+    scores = torch.full((n, classes), 0.3)
+    labels = torch.tensor(draw(st.lists(st.integers(0, classes - 1), min_size=n, max_size=n)))
+    scores[torch.arange(n), labels] = torch.tensor(draw(st.lists(own, min_size=n, max_size=n)))
     q = draw(st.lists(st.sampled_from([0.0, 1.0, 1.5, 2.0, 7.0, 40.0]), min_size=n, max_size=n))
-    labels = draw(st.lists(st.integers(0, classes - 1), min_size=n, max_size=n))
-    return torch.tensor(scores), torch.tensor(q), torch.tensor(labels)
+    return scores, torch.tensor(q), labels, alpha
 
 
 @settings(max_examples=300, deadline=None)
-@given(calibrations(), st.sampled_from([0.6, 0.75, 0.9, 1.0]), st.sampled_from([DEFAULT, RECORDED]))
+@given(calibrations(), st.sampled_from([DEFAULT, RECORDED]))
 def test_algorithm_1_is_its_plain_transcription(
-    case: tuple[Tensor, Tensor, Tensor], alpha: float, conventions: Conventions
+    case: tuple[Tensor, Tensor, Tensor, float], conventions: Conventions
 ) -> None:
-    sdm, q, labels = case
+    sdm, q, labels, alpha = case
     got = find_region(sdm, q, labels, alpha, conventions)
     expected_q, expected_psi = naive_region(sdm, q, labels, alpha, conventions)
     assert got.q_prime_min == expected_q
-    assert got.psi.tolist() == pytest.approx(expected_psi, rel=1e-6)
+    assert got.psi.tolist() == [float(value) for value in expected_psi]
+
+
+@pytest.mark.parametrize("conventions", [DEFAULT, RECORDED])
+def test_a_score_of_alpha_reaches_alpha(conventions: Conventions) -> None:
+    """0.9 in float32 is a little less than 0.9 in double, and as much as 0.9 in float32."""
+    q = torch.tensor([31.0] * 10 + [14.0] * 10).repeat(2)
+    labels = torch.tensor([0] * 20 + [1] * 20)
+
+    def found(score: float) -> tuple[float, list[float]]:
+        own = torch.tensor([0.99] * 10 + [score] * 10).repeat(2)
+        sdm = torch.stack([torch.where(labels == c, own, 1 - own) for c in range(2)], dim=1)
+        region = find_region(sdm, q, labels, 0.9, conventions)
+        return region.q_prime_min, region.psi.tolist()
+
+    assert float(np.float32(0.9)) < 0.9
+    assert found(0.9) == (14.0, [float(np.float32(0.9))] * 2)
+    assert found(float(np.nextafter(np.float32(0.9), np.float32(0))))[0] == 31.0
 
 
 @pytest.mark.parametrize("alpha", [0.6, 0.9, 0.95])
@@ -76,8 +96,8 @@ def test_algorithm_1_on_many_random_points(alpha: float) -> None:
     sdm = torch.stack([torch.where(labels == c, own, 1 - own) for c in range(2)], dim=1)
     got = find_region(sdm, q, labels, alpha)
     expected_q, expected_psi = naive_region(sdm, q, labels, alpha, DEFAULT)
-    assert got.q_prime_min == pytest.approx(expected_q)
-    assert got.psi.tolist() == pytest.approx(expected_psi)
+    assert got.q_prime_min == expected_q
+    assert got.psi.tolist() == [float(value) for value in expected_psi]
     assert got.found
 
 
