@@ -246,6 +246,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         cores = sorted(os.sched_getaffinity(0))
         if len(cores) <= 4:  # vLLM keeps one core for itself, which on a small machine is half of it
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+    block_size = settings.block_size or (32 if on_cpu else None)  # vLLM's own on CPUs is 128
     worker = "vllm_cpu_worker.CaptureCPUWorker" if on_cpu else "vllm_gpu_worker.CaptureGPUWorker"
     scheduler = "CaptureAsyncScheduler" if settings.asynchronous else "CaptureScheduler"
     return AsyncEngineArgs(
@@ -255,7 +256,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
-        block_size=settings.block_size,
+        block_size=block_size,
         kv_cache_memory_bytes=kv_cache_bytes,
         enforce_eager=settings.eager,
         async_scheduling=settings.asynchronous,
