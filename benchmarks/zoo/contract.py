@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from candor.engine.base import EVIDENCE, Engine, Generation, HiddenSummary, Representation, Sampling
-from candor.engine.prompt import ChatFormat
+from candor.engine.base import (
+    EVIDENCE,
+    Engine,
+    Generation,
+    HiddenSummary,
+    Representation,
+    Sampling,
+)
+from candor.engine.prompt import SEPARATOR, ChatFormat
 
 REPRESENTATION = Representation(order=("mean", "last", "evidence"), evidence=EVIDENCE)
 CHUNK = 64
@@ -30,7 +38,7 @@ class Contract:
         self._engine, self._reference, self._chat = engine, reference, chat
 
     async def hold(self) -> list[Deviation]:
-        """One for each way: fresh, cut, again from the cache, several chunks, sixteen at once, a given response."""
+        """One for each way: fresh, cut, from the cache, in chunks, sixteen at once, given, tagged by itself."""
         short, long = self._ask(SEA), self._ask(SEA * 14)
         found = [
             await self._answers("fresh", [(short, Sampling(max_tokens=24))]),
@@ -45,7 +53,45 @@ class Contract:
         for way in ("given", "given, cached"):
             pair = [await engine.summarise(short, response) for engine in (self._engine, self._reference)]
             found.append(_deviation(way, *pair))
-        return found
+        return [*found, *[await self._tagged(tokens) for tokens in (1, 2, 3)]]
+
+    async def _tagged(self, tokens: int) -> Deviation:
+        """An answer that closes with its tag by itself: with one made of what the model writes anyway."""
+        way, greedy = f"tag of {tokens}", Sampling(max_tokens=40)
+        for number in range(8):
+            prompt = self._ask(f"{SEA}{number}")
+            written = (await _finish(self._reference, prompt, greedy)).token_ids
+            if found := self._tag_in(written, tokens):
+                break
+        else:
+            return Deviation(0.0, f"{way}: none found")
+        tag, text = found
+        closing = [*self._chat.encode_continuation(SEPARATOR), *tag]
+        engines: tuple[Any, ...] = (self._engine, self._reference)
+        answers = []
+        for engine in engines:
+            state = vars(engine).copy()
+            engine.representation = replace(REPRESENTATION, tag=text)
+            engine._tag_ids, engine._closing_ids = list(tag), closing
+            answers.append(await _finish(engine, prompt, greedy))
+            vars(engine).update(state)
+        have, want = answers
+        if have.hidden is None or want.hidden is None or not have.tagged or have.token_ids != want.token_ids:
+            return Deviation(float("inf"), f"{way}: {have.token_ids} for {want.token_ids}")
+        return _deviation(way, have.hidden, want.hidden)
+
+    def _tag_in(self, written: Sequence[int], tokens: int) -> tuple[list[int], str] | None:
+        for at in range(3, len(written) - tokens):
+            tag = list(written[at : at + tokens])
+            text, before = self._chat.decode(tag), self._chat.decode(written[: at + tokens - 1])
+            if (
+                text.isprintable()
+                and text.strip() == text != ""
+                and "\ufffd" not in text
+                and text not in before
+            ):
+                return tag, text
+        return None
 
     async def _answers(self, way: str, jobs: Sequence[tuple[list[int], Sampling]]) -> Deviation:
         answers = await asyncio.gather(*(_finish(self._engine, *job) for job in jobs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,48 @@ def tokenizer(vocab_size: int = 512, template: str | None = TEMPLATE) -> Any:
     made.train_from_iterator(CORPUS, trainer)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=4096
+    )
+    wrapped.chat_template = template
+    return wrapped
+
+
+def sentencepiece(template: str = TEMPLATE, *, first_alone: bool = False, strips: bool = False) -> Any:
+    """A tokenizer as Llama 2's: spaces are "▁", one stands before a text, other bytes are tokens of their own.
+
+    first_alone: only before the whole text, as newer ones have it; else also behind each control token.
+    strips: control tokens take the white space behind them, as Phi-3's do.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    specials = [*SPECIAL, "<unk>"]
+    made.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=specials, show_progress=False)
+    )
+    learnt = json.loads(made.to_str())["model"]
+    for byte in range(256):
+        learnt["vocab"].setdefault(f"<0x{byte:02X}>", len(learnt["vocab"]))
+    merges = [tuple(pair) for pair in learnt["merges"]]
+    made = Tokenizer(
+        models.BPE(learnt["vocab"], merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
+    made.add_special_tokens([AddedToken(text, rstrip=strips, normalized=False) for text in specials])
+    if first_alone:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
     )
     wrapped.chat_template = template
     return wrapped
