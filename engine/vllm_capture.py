@@ -39,7 +39,7 @@ Record = tuple[int, bool, bytes, bytes, bytes]
 
 
 SCORED_ROWS = 128
-"""Rows of logits computed together where tokens are given: 78 MB of a vocabulary of 152,000, and some copies of it."""
+"""Rows of logits computed together where tokens are given: 78 MB with a vocabulary of 152,000, some copies beside."""
 
 WAITING_ROWS = 16
 """As many tokens are entered at the latest. Each of them that was sampled keeps its row of logits until then."""

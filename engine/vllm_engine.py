@@ -46,7 +46,7 @@ from candor.engine.base import (
 )
 from candor.engine.evidence import features
 from candor.engine.identity import identify, identify_adapter
-from candor.engine.prompt import SEPARATOR, ChatFormat
+from candor.engine.prompt import ChatFormat
 from candor.engine.room import require_fit, room_for_answer
 from candor.engine.settings import EngineSettings
 from candor.engine.slot_evidence import of_answer
@@ -64,7 +64,7 @@ class VLLMEngine:
 
     def __init__(self, settings: EngineSettings, chat: ChatFormat) -> None:
         self.max_model_len = settings.max_model_len
-        self.identity = identify(settings.model, chat, settings.dtype)
+        self.identity = identify(settings.model, chat, settings.dtype, settings.max_model_len)
         self._chat = chat
         self._adapters = tuple(map(_adapter, settings.adapters))
         self._stand(settings.representation, None)
@@ -94,8 +94,7 @@ class VLLMEngine:
         self.representation = representation
         self.adapter = adapter
         self._lora = request
-        self._tag_ids = self._chat.encode_response(representation.tag)
-        self._closing_ids = self._chat.encode_response(SEPARATOR + representation.tag)
+        self._closing_ids, self._tag_ids = self._chat.closing(representation.tag)
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
@@ -124,7 +123,10 @@ class VLLMEngine:
                 raise
             except EngineError as error:  # the answer is there all the same; it cannot be checked
                 logger.warning("no hidden state for an answer: %s", error)
-        ended = answer.tag_found or (completion.finish_reason == "stop" and completion.stop_reason is None)
+        # What stopped it: a token that ends answers (the first such none, others their id), or a stop string.
+        ended = answer.tag_found or (
+            completion.finish_reason == "stop" and not isinstance(completion.stop_reason, str)
+        )
         token_ids = (
             answer.token_ids[:length] if length is not None else self._chat.encode_response(answer.text)
         )

@@ -56,8 +56,8 @@ class Wanted:
 def keep_whole_sequences(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
     """The same layers' specs, where at least one of them keeps the blocks of a sequence to its end.
 
-    Where every attention layer has a sliding window (Mistral 7B v0.1, Phi-3), vLLM frees the blocks that the window has
-    passed, and their sums with them. As windowed full attention they are kept: what is computed is the same, and
+    Where every attention layer has a sliding window (Mistral 7B v0.1, Phi-3), vLLM frees the blocks that the window
+    has passed, and their sums with them. As windowed full attention they are kept: what is computed is the same, and
     the cache takes as much as without a window.
     """
     if any(isinstance(spec, FullAttentionSpec) for spec in specs.values()):
