@@ -103,6 +103,14 @@ class ChatFormat:
             )
         return [token for piece in ids for token in piece]
 
+    def check(self, template_arguments: Mapping[str, Any]) -> None:
+        """At start: raises EngineError where the template renders no conversation with these arguments."""
+        if self.template:
+            try:
+                self.encode_chat([{"role": "user", "content": "a"}], template_arguments)
+            except ValueError as error:
+                raise EngineError(str(error)) from error
+
     def encode_text(self, text: str) -> list[int]:
         """Ids of a plain prompt, with the start token where the tokenizer sets one."""
         first, *others = self._cut(text)

@@ -157,14 +157,22 @@ class TransformersEngine:
 
 
 def _load(settings: EngineSettings) -> Any:
-    """The model, text alone of what reads other things too."""
+    """The model, text alone of what reads other things too, computed as its makers and vLLM do.
+
+    transformers by itself differs from both in three places (`python -m benchmarks.zoo`).
+    """
     transformers_logging.disable_progress_bar()
     where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(str(settings.model), **where)
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     if "long_factor" in rope and settings.max_model_len > rope["original_max_position_embeddings"]:
-        rope["short_factor"] = rope["long_factor"]  # as vLLM does, for every sequence
+        rope["short_factor"] = rope["long_factor"]  # vLLM: for every sequence, if for any
+    if text.model_type == "cohere2":
+        # A window of n is n tokens and the one that looks; transformers counts that one in.
+        text.sliding_window += 1
+    if getattr(text, "attn_logit_softcapping", None):
+        where["attn_implementation"] = "eager"  # transformers' default leaves the soft cap out (Gemma 2)
     sees = "ConditionalGeneration" in (config.architectures or [""])[0]
     loader = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     return loader.from_pretrained(

@@ -19,7 +19,7 @@ tag's but for the last, and the report counts if the last one came (a tag of one
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -30,7 +30,6 @@ from vllm.v1.kv_cache_interface import (
     KVCacheSpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
-    replace_as,
 )
 from vllm.v1.request import Request, RequestStatus
 
@@ -62,8 +61,9 @@ def keep_whole_sequences(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec
     """
     if any(isinstance(spec, FullAttentionSpec) for spec in specs.values()):
         return specs
+    names = [field.name for field in fields(FullAttentionSpec)]
     return {
-        name: replace_as(spec, FullAttentionSpec, drop=("extra_retained_tokens",))
+        name: FullAttentionSpec(**{one: getattr(spec, one) for one in names if hasattr(spec, one)})
         if type(spec) is SlidingWindowSpec
         else spec
         for name, spec in specs.items()
@@ -79,7 +79,7 @@ def full_attention_group(config: KVCacheConfig) -> int:
         spec = group.kv_cache_spec
         # Layers of several sizes under one block table; the scheduler is shown the first of them alone.
         if isinstance(spec, UniformTypeKVCacheSpecs):
-            spec = spec.first_spec
+            spec = next(iter(spec.kv_cache_specs.values()))
         if isinstance(spec, FullAttentionSpec):
             return index
     raise ValueError(

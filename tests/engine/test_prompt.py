@@ -140,6 +140,9 @@ def test_the_date_is_one_date_for_good() -> None:
     chat = ChatFormat(tokenizer(template=TEMPLATE + "{{ strftime_now('%d %b %Y') }}"))
     with pytest.raises(ValueError, match='"today": "2026-01-31"'):
         chat.encode_chat(TALK)
+    with pytest.raises(EngineError, match="another prompt each day"):
+        chat.check({})
+    chat.check({"today": "2026-01-31"})
     ids = chat.encode_chat(TALK, {"today": "2026-01-31"})
     assert chat.decode(ids).endswith("31 Jan 2026")
 
