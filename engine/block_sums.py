@@ -18,8 +18,13 @@ from __future__ import annotations
 import torch
 
 
+def bytes_of_sums(hidden_size: int) -> int:
+    """Memory of one block."""
+    return (hidden_size + 1) * 4
+
+
 class BlockSums:
-    """Memory: (num_blocks + 1) x (hidden_size + 1) x 4 bytes."""
+    """Memory: `bytes_of_sums` for each of num_blocks + 1."""
 
     def __init__(self, num_blocks: int, block_size: int, hidden_size: int, device: torch.device) -> None:
         self.block_size = block_size
@@ -42,6 +47,14 @@ class BlockSums:
         self._counts.index_fill_(0, cleared, 0.0)
         self._sums.index_add_(0, block, hidden.float())
         self._counts.index_add_(0, block, torch.ones_like(slots, dtype=torch.float32))
+
+    def clear(self, blocks: torch.Tensor) -> None:
+        """Forgets what was kept for `blocks` (b,): other tokens will lie there.
+
+        Nobody else does where the first of them are not computed here: then too few are counted, and it shows.
+        """
+        self._sums.index_fill_(0, blocks, 0.0)
+        self._counts.index_fill_(0, blocks, 0.0)
 
     def mean(self, blocks: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(mean (H,), how many tokens were counted ()) for a sequence of `positions` tokens in `blocks` (b,).

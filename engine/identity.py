@@ -7,34 +7,62 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from candor.engine.base import AdapterIdentity, EngineError, ModelIdentity
 from candor.engine.prompt import ChatFormat
 
+TOKENISING = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+)
+"""Files that say which tokens a text is made of; not all of a model's need be there."""
 
-def identify(model: Path, chat: ChatFormat, dtype: str) -> ModelIdentity:
-    """Identity of the model directory `model` as served in `dtype`.
+
+def identify(model: Path, chat: ChatFormat, dtype: str, max_model_len: int) -> ModelIdentity:
+    """Identity of the model directory `model` as served in `dtype` with sequences of up to `max_model_len` tokens.
 
     Raises EngineError where the directory is not a model (no config.json or no safetensors).
     """
-    config_file = model / "config.json"
-    weights = sorted(model.glob("*.safetensors"))
-    if not config_file.is_file() or not weights:
-        raise EngineError(
-            f"{model} is not a model directory: expected config.json and *.safetensors in it; "
-            "`make setup` prepares the demo model"
-        )
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    made_before = identify_as_before(model, chat, dtype)
+    config = _read_config(model)
+    if switches := _rope_switches(config):
+        # Longrope: vLLM takes the long factors for every sequence as soon as one may need them.
+        config |= {"rope_at_max_model_len": ["long" if max_model_len > at else "short" for at in switches]}
+    files = sorted({file for name in TOKENISING for file in model.glob(name) if file.is_file()})
+    ends = hashlib.sha256(json.dumps(sorted(chat.end_ids)).encode()).digest()
+    identity = replace(
+        made_before,
+        config_sha256=_config_digest(config),
+        tokenizer_sha256=_named_digest(
+            {**{file.name: _content(file) for file in files}, "end of answer": ends}
+        ),
+    )
+    object.__setattr__(identity, "before", made_before)  # it is frozen for everybody else
+    return identity
+
+
+def identify_as_before(model: Path, chat: ChatFormat, dtype: str) -> ModelIdentity:
+    """The same as bundles of the formats 1 to 3 say it: of a tokenizer two files, of the longest sequence nothing.
+
+    Raises EngineError where the directory is not a model.
+    """
+    config = _read_config(model)
     return ModelIdentity(
         name=model.name,
         architecture=(config.get("architectures") or ["unknown"])[0],
-        hidden_size=config["hidden_size"],
+        hidden_size=_hidden_size(model, config),
         dtype=dtype,
         config_sha256=_config_digest(config),
-        weights_sha256=_digest(*weights),
+        weights_sha256=_digest(*sorted(model.glob("*.safetensors"))),
         tokenizer_sha256=_digest(*sorted(model.glob("tokenizer.json")), model / "tokenizer_config.json"),
         chat_template_sha256=hashlib.sha256(chat.template.encode()).hexdigest(),
     )
@@ -52,13 +80,59 @@ def identify_adapter(adapter: Path) -> AdapterIdentity:
 
 
 def differences(expected: ModelIdentity, actual: ModelIdentity) -> list[str]:
-    """What differs, one line each, empty where the two are the same model. The name does not count."""
+    """What differs, one line each, empty where the two are the same model. The name does not count.
+
+    expected: a bundle's. Whichever way its digests were made, the same way's are held to them.
+    """
+    before = actual.before or actual
+    made_before = expected.tokenizer_sha256 == before.tokenizer_sha256
+    found = before if made_before else actual
     return [
         f"{field.name}: the bundle was made for {want}, this model has {have}"
         for field in fields(ModelIdentity)
         if field.name != "name"
-        and (want := getattr(expected, field.name)) != (have := getattr(actual, field.name))
+        and (want := getattr(expected, field.name)) != (have := getattr(found, field.name))
     ]
+
+
+def _read_config(model: Path) -> dict[str, Any]:
+    file = model / "config.json"
+    if not file.is_file() or not any(model.glob("*.safetensors")):
+        raise EngineError(
+            f"{model} is not a model directory: expected config.json and *.safetensors in it; "
+            "`make setup` prepares the demo model"
+        )
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return config
+
+
+def _hidden_size(model: Path, config: dict[str, Any]) -> int:
+    """Of the language model, however its configuration calls it and wherever that stands in the whole's."""
+    from transformers import AutoConfig
+
+    try:
+        loaded = AutoConfig.from_pretrained(str(model), local_files_only=True, trust_remote_code=False)
+        size = getattr(loaded.get_text_config(), "hidden_size", None)
+    except (OSError, ValueError, KeyError):  # an architecture that transformers does not know; vLLM may
+        size = config.get("text_config", config).get("hidden_size")
+    if not isinstance(size, int):
+        raise EngineError(
+            f"{model / 'config.json'} does not say how wide the model's states are: no hidden_size"
+        )
+    return size
+
+
+def _rope_switches(config: dict[str, Any]) -> list[int]:
+    """Lengths at which a model's rotary embedding changes; none but with longrope."""
+    text = config.get("text_config", config)
+    ropes = [text.get(name) for name in ("rope_parameters", "rope_scaling")]
+    ropes += [part for rope in ropes if isinstance(rope, dict) for part in rope.values()]  # by kind of layer
+    found = {
+        rope.get("original_max_position_embeddings", text.get("original_max_position_embeddings"))
+        for rope in ropes
+        if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("longrope", "su")
+    }
+    return sorted(at for at in found if at is not None)
 
 
 def _config_digest(config: dict[str, Any]) -> str:
@@ -68,10 +142,20 @@ def _config_digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
+def _named_digest(contents: dict[str, bytes]) -> str:
+    """Of what stands under which name: a file that is missing is not one that is empty, nor another."""
+    listed = {name: content.hex() for name, content in contents.items()}
+    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+
+
 def _digest(*files: Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         if file.is_file():
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(_content(file))
     return digest.hexdigest()
+
+
+def _content(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()

@@ -1,44 +1,73 @@
 """Messages to token ids, and back: the chat template and the verification tag, the same for every engine.
 
 A chat template marks who speaks with control tokens (`<|im_start|>`, ...). Were a user's text rendered into
-the template and the whole tokenised, a user who types a marker would speak as somebody else. So the
-template is rendered with placeholders, cut at them, and each text is tokenised by itself with
-control tokens switched off: what a user writes is only ever text.
+the template and the whole tokenised, a user who types a marker would speak as somebody else. So texts and
+template are told apart (engine/template.py), and each text is tokenised with control tokens switched off: what a user
+writes is only ever text.
+
+Some tokenizers put a space before whatever they are given (SentencePiece: Llama 2, Mistral, Phi-3). They are given
+what follows something else behind an anchor, whose tokens are taken off again.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from candor.engine.base import EngineError
+from candor.engine.template import Messages, Rendered, render
 
 SEPARATOR = "\n"
 """Stands between an answer and its tag."""
 
-# Private-use characters: no chat template contains them, and texts are not rendered, so none can clash.
-_PLACEHOLDER = "\ue000{}\ue001"
-_PLACEHOLDERS = re.compile("\ue000([0-9]+)\ue001")
+TODAY = "today"
+"""Name of the template argument that gives the date, as in 2026-01-31, to templates that ask for it."""
+
+_ANCHOR = "\ue003"  # no tokenizer merges it with what follows
+_MARKER_LIKE = re.compile(r"<\|.*\|>|\[/?[A-Z_]+\]")
 
 
 class ChatFormat:
-    """One model's tokenizer and chat template."""
+    """One model's tokenizer and chat template.
 
-    def __init__(self, tokenizer: Any) -> None:
+    end_ids: tokens that end an answer; without them, the tokenizer's own.
+    """
+
+    def __init__(self, tokenizer: Any, end_ids: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
+        own = tokenizer.eos_token_id
+        self.end_ids = frozenset(end_ids) | ({own} if own is not None else frozenset())
 
     @classmethod
     def from_directory(cls, path: Path) -> ChatFormat:
-        """Reads tokenizer and template of the model at `path`; asks no hub and runs no remote code."""
+        """Reads tokenizer and template of the model at `path`; asks no hub and runs no remote code.
+
+        Raises EngineError where the model names several templates and none of them is the default.
+        """
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        return cls(tokenizer)
+        chat = cls(tokenizer, _end_ids(path))
+        chat.template  # noqa: B018  known at start
+        return chat
 
     @property
     def template(self) -> str:
-        """The chat template's source, empty where the model has none."""
-        return self._tokenizer.chat_template or ""
+        """The chat template's source, empty where the model has none; of several, the one named "default"."""
+        source = self._tokenizer.chat_template or ""
+        if isinstance(source, Mapping):
+            if "default" not in source:
+                raise EngineError(
+                    f"this model's chat templates are named {', '.join(map(repr, source))}; expected one named "
+                    "'default': name it so in the model's tokenizer_config.json or chat_template.jinja"
+                )
+            source = source["default"]
+        return str(source)
 
     @property
     def end_id(self) -> int:
@@ -47,47 +76,219 @@ class ChatFormat:
         return end
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], template_arguments: Mapping[str, Any] | None = None
+        self, messages: Messages, template_arguments: Mapping[str, Any] | None = None
     ) -> list[int]:
         """Ids of a conversation ({"role", "content"} each) up to where the assistant's answer begins.
 
-        template_arguments: what the template is given besides, such as {"enable_thinking": false}.
-
+        template_arguments: what the chat template is given besides, for example {"enable_thinking": False}; {"today":
+        "2026-01-31"} for a template that writes the date.
         Raises ValueError where the model has no template or the template refuses the conversation.
         """
         if not self.template:
             raise ValueError("this model has no chat template; use plain completions instead")
-        marked = [{"role": m["role"], "content": _PLACEHOLDER.format(i)} for i, m in enumerate(messages)]
-        try:
-            rendered = self._tokenizer.apply_chat_template(
-                marked, tokenize=False, add_generation_prompt=True, **(template_arguments or {})
+        rendered = self._render(messages, template_arguments or {})
+        own = self._controls([self._encode(piece) for piece in rendered.own])
+        if self._puts_space_before and not any(self._markers_in(m["content"]) for m in messages):
+            # As the model was trained: its tokens may reach across a text's ends.
+            whole = self._encode(rendered.text)
+            if self._controls([whole]) == own:
+                return whole
+        ids: list[list[int]] = []
+        for piece, is_text in rendered.pieces:
+            encode = self._encode_as_text if is_text else self._encode
+            ids.append(encode(piece, follows=bool(ids)))
+        if self._controls(ids) != own:
+            raise ValueError(
+                "these messages would make control tokens of the model's chat template; leave them out"
             )
-        except Exception as error:  # jinja2's own errors and those a template raises have no common base
-            raise ValueError(f"the model's chat template refused these messages: {error}") from error
-        ids: list[int] = []
-        for position, piece in enumerate(_PLACEHOLDERS.split(rendered)):
-            if position % 2:  # odd pieces are the placeholders' numbers
-                ids += self.encode_response(messages[int(piece)]["content"])
-            elif piece:
-                ids += self._tokenizer(piece, add_special_tokens=False)["input_ids"]
-        return ids
+        return [token for piece in ids for token in piece]
+
+    def check(self, template_arguments: Mapping[str, Any]) -> None:
+        """At start: raises EngineError where the template renders no conversation with these arguments."""
+        if self.template:
+            try:
+                self.encode_chat([{"role": "user", "content": "a"}], template_arguments)
+            except ValueError as error:
+                raise EngineError(str(error)) from error
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of a plain prompt, with the start token where the tokenizer sets one."""
-        ids: list[int] = self._tokenizer(text, split_special_tokens=True)["input_ids"]
+        first, *others = self._cut(text)
+        ids: list[int] = self._tokenizer(first, split_special_tokens=True)["input_ids"]
+        for other in others:
+            ids += self._encode_as_text(other, follows=True)
         return ids
 
     def encode_response(self, text: str) -> list[int]:
-        """Ids of a text within a conversation; control tokens are never made from it."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
-        return ids
+        """Ids of an answer from its beginning; control tokens are never made from it."""
+        return self._encode_as_text(text, follows=not self._answers_begin_with_space)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """The same of a text that follows an answer: separator, tag, verdict."""
+        return self._encode_as_text(text, follows=True)
+
+    def closing(self, tag: str) -> tuple[list[int], list[int]]:
+        """(ids of separator and tag after an answer, the tag's among them).
+
+        Raises EngineError where the tokenizer makes one token of what belongs to both.
+        """
+        separator, closing = map(self.encode_continuation, (SEPARATOR, SEPARATOR + tag))
+        if closing[: len(separator)] != separator or len(closing) == len(separator):
+            raise EngineError(
+                f"this model's tokenizer makes {closing} of a line break and the tag {tag!r}, which does not begin "
+                f"with the line break's {separator}: the tag has no tokens of its own; take one that begins otherwise"
+            )
+        return closing, closing[len(separator) :]
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
     def is_blank(self, token_id: int) -> bool:
-        """Whether a token shows nothing: white space or a control token."""
-        return not self.decode([token_id]).strip()
+        """Whether a token shows nothing: white space, a control token or one that ends an answer."""
+        return token_id in self.end_ids or not self.decode([token_id]).strip()
+
+    def _render(self, messages: Messages, arguments: Mapping[str, Any]) -> Rendered:
+        return render(lambda some: self._apply(some, arguments), messages, self._markers.values())
+
+    def _apply(self, messages: Messages, arguments: Mapping[str, Any]) -> str:
+        given = {name: value for name, value in arguments.items() if name != TODAY}
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=True,
+                strftime_now=lambda form: _date(arguments.get(TODAY)).strftime(form),
+                **given,
+            )
+        except Exception as error:  # jinja2's own errors and those a template raises have no common base
+            raise ValueError(f"the model's chat template refused these messages: {error}") from error
+        return text
+
+    def _encode(self, text: str, follows: bool = False) -> list[int]:
+        """The template's own words, control tokens among them. follows: something stands before."""
+        return self._behind_anchor(text, follows, split_special_tokens=False)
+
+    def _encode_as_text(self, text: str, follows: bool) -> list[int]:
+        parts = self._cut(text)
+        ids: list[int] = []
+        for part in parts:
+            ids += self._without_controls(part, follows or bool(ids))
+        return ids
+
+    def _without_controls(self, text: str, follows: bool) -> list[int]:
+        """Where a tokenizer still finds one (it may look at a text in another spelling), it is shown halves."""
+        ids = self._behind_anchor(text, follows, split_special_tokens=True)
+        if self._markers.keys().isdisjoint(ids) or len(text) < 2:
+            return ids
+        half = len(text) // 2
+        return [*self._without_controls(text[:half], follows), *self._without_controls(text[half:], True)]
+
+    def _behind_anchor(self, text: str, follows: bool, **how: bool) -> list[int]:
+        anchored = follows and self._puts_space_before
+        whole: list[int] = self._tokenizer(
+            _ANCHOR + text if anchored else text, add_special_tokens=False, **how
+        )["input_ids"]
+        return whole[len(self._anchor_ids) :] if anchored else whole
+
+    def _cut(self, text: str) -> list[str]:
+        """Within each marker that is no special token: tokenizers find those in any text."""
+        return self._inside_plain_markers.split(text) if self._inside_plain_markers else [text]
+
+    def _markers_in(self, text: str) -> bool:
+        return any(marker in text for marker in self._markers.values())
+
+    def _controls(self, pieces: Iterable[Sequence[int]]) -> list[int]:
+        return [token for piece in pieces for token in piece if token in self._markers]
+
+    @cached_property
+    def _markers(self) -> dict[int, str]:
+        """Control tokens: special ones, those that end an answer, and others with which the template marks turns.
+
+        Not a pair such as <think> and </think> that a plain conversation has not: it stands within texts.
+        """
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})
+        plain = {
+            str(entry.content) for entry in added.values() if not entry.special and entry.content.strip()
+        }
+        turns = self._plain_conversation if plain else ""
+
+        def marks(token: int, text: str) -> bool:
+            pair = {text, text.replace("</", "<"), text.replace("<", "</", 1)}
+            return text in plain and (
+                token in self.end_ids
+                or text in turns
+                or _MARKER_LIKE.fullmatch(text) is not None
+                or (text in self.template and len(pair & plain) < 2)
+            )
+
+        # What stands for letters that the tokenizer does not know stands in any text.
+        unknown = {getattr(self._tokenizer, "unk_token_id", None)} - self.end_ids
+        return {
+            token: str(entry.content)
+            for token, entry in added.items()
+            if token not in unknown and (entry.special or marks(token, str(entry.content)))
+        }
+
+    @property
+    def _plain_conversation(self) -> str:
+        """As the template renders it; empty where it has no such turns."""
+        turns = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
+        for some in (turns, turns[1:], turns[1:2]):
+            try:
+                return self._apply(some, {TODAY: "2000-01-01"})
+            except ValueError:
+                continue
+        return ""
+
+    @cached_property
+    def _inside_plain_markers(self) -> re.Pattern[str] | None:
+        """Matches behind the first character of each marker that is not special."""
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})
+        plain = [text for token, text in self._markers.items() if not added[token].special and len(text) > 1]
+        behind = (f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in plain)
+        return re.compile("|".join(behind)) if plain else None
+
+    @cached_property
+    def _anchor_ids(self) -> list[int]:
+        ids: list[int] = self._tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"]
+        return ids
+
+    @cached_property
+    def _puts_space_before(self) -> bool:
+        """Whether a text's beginning is tokenised otherwise than the same text further on."""
+        alone, further = (
+            self._tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("a", _ANCHOR + "a")
+        )
+        anchor = self._anchor_ids
+        return bool(anchor) and further[: len(anchor)] == anchor and further[len(anchor) :] != alone
+
+    @cached_property
+    def _answers_begin_with_space(self) -> bool:
+        """Whether an answer, directly behind the template's last word, has the space of a beginning.
+
+        So it is behind a control token in some tokenizers, and nowhere in others.
+        """
+        if not self._puts_space_before or not self.template:
+            return False
+        prompt = self._plain_conversation
+        return bool(prompt) and self._encode(prompt + "a") == [*self._encode(prompt), *self._encode("a")]
+
+
+def _end_ids(model: Path) -> Collection[int]:
+    """generation_config.json's, where there is none config.json's: what both engines end at."""
+    for name in ("generation_config.json", "config.json"):
+        if (model / name).is_file():
+            config = json.loads((model / name).read_text(encoding="utf-8"))
+            ends = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+            return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    return []
+
+
+def _date(today: object) -> date:
+    if not isinstance(today, str):
+        raise ValueError(
+            "it writes today's date, so the same messages would give another prompt each day; give it one date "
+            f'for good, as the template argument "{TODAY}": "2026-01-31"'
+        )
+    return date.fromisoformat(today)

@@ -18,7 +18,8 @@ class EngineSettings:
     dtype: what the weights are served in; part of the model's identity, since states differ with it.
     max_model_len: longest sequence in tokens: prompt, answer and tag.
     kv_cache_bytes: memory for the KV cache; None leaves it to vLLM, on CPUs 1 GiB.
-    block_size: tokens per KV block; smaller blocks let more of a shared prefix be reused.
+    block_size: tokens per KV block; smaller blocks let more of a shared prefix be reused. None leaves it to vLLM,
+        which drops the attention backends that cannot do what it is told; on CPUs it is 32.
     max_num_batched_tokens: tokens computed per step; longer prompts are computed in chunks of it.
     eager: no compilation: starts sooner, runs slower.
     asynchronous: vLLM plans a step while the one before is computed.
@@ -34,7 +35,7 @@ class EngineSettings:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     kv_cache_bytes: int | None = None
-    block_size: int = 32
+    block_size: int | None = None
     eager: bool = False
     asynchronous: bool = True
     served_model_name: str | None = None

@@ -18,8 +18,13 @@ ROWS_AT_ONCE = 4
 """Rows of logits computed together on a CPU, so that they stay in its caches: twice as fast as all at once."""
 
 
+def bytes_of_evidence(block_size: int) -> int:
+    """Memory of one block."""
+    return block_size * 12
+
+
 class SlotEvidence:
-    """Memory: (num_blocks * block_size + 1) x 12 bytes."""
+    """Memory: `bytes_of_evidence` for each of num_blocks, and one slot."""
 
     def __init__(self, num_blocks: int, block_size: int, device: torch.device) -> None:
         self._spare = num_blocks * block_size
@@ -30,6 +35,10 @@ class SlotEvidence:
     def clear(self, slots: torch.Tensor) -> None:
         """Forgets what was kept at `slots` (rows,), negative: padding; other tokens lie there now."""
         self._kept.index_fill_(0, self._places(slots), -1.0)
+
+    def clear_blocks(self, blocks: torch.Tensor) -> None:
+        """The same for all slots of `blocks` (b,)."""
+        self._kept[: self._spare].view(-1, self._block_size, 3).index_fill_(0, blocks, -1.0)
 
     def write(self, slots: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor) -> None:
         """slots, tokens: (n,). logits: (n, V), the model's own at those positions, any float type."""

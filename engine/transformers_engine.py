@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 from transformers.generation import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -34,7 +34,7 @@ from candor.engine.base import (
 )
 from candor.engine.evidence import TOP, from_logprobs
 from candor.engine.identity import identify
-from candor.engine.prompt import SEPARATOR, ChatFormat
+from candor.engine.prompt import ChatFormat
 from candor.engine.room import require_fit, room_for_answer
 from candor.engine.settings import EngineSettings
 
@@ -52,16 +52,11 @@ class TransformersEngine:
         self.representation = settings.representation
         self.adapter: AdapterIdentity | None = None
         self.max_model_len = settings.max_model_len
-        self.identity = identify(settings.model, chat, settings.dtype)
+        self.identity = identify(settings.model, chat, settings.dtype, settings.max_model_len)
         self._chat = chat
-        self._tag_ids = chat.encode_response(settings.representation.tag)
-        self._closing_ids = chat.encode_response(SEPARATOR + settings.representation.tag)
-        transformers_logging.disable_progress_bar()
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            str(settings.model), dtype=getattr(torch, settings.dtype), local_files_only=True
-        ).eval()
-        end = self._model.generation_config.eos_token_id
-        self._end_ids = set(end) if isinstance(end, list) else {end}
+        self._closing_ids, self._tag_ids = chat.closing(settings.representation.tag)
+        self._model = _load(settings)
+        self._end_ids = chat.end_ids
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
 
     async def generate(
@@ -161,14 +156,39 @@ class TransformersEngine:
         )
 
 
+def _load(settings: EngineSettings) -> Any:
+    """The model, text alone of what reads other things too, computed as its makers and vLLM do.
+
+    transformers by itself differs from both in three places (`python -m benchmarks.zoo`).
+    """
+    transformers_logging.disable_progress_bar()
+    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(str(settings.model), **where)
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if "long_factor" in rope and settings.max_model_len > rope["original_max_position_embeddings"]:
+        rope["short_factor"] = rope["long_factor"]  # vLLM: for every sequence, if for any
+    if text.model_type == "cohere2":
+        # A window of n is n tokens and the one that looks; transformers counts that one in.
+        text.sliding_window += 1
+    if getattr(text, "attn_logit_softcapping", None):
+        where["attn_implementation"] = "eager"  # transformers' default leaves the soft cap out (Gemma 2)
+    sees = "ConditionalGeneration" in (config.architectures or [""])[0]
+    loader = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    return loader.from_pretrained(
+        str(settings.model), config=config, dtype=getattr(torch, settings.dtype), **where
+    ).eval()
+
+
 class _Sequence:
     """One sequence being fed: the running sum of its final normed states, and the last of them."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self._cache = DynamicCache(config=model.config)
-        self._sum = torch.zeros(model.config.hidden_size)
-        self._last = torch.zeros(model.config.hidden_size)
+        hidden_size = model.config.get_text_config().hidden_size
+        self._sum = torch.zeros(hidden_size)
+        self._last = torch.zeros(hidden_size)
         self._positions = 0
 
     @torch.inference_mode()

@@ -4,6 +4,7 @@ Tracks vLLM 0.32 (0.16 to 0.33 have the same seams), with both of its model runn
 - between `execute_model` and `sample_tokens`, the runner's `execute_model_state` holds the states that go to the LM
   head, already normed and outside compiled code, and the slots where the step's keys and values lie;
 - the runner's `sampler` is given the model's logits and gives back what it draws, `sampled_token_ids`;
+- a worker is told its blocks by `initialize_from_config`, from what `determine_available_memory` leaves for them;
 - what `sample_tokens` returns is a ModelRunnerOutput, or has one come later through `get_output`.
 
 Kept is what belongs to the KV cache: sums of states per block (engine/block_sums.py), evidence per slot
@@ -25,15 +26,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 
-from candor.engine.block_sums import BlockSums
+from candor.engine.block_sums import BlockSums, bytes_of_sums
 from candor.engine.frame_stack import with_room
-from candor.engine.slot_evidence import SlotEvidence
-from candor.engine.vllm_scheduler import KEY, Wanted, full_attention_group
+from candor.engine.slot_evidence import SlotEvidence, bytes_of_evidence
+from candor.engine.vllm_scheduler import KEY, Wanted, full_attention_group, keep_whole_sequences
 
 Record = tuple[int, bool, bytes, bytes, bytes]
 """(positions, whether all were counted, mean (H,), last state (H,), evidence (T, 3)), float32 as bytes."""
 
+
+SCORED_ROWS = 128
+"""Rows of logits computed together where tokens are given: 78 MB with a vocabulary of 152,000, some copies beside."""
 
 WAITING_ROWS = 16
 """As many tokens are entered at the latest. Each of them that was sampled keeps its row of logits until then."""
@@ -66,20 +72,44 @@ class CaptureMixin:
     model_runner: Any
     vllm_config: Any
     device: torch.device
-    _sums: BlockSums | None = None
+    _sums: BlockSums
     _evidence: SlotEvidence
     _layer: str
     _step: _Step | None = None
     _waiting: list[_Step]
 
+    def get_kv_cache_spec(self) -> Any:
+        return keep_whole_sequences(super().get_kv_cache_spec())  # type: ignore[misc]
+
+    def determine_available_memory(self) -> int:
+        """Less what is kept beside the KV cache, as long as vLLM chooses its size."""
+        available: int = super().determine_available_memory()  # type: ignore[misc]
+        if self.vllm_config.cache_config.kv_cache_memory_bytes is not None:
+            return available
+        groups = get_kv_cache_groups(self.vllm_config, dict(self.get_kv_cache_spec()))
+        block = max(map(_bytes_of_block, groups))  # the groups' layers share it
+        kept = bytes_of_sums(self._hidden_size) + bytes_of_evidence(
+            max(group.kv_cache_spec.block_size for group in groups)
+        )
+        return available * block // (block + kept)
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+        self._allocate()
+
     @with_room
     def execute_model(self, scheduler_output: Any) -> Any:
-        if scheduler_output.finished_req_ids or scheduler_output.preempted_req_ids:
-            self._enter()  # this step may write to blocks that were theirs
+        wanted = getattr(scheduler_output, KEY, None) or Wanted()
+        if wanted.fresh or scheduler_output.finished_req_ids or scheduler_output.preempted_req_ids:
+            self._enter()  # this step may write to blocks that were another's
+        if wanted.fresh:
+            fresh = _to_device(wanted.fresh, self.device)
+            self._sums.clear(fresh)
+            self._evidence.clear_blocks(fresh)
         result = super().execute_model(scheduler_output)  # type: ignore[misc]
         state = self.model_runner.execute_model_state
         if state is not None and scheduler_output.total_num_scheduled_tokens:
-            self._step = self._look(scheduler_output, state)
+            self._step = self._look(scheduler_output, state, wanted)
         return result
 
     @with_room
@@ -102,10 +132,8 @@ class CaptureMixin:
                 _deliver(output, self._report(step))
         return output
 
-    def _look(self, scheduler_output: Any, state: Any) -> _Step:
+    def _look(self, scheduler_output: Any, state: Any, wanted: Wanted) -> _Step:
         """Copies: vLLM writes the next step's states and slots to the same places."""
-        if self._sums is None:
-            self._sums = self._allocate()
         rows = scheduler_output.total_num_scheduled_tokens
         batch = getattr(state, "input_batch", None)
         if batch is None:  # vLLM's first model runner
@@ -115,7 +143,6 @@ class CaptureMixin:
             mappings, starts = state.slot_mappings_by_layer, batch.query_start_loc_np
         hidden = state.hidden_states[:rows].to(torch.float32, copy=True)
         slots = mappings[self._layer][:rows].to(torch.int64, copy=True)
-        wanted = getattr(scheduler_output, KEY, None) or Wanted()
         return _Step(wanted, hidden, slots, batch.req_ids, starts)
 
     def _heard(self, logits: torch.Tensor, sampled: torch.Tensor) -> None:
@@ -130,7 +157,7 @@ class CaptureMixin:
 
     def _enter(self) -> None:
         """What waits, into sums and evidence."""
-        if self._sums is None or not self._waiting:
+        if not self._waiting:
             return
         steps, self._waiting = self._waiting, []
         slots = torch.cat([step.slots for step in steps])
@@ -142,14 +169,15 @@ class CaptureMixin:
     def _score(self, step: _Step, request_id: str, offset: int, tokens: list[int]) -> None:
         """Evidence of tokens that are fed instead of sampled."""
         start = step.rows_of(request_id)[0] + offset
-        rows = slice(start, start + len(tokens))
-        states = step.hidden[rows].to(self.vllm_config.model_config.dtype)  # exactly what they were
-        logits = _logits(self.model_runner.model, states)
-        self._evidence.write(step.slots[rows], _to_device(tokens, self.device), logits)
+        for at in range(0, len(tokens), SCORED_ROWS):
+            some = tokens[at : at + SCORED_ROWS]
+            rows = slice(start + at, start + at + len(some))
+            states = step.hidden[rows].to(self.vllm_config.model_config.dtype)  # exactly what they were
+            logits = _logits(self.model_runner.model, states)
+            self._evidence.write(step.slots[rows], _to_device(some, self.device), logits)
 
     def _report(self, step: _Step) -> Callable[[], dict[str, Record]]:
         """What is due, on its way to the host; the result waits for it."""
-        assert self._sums is not None
         found: dict[str, tuple[int, list[torch.Tensor]]] = {}
         for request_id, (blocks, positions, first) in step.wanted.reports.items():
             index = _to_device(blocks, self.device)
@@ -178,16 +206,21 @@ class CaptureMixin:
 
         return records
 
-    def _allocate(self) -> BlockSums:
+    def _allocate(self) -> None:
+        """At start-up, so that what cannot be had is known before the server says that it is ready."""
         config = self.model_runner.kv_cache_config
         group = config.kv_cache_groups[full_attention_group(config)]
-        self._layer = group.layer_names[0]
         block_size = group.kv_cache_spec.block_size
+        self._layer = group.layer_names[0]
         self._waiting = []
+        self._sums = BlockSums(config.num_blocks, block_size, self._hidden_size, self.device)
         self._evidence = SlotEvidence(config.num_blocks, block_size, self.device)
         self.model_runner.sampler = _Overheard(self.model_runner.sampler, self._heard)
-        hidden_size = self.vllm_config.model_config.get_hidden_size()
-        return BlockSums(config.num_blocks, block_size, hidden_size, self.device)
+
+    @property
+    def _hidden_size(self) -> int:
+        size: int = self.vllm_config.model_config.get_hidden_size()
+        return size
 
 
 class _Overheard:
@@ -205,6 +238,13 @@ class _Overheard:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sampler, name)
+
+
+def _bytes_of_block(group: Any) -> int:
+    """Of the KV cache, all layers of one group together."""
+    spec = group.kv_cache_spec
+    layers = 1 if isinstance(spec, UniformTypeKVCacheSpecs) else len(group.layer_names)
+    return int(spec.page_size_bytes) * layers
 
 
 def _logits(model: Any, states: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,7 @@ from candor.engine.base import (
 )
 from candor.engine.evidence import features
 from candor.engine.identity import identify, identify_adapter
-from candor.engine.prompt import SEPARATOR, ChatFormat
+from candor.engine.prompt import ChatFormat
 from candor.engine.room import require_fit, room_for_answer
 from candor.engine.settings import EngineSettings
 from candor.engine.slot_evidence import of_answer
@@ -64,7 +64,7 @@ class VLLMEngine:
 
     def __init__(self, settings: EngineSettings, chat: ChatFormat) -> None:
         self.max_model_len = settings.max_model_len
-        self.identity = identify(settings.model, chat, settings.dtype)
+        self.identity = identify(settings.model, chat, settings.dtype, settings.max_model_len)
         self._chat = chat
         self._adapters = tuple(map(_adapter, settings.adapters))
         self._stand(settings.representation, None)
@@ -94,8 +94,7 @@ class VLLMEngine:
         self.representation = representation
         self.adapter = adapter
         self._lora = request
-        self._tag_ids = self._chat.encode_response(representation.tag)
-        self._closing_ids = self._chat.encode_response(SEPARATOR + representation.tag)
+        self._closing_ids, self._tag_ids = self._chat.closing(representation.tag)
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
@@ -124,7 +123,10 @@ class VLLMEngine:
                 raise
             except EngineError as error:  # the answer is there all the same; it cannot be checked
                 logger.warning("no hidden state for an answer: %s", error)
-        ended = answer.tag_found or (completion.finish_reason == "stop" and completion.stop_reason is None)
+        # What stopped it: a token that ends answers (the first such none, others their id), or a stop string.
+        ended = answer.tag_found or (
+            completion.finish_reason == "stop" and not isinstance(completion.stop_reason, str)
+        )
         token_ids = (
             answer.token_ids[:length] if length is not None else self._chat.encode_response(answer.text)
         )
@@ -246,6 +248,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         cores = sorted(os.sched_getaffinity(0))
         if len(cores) <= 4:  # vLLM keeps one core for itself, which on a small machine is half of it
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+    block_size = settings.block_size or (32 if on_cpu else None)  # vLLM's own on CPUs is 128
     worker = "vllm_cpu_worker.CaptureCPUWorker" if on_cpu else "vllm_gpu_worker.CaptureGPUWorker"
     scheduler = "CaptureAsyncScheduler" if settings.asynchronous else "CaptureScheduler"
     return AsyncEngineArgs(
@@ -255,7 +258,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
-        block_size=settings.block_size,
+        block_size=block_size,
         kv_cache_memory_bytes=kv_cache_bytes,
         enforce_eager=settings.eager,
         async_scheduling=settings.asynchronous,

@@ -1,4 +1,4 @@
-"""vLLM's GPU worker with capture, under vLLM's first model runner."""
+"""vLLM's GPU worker with capture, under either of its model runners: on CUDA vLLM 0.32 takes the second."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 Tracks vLLM 0.32 (0.16 to 0.33 have the same seams). What it leans on, and what to look at when vLLM changes:
 - `Scheduler.schedule` returns a SchedulerOutput that is pickled to the worker with its attributes; after it,
   `request.num_computed_tokens` counts what the step will have computed.
+- `BlockPool.get_new_blocks` is the one way to a block that the prefix cache does not give.
 - `ModelRunnerOutput` returns to `Scheduler.update_from_output` with its attributes; `EngineCoreOutput.
   kv_transfer_params` passes through to `RequestOutput` in the API process unread.
 
@@ -18,12 +19,18 @@ tag's but for the last, and the report counts if the last one came (a tag of one
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
 from vllm.v1.request import Request, RequestStatus
 
 KEY = "candor"
@@ -33,6 +40,7 @@ KEY = "candor"
 class Wanted:
     """What a step is to give, by request.
 
+    fresh: blocks handed out since the last step; whatever was kept for them speaks of other tokens.
     reports: (blocks that hold the sequence, its positions, where the response begins).
     scored: (row of the request's, tokens): what follows that row and the next ones, where that is known already.
     evidence: whether what is sampled is to be measured.
@@ -41,12 +49,38 @@ class Wanted:
     reports: dict[str, tuple[list[int], int, int]] = field(default_factory=dict)
     scored: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
     evidence: bool = False
+    fresh: list[int] = field(default_factory=list)
+
+
+def keep_whole_sequences(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
+    """The same layers' specs, where at least one of them keeps the blocks of a sequence to its end.
+
+    Where every attention layer has a sliding window (Mistral 7B v0.1, Phi-3), vLLM frees the blocks that the window
+    has passed, and their sums with them. As windowed full attention they are kept: what is computed is the same, and
+    the cache takes as much as without a window.
+    """
+    if any(isinstance(spec, FullAttentionSpec) for spec in specs.values()):
+        return specs
+    names = [field.name for field in fields(FullAttentionSpec)]
+    return {
+        name: FullAttentionSpec(**{one: getattr(spec, one) for one in names if hasattr(spec, one)})
+        if type(spec) is SlidingWindowSpec
+        else spec
+        for name, spec in specs.items()
+    }
 
 
 def full_attention_group(config: KVCacheConfig) -> int:
-    """The KV cache group whose blocks hold every token of a sequence."""
+    """The KV cache group whose blocks hold every token of a sequence.
+
+    Raises ValueError where there is none.
+    """
     for index, group in enumerate(config.kv_cache_groups):
-        if isinstance(group.kv_cache_spec, FullAttentionSpec):
+        spec = group.kv_cache_spec
+        # Layers of several sizes under one block table; the scheduler is shown the first of them alone.
+        if isinstance(spec, UniformTypeKVCacheSpecs):
+            spec = next(iter(spec.kv_cache_specs.values()))
+        if isinstance(spec, FullAttentionSpec):
             return index
     raise ValueError(
         "this model has no full-attention layer: no group of KV blocks holds the whole sequence, "
@@ -71,10 +105,26 @@ class CaptureMixin:
         self._group = full_attention_group(self.kv_cache_config)
         self._block_size = self.kv_cache_config.kv_cache_groups[self._group].kv_cache_spec.block_size
         self._reported: dict[str, tuple[list[int], int, int]] = {}  # in the step whose outputs are looked at
+        self._fresh: list[int] = []
+        self._watch_new_blocks(self.kv_cache_manager.block_pool)
+
+    def _watch_new_blocks(self, pool: Any) -> None:
+        """Notes every block that is handed out anew, whoever fills it: this step, a connector or a copy.
+
+        Blocks that the prefix cache gives are not among them: what is kept for those holds.
+        """
+        get_new_blocks = pool.get_new_blocks
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            blocks = get_new_blocks(*args, **kwargs)
+            self._fresh += [block.block_id for block in blocks]
+            return blocks
+
+        pool.get_new_blocks = noted
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        wanted = Wanted()
+        wanted, self._fresh = Wanted(fresh=self._fresh), []
         for request_id, scheduled in output.num_scheduled_tokens.items():
             request = self.requests[request_id]
             if wish := _wish(request):

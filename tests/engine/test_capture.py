@@ -16,8 +16,9 @@ from candor.engine.slot_evidence import of_answer
 
 pytest.importorskip("vllm")
 
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
 
+from candor.engine import vllm_capture
 from candor.engine.vllm_capture import CaptureMixin
 from candor.engine.vllm_scheduler import KEY, Wanted
 
@@ -34,6 +35,10 @@ DEVICES = [
         ],
     ),
 ]
+
+
+def spec(heads: int) -> FullAttentionSpec:
+    return FullAttentionSpec(block_size=SIZE, num_kv_heads=heads, head_size=1, dtype=torch.float32)
 
 
 class Later:
@@ -54,8 +59,7 @@ class Runner:
         self.generator = torch.Generator().manual_seed(0)
         self.head = torch.randn(HIDDEN, WORDS, generator=self.generator).to(device)
         self.model = SimpleNamespace(compute_logits=lambda states: states @ self.head)
-        spec = FullAttentionSpec(block_size=SIZE, num_kv_heads=1, head_size=1, dtype=torch.float32)
-        group = SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"])
+        group = SimpleNamespace(kv_cache_spec=spec(1), layer_names=["layer"])
         self.kv_cache_config = SimpleNamespace(num_blocks=8, kv_cache_groups=[group])
         self.execute_model_state: Any = None
         # As vLLM's own: each step writes over the last one's.
@@ -73,6 +77,15 @@ class Steps:
 
     model_runner: Runner
     later: bool
+
+    def get_kv_cache_spec(self) -> dict[str, Any]:
+        return {"layer": spec(1), "other": spec(1)}
+
+    def determine_available_memory(self) -> int:
+        return 1 << 20
+
+    def initialize_from_config(self, config: Any) -> None:
+        self.model_runner.kv_cache_config = config
 
     def execute_model(self, step: Any) -> None:
         runner = self.model_runner
@@ -115,8 +128,10 @@ class Worker(CaptureMixin, Steps):
         self.later = later
         self.model_runner = Runner(device, second=second)
         self.vllm_config = SimpleNamespace(
-            model_config=SimpleNamespace(get_hidden_size=lambda: HIDDEN, dtype=torch.float32)
+            model_config=SimpleNamespace(get_hidden_size=lambda: HIDDEN, dtype=torch.float32),
+            cache_config=SimpleNamespace(kv_cache_memory_bytes=None),
         )
+        self.initialize_from_config(self.model_runner.kv_cache_config)
 
 
 class Driver:
@@ -222,6 +237,67 @@ def test_blocks_change_hands_while_steps_wait(device: torch.device, second: bool
     assert whole
     assert torch.allclose(_floats(mean), torch.stack(driver.states["heir"]).sum(0) / positions, atol=1e-6)
     assert of_answer(_floats(kept).view(-1, 3), driver.drawn["heir"][:2]) is not None
+
+
+def test_a_block_filled_elsewhere_is_not_counted(device: torch.device, second: bool) -> None:
+    """The heir's first two tokens come from a connector: its block holds what was kept for the first owner's."""
+    due = Wanted(reports={"heir": (BLOCKS["heir"][:1], 4, 2)}, evidence=True)
+    for fresh, counted in (
+        ([], True),
+        ([BLOCKS["heir"][0]], False),
+    ):  # without the list, it would be believed
+        driver = Driver(Worker(device, second=second, later=False))
+        driver.step({"a": 6}, Wanted(evidence=True))  # two of them in its second block, the heir's first
+        driver.states["heir"] += [torch.zeros(HIDDEN)] * 2
+        driver.step({"heir": 1}, Wanted(evidence=True, fresh=fresh), finished_req_ids={"a"})
+        _, whole, _, _, kept = getattr(driver.step({"heir": 1}, due), KEY)["heir"]
+        assert whole == counted
+        first = _floats(kept).view(-1, 3)[0, 0]
+        assert (first == -1) != counted  # evidence of the first owner's token
+
+
+def test_a_response_is_measured_in_pieces(
+    device: torch.device, second: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    response = [3, 14, 15, 9, 26]
+    records = []
+    for rows in (2, 128):
+        monkeypatch.setattr(vllm_capture, "SCORED_ROWS", rows)
+        driver = Driver(Worker(device, second=second, later=False))
+        asked: list[int] = []
+        compute = driver.worker.model_runner.model.compute_logits
+        driver.worker.model_runner.model.compute_logits = lambda states: (
+            asked.append(len(states)),  # noqa: B023
+            compute(states),  # noqa: B023
+        )[1]
+        wanted = Wanted({"a": (BLOCKS["a"][:2], 7, 2)}, {"a": (1, response)}, evidence=True)
+        records.append(getattr(driver.step({"a": 7}, wanted), KEY)["a"])
+        assert max(asked) == min(rows, 5)
+    assert torch.allclose(_floats(records[0][4]), _floats(records[1][4]), rtol=1e-5)
+
+
+def test_layers_of_several_sizes_under_one_table(device: torch.device, second: bool) -> None:
+    worker = Worker(device, second=second, later=False)
+    config = worker.model_runner.kv_cache_config
+    together = UniformTypeKVCacheSpecs(block_size=SIZE, kv_cache_specs={"layer": spec(1), "other": spec(2)})
+    config.kv_cache_groups = [SimpleNamespace(kv_cache_spec=together, layer_names=["layer", "other"])]
+    worker.initialize_from_config(config)
+    driver = Driver(worker)
+    due = Wanted(reports={"a": (BLOCKS["a"][:1], 4, 2)}, evidence=True)
+    assert getattr(driver.step({"a": 4}, due), KEY)["a"][:2] == (4, True)
+
+
+def test_what_is_kept_beside_the_cache_has_its_share_of_the_memory() -> None:
+    worker = Worker(torch.device("cpu"), second=True, later=False)
+    worker.vllm_config.scheduler_config = SimpleNamespace(disable_hybrid_kv_cache_manager=False)
+    worker.vllm_config.model_config.hf_config = worker.vllm_config.model_config.hf_text_config = None
+    worker.vllm_config.speculative_config = worker.vllm_config.kv_transfer_config = None
+    block = 2 * spec(1).page_size_bytes
+    blocks = worker.determine_available_memory() // block
+    kept = 4 * (HIDDEN + 1) + 4 * 3 * SIZE  # a sum and a count; token, surprisal and margin of each slot
+    assert blocks * (block + kept) <= 1 << 20 < (blocks + 1) * (block + kept)
+    worker.vllm_config.cache_config.kv_cache_memory_bytes = 1 << 20  # the cache's, as whoever starts it says
+    assert worker.determine_available_memory() == 1 << 20
 
 
 @pytest.mark.gpu

@@ -36,7 +36,7 @@ SAMPLED = Sampling(max_tokens=24, temperature=0.9, top_p=0.95, seed=11)
 SAMPLED_LONG = Sampling(max_tokens=80, temperature=0.9, seed=5)
 CHUNK = 64
 """Tokens computed a step: longer prompts are computed in chunks."""
-BLOCK = EngineSettings.block_size
+BLOCK = 32
 ENGINES = {
     "transformers-float32": {},
     "vllm-float32": {},
@@ -121,6 +121,7 @@ def bench(request: pytest.FixtureRequest, demo_model: Path) -> Iterator[Bench]:
         "max_model_len": 1024,
         "max_num_seqs": 16,
         "max_num_batched_tokens": CHUNK,
+        "block_size": BLOCK,
         "kv_cache_bytes": 1 << 28,
         "eager": True,
     }

@@ -1,0 +1,132 @@
+"""Holds vLLM's h to transformers' for a tiny model of each family and writes the table of what was found.
+
+    python -m benchmarks.zoo                          every family, one after the other, into docs/models.md
+    python -m benchmarks.zoo --family "Gemma 2"       one or more of them, printed
+
+Each runs in a process of its own. float32, without compilation, every way of `contract.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.zoo.contract import CHUNK, REPRESENTATION, Contract
+from benchmarks.zoo.families import FAMILIES, build
+
+EXACT = 1e-4
+"""Largest relative error that counts as exact; what is exact has some 1e-6."""
+LIMIT_S = 900
+TABLE = "| family | architecture | vLLM's h |\n|---|---|---|\n"
+MARKS = "<!-- zoo -->\n", "<!-- end of zoo -->"
+"""Between them stands the table in docs/models.md."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0], prog="python -m benchmarks.zoo"
+    )
+    parser.add_argument(
+        "--family", action="append", choices=FAMILIES, metavar="FAMILY", help="one of them; again for another"
+    )
+    parser.add_argument("--kept", type=Path, help="file of results: those there are not run again")
+    parser.add_argument("--here", choices=FAMILIES, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.here:
+        print(json.dumps(hold(given.here)))
+        return
+    kept: dict[str, Any] = json.loads(given.kept.read_text()) if given.kept and given.kept.exists() else {}
+    for family in given.family or FAMILIES:
+        if family not in kept:
+            kept[family] = _in_a_process_of_its_own(family)
+            if given.kept:
+                given.kept.write_text(json.dumps(kept, indent=1))
+        print(_row(family, kept[family]), flush=True)
+    if not given.family:
+        rows = (_row(family, kept[family]) + "\n" for family in FAMILIES if family in kept)
+        _put(TABLE + "".join(rows), Path("docs/models.md"))
+
+
+def hold(family: str) -> dict[str, Any]:
+    """{"errors": {way: error}} or {"refused": sentence}."""
+    from candor.engine.base import EngineError
+    from candor.engine.factory import start_engine
+    from candor.engine.prompt import ChatFormat
+    from candor.engine.settings import EngineSettings
+
+    with tempfile.TemporaryDirectory() as folder, asyncio.Runner() as runner:
+        model = build(family, Path(folder) / "model")
+        settings = EngineSettings(
+            model,
+            "transformers",
+            REPRESENTATION,
+            "float32",
+            max_model_len=512,
+            max_num_seqs=16,
+            max_num_batched_tokens=CHUNK,
+            kv_cache_bytes=1 << 27,
+            eager=True,
+        )
+        chat = ChatFormat.from_directory(model)
+        reference = runner.run(start_engine(settings, chat))
+        try:
+            engine = runner.run(start_engine(replace(settings, kind="vllm"), chat))
+        except EngineError as error:
+            return {"refused": str(error)}
+        try:
+            found = runner.run(Contract(engine, reference, chat).hold())
+        except EngineError as error:
+            return {"refused": str(error)}
+        finally:
+            runner.run(engine.close())
+    return {"errors": {one.where: one.error for one in found}}
+
+
+def _put(table: str, page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(MARKS[0])
+    page.write_text(before + MARKS[0] + table + MARKS[1] + rest.split(MARKS[1])[1], encoding="utf-8")
+
+
+def _in_a_process_of_its_own(family: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.zoo", "--here", family]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return {"refused": f"no result within {LIMIT_S} s"}
+    last = done.stdout.strip().rsplit("\n", 1)[-1]
+    result: dict[str, Any] = json.loads(last) if last.startswith("{") else {"refused": "no result"}
+    if "refused" in result:
+        result["why"] = _reasons(done.stderr.splitlines() + done.stdout.splitlines())
+    return result
+
+
+def _reasons(lines: Iterable[str]) -> list[str]:
+    """Exceptions that vLLM's processes ended with, the deepest first."""
+    found = (re.search(r"\b(\w+(?:Error|Exception)\b:? ?.*)", line) for line in lines)
+    said = [match[1].strip() for match in found if match and "Traceback" not in match[1]]
+    return list(dict.fromkeys(said))[:6]
+
+
+def _row(family: str, result: dict[str, Any]) -> str:
+    architecture = FAMILIES[family][1]
+    if "refused" in result:
+        why = next((reason for reason in result.get("why", ()) if len(reason) > 20), result["refused"])
+        return f"| {family} | {architecture} | not run: {why.replace('|', '/')} |"
+    where, error = max(result["errors"].items(), key=lambda item: item[1])
+    if error <= EXACT:
+        return f"| {family} | {architecture} | exact, {error:.0e} |"
+    return f"| {family} | {architecture} | differs: {error:.0e} ({where}) |"
+
+
+if __name__ == "__main__":
+    main()

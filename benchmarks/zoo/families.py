@@ -1,0 +1,245 @@
+"""Every family: its configuration's and its model's class of transformers, and what a tiny one of it needs said.
+
+Windows are shorter than the contract's prompts, so that they cut; experts are few, but more than one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.zoo.tiny import save, sentencepiece, small, tokenizer
+
+WINDOW = 48
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_MLA = {  # vLLM's kernels know these widths alone
+    "q_lora_rank": 64,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 16,
+    "long_factor": [3.0] * 16,
+    "original_max_position_embeddings": 128,
+}
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+
+
+def _alternating(layers: int = 4) -> dict[str, Any]:
+    kinds = ["sliding_attention", "full_attention"]
+    return {
+        "num_hidden_layers": layers,
+        "sliding_window": WINDOW,
+        "layer_types": [kinds[i % 2] for i in range(layers)],
+    }
+
+
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "Llama 2": ("LlamaConfig", "LlamaForCausalLM", {"num_key_value_heads": 4}),
+    "Llama 3": (
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
+    "Llama 4 (text)": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 256,
+            "head_dim": 32,
+            "attention_chunk_size": 64,
+        },
+    ),
+    "SmolLM3": ("SmolLM3Config", "SmolLM3ForCausalLM", {"num_hidden_layers": 4}),
+    "Qwen 2.5": ("Qwen2Config", "Qwen2ForCausalLM", {}),
+    "Qwen 3": ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 32}),
+    "Qwen 3 MoE": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {"head_dim": 32, **_MOE}),
+    "Qwen 3 Next": (
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        {
+            "head_dim": 64,
+            "num_hidden_layers": 4,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+            "shared_expert_intermediate_size": 64,
+            **_MOE,
+        },
+    ),
+    "Mistral 7B v0.1 (a window on every layer)": (
+        "MistralConfig",
+        "MistralForCausalLM",
+        {"sliding_window": WINDOW},
+    ),
+    "Mistral 7B v0.3": ("MistralConfig", "MistralForCausalLM", {"sliding_window": None}),
+    "Mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
+    "Phi-2": ("PhiConfig", "PhiForCausalLM", {"num_key_value_heads": 4}),
+    "Phi-3 (a window on every layer)": ("Phi3Config", "Phi3ForCausalLM", {"sliding_window": WINDOW}),
+    "Phi-3.5 (longrope)": (
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {
+            "sliding_window": 4096,
+            "original_max_position_embeddings": 128,
+            "rope_parameters": _LONGROPE,
+        },
+    ),
+    "Phi-4": ("Phi3Config", "Phi3ForCausalLM", {"sliding_window": None}),
+    "Gemma": ("GemmaConfig", "GemmaForCausalLM", {"head_dim": 32}),
+    "Gemma 2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {"head_dim": 32, "query_pre_attn_scalar": 32, **_alternating()},
+    ),
+    "Gemma 3 (text)": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {"head_dim": 32, "query_pre_attn_scalar": 32, **_alternating()},
+    ),
+    "GPT-OSS": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, **_alternating()},
+    ),
+    "DeepSeek V2": ("DeepseekV2Config", "DeepseekV2ForCausalLM", {**_MLA, "topk_method": "greedy"}),
+    "DeepSeek V3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", _MLA),
+    "Granite": (
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        {
+            "embedding_multiplier": 2.0,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 4.0,
+            "attention_multiplier": 0.2,
+        },
+    ),
+    "Granite 4 hybrid": (
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
+        {
+            "layer_types": ["mamba", "attention", "mamba"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 128,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 32,
+            "mamba_d_state": 16,
+            "position_embedding_type": "rope",
+        },
+    ),
+    "Falcon": (
+        "FalconConfig",
+        "FalconForCausalLM",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": False},
+    ),
+    "Falcon-H1": (
+        "FalconH1Config",
+        "FalconH1ForCausalLM",
+        {
+            "head_dim": 32,
+            "mamba_d_ssm": 256,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 32,
+            "mamba_d_state": 16,
+            "mamba_n_groups": 1,
+        },
+    ),
+    "OLMo 2": ("Olmo2Config", "Olmo2ForCausalLM", {}),
+    "OLMo 3": ("Olmo3Config", "Olmo3ForCausalLM", _alternating()),
+    "Command R": ("CohereConfig", "CohereForCausalLM", {}),
+    "Command R7B (Cohere 2)": ("Cohere2Config", "Cohere2ForCausalLM", {"head_dim": 32, **_alternating()}),
+    "LFM 2": (
+        "Lfm2Config",
+        "Lfm2ForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+            "block_auto_adjust_ff_dim": False,
+        },
+    ),
+    "Mamba": ("MambaConfig", "MambaForCausalLM", {"state_size": 16}),
+    "BLOOM": ("BloomConfig", "BloomForCausalLM", {"n_layer": 3, "n_head": 4}),
+    "GPT-2": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 1024},
+    ),
+    "GPT-NeoX (Pythia)": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}),
+    "OPT": ("OPTConfig", "OPTForCausalLM", {"ffn_dim": 256, "word_embed_proj_dim": 128}),
+    "StableLM": ("StableLmConfig", "StableLmForCausalLM", {}),
+    "Gemma 3 (vision checkpoint)": (
+        "Gemma3Config",
+        "Gemma3ForConditionalGeneration",
+        {"text": ("Gemma3TextConfig", {"head_dim": 32, "query_pre_attn_scalar": 32, **_alternating()})},
+    ),
+    "Mistral Small 3 (vision checkpoint)": (
+        "Mistral3Config",
+        "Mistral3ForConditionalGeneration",
+        {"text": ("MistralConfig", {"sliding_window": None, "head_dim": 32})},
+    ),
+    "Qwen 2.5 VL (vision checkpoint)": (
+        "Qwen2_5_VLConfig",
+        "Qwen2_5_VLForConditionalGeneration",
+        {"text": ("Qwen2_5_VLTextConfig", {"rope_parameters": _MROPE})},
+    ),
+}
+
+_SPACED = ("Llama 2", "Mistral", "Mixtral", "Phi-3")
+"""Families whose tokenizers put a space before texts."""
+
+
+def build(family: str, directory: Path) -> Path:
+    """The family's tiny model in `directory`."""
+    import transformers
+
+    chat = sentencepiece(strips="Phi" in family) if family.startswith(_SPACED) else tokenizer()
+    config_name, architecture, changes = FAMILIES[family]
+    config_class = getattr(transformers, config_name)
+    if "text" in changes:
+        name, text = changes["text"]
+        vision = {
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+            "depth": 1,
+            "num_heads": 2,
+            "out_hidden_size": 128,
+        }
+        inner = getattr(transformers, name)(**small(vocab_size=len(chat), **text))
+        config = config_class(text_config=inner.to_dict(), vision_config=vision)
+    else:
+        config = config_class(**small(vocab_size=len(chat), **changes))
+    return save(directory, config, architecture, chat, end=[2, 6])

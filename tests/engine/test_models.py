@@ -1,0 +1,116 @@
+"""What most first models bring, on one tiny one: windows that cut on every layer, longrope, a tokenizer that puts
+spaces before texts and control tokens that take white space, two tokens that end an answer. Phi-3.5 has all of it.
+
+The zoo (`python -m benchmarks.zoo`) holds many more families to the same contract.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from benchmarks.zoo.contract import CHUNK, REPRESENTATION, SEA, Contract
+from benchmarks.zoo.tiny import save, sentencepiece, small
+from candor.engine.base import Engine, Generation, Sampling
+from candor.engine.factory import start_engine
+from candor.engine.prompt import ChatFormat
+from candor.engine.settings import EngineSettings
+
+WINDOW, SWITCH = 48, 128
+QUESTION = [{"role": "user", "content": SEA}]
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory, runner: asyncio.Runner) -> EngineSettings:
+    """Of the model, whose second end token is one that it writes."""
+    from transformers import Phi3Config
+
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [3.0] * 16}
+    tokenizer = sentencepiece(strips=True)
+    config = Phi3Config(
+        **small(vocab_size=len(tokenizer), sliding_window=WINDOW),
+        original_max_position_embeddings=SWITCH,
+        rope_parameters={**rope, "original_max_position_embeddings": SWITCH},
+    )
+    model = tmp_path_factory.mktemp("models") / "like-phi-3.5"
+    save(model, config, "Phi3ForCausalLM", tokenizer)
+    settings = EngineSettings(
+        model,
+        "transformers",
+        REPRESENTATION,
+        "float32",
+        max_model_len=512,
+        max_num_batched_tokens=CHUNK,
+        kv_cache_bytes=1 << 26,
+        eager=True,
+    )
+    written = runner.run(answer(runner.run(start_engine(settings)), settings, Sampling(max_tokens=60)))
+    ids = written.token_ids
+    end = [token for i, token in enumerate(ids) if token not in ids[:i]][-1]
+    file = model / "generation_config.json"
+    ends = {"eos_token_id": [2, end]}
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | ends), encoding="utf-8")
+    return settings
+
+
+@pytest.fixture(scope="module")
+def reference(settings: EngineSettings, runner: asyncio.Runner) -> Engine:
+    return runner.run(start_engine(settings))
+
+
+@pytest.fixture(scope="module")
+def served(settings: EngineSettings, runner: asyncio.Runner) -> Iterator[Engine]:
+    pytest.importorskip("vllm")
+    engine = runner.run(start_engine(replace(settings, kind="vllm")))
+    yield engine
+    runner.run(engine.close())
+
+
+async def answer(engine: Engine, settings: EngineSettings, sampling: Sampling) -> Generation:
+    prompt = ChatFormat.from_directory(settings.model).encode_chat(QUESTION)
+    *_, last = [item async for item in engine.generate(prompt, sampling)]
+    assert isinstance(last, Generation)
+    return last
+
+
+def test_its_states_are_exact(
+    served: Engine, reference: Any, settings: EngineSettings, runner: asyncio.Runner
+) -> None:
+    contract = Contract(served, reference, ChatFormat.from_directory(settings.model))
+    found = runner.run(contract.hold())
+    assert len(found) == 12
+    assert not [one for one in found if "none found" in one.where]
+    assert max(found, key=lambda one: one.error).error <= 1e-4, found
+
+
+def test_an_answer_ends_at_either_of_its_ends(
+    served: Engine, reference: Engine, settings: EngineSettings, runner: asyncio.Runner
+) -> None:
+    answers = [
+        runner.run(answer(engine, settings, Sampling(max_tokens=80))) for engine in (served, reference)
+    ]
+    for one in answers:
+        assert one.finish_reason == "stop"
+        assert not one.truncated
+        assert len(one.token_ids) < one.completion_tokens < 80
+    assert answers[0].token_ids == answers[1].token_ids
+    # Bytes that are no letters: vLLM leaves some out where transformers shows a mark for each.
+    assert answers[0].text.replace("\ufffd", "") == answers[1].text.replace("\ufffd", "")
+
+
+def test_a_stop_string_is_no_end(served: Engine, settings: EngineSettings, runner: asyncio.Runner) -> None:
+    whole = runner.run(answer(served, settings, Sampling(max_tokens=80)))
+    cut = runner.run(answer(served, settings, Sampling(max_tokens=80, stop=(whole.text.strip()[3:5],))))
+    assert cut.finish_reason == "stop"
+    assert cut.truncated
