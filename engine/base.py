@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
@@ -97,12 +97,8 @@ class Representation:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What is being served, by content: two engines agree iff their identities are equal.
+    """What is being served, by content: two engines agree iff their identities are equal."""
 
-    before: the same model as bundles of the formats 1 to 3 say it; beside the fields, so neither compared nor stored.
-    """
-
-    before: ClassVar[ModelIdentity | None] = None
     name: str
     architecture: str
     hidden_size: int
@@ -203,10 +199,12 @@ class Generation:
 class Engine(Protocol):
     """Text in, text and hidden state out. Two real implementations: vLLM and transformers.
 
+    earlier_identity: the same model as bundles of the formats 1 to 3 say it (`identity.as_before`).
     adapter: what is laid over the model's weights, None where nothing is.
     """
 
     identity: ModelIdentity
+    earlier_identity: ModelIdentity
     adapter: AdapterIdentity | None
     representation: Representation
     max_model_len: int

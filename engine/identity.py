@@ -32,39 +32,34 @@ def identify(model: Path, chat: ChatFormat, dtype: str, max_model_len: int) -> M
 
     Raises EngineError where the directory is not a model (no config.json or no safetensors).
     """
-    made_before = identify_as_before(model, chat, dtype)
     config = _read_config(model)
+    architecture = (config.get("architectures") or ["unknown"])[0]
+    hidden_size = _hidden_size(model, config)
     if switches := _rope_switches(config):
         # Longrope: vLLM takes the long factors for every sequence as soon as one may need them.
         config |= {"rope_at_max_model_len": ["long" if max_model_len > at else "short" for at in switches]}
     files = sorted({file for name in TOKENISING for file in model.glob(name) if file.is_file()})
     ends = hashlib.sha256(json.dumps(sorted(chat.end_ids)).encode()).digest()
-    identity = replace(
-        made_before,
-        config_sha256=_config_digest(config),
-        tokenizer_sha256=_named_digest(
-            {**{file.name: _content(file) for file in files}, "end of answer": ends}
-        ),
-    )
-    object.__setattr__(identity, "before", made_before)  # it is frozen for everybody else
-    return identity
-
-
-def identify_as_before(model: Path, chat: ChatFormat, dtype: str) -> ModelIdentity:
-    """The same as bundles of the formats 1 to 3 say it: of a tokenizer two files, of the longest sequence nothing.
-
-    Raises EngineError where the directory is not a model.
-    """
-    config = _read_config(model)
     return ModelIdentity(
         name=model.name,
-        architecture=(config.get("architectures") or ["unknown"])[0],
-        hidden_size=_hidden_size(model, config),
+        architecture=architecture,
+        hidden_size=hidden_size,
         dtype=dtype,
         config_sha256=_config_digest(config),
         weights_sha256=_digest(*sorted(model.glob("*.safetensors"))),
-        tokenizer_sha256=_digest(*sorted(model.glob("tokenizer.json")), model / "tokenizer_config.json"),
+        tokenizer_sha256=_named_digest(
+            {**{file.name: _content(file) for file in files}, "end of answer": ends}
+        ),
         chat_template_sha256=hashlib.sha256(chat.template.encode()).hexdigest(),
+    )
+
+
+def as_before(identity: ModelIdentity, model: Path) -> ModelIdentity:
+    """The same as bundles of the formats 1 to 3 say it: of a tokenizer two files, of the longest sequence nothing."""
+    return replace(
+        identity,
+        config_sha256=_config_digest(_read_config(model)),
+        tokenizer_sha256=_digest(*sorted(model.glob("tokenizer.json")), model / "tokenizer_config.json"),
     )
 
 
@@ -80,18 +75,12 @@ def identify_adapter(adapter: Path) -> AdapterIdentity:
 
 
 def differences(expected: ModelIdentity, actual: ModelIdentity) -> list[str]:
-    """What differs, one line each, empty where the two are the same model. The name does not count.
-
-    expected: a bundle's. Whichever way its digests were made, the same way's are held to them.
-    """
-    before = actual.before or actual
-    made_before = expected.tokenizer_sha256 == before.tokenizer_sha256
-    found = before if made_before else actual
+    """What differs, one line each, empty where the two are the same model. The name does not count."""
     return [
         f"{field.name}: the bundle was made for {want}, this model has {have}"
         for field in fields(ModelIdentity)
         if field.name != "name"
-        and (want := getattr(expected, field.name)) != (have := getattr(found, field.name))
+        and (want := getattr(expected, field.name)) != (have := getattr(actual, field.name))
     ]
 
 

@@ -33,7 +33,7 @@ from candor.engine.base import (
     TokenLogprob,
 )
 from candor.engine.evidence import TOP, from_logprobs
-from candor.engine.identity import identify
+from candor.engine.identity import as_before, identify
 from candor.engine.prompt import ChatFormat
 from candor.engine.room import require_fit, room_for_answer
 from candor.engine.settings import EngineSettings
@@ -53,6 +53,7 @@ class TransformersEngine:
         self.adapter: AdapterIdentity | None = None
         self.max_model_len = settings.max_model_len
         self.identity = identify(settings.model, chat, settings.dtype, settings.max_model_len)
+        self.earlier_identity = as_before(self.identity, settings.model)
         self._chat = chat
         self._closing_ids, self._tag_ids = chat.closing(settings.representation.tag)
         self._model = _load(settings)

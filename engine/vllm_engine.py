@@ -45,7 +45,7 @@ from candor.engine.base import (
     TokenLogprob,
 )
 from candor.engine.evidence import features
-from candor.engine.identity import identify, identify_adapter
+from candor.engine.identity import as_before, identify, identify_adapter
 from candor.engine.prompt import ChatFormat
 from candor.engine.room import require_fit, room_for_answer
 from candor.engine.settings import EngineSettings
@@ -65,6 +65,7 @@ class VLLMEngine:
     def __init__(self, settings: EngineSettings, chat: ChatFormat) -> None:
         self.max_model_len = settings.max_model_len
         self.identity = identify(settings.model, chat, settings.dtype, settings.max_model_len)
+        self.earlier_identity = as_before(self.identity, settings.model)
         self._chat = chat
         self._adapters = tuple(map(_adapter, settings.adapters))
         self._stand(settings.representation, None)

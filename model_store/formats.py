@@ -23,7 +23,7 @@ from candor.policy.policy import Policy
 FIRST, LATEST = 1, 4
 
 _TURNS = 4
-"""The first format that keeps conversations as turns."""
+"""The first format that keeps conversations as turns, and a model's identity over all files that make tokens."""
 
 
 def manifest_as_latest(value: dict[str, Any], version: int, faults: list[Difference]) -> dict[str, Any]:
@@ -85,3 +85,8 @@ def with_conversations(policy: Policy, version: int, prompts: Sequence[Sequence[
 def knows_turns(version: int) -> bool:
     """Whether a bundle of that format holds its exemplars' conversations as they were put to the model."""
     return version >= _TURNS
+
+
+def identifies_as_before(version: int) -> bool:
+    """Whether a bundle of that format knows its model by `engine.identity.as_before`."""
+    return version < _TURNS

@@ -150,7 +150,8 @@ class Ready:
     adapter: AdapterIdentity | None = None
 
     def __init__(self, bundle: Bundle, words: int) -> None:
-        self.identity, self.representation = bundle.manifest.model, bundle.manifest.representation
+        self.identity = self.earlier_identity = bundle.manifest.model
+        self.representation = bundle.manifest.representation
         self._words = words
         self._hidden = summary(bundle)
 

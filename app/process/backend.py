@@ -13,6 +13,7 @@ from candor.app.edge.limits import Refused
 from candor.engine.base import AdapterIdentity, Engine, EngineError, IdentityMismatch
 from candor.engine.identity import differences
 from candor.model_store.bundle import Bundle, load_bundle
+from candor.model_store.formats import identifies_as_before
 
 if TYPE_CHECKING:
     from candor.app.process.settings import Settings
@@ -94,7 +95,8 @@ def _load(path: Path, settings: Settings) -> Bundle:
 
 def check_identity(engine: Engine, bundle: Bundle) -> None:
     """Raises IdentityMismatch that lists every difference between what is served and what was calibrated."""
-    found = differences(bundle.manifest.model, engine.identity)
+    earlier = identifies_as_before(bundle.manifest.format_version)
+    found = differences(bundle.manifest.model, engine.earlier_identity if earlier else engine.identity)
     if engine.representation != bundle.manifest.representation:
         found.append(
             f"representation: the bundle was made for {bundle.manifest.representation.to_json()}, "

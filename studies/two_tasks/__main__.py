@@ -122,7 +122,7 @@ def measure(task: Task, seeds: Sequence[int], asked: int, ensemble: int) -> list
     if all(path.exists() for path in kept.values()):
         return [json.loads(path.read_text()) for path in kept.values()]
     manifest, settings = bundle.manifest, CompareSettings((*COMPARATORS, *SAMPLERS), ensemble, asked)
-    engine = FinishedEngine(manifest.model, manifest.representation)
+    engine = FinishedEngine(manifest.model, manifest.model, manifest.representation)
     chat, asking = ChatFormat.from_directory(task.model), Asking(task.answers, 1)
     calibration = DataFile.load(task.file("calibration"))
     files = {name: DataFile.load(task.file(name)) for name in SETS}

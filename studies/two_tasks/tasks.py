@@ -62,6 +62,7 @@ class FinishedEngine:
     """An engine that has given all its answers: what is not in the cache is an error."""
 
     identity: ModelIdentity
+    earlier_identity: ModelIdentity
     representation: Representation
     max_model_len: int = 1024
     adapter: AdapterIdentity | None = None
@@ -85,6 +86,6 @@ class FinishedEngine:
 def answers(task: Task, name: str) -> list[Labelled]:
     """The answers to one of the task's files, labelled: h as its bundle orders it. Raises EngineError."""
     manifest = load_bundle(task.bundle).manifest
-    engine = FinishedEngine(manifest.model, manifest.representation)
+    engine = FinishedEngine(manifest.model, manifest.model, manifest.representation)
     file, chat = DataFile.load(task.file(name)), ChatFormat.from_directory(task.model)
     return asyncio.run(answer_file(engine, chat, file, manifest.policy, Asking(task.answers, 1), name))

@@ -168,6 +168,7 @@ class ScriptedEngine:
     identity: ModelIdentity
     representation: Representation = field(default_factory=Representation)
     adapter: AdapterIdentity | None = None
+    earlier_identity: ModelIdentity = None  # type: ignore[assignment]  # the same, unless a test says otherwise
     max_model_len: int = 512
     scripts: dict[str, Script] = field(default_factory=dict)
     known: dict[str, torch.Tensor] = field(default_factory=dict)  # h of the exemplars' pairs, by prompt
@@ -177,6 +178,9 @@ class ScriptedEngine:
     running: int = 0
     dead: bool = False
     closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.earlier_identity = self.earlier_identity or self.identity
 
     def script(self, prompt: str, **what: Any) -> str:
         """Sets what is said to prompts that contain `prompt`, and returns it."""

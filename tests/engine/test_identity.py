@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from benchmarks.zoo.tiny import save, small, tokenizer
 from candor.engine.base import EngineError, ModelIdentity
-from candor.engine.identity import differences, identify, identify_as_before
+from candor.engine.identity import as_before, differences, identify
 from candor.engine.prompt import ChatFormat
 
 
@@ -67,19 +68,19 @@ def test_another_token_that_ends_answers_is_another_model(tmp_path: Path) -> Non
     assert "tokenizer_sha256" in differences(before, identity(model))[0]
 
 
-def test_a_bundle_made_before_knows_its_model(tmp_path: Path, demo_model: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
-    made = json.loads((root / "demo/bundle/manifest.json").read_text(encoding="utf-8"))["model"]
-    served = identify(demo_model, ChatFormat.from_directory(demo_model), made["dtype"], 512)
-    assert differences(ModelIdentity(**made), served) == []
-    assert made["tokenizer_sha256"] != served.tokenizer_sha256
+def test_earlier_bundles_know_their_model_by_fewer_files(tmp_path: Path) -> None:
     model = llama(tmp_path)
-    old = identify_as_before(model, ChatFormat.from_directory(model), "float32")
-    assert differences(old, identity(model)) == []
-    assert differences(identity(model), identity(model)) == []
-    config = model / "tokenizer_config.json"
-    config.write_text(config.read_text(encoding="utf-8") + " ", encoding="utf-8")
-    assert "tokenizer_sha256" in differences(old, identity(model))[0]
+    now, earlier = identity(model), as_before(identity(model), model)
+    assert differences(now, earlier)
+    assert now.weights_sha256 == earlier.weights_sha256
+    two = (
+        hashlib.sha256((model / name).read_bytes()).digest()
+        for name in ("tokenizer.json", "tokenizer_config.json")
+    )
+    assert earlier.tokenizer_sha256 == hashlib.sha256(b"".join(two)).hexdigest()
+    (model / "vocab.json").write_text("{}", encoding="utf-8")
+    assert as_before(identity(model), model) == earlier
+    assert identity(model) != now
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -1,0 +1,71 @@
+"""Bundles of formats 1 to 3, written as they were, load as what they meant."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from candor.model_store.bundle import load_bundle
+from candor.model_store.manifest import EXEMPLARS, MANIFEST, SEAL, FileEntry, seal
+from candor.policy.conversation import Conversations, SystemPrompt, Turn, shown
+
+ASK: Turn = {"role": "user", "content": "ask"}
+BRIEF: Turn = {"role": "system", "content": "Be brief."}
+
+
+def older(
+    files: dict[str, bytes], version: int, system_prompt: str | None, prompts: list[list[Turn]]
+) -> dict[str, bytes]:
+    """The bundle's files in that format, its exemplars with these conversations in turn."""
+    lines = [json.loads(line) for line in files[EXEMPLARS].splitlines()]
+    for number, line in enumerate(lines):
+        del line["messages"]
+        line["prompt"] = shown(prompts[number % len(prompts)])
+    exemplars = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    manifest: dict[str, Any] = json.loads(files[MANIFEST])
+    manifest["format_version"] = version
+    del manifest["policy"]["conversations"]
+    manifest["policy"]["system_prompt"] = system_prompt
+    if version < 3:
+        del manifest["passed_over"]
+    if version < 2:
+        del manifest["certificates"], manifest["policy"]["resample"]
+    entry = FileEntry.of(exemplars)
+    manifest["files"][EXEMPLARS] = {"sha256": entry.sha256, "size": entry.size}
+    written = json.dumps(manifest).encode()
+    return {**files, EXEMPLARS: exemplars, MANIFEST: written, SEAL: seal(written)}
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("system_prompt", "prompts", "expected"),
+    [
+        (None, [[ASK]], Conversations(SystemPrompt(), ("user",))),
+        ("Be brief.", [[ASK]], Conversations(SystemPrompt.fixed("Be brief."), ("user",))),
+        (None, [[BRIEF, ASK]], Conversations.of_records([[BRIEF, ASK]])),
+        (None, [[ASK], [BRIEF, ASK]], Conversations.of_records([[ASK], [BRIEF, ASK]])),
+        (
+            None,
+            [[ASK], [ASK, {"role": "assistant", "content": "ok"}, ASK]],
+            Conversations(SystemPrompt(), ("user", "user assistant user")),
+        ),
+    ],
+)
+def test_null_means_what_the_exemplars_say(
+    files: dict[str, bytes],
+    write: Callable[[Path, dict[str, bytes]], Path],
+    tmp_path: Path,
+    version: int,
+    system_prompt: str | None,
+    prompts: list[list[Turn]],
+    expected: Conversations,
+) -> None:
+    bundle = load_bundle(write(tmp_path / "old", older(files, version, system_prompt, prompts)))
+    assert bundle.manifest.format_version == version
+    assert bundle.manifest.policy.conversations == expected
+    assert list(bundle.exemplars[0].messages) == prompts[0]
+    assert bundle.exemplars[0].prompt == shown(prompts[0])
