@@ -7,14 +7,15 @@ export function showBundle(bundle) {
   showHeldOut(bundle);
   showCertificates(bundle.certificates);
   const { counts, regions = {}, held_out: heldOut } = bundle.report;
-  const system = bundle.policy.system_prompt;
+  const { system_prompt: system, turns } = bundle.policy.conversations;
   const facts = {
     Name: bundle.name,
     Digest: bundle.bundle,
     Model: bundle.model,
     Calibrated: new Date(bundle.created).toLocaleString(),
     Policy: `temperature ${bundle.policy.temperature}, at most ${bundle.policy.max_tokens} tokens, `
-      + (system ? `system prompt “${system}”` : "no system prompt of its own"),
+      + systemPrompt(system),
+    Turns: turns.join("; "),
     Verdicts: bundle.class_names.map((name, c) => `${c}: ${name}`).join("; "),
     Admits: bundle.estimator === "lower" ? "by the lower estimate, which counts how few calibration answers stand behind one"
       : "by the plain estimate",
@@ -25,6 +26,12 @@ export function showBundle(bundle) {
   };
   $("facts").replaceChildren(...Object.entries(facts).filter(([, value]) => value)
     .flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
+}
+
+function systemPrompt({ kind, text, digests, optional }) {
+  if (kind === "fixed") return `system prompt “${text}”`;
+  if (kind === "none") return "no system prompt";
+  return `one of ${digests.length} system prompts` + (optional ? ", or none" : "");
 }
 
 const half = (part) => part && `${part.records} answers, ${percent(part.base_rate, 1)} right`;
