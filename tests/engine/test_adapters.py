@@ -19,6 +19,7 @@ from candor.engine.prompt import ChatFormat
 from candor.engine.settings import EngineSettings
 from candor.finetune.merge import merge
 
+pytestmark = pytest.mark.model
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "var/models/smollm2-135m-instruct"
 ADAPTER = ROOT / "demo/adapter"

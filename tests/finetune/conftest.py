@@ -12,21 +12,16 @@ import torch
 from candor.finetune import word_ordering
 from candor.finetune.data import Pair
 
-ROOT = Path(__file__).resolve().parents[2]
-DEMO = ROOT / "var" / "models" / "smollm2-135m-instruct"
-
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_model(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two random layers of width 32 behind SmolLM2's tokenizer and chat template."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    if not DEMO.exists():
-        pytest.fail(f"{DEMO} is missing: run `make setup`")
     out = tmp_path_factory.mktemp("models") / "tiny"
-    shutil.copytree(DEMO, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(base_model, out, ignore=shutil.ignore_patterns("*.safetensors"))
     config = LlamaConfig.from_pretrained(
-        DEMO,
+        base_model,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
