@@ -7,8 +7,7 @@ testing: Learn then Test, 2110.01052); the last that passed is certified. A fals
 delta at most.
 
     order     cross-validated scores of the fitting records that the gate knows, cut at CUTS quantiles, strictest first
-    start     the strictest at which the test would pass with probability START_POWER, were the accuracy there what
-              those scores say; else the likeliest
+    start     where the test is likeliest to pass, were the accuracy there what those scores say
 
 Those scores only fix where to look: were they wrong, the certificate would be missed, not false. It speaks of prompts
 drawn as the certification records were, of their average, not of each group among them.
@@ -23,19 +22,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import ceil
+from math import ceil, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from candor.calibration.certificate import ENOUGH_POWER, START_POWER, Step, Wanted, power
+from candor.calibration.certificate import ENOUGH_POWER, Step, Wanted, power
 from candor.calibration.errors import CalibrationError
 from candor.calibration.intervals import binomial_tails, lower_bound
 from candor.calibration.rule import FittedRule, RuleRows
 from candor.sdm.rule import AnswerRule, RuleEstimate
 
 CUTS = 50
+FEWER = 1.28
+"""Standard deviations by which fewer may be let through than the fitting records let expect."""
 HORIZON = 1_000
 """Answers let through that the report looks ahead to."""
 MORE = (1, 2, 4, 8)
@@ -157,11 +158,12 @@ def start(fitted: FittedRule, order: Sequence[float], records: int, wanted: Want
     powers = []
     for threshold in order:
         answered, right = _count(fitted.scores, fitted.known, fitted.y, threshold)
-        expected = round(records * answered / len(fitted.y))
+        share = answered / len(fitted.y)
+        # One in ten times there are fewer; too few can't pass however right they are.
+        expected = round(records * share - FEWER * sqrt(records * share * (1 - share)))
         # Add-one: a handful of right answers is no sure sign.
-        powers.append(power(expected, (right + 1) / (answered + 2), wanted))
-    enough = [index for index, value in enumerate(powers) if value >= START_POWER]
-    return enough[0] if enough else powers.index(max(powers))
+        powers.append(power(max(0, expected), (right + 1) / (answered + 2), wanted))
+    return powers.index(max(powers))
 
 
 def walk(judged: RuleEstimate, y: Tensor, order: Sequence[float], wanted: Wanted) -> tuple[Step, ...]:
