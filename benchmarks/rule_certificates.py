@@ -2,12 +2,12 @@
 
     python -m benchmarks.rule_certificates [--redraws 500] [--today 0] [--json]
 
-Every redraw is the whole way with new data: records dealt into fitting and certification, gate and score fitted, order
-and start from cross-validated scores, a certificate sought, and the accuracy among those let through taken over 20,000
-further ones of a world in which it is known. A redraw *fails* where a certificate was issued and the true accuracy is
-below it; at most delta of them may, give or take what so many redraws vary. Today's way has the same records: a layer
-on four fifths, its region certified on one fifth (`calibration.certificate`); it takes longer, so `--today` redraws of
-it are made. Exit code 1 where failures exceed delta beyond chance.
+Every redraw is the whole way with new data: records dealt into fitting and certification, gate and score fitted,
+order and start from cross-validated scores, a certificate sought, and the accuracy among those let through taken over
+10,000 further ones of a world in which it is known. A redraw *fails* where a certificate was issued and the true
+accuracy is below it; at most delta of them may, give or take what so many redraws vary. Today's way has the same
+records: a layer on four fifths, its region certified on one fifth (`calibration.certificate`); it takes longer, so
+`--today` redraws of it are made. Exit code 1 where failures exceed delta beyond chance.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from candor.calibration.rule_certificate import certify_rule
 from candor.calibration.served import Attempts
 from candor.calibration.splits import draw, split
 
-FRESH = 20_000
+FRESH = 10_000
 PROMPT_WIDTH = 6
 
 Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor, Tensor]]

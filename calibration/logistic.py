@@ -24,7 +24,9 @@ def fit_logistic(x: Tensor, y: Tensor, reaches: Sequence[float]) -> list[tuple[T
     Raises ValueError where y holds one class only: its intercept would be infinite.
     """
     if not 0 < int(y.sum()) < len(y):
-        raise ValueError(f"logistic regression needs rows of both classes, got {int(y.sum())} right of {len(y)}")
+        raise ValueError(
+            f"logistic regression needs rows of both classes, got {int(y.sum())} right of {len(y)}"
+        )
     x, y = x.double(), y.double()
     back, rows = None, x
     if x.shape[1] > len(x):  # w lies in the rows' span

@@ -3,14 +3,14 @@
     gate     distances fitted on the training half's prompts, measured against the calibration half's
     score    columns    logistic regressions on [evidence], [last; evidence], [mean; last; evidence], and the
                         figures of the SDM layer; each with cross-validated values for every record
-             scores     weighted sums of columns: CANDIDATES
+             scores     weighted sums of columns: a view alone, their sum, with the layer's margin and logit, a stack
              chosen     by AURC of the cross-validated values
-    order    of thresholds, from the cross-validated values of the score chosen
+    order    of thresholds (`calibration.rule_certificate`), from the cross-validated values of the score chosen
 
-Cross-validated: a record's value comes from weights that no record with its prompt took part in. So it lies as a fresh
-record's would, the order needs no records of its own, and the ones set aside certify alone. The layer's figures were
-not made anew for each fold: a layer knows its training half, and the calibration half chose its epoch. They are read
-on the calibration half alone, and columns that hold them are chosen and weighed there.
+Cross-validated: a record's value comes from weights that no record with its prompt took part in. So it lies as a
+fresh record's would, the order needs no records of its own, and the ones set aside certify alone. The layer's figures
+were not made anew for each fold: a layer knows its training half, and the calibration half chose its epoch. They are
+read on the calibration half alone, and columns that hold them are chosen and weighed there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ VIEWS = {"evidence": ("evidence",), "last": ("last", "evidence"), "all": ("mean"
 @dataclass(frozen=True)
 class RuleSettings:
     """eps: share of prompts of the calibrated kind that the gate may refuse, with confidence 1 - delta over draws of
-    the reference. components: k of `sdm.gate`, at most. folds: of the cross-validation.
+    the reference. components: k of `sdm.gate`, at most. folds: of the cross-validation. score: a candidate's name, to
+    have that one whatever its AURC.
 
     Raises ValueError out of range.
     """
@@ -50,6 +51,7 @@ class RuleSettings:
     components: int = 64
     folds: int = 5
     seed: int = 0
+    score: str | None = None
 
     def __post_init__(self) -> None:
         if not (0 < self.eps < 1 and 0 < self.delta < 0.5 and self.components >= 1 and self.folds >= 2):
@@ -64,8 +66,8 @@ class RuleSettings:
 
 @dataclass(frozen=True, eq=False)
 class RuleRows:
-    """n answers, one a record. prompts (n, P), h (n, D), figures (n, F): `sdm.score.sdm_figures`, or none; y (n,) int64: 1
-    where the answer is right; digests: of the prompts. All finite where fitted on."""
+    """n answers, one a record. prompts (n, P), h (n, D), figures (n, F): `sdm.score.sdm_figures`, or none; y (n,)
+    int64: 1 where the answer is right; digests: of the prompts. All finite where fitted on."""
 
     prompts: Tensor
     h: Tensor
@@ -92,9 +94,10 @@ class RuleRows:
 class FittedRule:
     """rule: with threshold inf, for `calibration.rule_certificate` to set.
 
-    scores, known, y (n,): cross-validated scores of the fitting records, whether the gate knows their prompts, labels.
-    chosen: the score's name in CANDIDATES; aurc: of every candidate; reaches: the strength chosen for each view.
-    refusal_bound: with confidence 1 - delta the gate refuses at most this share of prompts like those calibrated on.
+    scores, known, y (n,): cross-validated scores of the fitting records, whether the gate knows their prompts,
+    labels. chosen: the score's name among `aurc`'s; aurc: of every candidate; reaches: the strength chosen for each
+    view. refusal_bound: with confidence 1 - delta the gate refuses at most this share of prompts like those
+    calibrated on.
     """
 
     rule: AnswerRule
@@ -111,8 +114,8 @@ def rank_cut(references: int, eps: float, delta: float) -> int:
     """l: the most of the farthest references at which to cut, so that P(refused) <= eps with confidence 1 - delta.
 
     The rate refused is Beta(l, m + 1 - l) over draws of the m references, so the largest l whose (1 - delta) quantile
-    is at most eps, which is: P(Binomial(m, eps) >= l) >= 1 - delta. At least 1, beyond the farthest of all, where even
-    that exceeds eps: a gate that refuses nobody is none, and `refusal_bound` says what can be said.
+    is at most eps, which is: P(Binomial(m, eps) >= l) >= 1 - delta. At least 1, beyond the farthest of all, where
+    even that exceeds eps: a gate that refuses nobody is none, and `refusal_bound` says what can be said.
     """
     return max(1, int((binomial_tails(references, eps) >= 1 - delta).sum()) - 1)
 
@@ -140,13 +143,16 @@ def fit_rule(
     """rows: the fitting records. in_calibration: (n,) bool, those of the layer's calibration half.
 
     parts: h's blocks by name and width, e.g. (("mean", 576), ("last", 576), ("evidence", 6)). prompt_widths: of the
-    prompt states' blocks. Raises CalibrationError where a fold lacks right or wrong answers.
+    prompt states' blocks. Raises CalibrationError where a fold lacks right or wrong answers, ValueError where the
+    settings ask for a score that these rows do not give.
     """
     gate = fit_gate(rows.prompts[~in_calibration], rows.prompts[in_calibration], prompt_widths, settings)
     columns = _columns(rows, parts, settings)
     candidates = _candidates(columns, rows.y, in_calibration, _folds(rows, settings))
     aurc = {name: one.aurc for name, one in candidates.items()}
-    chosen = min(aurc, key=lambda name: aurc[name])
+    chosen = settings.score or min(aurc, key=lambda name: aurc[name])
+    if chosen not in candidates:
+        raise ValueError(f"no score named {chosen}: these rows give {', '.join(candidates)}")
     best = candidates[chosen]
     weight, bias = best.weights @ columns.weights, best.weights @ columns.biases
     slope, intercept = _platt(best.values[best.rows], rows.y[best.rows])
@@ -244,7 +250,9 @@ def _fit(
     try:
         found = fit_logistic((x - mean) / scale, y, reaches)
     except ValueError as error:
-        raise CalibrationError(f"no score can be fitted: {error}. Add records, above all of the rarer kind.") from error
+        raise CalibrationError(
+            f"no score can be fitted: {error}. Add records, above all of the rarer kind."
+        ) from error
     return [(w / scale, b - (w / scale) @ mean) for w, b in found]
 
 
@@ -259,7 +267,7 @@ def _candidates(
     def of(names: Sequence[str]) -> Tensor:
         return torch.tensor([float(name in names) for name in columns.names], dtype=torch.float64) / spread
 
-    sums = {name: ((name,), everyone) for name in views}
+    sums: dict[str, tuple[tuple[str, ...], Tensor]] = {name: ((name,), everyone) for name in views}
     if len(views) > 1:
         sums["sum"] = (tuple(views), everyone)
     layers = [name for name in ("margin", "logit") if name in columns.names]
@@ -286,9 +294,9 @@ def _stack(
     for fold in folds:
         rest = rows.clone()
         rest[fold] = False
-        (w, b), = _fit(x[rest], y[rest], blocks, (8.0,))
+        ((w, b),) = _fit(x[rest], y[rest], blocks, (8.0,))
         values[fold] = x[fold] @ w + b
-    (w, _), = _fit(x[rows], y[rows], blocks, (8.0,))
+    ((w, _),) = _fit(x[rows], y[rows], blocks, (8.0,))
     weights = torch.zeros(len(at), dtype=torch.float64)
     weights[at] = w
     return _Candidate(weights, values, rows, _aurc(values[rows], y[rows]))

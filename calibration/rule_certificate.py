@@ -1,19 +1,19 @@
 """The certificate of a whole rule, gate and score and threshold: what holds of the answers it lets through.
 
-Of records that nothing else saw, each prompt once with its first answer, n are let through by the rule at threshold t,
-r of them right; r is Binomial(n, p), p = P(right | let through). Thresholds are tested in an order fixed beforehand,
-each at the full delta by the exact binomial test of p < accuracy, and the first failure ends it (fixed-sequence
-testing: Learn then Test, 2110.01052); the last that passed is certified. A false one is certified with probability
-delta at most.
+Of records that nothing else saw, each prompt once with its first answer, n are let through by the rule at threshold
+t, r of them right; r is Binomial(n, p), p = P(right | let through). Thresholds are tested in an order fixed
+beforehand, each at the full delta by the exact binomial test of p < accuracy, and the first failure ends it
+(fixed-sequence testing: Learn then Test, 2110.01052); the last that passed is certified. A false one is certified
+with probability delta at most.
 
-    order     cross-validated scores of the fitting records that the gate knows, cut at CUTS quantiles, strictest first
+    order     cross-validated scores of the fitting records that the gate knows, at CUTS quantiles, strictest first
     start     where the test is likeliest to pass, were the accuracy there what those scores say
 
 Those scores only fix where to look: were they wrong, the certificate would be missed, not false. It speaks of prompts
 drawn as the certification records were, of their average, not of each group among them.
 
-What no rule can beat: with base accuracy b and accuracy a wanted, P(answered) a <= P(answered, right) <= b, so at most
-b / a is answered and at least ((1 - b) - (1 - a)) / a withheld (2606.29054): the *ceiling*.
+What no rule can beat: with base accuracy b and accuracy a wanted, P(answered) a <= P(answered, right) <= b, so at
+most b / a is answered and at least ((1 - b) - (1 - a)) / a withheld (2606.29054): the *ceiling*.
 The *horizon*: with k wrong of n, of the next m let through at most u are wrong with confidence 1 - delta, u the
 (1 - delta) quantile of BetaBinomial(m; k + 1, n - k), the upper Clopper-Pearson posterior's prediction.
 """
@@ -73,8 +73,8 @@ class RuleCertificate:
 
 @dataclass(frozen=True)
 class Outlook:
-    """With so many records to certify on, a certificate for this share of prompts is issued with ENOUGH_POWER, if what
-    was measured is true. share: 0 where none is."""
+    """With so many records to certify on, a certificate for this share of prompts is issued with ENOUGH_POWER, if
+    what was measured is true. share: 0 where none is."""
 
     records: int
     share: float
@@ -98,7 +98,11 @@ class RuleCertification:
 
     def to_json(self) -> dict[str, Any]:
         made = self.certificate
-        more = {"ceiling": made.ceiling, "share_of_ceiling": made.share_of_ceiling, "horizon": made.horizon()} if made else {}
+        more = (
+            {"ceiling": made.ceiling, "share_of_ceiling": made.share_of_ceiling, "horizon": made.horizon()}
+            if made
+            else {}
+        )
         return {
             **asdict(self.wanted),
             "records": len(self.prompts),
@@ -200,7 +204,9 @@ def ceiling(base_accuracy: float, accuracy: float) -> float:
 def horizon(wrong: int, answered: int, further: int, delta: float) -> int:
     """The least u with P(BetaBinomial(further; wrong + 1, answered - wrong) <= u) >= 1 - delta."""
     if not 0 <= wrong < answered or further < 1:
-        raise ValueError(f"expected 0 <= wrong < answered and further >= 1, got {wrong}, {answered}, {further}")
+        raise ValueError(
+            f"expected 0 <= wrong < answered and further >= 1, got {wrong}, {answered}, {further}"
+        )
     a, b, m = wrong + 1.0, float(answered - wrong), further
     u = torch.arange(m + 1, dtype=torch.float64)
 

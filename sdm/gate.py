@@ -1,4 +1,5 @@
-"""The first gate: is a prompt of the kind that was calibrated on? Known at the end of prefill, before a word is written.
+"""The first gate: is a prompt of the kind that was calibrated on? Known at the end of prefill, before a word is
+written.
 
     s     = [ mean state over the prompt's positions ; state at its last position ]                  in R^P
     x     = (s - mean) / scale          mean per dimension, scale per block (its overall standard deviation)
@@ -8,10 +9,11 @@
     known iff  p > l / (m + 1)
 
 D is, up to constants, minus twice the log-likelihood of a Gaussian whose k largest axes are its own and whose others
-share one variance (probabilistic PCA, Tipping and Bishop 1999). The reference holds D of m records that fitted nothing,
-so p is uniform over its steps for a record that is drawn as they were, and the rate at which such records are refused is,
-over draws of the reference, Beta(l, m + 1 - l) at most (Bates et al. 2023, 2104.08279): `calibration.rule.rank_cut`
-picks l by it. It is not supervised: what training does for the verdict makes states forget what strangers look like.
+share one variance (probabilistic PCA, Tipping and Bishop 1999). The reference holds D of m records that fitted
+nothing, so p is uniform over its steps for a record that is drawn as they were, and the rate at which such records
+are refused is, over draws of the reference, Beta(l, m + 1 - l) at most (Bates et al. 2023, 2104.08279):
+`calibration.rule.rank_cut` picks l by it. It is not supervised: what training does for the verdict makes states
+forget what strangers look like.
 
 Every value of a row is a function of that row alone (sdm/arithmetic.py). A row that isn't finite is at D = inf and
 never known.
@@ -58,9 +60,13 @@ class PromptGate:
         """
         k = min(components, len(states) // ROWS_PER_COMPONENT, states.shape[1] - 1)
         if k < 1:
-            raise ValueError(f"a gate needs at least {ROWS_PER_COMPONENT} prompts to fit on, got {len(states)}")
+            raise ValueError(
+                f"a gate needs at least {ROWS_PER_COMPONENT} prompts to fit on, got {len(states)}"
+            )
         if not 0 <= rank_cut <= len(reference):
-            raise ValueError(f"rank_cut must be in 0..{len(reference)} (the reference's size), got {rank_cut}")
+            raise ValueError(
+                f"rank_cut must be in 0..{len(reference)} (the reference's size), got {rank_cut}"
+            )
         _, scale = fit_standardisation(states, [(width, "scalar") for width in widths])
         mean = states.double().mean(0).float()
         x = ((states.float() - mean) / scale).double()
@@ -68,7 +74,9 @@ class PromptGate:
         variances = lengths.square() / (len(x) - 1)
         rest = variances[k:].sum() / (x.shape[1] - k)
         if not rest > 0:
-            raise ValueError("the prompts' states are all alike, or not finite: nothing tells a stranger from them")
+            raise ValueError(
+                "the prompts' states are all alike, or not finite: nothing tells a stranger from them"
+            )
         deviations = variances[:k].sqrt()
         whitening = (axes[:k] / deviations.unsqueeze(1)).float()
         empty = torch.empty(0, dtype=torch.float64)
@@ -120,7 +128,13 @@ class PromptGate:
         require_names("gate", state, {field.name for field in fields(cls)})
         gate = cls(**state)
         k, width = gate.whitening.shape
-        shapes = {"mean": (width,), "scale": (width,), "deviations": (k,), "residual_variance": (), "rank_cut": ()}
+        shapes = {
+            "mean": (width,),
+            "scale": (width,),
+            "deviations": (k,),
+            "residual_variance": (),
+            "rank_cut": (),
+        }
         require_shapes("gate", state, shapes)
         return gate
 

@@ -5,7 +5,8 @@
 
 However many logistic regressions a score is made of, their weighted sum is linear again, so one row of weights is all
 that a bundle keeps and all that an answer costs: `calibration.rule` says where it comes from. S is correctly rounded
-(sdm/arithmetic.py), so one answer has the same score alone and in a batch. A row that isn't finite has S = -inf and P = 0.
+(sdm/arithmetic.py), so one answer has the same score alone and in a batch. A row that isn't finite has S = -inf and P
+= 0.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def sdm_figures(seen: Measurement, d: Tensor) -> Tensor:
     logit                d ln(2 + q) (z'_1 - z'_0), the log-odds of SDM(z')_1
     """
     if seen.z_prime.shape[1] != 2:
-        raise ValueError(f"a score speaks of right and wrong: expected 2 classes, got {seen.z_prime.shape[1]}")
+        raise ValueError(
+            f"a score speaks of right and wrong: expected 2 classes, got {seen.z_prime.shape[1]}"
+        )
     margin = (seen.z_prime[:, 1].double() - seen.z_prime[:, 0].double()).where(seen.finite, 0.0)
     similarity = torch.log(2 + seen.q.double())
     signed = torch.where(seen.y_hat == 1, similarity, -similarity)

@@ -211,5 +211,3 @@ def stacked(rows: dict[int, dict[str, Any]]) -> Answered:
 def load(path: Path) -> Answered:
     """What `collect` has kept so far."""
     return stacked(torch.load(path))
-
-

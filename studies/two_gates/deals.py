@@ -34,7 +34,9 @@ class Deal:
     certification: Tensor
 
 
-def layer(answered: Answered, seed: int, kept: Path, alpha: float, rounds: int = 4, share: float = SHARE) -> Deal:
+def layer(
+    answered: Answered, seed: int, kept: Path, alpha: float, rounds: int = 4, share: float = SHARE
+) -> Deal:
     """The deal of this seed, from `kept` where it has been made before."""
     path = kept / f"deal-{seed}-{share:g}.pt"
     if path.exists():

@@ -1,8 +1,8 @@
 """Prompts that are not the demo's task: far ones of other tasks, and near ones that differ in a word or a frame.
 
     far     grade-school problems, verifiable instructions      JSON lines files of the user's, one field of text each
-    near    the demo's own test prompts with one word of the instruction changed, with the instruction in German, with a
-            system prompt that calibration never saw
+    near    the demo's own test prompts with one word of the instruction changed, with the instruction in German, with
+            a system prompt that calibration never saw
     beside  the same task over other people's sentences, which is no stranger
 
 No stranger has a right answer but "alphabetical", whose reference is what it asks for.
@@ -26,7 +26,9 @@ GERMAN = "Beende den Satz mit den Wörtern in der richtigen Reihenfolge.\nSatz: 
 
 def far(path: Path, field: str, count: int, seed: int = 0) -> list[Record]:
     """`count` of the file's texts, at random."""
-    texts = [json.loads(line)[field] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    texts = [
+        json.loads(line)[field] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
     chosen = random.Random(seed).sample(texts, count)
     return [_record(f"{path.stem}-{i}", text, i) for i, text in enumerate(chosen)]
 

@@ -56,10 +56,16 @@ def test_logistic_regression_needs_both_classes() -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(m=st.integers(1, 3_000), eps=st.sampled_from([0.005, 0.02, 0.05, 0.2]), delta=st.sampled_from([0.01, 0.05, 0.2]))
+@given(
+    m=st.integers(1, 3_000),
+    eps=st.sampled_from([0.005, 0.02, 0.05, 0.2]),
+    delta=st.sampled_from([0.01, 0.05, 0.2]),
+)
 def test_the_cut_is_the_largest_whose_beta_quantile_keeps_eps(m: int, eps: float, delta: float) -> None:
     cut = rank_cut(m, eps, delta)
-    quantiles = stats.beta(torch.arange(1, m + 1).numpy(), m + 1 - torch.arange(1, m + 1).numpy()).ppf(1 - delta)
+    quantiles = stats.beta(torch.arange(1, m + 1).numpy(), m + 1 - torch.arange(1, m + 1).numpy()).ppf(
+        1 - delta
+    )
     assert cut == max(1, int((quantiles <= eps).sum()))
     assert refusal_bound(m, cut, delta) == pytest.approx(float(quantiles[cut - 1]), abs=1e-9)
 
@@ -100,12 +106,15 @@ def test_cross_validated_scores_do_not_know_their_own_labels() -> None:
 
 
 def test_twins_of_a_prompt_stand_in_one_fold() -> None:
-    """Each prompt twice with one h and one label that hangs on nothing: were twins parted, scores would know labels."""
+    """Each prompt twice with one h and one label that hangs on nothing: were twins parted, scores would know
+    labels."""
     draw = torch.Generator().manual_seed(6)
     n = 100
     h = torch.randn(n, 300, generator=draw).repeat(2, 1)
     y = torch.randint(2, (n,), generator=draw).repeat(2)
-    rows = RuleRows(torch.randn(2 * n, 6, generator=draw), h, torch.empty(2 * n, 0), y, [str(i % n) for i in range(2 * n)])
+    rows = RuleRows(
+        torch.randn(2 * n, 6, generator=draw), h, torch.empty(2 * n, 0), y, [str(i % n) for i in range(2 * n)]
+    )
     fitted = fit_rule(rows, torch.arange(2 * n) % 2 == 1, (("last", 300),), (3, 3), RuleSettings())
     right, wrong = fitted.scores[fitted.y == 1], fitted.scores[fitted.y == 0]
     assert 0.3 < float((right.unsqueeze(1) > wrong.unsqueeze(0)).double().mean()) < 0.7
@@ -127,7 +136,11 @@ def test_a_few_wrong_labels_do_not_end_it() -> None:
     agreed = []
     for labels in (rows.y, y):
         fitted = fit_rule(
-            RuleRows(rows.prompts, rows.h, rows.figures, labels, rows.digests), half, PARTS, (3, 3), RuleSettings()
+            RuleRows(rows.prompts, rows.h, rows.figures, labels, rows.digests),
+            half,
+            PARTS,
+            (3, 3),
+            RuleSettings(),
         )
         score = fitted.rule.judge(fresh.prompts, fresh.h, fresh.figures).score
         top = score.argsort(descending=True)[: len(fresh) // 3]

@@ -1,4 +1,5 @@
-"""The certificate of a rule: the walk by hand, the horizon by another's law, and its promise in worlds that are known."""
+"""The certificate of a rule: the walk by hand, the horizon by another's law, and its promise in worlds that are
+known."""
 
 from __future__ import annotations
 
@@ -45,7 +46,10 @@ def fitted_rule(scores: Tensor, y: Tensor, known: Tensor | None = None) -> Fitte
         torch.tensor(1),
     )
     score = AnswerScore(
-        torch.tensor([1.0]), torch.tensor(0.0), torch.tensor(1.0, dtype=double), torch.tensor(0.0, dtype=double)
+        torch.tensor([1.0]),
+        torch.tensor(0.0),
+        torch.tensor(1.0, dtype=double),
+        torch.tensor(0.0, dtype=double),
     )
     known = torch.ones(len(y), dtype=torch.bool) if known is None else known
     return FittedRule(AnswerRule(gate, score, math.inf), scores.float(), known, y, "last", {}, {}, 0.02)
@@ -56,7 +60,9 @@ def rows(scores: list[float], y: list[int], strangers: int = 0, digests: list[st
     prompts = torch.zeros(len(y), 2)
     prompts[:strangers] = 10
     names = digests or [str(i) for i in range(len(y))]
-    return RuleRows(prompts, torch.tensor(scores).unsqueeze(1), torch.empty(len(y), 0), torch.tensor(y), names)
+    return RuleRows(
+        prompts, torch.tensor(scores).unsqueeze(1), torch.empty(len(y), 0), torch.tensor(y), names
+    )
 
 
 def ladder(n: int, wrong_below: float) -> tuple[Tensor, Tensor]:
@@ -71,7 +77,7 @@ def test_thresholds_are_the_quantiles_of_known_scores_strictest_first() -> None:
     assert thresholds(fitted_rule(scores, torch.ones(5).long(), known)) == (9.0, 8.0, 7.0, 6.0)
     many = thresholds(fitted_rule(torch.arange(1_000.0), torch.ones(1_000).long()))
     assert len(many) == CUTS
-    assert many[0] == 980.0 and many[-1] == 0.0
+    assert (many[0], many[-1]) == (980.0, 0.0)
     assert list(many) == sorted(many, reverse=True)
 
 
@@ -84,7 +90,9 @@ def test_the_walk_by_hand() -> None:
     scores = [3.0] * 29 + [2.0] * 15 + [1.0] * 50
     y = [1] * 29 + [1] * 14 + [0] + [1] * 50
     given = rows(scores, y)
-    judged = fitted_rule(torch.zeros(1), torch.zeros(1).long()).rule.judge(given.prompts, given.h, given.figures)
+    judged = fitted_rule(torch.zeros(1), torch.zeros(1).long()).rule.judge(
+        given.prompts, given.h, given.figures
+    )
     steps = walk(judged, given.y, (3.0, 2.0, 1.0), WANTED)
     assert [(step.threshold, step.answered, step.right, step.passed) for step in steps] == [
         (3.0, 29, 29, True),
@@ -117,18 +125,23 @@ def test_a_certificate_from_end_to_end() -> None:
     assert made.answered == int((fresh_scores >= made.threshold).sum())
     assert made.ceiling == pytest.approx(0.75 / 0.9)
     assert 0.9 < made.share_of_ceiling <= 1
-    assert found.rule(fitted.rule).judge(given.prompts, given.h, given.figures).answered.sum() == made.answered
+    assert (
+        found.rule(fitted.rule).judge(given.prompts, given.h, given.figures).answered.sum() == made.answered
+    )
     assert found.to_json()["certificate"]["horizon"] == made.horizon()
     json.dumps(found.to_json())
     assert [one.records for one in found.outlook] == [400, 800, 1_600, 3_200]
     shares = [one.share for one in found.outlook]
-    assert shares == sorted(shares) and shares[0] > 0.75
+    assert shares == sorted(shares)
+    assert shares[0] > 0.75
 
 
 def test_what_the_gate_refuses_is_not_counted_as_answered() -> None:
     scores, y = ladder(500, 0.25)
     fresh_scores, fresh_y = ladder(400, 0.25)
-    found = certify_rule(fitted_rule(scores, y), rows(fresh_scores.tolist(), fresh_y.tolist(), strangers=50), WANTED)
+    found = certify_rule(
+        fitted_rule(scores, y), rows(fresh_scores.tolist(), fresh_y.tolist(), strangers=50), WANTED
+    )
     assert found.refused == 50
     assert found.certificate is not None
     assert found.certificate.answered == int((fresh_scores[50:] >= found.certificate.threshold).sum())
@@ -140,7 +153,9 @@ def test_each_prompt_counts_once_by_its_first_answer() -> None:
     once = rows(fresh_scores.tolist(), fresh_y.tolist())
     names = list(once.digests)
     twice = rows(
-        fresh_scores.tolist() * 2, fresh_y.tolist() + [1 - label for label in fresh_y.tolist()], digests=names * 2
+        fresh_scores.tolist() * 2,
+        fresh_y.tolist() + [1 - label for label in fresh_y.tolist()],
+        digests=names * 2,
     )
     fitted = fitted_rule(scores, y)
     assert certify_rule(fitted, twice, WANTED) == certify_rule(fitted, once, WANTED)
@@ -174,7 +189,9 @@ def test_nothing_to_certify_on() -> None:
         certify_rule(fitted_rule(scores, y), rows([], []), WANTED)
 
 
-@pytest.mark.parametrize(("base", "wanted", "most"), [(0.759, 0.95, 0.759 / 0.95), (0.97, 0.95, 1.0), (0.0, 0.9, 0.0)])
+@pytest.mark.parametrize(
+    ("base", "wanted", "most"), [(0.759, 0.95, 0.759 / 0.95), (0.97, 0.95, 1.0), (0.0, 0.9, 0.0)]
+)
 def test_the_ceiling(base: float, wanted: float, most: float) -> None:
     assert ceiling_of(base, wanted) == pytest.approx(most)
     if most < 1:  # 2606.29054: with risk mu and a allowed, at least (mu - a) / (1 - a) is withheld
@@ -189,7 +206,12 @@ def test_the_horizon_by_hand() -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(n=st.integers(1, 2_000), share=st.floats(0, 0.99), m=st.integers(1, 3_000), delta=st.sampled_from([0.01, 0.05, 0.3]))
+@given(
+    n=st.integers(1, 2_000),
+    share=st.floats(0, 0.99),
+    m=st.integers(1, 3_000),
+    delta=st.sampled_from([0.01, 0.05, 0.3]),
+)
 def test_the_horizon_is_scipys(n: int, share: float, m: int, delta: float) -> None:
     wrong = int(share * n)
     expected = stats.betabinom(m, wrong + 1, n - wrong)
@@ -226,8 +248,8 @@ def test_few_certificates_are_false(scenario) -> None:  # type: ignore[no-untype
 
 
 def test_a_choice_by_eye_would_be_false_often() -> None:
-    """What the test is for: the loosest threshold at which fitting scores keep the accuracy is false in half the cases,
-    so a certificate that never refused would be caught by the test above."""
+    """What the test is for: the loosest threshold at which fitting scores keep the accuracy is false in half the
+    cases, so a certificate that never refused would be caught by the test above."""
     generator = torch.Generator().manual_seed(1)
     false = 0
     for _ in range(200):

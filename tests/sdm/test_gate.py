@@ -103,7 +103,8 @@ def test_each_row_has_the_same_distance_alone_and_in_any_batch() -> None:
 
 
 def test_its_own_reference_row_counts_itself() -> None:
-    """A record scored again is at its own distance to the bit, so the farthest has p = 2 / (m + 1), not 1 / (m + 1)."""
+    """A record scored again is at its own distance to the bit, so the farthest has p = 2 / (m + 1), not 1 / (m +
+    1)."""
     gate = fitted()
     again = gate.p_value(gate.distance(states(40, 1)))
     assert float(again.min()) == 2 / 41

@@ -18,11 +18,19 @@ def measured(z: list[list[float]], y_hat: list[int], q: list[int], finite: list[
     n = len(z)
     zeros = torch.zeros(n)
     return Measurement(
-        torch.zeros(n, 3), torch.tensor(z), torch.tensor(y_hat), torch.tensor(q), zeros, zeros.long(), torch.tensor(finite)
+        torch.zeros(n, 3),
+        torch.tensor(z),
+        torch.tensor(y_hat),
+        torch.tensor(q),
+        zeros,
+        zeros.long(),
+        torch.tensor(finite),
     )
 
 
-def score_of(weight: list[float], bias: float = 0.0, slope: float = 1.0, intercept: float = 0.0) -> AnswerScore:
+def score_of(
+    weight: list[float], bias: float = 0.0, slope: float = 1.0, intercept: float = 0.0
+) -> AnswerScore:
     double = torch.float64
     return AnswerScore(
         torch.tensor(weight),
@@ -34,7 +42,9 @@ def score_of(weight: list[float], bias: float = 0.0, slope: float = 1.0, interce
 
 def gate_of(cut: int = 1) -> PromptGate:
     draw = torch.Generator().manual_seed(0)
-    return PromptGate.fit(torch.randn(40, 4, generator=draw), torch.randn(30, 4, generator=draw), (2, 2), 2, cut)
+    return PromptGate.fit(
+        torch.randn(40, 4, generator=draw), torch.randn(30, 4, generator=draw), (2, 2), 2, cut
+    )
 
 
 def test_figures_by_hand() -> None:
@@ -78,7 +88,7 @@ def test_each_row_has_the_same_score_alone_and_in_any_batch() -> None:
     alone = [score(a.unsqueeze(0), b.unsqueeze(0)) for a, b in zip(h, figures, strict=True)]
     assert torch.cat(alone).equal(together)
     exact = [
-        math.fsum((torch.cat([a, b]).double() * score.weight.double()).tolist() + [float(score.bias)])
+        math.fsum([*(torch.cat([a, b]).double() * score.weight.double()).tolist(), float(score.bias)])
         for a, b in zip(h, figures, strict=True)
     ]
     assert together.tolist() == torch.tensor(exact, dtype=torch.float64).float().tolist()
