@@ -147,8 +147,10 @@ def fit_rule(
     settings ask for a score that these rows do not give.
     """
     gate = fit_gate(rows.prompts[~in_calibration], rows.prompts[in_calibration], prompt_widths, settings)
-    columns = _columns(rows, parts, settings)
-    candidates = _candidates(columns, rows.y, in_calibration, _folds(rows, settings))
+    shares = (1 / settings.folds,) * settings.folds
+    folds = split(list(rows.digests), rows.y.tolist(), shares, settings.seed)
+    columns = _columns(rows, parts, folds)
+    candidates = _candidates(columns, rows.y, in_calibration, folds)
     aurc = {name: one.aurc for name, one in candidates.items()}
     chosen = settings.score or min(aurc, key=lambda name: aurc[name])
     if chosen not in candidates:
@@ -190,14 +192,8 @@ class _Candidate:
     aurc: float
 
 
-def _folds(rows: RuleRows, settings: RuleSettings) -> list[Tensor]:
-    shares = (1 / settings.folds,) * settings.folds
-    return split(list(rows.digests), rows.y.tolist(), shares, settings.seed)
-
-
-def _columns(rows: RuleRows, parts: Sequence[tuple[str, int]], settings: RuleSettings) -> _Columns:
+def _columns(rows: RuleRows, parts: Sequence[tuple[str, int]], folds: Sequence[Tensor]) -> _Columns:
     x = torch.cat([rows.h, rows.figures], dim=1).double()
-    folds = _folds(rows, settings)
     names, values, weights, biases, reaches = [], [], [], [], {}
     seen: set[tuple[str, ...]] = set()
     for name, wanted in VIEWS.items():

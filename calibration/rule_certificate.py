@@ -150,6 +150,36 @@ def certify_rule(fitted: FittedRule, certification: RuleRows, wanted: Wanted) ->
     )
 
 
+def told(found: RuleCertification) -> str:
+    """For people: what is certified, of what could be, for how long, and what more records would bring."""
+    wanted, records, made = found.wanted, len(found.prompts), found.certificate
+    asked = f"{wanted.accuracy:g} of the answered right, with confidence {1 - wanted.delta:g}"
+    if made is None:
+        tried = found.steps[0]
+        lines = [f"no certificate on {records} records of {asked}: {tried.right} right of {tried.answered}"]
+    else:
+        reached = (
+            f"no rule can answer more than {made.ceiling:.1%}, {made.share_of_ceiling:.0%} of it reached"
+        )
+        lines = [
+            f"certified on {records} records: {asked} (bound {made.lower_bound:.4f}), on their average",
+            f"  answered   {made.answered} ({made.answered / records:.1%}), {made.right} right; {reached}",
+            f"  horizon    of the next {HORIZON:,} answered at most {made.horizon()} are wrong",
+        ]
+    lines.append(f"  refused    {found.refused} prompts before they were answered")
+    now = made.answered / records if made else 0.0
+    more = next((one for one in found.outlook if one.share > now), None)
+    if more is not None:
+        lines.append(
+            f"  outlook    with {more.records} records {more.share:.1%} answered, were this the truth"
+        )
+    elif made is None:
+        lines.append(
+            f"  outlook    even {MORE[-1] * records} records would not bring one, were this the truth"
+        )
+    return "\n".join(lines)
+
+
 def thresholds(fitted: FittedRule) -> tuple[float, ...]:
     """Of the scores that the gate lets pass, at CUTS quantiles, descending; the last lets all of them through."""
     scores = fitted.scores[fitted.known].sort(descending=True).values

@@ -131,6 +131,23 @@ class BatchedModel:
             )
         return rows
 
+    @torch.inference_mode()
+    def read(self, records: Sequence[Record]) -> list[dict[str, Any]]:
+        """Prompts alone: the same dicts, with label 0, no text, and h of NaN."""
+        prompts = [self.chat.encode_chat(record.messages) for record in records]
+        nothing: list[list[int]] = [[] for _ in prompts]
+        return [
+            {
+                "text": "",
+                "label": 0,
+                "complete": False,
+                "h": torch.full_like(h, torch.nan),
+                "prompt": prompt,
+                "digest": record.prompt_digest,
+            }
+            for record, (prompt, h) in zip(records, self._states(prompts, nothing, nothing), strict=True)
+        ]
+
     def _generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """Greedy, each until its tag, its end or the limit: the ids of each, tag and end included."""
         from transformers import DynamicCache
@@ -183,13 +200,15 @@ class BatchedModel:
 
 
 def collect(model: BatchedModel, records: Sequence[Record], path: Path, max_tokens: int = 64) -> Answered:
-    """Answers of `records`, out of `path` as far as they stand there."""
+    """Answers of `records`, out of `path` as far as they stand there. max_tokens 0: their prompts are only read."""
     rows: dict[int, dict[str, Any]] = torch.load(path) if path.exists() else {}
     size = {i: sum(len(message["content"]) for message in records[i].messages) for i in range(len(records))}
     todo = sorted((i for i in size if i not in rows), key=lambda i: (size[i], i))
     for start in tqdm(range(0, len(todo), BATCH), desc=path.stem, disable=not todo):
         batch = todo[start : start + BATCH]
-        rows |= dict(zip(batch, model.answer([records[i] for i in batch], max_tokens), strict=True))
+        some = [records[i] for i in batch]
+        found = model.answer(some, max_tokens) if max_tokens else model.read(some)
+        rows |= dict(zip(batch, found, strict=True))
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(rows, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)

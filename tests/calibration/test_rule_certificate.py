@@ -23,6 +23,7 @@ from candor.calibration.rule_certificate import (
     horizon,
     start,
     thresholds,
+    told,
     walk,
 )
 from candor.calibration.rule_certificate import ceiling as ceiling_of
@@ -181,6 +182,21 @@ def test_without_a_certificate_nothing_is_answered() -> None:
     assert found.certificate is None
     assert found.rule(fitted.rule).threshold == math.inf
     assert found.to_json()["certificate"] is None
+
+
+def test_what_people_are_told() -> None:
+    scores, y = ladder(500, 0.25)
+    fitted = fitted_rule(scores, y)
+    fresh_scores, fresh_y = ladder(400, 0.25)
+    said = told(certify_rule(fitted, rows(fresh_scores.tolist(), fresh_y.tolist(), strangers=5), WANTED))
+    assert "certified on 400 records: 0.9 of the answered right, with confidence 0.95" in said
+    assert "no rule can answer more than 83.3%" in said
+    assert "of the next 1,000 answered at most" in said
+    assert "refused    5 prompts" in said
+    coin = rows(fresh_scores.tolist(), [0, 1] * 200)
+    said = told(certify_rule(fitted, coin, WANTED))
+    assert "no certificate on 400 records" in said
+    assert "even 3200 records would not bring one" in said
 
 
 def test_nothing_to_certify_on() -> None:
