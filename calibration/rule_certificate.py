@@ -195,8 +195,7 @@ def start(fitted: FittedRule, order: Sequence[float], records: int, wanted: Want
         share = answered / len(fitted.y)
         # One in ten times there are fewer; too few can't pass however right they are.
         expected = round(records * share - FEWER * sqrt(records * share * (1 - share)))
-        # Add-one: a handful of right answers is no sure sign.
-        powers.append(power(max(0, expected), (right + 1) / (answered + 2), wanted))
+        powers.append(_power(max(0, expected), answered, right, wanted))
     return powers.index(max(powers))
 
 
@@ -214,16 +213,18 @@ def walk(judged: RuleEstimate, y: Tensor, order: Sequence[float], wanted: Wanted
 
 def outlook(judged: RuleEstimate, y: Tensor, order: Sequence[float], wanted: Wanted) -> tuple[Outlook, ...]:
     """What more records would bring, by the largest share that is then certified with ENOUGH_POWER."""
-    counts = [_count(judged.score, judged.known, y, threshold) for threshold in order]
     found = []
     for times in MORE:
-        shares = [
-            answered / len(y)
-            for answered, right in counts
-            if power(times * answered, (right + 1) / (answered + 2), wanted) >= ENOUGH_POWER
-        ]
-        found.append(Outlook(times * len(y), max(shares, default=0.0)))
+        counts = (_count(judged.score, judged.known, y, threshold) for threshold in reversed(order))
+        likely = (n / len(y) for n, right in counts if _power(times * n, n, right, wanted) >= ENOUGH_POWER)
+        found.append(Outlook(times * len(y), next(likely, 0.0)))
     return tuple(found)
+
+
+def _power(expected: int, answered: int, right: int, wanted: Wanted) -> float:
+    """Of the test with so many expected, were the accuracy what `right` of `answered` say; 0 if that is too low."""
+    accuracy = (right + 1) / (answered + 2)  # add-one: a handful of right answers is no sure sign
+    return power(expected, accuracy, wanted) if accuracy > wanted.accuracy else 0.0
 
 
 def ceiling(base_accuracy: float, accuracy: float) -> float:
