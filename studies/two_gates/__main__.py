@@ -55,7 +55,10 @@ def looked_at(answered: Tensor, known: Tensor, y: Tensor, accuracy: float) -> Ou
     }
 
 
-def ece(probability: Tensor, y: Tensor) -> float:
+def ece(probability: Tensor, y: Tensor) -> float | None:
+    """Over `BINS` bins of the probability that the answer is right; None without answers."""
+    if not len(y):
+        return None
     bins = (probability.double() * BINS).long().clamp(max=BINS - 1)
     off = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, probability.double() - y.double())
     return float(off.abs().sum()) / len(y)
