@@ -1,8 +1,8 @@
 """A rule of two gates from labelled answers: the prompts' gate, the answers' score, and the order of thresholds.
 
     gate     distances fitted on the training half's prompts, measured against the calibration half's
-    score    columns    logistic regressions on [evidence], [last; evidence], [mean; last; evidence], and the
-                        figures of the SDM layer; each with cross-validated values for every record
+    score    columns    logistic regressions on VIEWS, blocks of h and of the prompt's states, and the figures of
+                        the SDM layer; each with cross-validated values for every record
              scores     weighted sums of columns: a view alone, their sum, with the layer's margin and logit, a stack
              chosen     by AURC of the cross-validated values
     order    of thresholds (`calibration.rule_certificate`), from the cross-validated values of the score chosen
@@ -34,7 +34,14 @@ from candor.sdm.score import FIGURES, AnswerScore
 
 REACHES = (1.0, 3.0, 10.0, 30.0)
 """Strengths that are tried, the strongest penalty first (`calibration.logistic`)."""
-VIEWS = {"evidence": ("evidence",), "last": ("last", "evidence"), "all": ("mean", "last", "evidence")}
+VIEWS = {
+    "evidence": ("evidence",),
+    "last": ("last", "evidence"),
+    "all": ("mean", "last", "evidence"),
+    "prompt": ("prompt", "evidence"),
+}
+"""The prompt's states know an instruction that was changed by a word once some such records are fitted on;
+the answer's states hardly do."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,7 @@ def fit_rule(
     gate = fit_gate(rows.prompts[~in_calibration], rows.prompts[in_calibration], prompt_widths, settings)
     shares = (1 / settings.folds,) * settings.folds
     folds = split(list(rows.digests), rows.y.tolist(), shares, settings.seed)
-    columns = _columns(rows, parts, folds)
+    columns = _columns(rows, [*(("prompt", width) for width in prompt_widths), *parts], folds)
     candidates = _candidates(columns, rows.y, in_calibration, folds)
     aurc = {name: one.aurc for name, one in candidates.items()}
     chosen = settings.score or min(aurc, key=lambda name: aurc[name])
@@ -173,7 +180,7 @@ def fit_rule(
 
 @dataclass(frozen=True, eq=False)
 class _Columns:
-    """c scores to be summed. values (n, c): cross-validated. weights (c, D + 4), biases (c,): of all records."""
+    """c scores to be summed. values (n, c): cross-validated. weights (c, P + D + F), biases (c,): of all records."""
 
     names: tuple[str, ...]
     values: Tensor
@@ -193,7 +200,8 @@ class _Candidate:
 
 
 def _columns(rows: RuleRows, parts: Sequence[tuple[str, int]], folds: Sequence[Tensor]) -> _Columns:
-    x = torch.cat([rows.h, rows.figures], dim=1).double()
+    """parts: of prompt states and h together."""
+    x = torch.cat([rows.prompts, rows.h, rows.figures], dim=1).double()
     names, values, weights, biases, reaches = [], [], [], [], {}
     seen: set[tuple[str, ...]] = set()
     for name, wanted in VIEWS.items():
@@ -219,7 +227,7 @@ def _columns(rows: RuleRows, parts: Sequence[tuple[str, int]], folds: Sequence[T
         weights.append(weight)
         biases.append(b)
         reaches[name] = REACHES[best]
-    width = rows.h.shape[1]
+    width = x.shape[1] - rows.figures.shape[1]
     for column in range(rows.figures.shape[1]):
         names.append(FIGURES[column])
         values.append(x[:, width + column])

@@ -39,7 +39,7 @@ class AnswerRule:
     def judge(self, prompts: Tensor, h: Tensor, figures: Tensor) -> RuleEstimate:
         """prompts (n, P), h (n, D), figures (n, F) -> the verdict on each row, a function of that row alone."""
         distance = self.gate.distance(prompts)
-        known, score = self.gate.known(distance), self.score(h, figures)
+        known, score = self.gate.known(distance), self.score(prompts, h, figures)
         return RuleEstimate(
             self.gate.p_value(distance),
             known,

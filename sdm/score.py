@@ -1,6 +1,6 @@
 """The second gate: how surely is an answer right? One linear function of what is known of it.
 
-    S = weight . [h ; figures] + bias            figures: what the SDM layer says, `sdm_figures`
+    S = weight . [prompt states ; h ; figures] + bias          figures: what the SDM layer says, `sdm_figures`
     P(y = 1) = sigmoid(slope S + intercept)
 
 However many logistic regressions a score is made of, their weighted sum is linear again, so one row of weights is all
@@ -46,7 +46,7 @@ def sdm_figures(seen: Measurement, d: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class AnswerScore:
-    """weight (D + F,) float32, over h and F figures, F = 0 or 4; bias () float32; slope, intercept () float64."""
+    """weight (P + D + F,) float32, over prompt states, h, figures; bias () float32; slope, intercept () float64."""
 
     weight: Tensor
     bias: Tensor
@@ -57,13 +57,12 @@ class AnswerScore:
     def _linear(self) -> RoundedLinear:
         return RoundedLinear(self.weight.unsqueeze(0), self.bias.unsqueeze(0))
 
-    def __call__(self, h: Tensor, figures: Tensor) -> Tensor:
-        """S of h (n, D) and figures (n, F): (n,) float32."""
-        x = torch.cat([h.float(), figures.float()], dim=1)
+    def __call__(self, prompts: Tensor, h: Tensor, figures: Tensor) -> Tensor:
+        """S of prompt states (n, P), h (n, D) and figures (n, F), F = 0 or 4: (n,) float32."""
+        x = torch.cat([prompts.float(), h.float(), figures.float()], dim=1)
         if x.shape[1] != len(self.weight):
-            raise ValueError(
-                f"h and figures must be {len(self.weight)} wide together, got {h.shape[1]} + {figures.shape[1]}"
-            )
+            given = f"{prompts.shape[1]} + {h.shape[1]} + {figures.shape[1]}"
+            raise ValueError(f"prompts, h and figures must be {len(self.weight)} wide together, got {given}")
         finite = (x.abs() <= LARGEST).all(dim=1)  # also false for NaN
         score = self._linear(x.where(finite.unsqueeze(1), 0.0)).squeeze(1)
         return score.where(finite, -torch.inf)

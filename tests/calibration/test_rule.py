@@ -88,6 +88,27 @@ def test_the_score_chosen_holds_what_labels_hang_on(useful: str, holding: set[st
     assert fitted.chosen not in views - holding
 
 
+def test_a_changed_instruction_is_learnt_from_a_few_records_of_it() -> None:
+    """One record in ten has another instruction, which its prompt states alone show, and is always wrong; its h is
+    as sure as any."""
+
+    def drawn(n: int, seed: int) -> tuple[RuleRows, Tensor]:
+        rows, _ = world(n, seed)
+        changed = torch.arange(n) % 10 == 3
+        prompts = rows.prompts.clone()
+        prompts[changed, 0] += 6
+        y = torch.where(changed, 0, rows.y)
+        return RuleRows(prompts, rows.h, rows.figures, y, rows.digests), changed
+
+    rows, _ = drawn(600, 20)
+    fitted = fit_rule(rows, torch.arange(600) % 2 == 1, PARTS, (3, 3), RuleSettings())
+    fresh, changed = drawn(4_000, 21)
+    score = fitted.rule.judge(fresh.prompts, fresh.h, fresh.figures).score
+    through = score >= score[fresh.y == 1].median()
+    assert float(through[changed].double().mean()) < 0.05
+    assert float(fresh.y[through].double().mean()) > 0.95
+
+
 def test_cross_validated_scores_do_not_know_their_own_labels() -> None:
     """Of labels that hang on nothing, with more columns than rows, fitted scores would say all; these say nothing."""
     draw = torch.Generator().manual_seed(5)

@@ -47,7 +47,7 @@ def fitted_rule(scores: Tensor, y: Tensor, known: Tensor | None = None) -> Fitte
         torch.tensor(1),
     )
     score = AnswerScore(
-        torch.tensor([1.0]),
+        torch.tensor([0.0, 0.0, 1.0]),
         torch.tensor(0.0),
         torch.tensor(1.0, dtype=double),
         torch.tensor(0.0, dtype=double),

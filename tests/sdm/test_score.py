@@ -66,7 +66,7 @@ def test_figures_speak_of_two_classes() -> None:
 
 def test_score_and_probability_by_hand() -> None:
     score = score_of([2.0, -1.0, 0.5], bias=1.0, slope=2.0, intercept=-1.0)
-    value = score(torch.tensor([[1.0, 3.0]]), torch.tensor([[4.0]]))
+    value = score(torch.tensor([[1.0]]), torch.tensor([[3.0]]), torch.tensor([[4.0]]))
     assert value.tolist() == [2.0]  # 2 - 3 + 2 + 1
     assert float(score.probability(value)) == pytest.approx(1 / (1 + math.exp(-3)))
 
@@ -75,7 +75,7 @@ def test_score_and_probability_by_hand() -> None:
 def test_a_row_that_is_not_finite_is_never_right(bad: float) -> None:
     score = score_of([1.0, 1.0], slope=-1.0)  # a slope by which -inf would be sure
     h = torch.tensor([[1.0, 2.0], [bad, 2.0]])
-    value = score(h, torch.empty(2, 0))
+    value = score(torch.empty(2, 0), h, torch.empty(2, 0))
     assert value.tolist() == [3.0, -math.inf]
     assert float(score.probability(value)[1]) == 0.0
 
@@ -84,8 +84,9 @@ def test_each_row_has_the_same_score_alone_and_in_any_batch() -> None:
     draw = torch.Generator().manual_seed(1)
     h, figures = torch.randn(70, 900, generator=draw) * 10, torch.randn(70, 4, generator=draw)
     score = score_of(torch.randn(904, generator=draw).tolist(), bias=0.3)
-    together = score(h, figures)
-    alone = [score(a.unsqueeze(0), b.unsqueeze(0)) for a, b in zip(h, figures, strict=True)]
+    prompts = torch.empty(70, 0)
+    together = score(prompts, h, figures)
+    alone = [score(prompts[:1], a.unsqueeze(0), b.unsqueeze(0)) for a, b in zip(h, figures, strict=True)]
     assert torch.cat(alone).equal(together)
     exact = [
         math.fsum([*(torch.cat([a, b]).double() * score.weight.double()).tolist(), float(score.bias)])
@@ -95,7 +96,7 @@ def test_each_row_has_the_same_score_alone_and_in_any_batch() -> None:
 
 
 def rule_of(threshold: float) -> AnswerRule:
-    return AnswerRule(gate_of(), score_of([1.0, 0.0]), threshold)
+    return AnswerRule(gate_of(), score_of([0.0, 0.0, 0.0, 0.0, 1.0, 0.0]), threshold)
 
 
 def rows(values: list[float]) -> tuple[Tensor, Tensor, Tensor]:
