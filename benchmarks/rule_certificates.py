@@ -1,0 +1,198 @@
+"""Certificates of two-gate rules against a known truth, beside today's: how many are false, how many are issued.
+
+    python -m benchmarks.rule_certificates [--redraws 500] [--today 0] [--only NAME] [--json]
+
+Every redraw is the whole way with new data: records dealt into fitting and certification, gate and score fitted,
+order and start from cross-validated scores, a certificate sought, and the accuracy among those let through taken over
+10,000 further ones of a world in which it is known. A redraw *fails* where a certificate was issued and the true
+accuracy is below it; at most delta of them may, give or take what so many redraws vary. Today's way has the same
+records: a layer on four fifths, its region certified on one fifth (`calibration.certificate`); it takes longer, so
+`--today` redraws of it are made. Exit code 1 where failures exceed delta beyond chance.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from tqdm import trange
+
+from benchmarks.certificates.world import WIDTH, World, as_answers
+from candor.calibration.certificate import KINDS, Wanted, certify
+from candor.calibration.errors import CalibrationError
+from candor.calibration.fit import FitSettings, fit, set_aside_for_certification
+from candor.calibration.intervals import Share
+from candor.calibration.rule import RuleRows, RuleSettings, fit_rule
+from candor.calibration.rule_certificate import certify_rule
+from candor.calibration.served import Attempts
+from candor.calibration.splits import draw, split
+
+FRESH = 10_000
+PROMPT_WIDTH = 6
+
+Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor, Tensor]]
+"""n, generator -> h (n, WIDTH), labels (n,), P(y = 1 | h) (n,)."""
+
+
+def top_not_rightest(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Right with 0.985 where the first coordinate lies in (0, 1.5), with 0.85 beyond, with 0.2 below."""
+    h = torch.randn(n, WIDTH, generator=generator)
+    truth = torch.where(h[:, 0] > 1.5, 0.85, torch.where(h[:, 0] > 0, 0.985, 0.2)).double()
+    return h, (torch.rand(n, generator=generator) < truth).long(), truth
+
+
+def near_ties(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Four distinct states, each by a quarter of all, two within a hair; right with 0.99, 0.96, 0.955 and 0.3."""
+    level = torch.randint(4, (n,), generator=generator)
+    h = torch.zeros(n, WIDTH)
+    h[:, 0] = torch.tensor([2.0, 1.0, 1.0 - 1e-6, -1.0])[level]
+    truth = torch.tensor([0.99, 0.96, 0.955, 0.3], dtype=torch.float64)[level]
+    return h, (torch.rand(n, generator=generator) < truth).long(), truth
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """records: in all, to fit and certify on. alpha: of today's region."""
+
+    name: str
+    draw: Draw
+    records: int
+    wanted: Wanted
+    alpha: float
+
+
+SCENARIOS = (
+    Scenario("balanced", World(0.5, 2.2).draw, 1_000, Wanted(0.95, 0.05), 0.8),
+    Scenario("few wrong", World(0.85, 4.0, noise=0.01).draw, 1_000, Wanted(0.97, 0.05), 0.7),
+    Scenario("few right", World(0.25, 4.0, noise=0.02).draw, 1_000, Wanted(0.95, 0.05), 0.7),
+    # No answer is right with more than 1 - noise, so every certificate is false, by a hair.
+    Scenario("none true", World(0.85, 4.0, noise=0.03).draw, 1_000, Wanted(0.97, 0.05), 0.7),
+    Scenario("top not rightest", top_not_rightest, 1_000, Wanted(0.92, 0.05), 0.7),
+    Scenario("near-ties", near_ties, 1_000, Wanted(0.96, 0.05), 0.7),
+    Scenario("300 records", World(0.75, 3.0).draw, 300, Wanted(0.95, 0.05), 0.8),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one redraw: was a certificate issued, is it false, and the share let through by it."""
+
+    issued: bool
+    false: bool
+    answered: float
+
+
+NOTHING = Outcome(False, False, 0.0)
+
+
+def redraw(scenario: Scenario, seed: int) -> Outcome:
+    """By a two-gate rule; its h is one block, and prompts are as far off as chance makes them."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, _ = _rows(scenario, scenario.records, generator)
+    rest, apart = draw(rows.digests, 0.4, seed)
+    fitting = rows[rest]
+    _, half = split(list(fitting.digests), fitting.y.tolist(), (0.5, 0.5), seed)
+    in_calibration = torch.zeros(len(fitting), dtype=torch.bool)
+    in_calibration[half] = True
+    try:
+        fitted = fit_rule(
+            fitting, in_calibration, (("last", WIDTH),), (PROMPT_WIDTH,), RuleSettings(seed=seed)
+        )
+    except CalibrationError:
+        return NOTHING
+    found = certify_rule(fitted, rows[apart], scenario.wanted)
+    if found.certificate is None:
+        return NOTHING
+    fresh, truth = _rows(scenario, FRESH, generator)
+    answered = found.rule(fitted.rule).judge(fresh.prompts, fresh.h, fresh.figures).answered
+    false = bool(answered.any()) and float(truth[answered].mean()) < scenario.wanted.accuracy
+    return Outcome(True, false, float(answered.double().mean()))
+
+
+def today(scenario: Scenario, seed: int) -> Outcome:
+    """By today's region, under the lower estimator."""
+    generator = torch.Generator().manual_seed(seed)
+    pool = as_answers(*scenario.draw(scenario.records, generator)[:2], "record")
+    rest, apart = set_aside_for_certification(pool, 0.2, seed)
+    settings = FitSettings(
+        (scenario.alpha,), rounds=1, epochs=6, exemplar_dim=16, learning_rate=1e-2, seed=seed
+    )
+    try:
+        fitted = fit(rest, ((WIDTH, "scalar"),), settings, lambda _: None)
+    except CalibrationError:
+        return NOTHING
+    found = certify(fitted.estimator, fitted.calibration, apart, scenario.wanted)
+    certificate = next((one for one in found.certificates if one.estimator == KINDS[0]), None)
+    if certificate is None:
+        return NOTHING
+    h, y, truth = scenario.draw(4_000, generator)
+    column = y.unsqueeze(1)
+    fresh = Attempts(fitted.estimator.measure(h), column, column >= 0, torch.zeros_like(column))
+    served = fresh.served(fitted.estimator, scenario.alpha, KINDS[0])
+    answered = served.answered & (served.q_prime >= certificate.rescaled_similarity_min)
+    false = bool(answered.any()) and float(truth[answered].mean()) < scenario.wanted.accuracy
+    return Outcome(True, false, float(answered.double().mean()))
+
+
+def _rows(scenario: Scenario, n: int, generator: torch.Generator) -> tuple[RuleRows, Tensor]:
+    h, y, truth = scenario.draw(n, generator)
+    prompts = torch.randn(n, PROMPT_WIDTH, generator=generator)
+    return RuleRows(prompts, h, torch.empty(n, 0), y, [str(i) for i in range(n)]), truth
+
+
+def summarise(scenario: Scenario, way: str, outcomes: list[Outcome]) -> dict[str, Any]:
+    issued = sum(one.issued for one in outcomes)
+    failed = Share.from_counts(sum(one.false for one in outcomes), len(outcomes))
+    assert failed.low is not None
+    return {
+        "scenario": scenario.name,
+        "way": way,
+        "records": scenario.records,
+        "accuracy": scenario.wanted.accuracy,
+        "delta": scenario.wanted.delta,
+        "redraws": len(outcomes),
+        "failed": failed.to_json(),
+        "kept": failed.low <= scenario.wanted.delta,
+        "issued": issued / len(outcomes),
+        "answered_if_issued": sum(one.answered for one in outcomes) / max(1, issued),
+    }
+
+
+def main(
+    redraws: Annotated[int, typer.Option(min=1, help="Of each scenario.")] = 500,
+    today_redraws: Annotated[int, typer.Option("--today", min=0, help="Of each, the way of today.")] = 0,
+    only: Annotated[list[str] | None, typer.Option(help="Scenarios by name; all without.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    torch.set_num_threads(1)  # small matrices: more threads only wait for each other
+    rows = []
+    ways = [("rule", redraw, redraws), ("today", today, today_redraws)]
+    for scenario, (way, function, count) in product(SCENARIOS, ways):
+        if not count or (only and scenario.name not in only):
+            continue
+        drawn = [function(scenario, seed) for seed in trange(count, desc=f"{scenario.name}, {way}")]
+        rows.append(summarise(scenario, way, drawn))
+        if not as_json:
+            typer.echo(_line(rows[-1]))
+    if as_json:
+        typer.echo(json.dumps({"rows": rows, "kept": all(row["kept"] for row in rows)}))
+    raise typer.Exit(0 if all(row["kept"] for row in rows) else 1)
+
+
+def _line(row: dict[str, Any]) -> str:
+    failed = [100 * row["failed"][name] for name in ("value", "low", "high")]
+    return (
+        "{scenario:<18}{way:<7}accuracy {accuracy:<6}".format(**row)
+        + "failed {:.1f} % [{:.1f}, {:.1f}]   ".format(*failed)
+        + "issued {issued:.0%}, answering {answered_if_issued:.0%}".format(**row)
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

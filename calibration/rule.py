@@ -1,0 +1,320 @@
+"""A rule of two gates from labelled answers: the prompts' gate, the answers' score, and the order of thresholds.
+
+    gate     distances fitted on the training half's prompts, measured against the calibration half's
+    score    columns    logistic regressions on VIEWS, blocks of h and of the prompt's states, and the figures of
+                        the SDM layer; each with cross-validated values for every record
+             scores     weighted sums of columns: a view alone, their sum, with the layer's margin and logit, a stack
+             chosen     by AURC of the cross-validated values
+    order    of thresholds (`calibration.rule_certificate`), from the cross-validated values of the score chosen
+
+Cross-validated: a record's value comes from weights that no record with its prompt took part in. So it lies as a
+fresh record's would, the order needs no records of its own, and the ones set aside certify alone. The layer's figures
+were not made anew for each fold: a layer knows its training half, and the calibration half chose its epoch. They are
+read on the calibration half alone, and columns that hold them are chosen and weighed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from candor.calibration.errors import CalibrationError
+from candor.calibration.intervals import binomial_tails, clopper_pearson
+from candor.calibration.logistic import fit_logistic
+from candor.calibration.scores import ranking
+from candor.calibration.splits import split
+from candor.sdm.adaptor import Block, fit_standardisation
+from candor.sdm.gate import PromptGate
+from candor.sdm.rule import AnswerRule
+from candor.sdm.score import FIGURES, AnswerScore
+
+REACHES = (1.0, 3.0, 10.0, 30.0)
+"""Strengths that are tried, the strongest penalty first (`calibration.logistic`)."""
+VIEWS = {
+    "evidence": ("evidence",),
+    "last": ("last", "evidence"),
+    "all": ("mean", "last", "evidence"),
+    "prompt": ("prompt", "evidence"),
+}
+"""The prompt's states know an instruction that was changed by a word once some such records are fitted on;
+the answer's states hardly do."""
+
+
+@dataclass(frozen=True)
+class RuleSettings:
+    """eps: share of prompts of the calibrated kind that the gate may refuse, with confidence 1 - delta over draws of
+    the reference. components: k of `sdm.gate`, at most. folds: of the cross-validation. score: a candidate's name, to
+    have that one whatever its AURC.
+
+    Raises ValueError out of range.
+    """
+
+    eps: float = 0.02
+    delta: float = 0.05
+    components: int = 64
+    folds: int = 5
+    seed: int = 0
+    score: str | None = None
+
+    def __post_init__(self) -> None:
+        if not (0 < self.eps < 1 and 0 < self.delta < 0.5 and self.components >= 1 and self.folds >= 2):
+            raise ValueError(
+                "expected eps in (0, 1), delta in (0, 0.5), components >= 1 and folds >= 2; got "
+                f"{self.eps}, {self.delta}, {self.components}, {self.folds}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class RuleRows:
+    """n answers, one a record. prompts (n, P), h (n, D), figures (n, F): `sdm.score.sdm_figures`, or none; y (n,)
+    int64: 1 where the answer is right; digests: of the prompts. All finite where fitted on."""
+
+    prompts: Tensor
+    h: Tensor
+    figures: Tensor
+    y: Tensor
+    digests: Sequence[str]
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.prompts), len(self.h), len(self.figures), len(self.y), len(self.digests)}
+        if len(sizes) != 1:
+            raise ValueError(f"expected as many prompts, h, figures, labels and digests, got {sorted(sizes)}")
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, rows: Tensor) -> RuleRows:
+        """rows: (r,) indices or (n,) bool."""
+        at = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
+        digests = [self.digests[i] for i in at.tolist()]
+        return RuleRows(self.prompts[at], self.h[at], self.figures[at], self.y[at], digests)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedRule:
+    """rule: with threshold inf, for `calibration.rule_certificate` to set.
+
+    scores, known, y (n,): cross-validated scores of the fitting records, whether the gate knows their prompts,
+    labels. chosen: the score's name among `aurc`'s; aurc: of every candidate; reaches: the strength chosen for each
+    view. refusal_bound: with confidence 1 - delta the gate refuses at most this share of prompts like those
+    calibrated on.
+    """
+
+    rule: AnswerRule
+    scores: Tensor
+    known: Tensor
+    y: Tensor
+    chosen: str
+    aurc: Mapping[str, float]
+    reaches: Mapping[str, float]
+    refusal_bound: float
+
+
+def rank_cut(references: int, eps: float, delta: float) -> int:
+    """l: the most of the farthest references at which to cut, so that P(refused) <= eps with confidence 1 - delta.
+
+    The rate refused is Beta(l, m + 1 - l) over draws of the m references, so the largest l whose (1 - delta) quantile
+    is at most eps, which is: P(Binomial(m, eps) >= l) >= 1 - delta. At least 1, beyond the farthest of all, where
+    even that exceeds eps: a gate that refuses nobody is none, and `refusal_bound` says what can be said.
+    """
+    return max(1, int((binomial_tails(references, eps) >= 1 - delta).sum()) - 1)
+
+
+def refusal_bound(references: int, cut: int, delta: float) -> float:
+    """The (1 - delta) quantile of Beta(cut, references + 1 - cut)."""
+    return clopper_pearson(cut - 1, references, confidence=1 - 2 * delta)[1]
+
+
+def fit_gate(
+    training: Tensor, calibration: Tensor, widths: Sequence[int], settings: RuleSettings
+) -> PromptGate:
+    """training, calibration: prompt states (n, P) and (m, P) of the two halves, no prompt in both."""
+    cut = rank_cut(len(calibration), settings.eps, settings.delta)
+    return PromptGate.fit(training, calibration, widths, settings.components, cut)
+
+
+def fit_rule(
+    rows: RuleRows,
+    in_calibration: Tensor,
+    parts: Sequence[tuple[str, int]],
+    prompt_widths: Sequence[int],
+    settings: RuleSettings,
+) -> FittedRule:
+    """rows: the fitting records. in_calibration: (n,) bool, those of the layer's calibration half.
+
+    parts: h's blocks by name and width, e.g. (("mean", 576), ("last", 576), ("evidence", 6)). prompt_widths: of the
+    prompt states' blocks. Raises CalibrationError where a fold lacks right or wrong answers, ValueError where the
+    settings ask for a score that these rows do not give.
+    """
+    gate = fit_gate(rows.prompts[~in_calibration], rows.prompts[in_calibration], prompt_widths, settings)
+    shares = (1 / settings.folds,) * settings.folds
+    folds = split(list(rows.digests), rows.y.tolist(), shares, settings.seed)
+    columns = _columns(rows, [*(("prompt", width) for width in prompt_widths), *parts], folds)
+    candidates = _candidates(columns, rows.y, in_calibration, folds)
+    aurc = {name: one.aurc for name, one in candidates.items()}
+    chosen = settings.score or min(aurc, key=lambda name: aurc[name])
+    if chosen not in candidates:
+        raise ValueError(f"no score named {chosen}: these rows give {', '.join(candidates)}")
+    best = candidates[chosen]
+    weight, bias = best.weights @ columns.weights, best.weights @ columns.biases
+    slope, intercept = _platt(best.values[best.rows], rows.y[best.rows])
+    score = AnswerScore(weight.float(), bias.float(), slope, intercept)
+    return FittedRule(
+        AnswerRule(gate, score, float("inf")),
+        best.values[best.rows].float(),
+        gate.known(gate.distance(rows.prompts[best.rows])),
+        rows.y[best.rows],
+        chosen,
+        aurc,
+        columns.reaches,
+        refusal_bound(int(in_calibration.sum()), int(gate.rank_cut), settings.delta),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """c scores to be summed. values (n, c): cross-validated. weights (c, P + D + F), biases (c,): of all records."""
+
+    names: tuple[str, ...]
+    values: Tensor
+    weights: Tensor
+    biases: Tensor
+    reaches: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """weights (c,) over the columns; values (n,): cross-validated, to be read at `rows`."""
+
+    weights: Tensor
+    values: Tensor
+    rows: Tensor
+    aurc: float
+
+
+def _columns(rows: RuleRows, parts: Sequence[tuple[str, int]], folds: Sequence[Tensor]) -> _Columns:
+    """parts: of prompt states and h together."""
+    x = torch.cat([rows.prompts, rows.h, rows.figures], dim=1).double()
+    names, values, weights, biases, reaches = [], [], [], [], {}
+    seen: set[tuple[str, ...]] = set()
+    for name, wanted in VIEWS.items():
+        blocks, at = _view(parts, wanted)
+        held = tuple(part for part, _ in parts if part in wanted)
+        if not at.any() or held in seen:
+            continue
+        seen.add(held)
+        own = x[:, : len(at)][:, at]
+        out_of_fold = [own.new_empty(len(own)) for _ in REACHES]
+        for fold in folds:
+            rest = torch.ones(len(own), dtype=torch.bool)
+            rest[fold] = False
+            for into, (w, b) in zip(out_of_fold, _fit(own[rest], rows.y[rest], blocks, REACHES), strict=True):
+                into[fold] = own[fold] @ w + b
+        losses = [float(_loss(f, rows.y)) for f in out_of_fold]
+        best = losses.index(min(losses))
+        w, b = _fit(own, rows.y, blocks, REACHES[: best + 1])[-1]
+        weight = x.new_zeros(x.shape[1])
+        weight[: len(at)][at] = w
+        names.append(name)
+        values.append(out_of_fold[best])
+        weights.append(weight)
+        biases.append(b)
+        reaches[name] = REACHES[best]
+    width = x.shape[1] - rows.figures.shape[1]
+    for column in range(rows.figures.shape[1]):
+        names.append(FIGURES[column])
+        values.append(x[:, width + column])
+        weights.append(torch.nn.functional.one_hot(torch.tensor(width + column), x.shape[1]).double())
+        biases.append(x.new_zeros(()))
+    return _Columns(tuple(names), torch.stack(values, 1), torch.stack(weights), torch.stack(biases), reaches)
+
+
+def _view(parts: Sequence[tuple[str, int]], wanted: Sequence[str]) -> tuple[list[Block], Tensor]:
+    blocks: list[Block] = []
+    at = []
+    for part, width in parts:
+        at += [part in wanted] * width
+        if part in wanted:
+            blocks.append((width, "feature" if part == "evidence" else "scalar"))
+    return blocks, torch.tensor(at)
+
+
+def _fit(
+    x: Tensor, y: Tensor, blocks: Sequence[Block], reaches: Sequence[float]
+) -> list[tuple[Tensor, Tensor]]:
+    """Weights over x as it came, standardised within."""
+    mean, scale = (one.double() for one in fit_standardisation(x, blocks))
+    try:
+        found = fit_logistic((x - mean) / scale, y, reaches)
+    except ValueError as error:
+        raise CalibrationError(
+            f"no score can be fitted: {error}. Add records, above all of the rarer kind."
+        ) from error
+    return [(w / scale, b - (w / scale) @ mean) for w, b in found]
+
+
+def _candidates(
+    columns: _Columns, y: Tensor, in_calibration: Tensor, folds: Sequence[Tensor]
+) -> dict[str, _Candidate]:
+    views = list(columns.reaches)
+    everyone = torch.ones_like(in_calibration)
+    spread = columns.values.std(0)
+    spread = torch.where(spread > 0, spread, 1.0)
+
+    def of(names: Sequence[str]) -> Tensor:
+        return torch.tensor([float(name in names) for name in columns.names], dtype=torch.float64) / spread
+
+    sums: dict[str, tuple[tuple[str, ...], Tensor]] = {name: ((name,), everyone) for name in views}
+    if len(views) > 1:
+        sums["sum"] = (tuple(views), everyone)
+    layers = [name for name in ("margin", "logit") if name in columns.names]
+    sums |= {name: ((name,), in_calibration) for name in layers}
+    if layers:
+        sums["sum with the layer's"] = ((*views, *layers), in_calibration)
+    found = {}
+    for name, (names, rows) in sums.items():
+        weights = of(names)
+        values = columns.values @ weights
+        found[name] = _Candidate(weights, values, rows, _aurc(values[in_calibration], y[in_calibration]))
+    if layers:
+        found["stack"] = _stack(columns, (*views, *FIGURES), y, in_calibration, folds)
+    return found
+
+
+def _stack(
+    columns: _Columns, names: Sequence[str], y: Tensor, rows: Tensor, folds: Sequence[Tensor]
+) -> _Candidate:
+    at = torch.tensor([name in names for name in columns.names])
+    x = columns.values[:, at]
+    blocks: list[Block] = [(int(at.sum()), "feature")]
+    values = torch.zeros(len(y), dtype=torch.float64)
+    for fold in folds:
+        rest = rows.clone()
+        rest[fold] = False
+        ((w, b),) = _fit(x[rest], y[rest], blocks, (8.0,))
+        values[fold] = x[fold] @ w + b
+    ((w, _),) = _fit(x[rows], y[rows], blocks, (8.0,))
+    weights = torch.zeros(len(at), dtype=torch.float64)
+    weights[at] = w
+    return _Candidate(weights, values, rows, _aurc(values[rows], y[rows]))
+
+
+def _aurc(scores: Tensor, y: Tensor) -> float:
+    return float(ranking(torch.ones(1, len(y), dtype=torch.float64), scores, y == 1)["aurc"])
+
+
+def _loss(f: Tensor, y: Tensor) -> Tensor:
+    return torch.nn.functional.binary_cross_entropy_with_logits(f, y.double())
+
+
+def _platt(scores: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """slope and intercept of P(y = 1) = sigmoid(slope S + intercept)."""
+    ((w, b),) = fit_logistic(scores.unsqueeze(1), y, (32.0,))
+    return w.squeeze(0), b
