@@ -25,7 +25,7 @@ from torch import Tensor
 from candor.calibration.errors import CalibrationError
 from candor.calibration.intervals import binomial_tails, clopper_pearson
 from candor.calibration.logistic import fit_logistic
-from candor.calibration.scores import ranking
+from candor.calibration.ranking import ranking
 from candor.calibration.splits import split
 from candor.sdm.adaptor import Block, fit_standardisation
 from candor.sdm.gate import PromptGate

@@ -21,9 +21,7 @@ from candor.calibration.epochs import LayerSettings
 from candor.calibration.errors import DataError
 from candor.calibration.fit import standardisation_blocks
 from candor.calibration.generate import Labelled, count_faults, scorable
-from candor.comparison.comparators import COMPARATORS, REFERENCE, SAMPLERS
-from candor.comparison.comparators.base import Fitting, Rows, Verdicts
-from candor.comparison.scores import (
+from candor.calibration.ranking import (
     Figure,
     Figures,
     admission,
@@ -34,6 +32,8 @@ from candor.comparison.scores import (
     shares,
     summarise,
 )
+from candor.comparison.comparators import COMPARATORS, REFERENCE, SAMPLERS
+from candor.comparison.comparators.base import Fitting, Rows, Verdicts
 from candor.model_store.bundle import Bundle
 from candor.model_store.manifest import Manifest
 
@@ -46,7 +46,7 @@ TITLES = {name: one.title for name, one in COMPARATORS.items()} | {
 class Scores:
     """One method's figures on one set.
 
-    admitted: by alpha, the shares of `scores.admission`. answers: how the surest right *answers* rank, risk being
+    admitted: by alpha, the shares of `ranking.admission`. answers: how the surest right *answers* rank, risk being
     the share of wrong answers let through. verdicts: how the surest *verdicts* rank, risk being wrong verdicts,
     and ECE and Brier where the method gives a probability. difference: AURC of both less the reference's.
     """

@@ -20,9 +20,9 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from candor.calibration.intervals import clopper_pearson
+from candor.calibration.ranking import answer_order
 from candor.comparison.comparators import REFERENCE
 from candor.comparison.compare import TITLES, SetComparison
-from candor.comparison.scores import answer_order
 from candor.sdm.estimator import SDMEstimator
 
 STYLE: Any = {

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from candor.calibration.ranking import Figure
 from candor.comparison.comparators import REFERENCE
 from candor.comparison.compare import TITLES, Comparison, Scores, SetComparison
-from candor.comparison.scores import Figure
 
 SHARES = {
     "admitted": "admitted",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from candor.calibration.ranking import ranking
 from candor.comparison.comparators.base import (
     Fitting,
     Rows,
@@ -17,7 +18,6 @@ from candor.comparison.comparators.base import (
     by_thresholds,
     selective_threshold,
 )
-from candor.comparison.scores import ranking
 
 NORMS = (None, *range(1, 11))
 """None: the softmax's maximum, which the paper falls back on where no norm helps."""

@@ -64,7 +64,7 @@ class Answered:
             Labelled(
                 str(i),
                 self.digests[i],
-                "",
+                (),
                 self.texts[i],
                 1 if self.labels[i] else 0,
                 self.h[i],

@@ -14,6 +14,7 @@ from torch import Tensor
 from candor.calibration.evaluate import auroc
 from candor.calibration.generate import Labelled
 from candor.calibration.layer import LayerSettings, train_layer
+from candor.calibration.ranking import answer_order
 from candor.comparison.comparators import (
     COMPARATORS,
     adue,
@@ -32,7 +33,6 @@ from candor.comparison.comparators.base import (
     linear_head,
     selective_threshold,
 )
-from candor.comparison.scores import answer_order
 
 ALPHAS = (0.8, 0.9)
 LAYER = LayerSettings(exemplar_dim=4, epochs=15, learning_rate=1e-2)

@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from candor.comparison.scores import (
+from candor.calibration.ranking import (
     Figures,
     admission,
     answer_order,
