@@ -21,134 +21,146 @@ class Settings(BaseSettings):
         env_prefix="CANDOR_", frozen=True, extra="ignore", env_ignore_empty=True
     )
 
-    model: Path = Field(description="Directory of the model to serve: config.json, safetensors, tokenizer.")
+    model: Path = Field(description="Directory of the model: config.json, safetensors files, tokenizer.")
     bundle: Path = Field(description="Directory of the bundle that was calibrated for this model.")
     host: str = Field(
         default="127.0.0.1",
-        description="Address to listen on; without keys, only one of this machine itself.",
+        description="Address to listen on. Without keys, only a loopback address is allowed.",
     )
-    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     served_model_name: str | None = Field(
         default=None,
         min_length=1,
-        description="Name that requests give as `model`; without it, the bundle's name.",
+        description="Model name that requests give. Without it, the bundle's name.",
     )
 
     keys: Path | None = Field(
         default=None,
-        description="File of API keys' hashes, made by `candor key`; without it whoever reaches the server may "
-        "ask.",
+        description="File of API key hashes, made by `candor key`. Without it, everybody who reaches the "
+        "server may use it.",
     )
     open_to_all: bool = Field(
         default=False,
-        description="Listen on other addresses without keys too: for a container whose port only this machine "
+        description="Allow other addresses without keys: for a container whose port only this machine "
         "reaches.",
     )
     tls_certificate: Path | None = Field(
-        default=None, description="Certificate chain in PEM; with it the server speaks HTTPS alone."
+        default=None, description="Certificate chain in PEM format. With it, the server speaks HTTPS only."
     )
-    tls_key: Path | None = Field(default=None, description="The certificate's private key in PEM.")
+    tls_key: Path | None = Field(default=None, description="Private key of the certificate in PEM format.")
 
-    engine: Literal["vllm", "transformers"] = Field(default="vllm", description="What generates.")
-    max_model_len: PositiveInt = Field(
-        default=2048, description="Longest sequence in tokens: prompt, answer and tag."
+    engine: Literal["vllm", "transformers"] = Field(
+        default="vllm", description="Engine that generates: `vllm`, or `transformers` as the slow reference."
     )
-    max_num_seqs: PositiveInt = Field(default=64, description="Most answers written at once; others wait.")
+    max_model_len: PositiveInt = Field(
+        default=2048, description="Maximum tokens of a sequence: prompt, answer and verification tag."
+    )
+    max_num_seqs: PositiveInt = Field(
+        default=64, description="Maximum answers generated at once; further ones wait."
+    )
     max_num_batched_tokens: PositiveInt = Field(
-        default=2048, description="Tokens computed per step; longer prompts are computed in chunks."
+        default=2048, description="Maximum tokens computed in one step; longer prompts are split into chunks."
     )
     kv_cache_bytes: PositiveInt | None = Field(
-        default=None, description="Memory of the KV cache; without it, the engine's own choice."
+        default=None, description="Bytes of the KV cache. Without it, the engine decides."
     )
-    eager: bool = Field(default=False, description="No compilation: starts sooner, answers more slowly.")
+    eager: bool = Field(
+        default=False, description="Skip compilation: the server starts sooner and answers more slowly."
+    )
 
     estimator: Literal["lower", "plain"] = Field(
         default="lower",
-        description="What admits an answer: `lower` counts how few calibration points stand behind it, "
-        "`plain` does not.",
+        description="Estimator that admits answers: `lower` accounts for the number of calibration points "
+        "behind an answer, `plain` does not.",
     )
     alpha: float | None = Field(
         default=None,
-        description="Accuracy asked for where a request names none; without it, the lowest the bundle has.",
+        description="Accuracy asked for where a request names none. Without it, the bundle's lowest.",
     )
     least_mode: Literal["off", "annotate", "abstain"] = Field(
         default="off",
-        description="Least mode of every request, whatever it asks for: `annotate` checks each answer, `abstain` "
-        "withholds each that is not reliable.",
+        description="Least strict mode allowed, whatever a request asks for: `annotate` checks every answer, "
+        "`abstain` also withholds every answer that is not reliable.",
     )
     certified_only: bool = Field(
         default=False,
-        description="Answer nothing that the bundle's certificate does not cover, whatever the request asks for.",
+        description="Withhold every answer that no certificate covers, whatever a request asks for, in every "
+        "mode, stream and route.",
     )
     refusal_text: str = Field(
         default="I do not know this reliably enough to answer.",
         min_length=1,
-        description="What a client reads where an answer is withheld.",
+        description="Text that a client gets in place of a withheld answer.",
     )
     fallback_text: str | None = Field(
         default=None,
         min_length=1,
-        description='Answer given in place of a withheld one with `on_abstain: "fallback"`, for example '
-        "where to find a person. Without it such requests are refused.",
+        description='Text in place of a withheld answer under `on_abstain: "fallback"`, for example where to '
+        "find a person. Without it, such a request gets 422.",
     )
     scoring_timeout_s: PositiveFloat = Field(
-        10.0, description="Seconds after which an answer's score is given up and its region is `unavailable`."
+        10.0, description="Maximum seconds to score an answer; beyond it, the region is `unavailable`."
     )
 
-    max_body_bytes: PositiveInt = Field(default=1 << 20, description="Largest request body; above it, 413.")
+    max_body_bytes: PositiveInt = Field(
+        default=1 << 20, description="Maximum bytes of a request body; beyond it, 413."
+    )
     max_prompt_tokens: PositiveInt | None = Field(
-        default=None, description="Longest prompt; without it, what the model holds."
+        default=None, description="Maximum tokens of a prompt. Without it, what the model holds."
     )
     max_output_tokens: PositiveInt | None = Field(
-        default=None, description="Largest `max_tokens`; without it, what the model holds."
+        default=None, description="Maximum value of `max_tokens`. Without it, what the model holds."
     )
     max_choices: PositiveInt = Field(
-        default=16, description="Most answers in one request: `n` times its prompts."
+        default=16, description="Maximum answers of one request: `n` times its prompts."
     )
     max_exemplars: int = Field(
         default=10,
         ge=0,
-        description="Most exemplars shown with an answer; 0 keeps the calibration's texts private.",
+        description="Maximum exemplars shown with an answer; 0 keeps the calibration's texts private.",
     )
     max_in_flight: PositiveInt = Field(
-        default=256, description="Answers being written or waiting to be; above it, 503 with Retry-After."
+        default=256,
+        description="Maximum answers in flight, running or waiting; beyond it, 503 with Retry-After.",
     )
     max_in_flight_tokens: PositiveInt = Field(
         default=1 << 19,
-        description="Tokens of their prompts and, at their longest, answers; above it, 503 with Retry-After.",
+        description="Maximum tokens in flight, prompts and longest answers; beyond it, 503 with Retry-After.",
     )
     requests_per_minute: PositiveInt | None = Field(
         default=None,
-        description="Requests for answers that each key may make; above it, 429 with Retry-After.",
+        description="Requests for answers per minute for each key; beyond it, 429 with Retry-After.",
     )
     tokens_per_minute: PositiveInt | None = Field(
         default=None,
-        description="Tokens that each key may ask for, prompts and longest answers; above it, 429 with "
+        description="Tokens per minute for each key, prompts and longest answers; beyond it, 429 with "
         "Retry-After.",
     )
     request_timeout_s: PositiveFloat = Field(
         600.0,
-        description="Seconds an answer may take, waiting included; a client asks for fewer with the header "
-        "`x-request-timeout`. Then 503, and its place in the engine is free.",
+        description="Maximum seconds of a request, waiting included; beyond it, 503. The header "
+        "`x-request-timeout` asks for fewer.",
     )
 
     feedback: Path | None = Field(
-        default=None, description="SQLite file for verdicts and feedback on them; without it none is taken."
+        default=None,
+        description="SQLite file of verdicts and the feedback on them. Without it, the server takes no "
+        "feedback.",
     )
     log_format: Literal["text", "json"] = Field(
-        default="text", description="Log lines for people, or one JSON object a line."
+        default="text", description="Format of the log: `text` for people, `json` for one object per line."
     )
     log_bodies: bool = Field(
-        default=False, description="Log what clients send and get, prompts and answers included."
+        default=False, description="Log the bodies of requests and responses, prompts and answers included."
     )
 
     engine_check_interval_s: PositiveFloat = Field(
-        1.0, description="Seconds between looks at the engine's health."
+        1.0, description="Seconds between two checks of the engine's health."
     )
     engine_stall_timeout_s: PositiveFloat = Field(
         120.0,
-        description="Seconds of silence, while somebody waits, after which the engine is asked for one token; "
-        "without it for as long again, the server ends with code 1.",
+        description="Seconds without a token, while a request waits, before the engine is asked for one; "
+        "after as long again without it, the server ends with code 1.",
     )
     drain_timeout_s: PositiveInt = Field(
         default=30, description="Seconds that running answers get after SIGTERM."
