@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import date
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,8 @@ class ChatFormat:
         if not self.template:
             raise ValueError("this model has no chat template; use plain completions instead")
         rendered = self._render(messages, template_arguments or {})
-        own = self._controls([self._encode(piece) for piece in rendered.own])
+        encode = cache(self._encode)  # templates repeat themselves
+        own = self._controls([encode(piece, False) for piece in rendered.own])
         if self._puts_space_before and not any(self._markers_in(m["content"]) for m in messages):
             # As the model was trained: its tokens may reach across a text's ends.
             whole = self._encode(rendered.text)
@@ -95,8 +96,8 @@ class ChatFormat:
                 return whole
         ids: list[list[int]] = []
         for piece, is_text in rendered.pieces:
-            encode = self._encode_as_text if is_text else self._encode
-            ids.append(encode(piece, follows=bool(ids)))
+            follows = self._puts_space_before and bool(ids)
+            ids.append(self._encode_as_text(piece, follows) if is_text else encode(piece, follows))
         if self._controls(ids) != own:
             raise ValueError(
                 "these messages would make control tokens of the model's chat template; leave them out"
