@@ -15,8 +15,9 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import date
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from candor.engine.base import EngineError
@@ -40,6 +41,7 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Any, end_ids: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._lock = Lock()
         own = tokenizer.eos_token_id
         self.end_ids = frozenset(end_ids) | ({own} if own is not None else frozenset())
 
@@ -87,7 +89,8 @@ class ChatFormat:
         if not self.template:
             raise ValueError("this model has no chat template; use plain completions instead")
         rendered = self._render(messages, template_arguments or {})
-        own = self._controls([self._encode(piece) for piece in rendered.own])
+        encode = cache(self._encode)  # templates repeat themselves
+        own = self._controls([encode(piece, False) for piece in rendered.own])
         if self._puts_space_before and not any(self._markers_in(m["content"]) for m in messages):
             # As the model was trained: its tokens may reach across a text's ends.
             whole = self._encode(rendered.text)
@@ -95,8 +98,8 @@ class ChatFormat:
                 return whole
         ids: list[list[int]] = []
         for piece, is_text in rendered.pieces:
-            encode = self._encode_as_text if is_text else self._encode
-            ids.append(encode(piece, follows=bool(ids)))
+            follows = self._puts_space_before and bool(ids)
+            ids.append(self._encode_as_text(piece, follows) if is_text else encode(piece, follows))
         if self._controls(ids) != own:
             raise ValueError(
                 "these messages would make control tokens of the model's chat template; leave them out"
@@ -114,7 +117,7 @@ class ChatFormat:
     def encode_text(self, text: str) -> list[int]:
         """Ids of a plain prompt, with the start token where the tokenizer sets one."""
         first, *others = self._cut(text)
-        ids: list[int] = self._tokenizer(first, split_special_tokens=True)["input_ids"]
+        ids = self._tokenise(first, split_special_tokens=True)
         for other in others:
             ids += self._encode_as_text(other, follows=True)
         return ids
@@ -186,10 +189,14 @@ class ChatFormat:
 
     def _behind_anchor(self, text: str, follows: bool, **how: bool) -> list[int]:
         anchored = follows and self._puts_space_before
-        whole: list[int] = self._tokenizer(
-            _ANCHOR + text if anchored else text, add_special_tokens=False, **how
-        )["input_ids"]
+        whole = self._tokenise(_ANCHOR + text if anchored else text, add_special_tokens=False, **how)
         return whole[len(self._anchor_ids) :] if anchored else whole
+
+    def _tokenise(self, text: str, **how: bool) -> list[int]:
+        """One at a time: a tokenizer switches control tokens on and off for all of its threads."""
+        with self._lock:
+            ids: list[int] = self._tokenizer(text, **how)["input_ids"]
+        return ids
 
     def _cut(self, text: str) -> list[str]:
         """Within each marker that is no special token: tokenizers find those in any text."""
@@ -251,15 +258,12 @@ class ChatFormat:
 
     @cached_property
     def _anchor_ids(self) -> list[int]:
-        ids: list[int] = self._tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"]
-        return ids
+        return self._tokenise(_ANCHOR, add_special_tokens=False)
 
     @cached_property
     def _puts_space_before(self) -> bool:
         """Whether a text's beginning is tokenised otherwise than the same text further on."""
-        alone, further = (
-            self._tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("a", _ANCHOR + "a")
-        )
+        alone, further = (self._tokenise(t, add_special_tokens=False) for t in ("a", _ANCHOR + "a"))
         anchor = self._anchor_ids
         return bool(anchor) and further[: len(anchor)] == anchor and further[len(anchor) :] != alone
 

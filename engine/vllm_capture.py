@@ -4,6 +4,7 @@ Tracks vLLM 0.32 (0.16 to 0.33 have the same seams), with both of its model runn
 - between `execute_model` and `sample_tokens`, the runner's `execute_model_state` holds the states that go to the LM
   head, already normed and outside compiled code, and the slots where the step's keys and values lie;
 - the runner's `sampler` is given the model's logits and gives back what it draws, `sampled_token_ids`;
+- the sampler is there once the worker's `load_model` is done;
 - a worker is told its blocks by `initialize_from_config`, from what `determine_available_memory` leaves for them;
 - what `sample_tokens` returns is a ModelRunnerOutput, or has one come later through `get_output`.
 
@@ -77,6 +78,11 @@ class CaptureMixin:
     _layer: str
     _step: _Step | None = None
     _waiting: list[_Step]
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        # Before vLLM measures how much memory a step takes: float32 logits are copied.
+        self.model_runner.sampler = _Overheard(self.model_runner.sampler, self._heard)
 
     def get_kv_cache_spec(self) -> Any:
         return keep_whole_sequences(super().get_kv_cache_spec())  # type: ignore[misc]
@@ -215,7 +221,6 @@ class CaptureMixin:
         self._waiting = []
         self._sums = BlockSums(config.num_blocks, block_size, self._hidden_size, self.device)
         self._evidence = SlotEvidence(config.num_blocks, block_size, self.device)
-        self.model_runner.sampler = _Overheard(self.model_runner.sampler, self._heard)
 
     @property
     def _hidden_size(self) -> int:

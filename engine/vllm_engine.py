@@ -13,6 +13,7 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from copy import copy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ class VLLMEngine:
         self._chat = chat
         self._adapters = tuple(map(_adapter, settings.adapters))
         self._stand(settings.representation, None)
+        _require_torchvision(settings.model)
         try:
             self._llm = AsyncLLM.from_engine_args(_engine_args(settings))
         except Exception as error:  # whatever it is, the server has one message for it
@@ -269,9 +271,20 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         # On a CPU, vLLM 0.32 lays its last adapter slot over requests that want none (index -1): it stays empty.
         max_loras=max(1, len(settings.adapters) + on_cpu),
         max_lora_rank=_fitting_rank(settings.adapters),
+        language_model_only=True,  # of what sees or hears too
         trust_remote_code=False,
         seed=0,
     )
+
+
+def _require_torchvision(model: Path) -> None:
+    """Raises EngineError where vLLM cannot read the model for want of it, though text alone is served."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    if "vision_config" in config and find_spec("torchvision") is None:
+        raise EngineError(
+            f"{model} reads images too, and vLLM's code for it needs torchvision, which is not installed: install "
+            "the one made for this torch, or serve the text model of the same family"
+        )
 
 
 def _adapter(path: Path) -> tuple[Path, AdapterIdentity]:

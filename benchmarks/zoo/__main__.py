@@ -112,8 +112,8 @@ def _in_a_process_of_its_own(family: str) -> dict[str, Any]:
 
 def _reasons(lines: Iterable[str]) -> list[str]:
     """Exceptions that vLLM's processes ended with, the deepest first."""
-    found = (re.search(r"\b(\w+(?:Error|Exception)\b:? ?.*)", line) for line in lines)
-    said = [match[1].strip() for match in found if match and "Traceback" not in match[1]]
+    found = (re.search(r"\b(?:\w+(?:Error|Exception)): +(.+)", line) for line in lines)
+    said = [match[1].strip() for match in found if match]
     return list(dict.fromkeys(said))[:6]
 
 

@@ -83,13 +83,11 @@ class Contract:
     def _tag_in(self, written: Sequence[int], tokens: int) -> tuple[list[int], str] | None:
         for at in range(3, len(written) - tokens):
             tag = list(written[at : at + tokens])
-            text, before = self._chat.decode(tag), self._chat.decode(written[: at + tokens - 1])
-            if (
-                text.isprintable()
-                and text.strip() == text != ""
-                and "\ufffd" not in text
-                and text not in before
-            ):
+            text = self._chat.decode(tag)
+            before, whole = (self._chat.decode(written[:end]) for end in (at + tokens - 1, at + tokens))
+            # Random models write bytes that are no letters; what follows those is shown late or never.
+            clean = text.isprintable() and text.strip() == text != "" and "\ufffd" not in whole
+            if clean and text not in before and whole.endswith(text):
                 return tag, text
         return None
 

@@ -132,7 +132,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, **_alternating()},
     ),
     "DeepSeek V2": ("DeepseekV2Config", "DeepseekV2ForCausalLM", {**_MLA, "topk_method": "greedy"}),
-    "DeepSeek V3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", _MLA),
+    "DeepSeek V3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", {**_MLA, "topk_method": "noaux_tc"}),
     "Granite": (
         "GraniteConfig",
         "GraniteForCausalLM",

@@ -78,6 +78,9 @@ class Steps:
     model_runner: Runner
     later: bool
 
+    def load_model(self) -> None:
+        pass  # the runner has it already
+
     def get_kv_cache_spec(self) -> dict[str, Any]:
         return {"layer": spec(1), "other": spec(1)}
 
@@ -131,6 +134,7 @@ class Worker(CaptureMixin, Steps):
             model_config=SimpleNamespace(get_hidden_size=lambda: HIDDEN, dtype=torch.float32),
             cache_config=SimpleNamespace(kv_cache_memory_bytes=None),
         )
+        self.load_model()
         self.initialize_from_config(self.model_runner.kv_cache_config)
 
 

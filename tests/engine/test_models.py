@@ -10,13 +10,16 @@ import asyncio
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.zoo.contract import CHUNK, REPRESENTATION, SEA, Contract
+from benchmarks.zoo.families import build
 from benchmarks.zoo.tiny import save, sentencepiece, small
-from candor.engine.base import Engine, Generation, Sampling
+from candor.engine.base import Engine, EngineError, Generation, Sampling
 from candor.engine.factory import start_engine
 from candor.engine.prompt import ChatFormat
 from candor.engine.settings import EngineSettings
@@ -114,3 +117,11 @@ def test_a_stop_string_is_no_end(served: Engine, settings: EngineSettings, runne
     cut = runner.run(answer(served, settings, Sampling(max_tokens=80, stop=(whole.text.strip()[3:5],))))
     assert cut.finish_reason == "stop"
     assert cut.truncated
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is here")
+def test_a_vision_checkpoint_is_refused_without_torchvision(tmp_path: Path, runner: asyncio.Runner) -> None:
+    pytest.importorskip("vllm")
+    model = build("Gemma 3 (vision checkpoint)", tmp_path / "model")
+    with pytest.raises(EngineError, match="needs torchvision"):
+        runner.run(start_engine(EngineSettings(model, representation=REPRESENTATION, dtype="float32")))
