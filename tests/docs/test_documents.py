@@ -21,7 +21,7 @@ LOG = "docs/log.md"
 
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("README.md", "CONTRIBUTING.md", "demo/README.md", "docker/README.md", "docs/**/*.md")
+    for pattern in ("README.md", "demo/README.md", "docker/README.md", "docs/**/*.md")
     for path in ROOT.glob(pattern)
 )
 ROOMS = "|".join(
