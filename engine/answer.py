@@ -2,6 +2,10 @@
 
 What might become the tag is held back until it is known: the white space before it and any beginning of
 it. So the tag and what follows it never reach the client, streamed or not.
+
+Log-probabilities follow the text: a token's is sent when all of its text has been shown. Where a stop string cut
+the text, tokens beyond the cut, or across it, have none; else every token of the answer has one, and those whose
+texts do not add up to what was shown (several may make one character) go out at the end.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ class TagFilter:
 
 
 @dataclass
-class Answer:
+class AnswerText:
     """Collects what an engine generates, tag and end token included; shows what belongs to the answer.
 
     token_ids: everything generated. logprobs: one entry per token, or none at all.
@@ -58,13 +62,18 @@ class Answer:
 
     def __post_init__(self) -> None:
         self._filter = TagFilter(self.tag_text)
-        self._shown: list[str] = []
+        self._text = ""
         self._reported = 0  # tokens whose log-probabilities were sent
-        self._reported_length = 0
+        self._reported_length = 0  # characters of those tokens
 
     @property
     def text(self) -> str:
-        return "".join(self._shown)
+        return self._text
+
+    @property
+    def reported_logprobs(self) -> tuple[TokenLogprob, ...]:
+        """All that deltas have carried."""
+        return tuple(self.logprobs[: self._reported])
 
     @property
     def tag_found(self) -> bool:
@@ -83,9 +92,15 @@ class Answer:
         self.logprobs += logprobs
         return self._show(self._filter.feed(piece)) or (Delta("") if begins else None)
 
-    def finish(self) -> Delta | None:
-        """The text ended: shows what was held back."""
-        return self._show(self._filter.finish())
+    def finish(self, length: int | None, *, stopped: bool) -> Delta | None:
+        """The text ended: shows what was held back.
+
+        length: how many tokens are the answer, as `length` has it. stopped: by a stop string, before which the
+        text ends; then, and where length is None, only the text tells which tokens were shown.
+        """
+        shown = self._filter.finish()
+        whole = None if stopped and not self.tag_found else length
+        return self._show(shown, whole or 0)
 
     def length(self, is_blank: Callable[[int], bool]) -> int | None:
         """How many of `token_ids` are the answer: those before the tag, without closing blanks and end tokens.
@@ -101,20 +116,23 @@ class Answer:
             length -= 1
         return length
 
-    def _show(self, shown: str) -> Delta | None:
-        if not shown:
-            return None
-        self._shown.append(shown)
-        return Delta(shown, self._due(sum(map(len, self._shown))) if self.report_logprobs else ())
+    def _show(self, shown: str, least: int = 0) -> Delta | None:
+        """least: tokens whose log-probabilities are due, whatever their texts come to."""
+        self._text += shown
+        due = self._due(least) if self.report_logprobs else ()
+        return Delta(shown, due) if shown or due else None
 
-    def _due(self, shown_length: int) -> tuple[TokenLogprob, ...]:
-        first = self._reported
-        while self._reported < len(self.logprobs):
-            length = len(self.logprobs[self._reported].token)
-            if self._reported_length + length > shown_length:
+    def _due(self, least: int) -> tuple[TokenLogprob, ...]:
+        first, length = self._reported, self._reported_length
+        for number, entry in enumerate(self.logprobs[first:], first + 1):
+            length += len(entry.token)
+            if length > len(self._text):
                 break
-            self._reported_length += length
-            self._reported += 1
+            if (
+                entry.token
+            ):  # one without text is part of a character, or ends the answer: it waits for the next
+                self._reported, self._reported_length = number, length
+        self._reported = max(self._reported, min(least, len(self.logprobs)))
         return tuple(self.logprobs[first : self._reported])
 
 

@@ -22,7 +22,7 @@ from transformers.generation import (
 )
 from transformers.utils import logging as transformers_logging
 
-from candor.engine.answer import Answer
+from candor.engine.answer import AnswerText
 from candor.engine.base import (
     AdapterIdentity,
     Delta,
@@ -88,29 +88,37 @@ class TransformersEngine:
     def _steps(
         self, prompt_ids: Sequence[int], sampling: Sampling, capture: bool
     ) -> Generator[Delta | Generation, None, None]:
-        answer = Answer(self.representation.tag, self._tag_ids, sampling.logprobs is not None)
+        answer = AnswerText(self.representation.tag, self._tag_ids, sampling.logprobs is not None)
         draw = _Draw(sampling)
         sequence = _Sequence(self._model)
         logits = sequence.feed(prompt_ids)[-1]
-        text, stopped = "", False
+        text, stopped, shown = "", False, 0
+        unsure = max(map(len, sampling.stop), default=1) - 1  # characters that may become a stop string
         while len(answer.token_ids) < sampling.max_tokens:
             token = draw(logits, answer.token_ids)
             entry = self._token_logprob(logits, token, max(TOP, sampling.logprobs or 0))
             ended = token in self._end_ids
             before, text = text, self._settled(answer.token_ids if ended else [*answer.token_ids, token])
+            entry = replace(
+                entry, token=text[len(before) :]
+            )  # what it adds: alone, part of a character is none
             cut = min((at for stop in sampling.stop if (at := text.find(stop)) >= 0), default=None)
             stopped = cut is not None
-            if delta := answer.add(text[:cut][len(before) :], [token], [entry]):
+            sure = max(shown, len(text) - unsure if cut is None else cut)
+            if delta := answer.add(text[shown:sure], [token], [entry]):
                 yield delta
+            shown = sure
             if ended or stopped:
                 break
             logits = sequence.feed([token])[-1]
             if answer.token_ids[-len(self._tag_ids) :] == self._tag_ids:
                 break
-        if delta := answer.finish():
+        if not stopped and (delta := answer.add(text[shown:], [])):
+            yield delta
+        length = answer.length(self._chat.is_blank)
+        if delta := answer.finish(length, stopped=stopped):
             yield delta
 
-        length = answer.length(self._chat.is_blank)
         tagged_as_taught = answer.token_ids[-len(self._tag_ids) :] == self._tag_ids
         token_ids = (
             answer.token_ids[:length] if length is not None else self._chat.encode_response(answer.text)
@@ -129,7 +137,7 @@ class TransformersEngine:
             hidden=hidden,
             prompt_tokens=len(prompt_ids),
             completion_tokens=len(answer.token_ids),
-            logprobs=tuple(answer.logprobs[:length]) if sampling.logprobs is not None else (),
+            logprobs=answer.reported_logprobs,
         )
 
     def _summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:

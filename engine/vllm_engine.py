@@ -33,7 +33,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from candor.engine.answer import Answer
+from candor.engine.answer import AnswerText
 from candor.engine.base import (
     AdapterIdentity,
     Delta,
@@ -103,7 +103,7 @@ class VLLMEngine:
         self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
     ) -> AsyncGenerator[Delta | Generation, None]:
         params = self._params(prompt_ids, sampling, capture)
-        answer = Answer(self.representation.tag, self._tag_ids, sampling.logprobs is not None)
+        answer = AnswerText(self.representation.tag, self._tag_ids, sampling.logprobs is not None)
         async with aclosing(self._submit(prompt_ids, params)) as outputs:
             async for output in outputs:
                 completion = output.outputs[0]
@@ -113,11 +113,11 @@ class VLLMEngine:
                 ]
                 if delta := answer.add(completion.text, completion.token_ids, logprobs):
                     yield delta
-        if delta := answer.finish():
+        length = answer.length(self._chat.is_blank)
+        if delta := answer.finish(length, stopped=isinstance(completion.stop_reason, str)):
             yield delta
 
         record = _record(output)
-        length = answer.length(self._chat.is_blank)
         hidden = None
         if capture:
             try:
@@ -142,7 +142,7 @@ class VLLMEngine:
             hidden=hidden,
             prompt_tokens=len(prompt_ids),
             completion_tokens=len(answer.token_ids) - (record is not None),  # without the one after the tag
-            logprobs=tuple(answer.logprobs[:length]) if sampling.logprobs is not None else (),
+            logprobs=answer.reported_logprobs,
             queued_s=_queued(output),
         )
 
@@ -178,7 +178,7 @@ class VLLMEngine:
         self._llm.shutdown()
 
     async def _hidden(
-        self, prompt_ids: Sequence[int], answer: Answer, length: int | None, record: Record | None
+        self, prompt_ids: Sequence[int], answer: AnswerText, length: int | None, record: Record | None
     ) -> HiddenSummary:
         """h's parts for a finished answer: as reported at its tag, else by appending the tag to it.
 

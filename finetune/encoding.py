@@ -5,7 +5,8 @@
     hard negative       the verification input, then No</verified>\\n\\n
 
 Generated text may be malformed in any way: without a trailing tag it gets one, and what comes before
-is left as it is.
+is left as it is. Parsing is lenient, as the public code's is: sentences and verdicts are sought each by
+themselves and paired in order, outer blanks aside, and a verdict is Yes in whatever case, or else No.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import NamedTuple
 
 TAG = "<verified>"
 _VERDICT = re.compile(r"<verified>(?:Yes|No)</verified>\Z")
-_ANSWER = re.compile(r"<sentence>(.*?)</sentence>\n<verified>(Yes|No)</verified>", re.DOTALL)
+_SENTENCES = re.compile(r"<sentence>(.*?)</sentence>", re.DOTALL)
+_VERDICTS = re.compile(r"<verified>(.*?)</verified>", re.DOTALL)
 
 
 class Parsed(NamedTuple):
-    """Tagged sentences in order, and the verdict that follows each (Yes: True)."""
+    """Tagged sentences in order, and the verdict on each (Yes: True)."""
 
     sentences: list[str]
     verifications: list[bool]
@@ -38,11 +40,11 @@ def hard_negative(generated: str) -> str:
 
 
 def parse(generated: str) -> Parsed:
-    """The complete answers in a response, up to the first one verified Yes."""
-    sentences, verifications = [], []
-    for sentence, verdict in _ANSWER.findall(generated):
-        sentences.append(sentence)
-        verifications.append(verdict == "Yes")
-        if verifications[-1]:
+    """The sentences that have a verdict, up to the first one verified Yes."""
+    parsed = Parsed([], [])
+    for sentence, verdict in zip(_SENTENCES.findall(generated), _VERDICTS.findall(generated), strict=False):
+        parsed.sentences.append(sentence.strip())
+        parsed.verifications.append(verdict.strip().lower() == "yes")
+        if parsed.verifications[-1]:
             break
-    return Parsed(sentences, verifications)
+    return parsed

@@ -33,7 +33,7 @@ from candor.app.answering.scoring import Scorer, ScoringRequest
 from candor.app.process.application import create_app
 from candor.app.process.backend import Backend
 from candor.app.process.settings import Settings
-from candor.engine.answer import Answer
+from candor.engine.answer import AnswerText
 from candor.engine.base import AdapterIdentity, Delta, Generation, HiddenSummary, Sampling
 from candor.engine.prompt import ChatFormat
 from candor.engine.slot_evidence import surprisal_and_margin
@@ -158,7 +158,7 @@ class Ready:
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
     ) -> AsyncGenerator[Delta | Generation, None]:
-        answer = Answer(self.representation.tag, [1])
+        answer = AnswerText(self.representation.tag, [1])
         for piece in [*[" word"] * self._words, self.representation.tag]:
             await asyncio.sleep(0)
             if delta := answer.add(piece, (5,)):

@@ -62,6 +62,18 @@ def y_in_doubt(z_prime: Tensor) -> Tensor:
     return top[:, 0] - top[:, 1] <= 1e-4
 
 
+def possible_speakers(sdm: Tensor, votes: Tensor, y_hat: Tensor) -> Tensor:
+    """(n, J) bool: which models of an ensemble may speak for it. sdm (n, J, C), votes (n, J), y_hat (n,).
+
+    Those that vote y_hat with an SDM as small as the smallest, give or take what two values may be off by: at d = 0
+    all have 1/C.
+    """
+    models = votes.shape[1]
+    top = sdm.gather(2, y_hat.view(-1, 1, 1).expand(-1, models, 1)).squeeze(2)  # (n, J)
+    top = top.masked_fill(votes != y_hat.unsqueeze(1), torch.inf)
+    return top <= top.amin(dim=1, keepdim=True) + 2 * TOLERANCE
+
+
 def admission_in_doubt(sdm: Tensor, q_prime: Tensor, region: Region) -> Tensor:
     """(n,) bool: q' is within 1e-4 (relative) of q'_min, or an SDM within 1e-4 of its threshold."""
     if not region.found:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
-from benchmarks.conformance.doubt import admission_in_doubt, d_in_doubt, q_range, y_in_doubt
+from benchmarks.conformance.doubt import (
+    admission_in_doubt,
+    d_in_doubt,
+    possible_speakers,
+    q_range,
+    y_in_doubt,
+)
 from benchmarks.conformance.fixture import Fixture, Tally
 from benchmarks.conformance.recorded import adaptor_of
 from candor.sdm.activation import sdm
 from candor.sdm.conventions import RECORDED
-from candor.sdm.ensemble import EnsembleEstimate, combine
+from candor.sdm.ensemble import combine
 from candor.sdm.estimator import SDMEstimator
 from candor.sdm.outputs import Estimate
 from candor.sdm.region import Region, q_prime
@@ -22,14 +29,14 @@ def check_ensemble(f: Fixture, t: Tally) -> None:
     models = f["models_q"].shape[1]
     recorded = [_recorded_estimate(f, t, j) for j in range(models)]
     everywhere = f["ens_mode_tied"] == 0
-    _combined(f, t, "", combine(recorded), everywhere, everywhere)
+    _combined(f, t, "", recorded, everywhere, everywhere)
 
     fitted, sure, hr_sure = [], everywhere, everywhere
     for j in range(models):
         estimate, steady, hr_steady = _fitted_estimate(f, t, j)
         fitted.append(estimate)
         sure, hr_sure = sure & steady, hr_sure & steady & hr_steady
-    _combined(f, t, "end to end: ", combine(fitted), sure, hr_sure)
+    _combined(f, t, "end to end: ", fitted, sure, hr_sure)
 
 
 def _recorded_estimate(f: Fixture, t: Tally, j: int) -> Estimate:
@@ -96,14 +103,23 @@ def _fitted_estimate(f: Fixture, t: Tally, j: int) -> tuple[Estimate, Tensor, Te
 
 
 def _combined(
-    f: Fixture, t: Tally, prefix: str, got: EnsembleEstimate, sure: Tensor, hr_sure: Tensor
+    f: Fixture, t: Tally, prefix: str, estimates: Sequence[Estimate], sure: Tensor, hr_sure: Tensor
 ) -> None:
+    got = combine(estimates)
     t.equal(f"{prefix}ens_y_hat", got.y_hat, f["ens_y_hat"], sure)
     t.equal(f"{prefix}ens_is_hr", got.admitted, f.flags("ens_is_hr"), hr_sure)
     t.equal(f"{prefix}ens_is_hr_lower", got.admitted_lower, f.flags("ens_is_hr_lower"), hr_sure)
     t.equal(f"{prefix}ens_any_is_ood", got.is_ood, f.flags("ens_any_is_ood"), sure)
-    for name in ("sdm", "sdm_lower", "q_prime", "q_prime_lower"):
-        t.close(f"{prefix}ens_{name}", getattr(got, name), f[f"ens_{name}"], where=sure)
-    if not prefix:
-        t.equal("ens_min_sdm_model", got.speaker, f["ens_min_sdm_model"], sure)
-        t.equal("ens_min_sdm_lower_model", got.speaker_lower, f["ens_min_sdm_lower_model"], sure)
+    votes, rows = torch.stack([e.y_hat for e in estimates], dim=1), torch.arange(len(sure))
+    for bound, speaker in {"": got.speaker, "_lower": got.speaker_lower}.items():
+        scores, rescaled = (
+            torch.stack([getattr(e, name + bound) for e in estimates], dim=1) for name in ("sdm", "q_prime")
+        )  # (n, J, C), (n, J)
+        possible = possible_speakers(scores, votes, got.y_hat)
+        doubt = possible.sum(dim=1) > 1
+        model, recorded = f"ens_min_sdm{bound}_model", f[f"ens_min_sdm{bound}_model"]
+        t.true(f"{prefix}{model} in doubt", possible[rows, recorded], sure & doubt)
+        t.equal(f"{prefix}{model}", speaker, recorded, sure & ~doubt)
+        heard = torch.where(doubt, recorded, speaker)
+        t.close(f"{prefix}ens_sdm{bound}", scores[rows, heard], f[f"ens_sdm{bound}"], where=sure)
+        t.close(f"{prefix}ens_q_prime{bound}", rescaled[rows, heard], f[f"ens_q_prime{bound}"], where=sure)

@@ -9,6 +9,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,6 +93,81 @@ def test_one_changed_value_is_found(name: str, array: str) -> None:
     else:
         flat[0] = 1 - flat[0] if flat[0] in (0, 1) else flat[0] + 1
     assert check(fixture).mismatches
+
+
+def copied(name: str, folder: Path, **changed: torch.Tensor) -> Path:
+    """A recorded fixture with some of its arrays replaced."""
+    with np.load(GOLDEN / f"{name}.npz") as recorded:
+        arrays = dict(recorded)
+    for array, value in changed.items():
+        assert value.shape == arrays[array].shape
+        arrays[array] = value.numpy().astype(arrays[array].dtype)
+    np.savez(folder / f"{name}.npz", **arrays)
+    shutil.copy(GOLDEN / f"{name}.json", folder)
+    return folder / f"{name}.npz"
+
+
+def with_speaker(folder: Path, row: int, model: int, **changed: torch.Tensor) -> Path:
+    """s11, had rounding let this model speak in this row: its values stand for the ensemble's, of both estimators."""
+    f = load(GOLDEN / "s11_ensemble.npz")
+    for bound in ("", "_lower"):
+        top = f[f"models_sdm{bound}"][row, model, f["ens_y_hat"][row]]
+        similarity = f["models_q"][row, model].double()
+        told = {
+            f"ens_min_sdm{bound}_model": torch.tensor(model),
+            f"ens_sdm{bound}": f[f"models_sdm{bound}"][row, model],
+            f"ens_q_prime{bound}": torch.minimum(similarity, (2 + similarity) ** top.double()),
+        }
+        for array, value in told.items():
+            changed[array] = f[array].clone()
+            changed[array][row] = value
+    return copied("s11_ensemble", folder, **changed)
+
+
+ALL_AGREE, TWO_AGREE = 150, 153
+"""Rows of s11 where all three models have d = 0, hence 1/2: all vote 0; the third votes 1."""
+
+
+def test_which_of_equal_models_speaks_is_rounding(tmp_path: Path) -> None:
+    f = load(GOLDEN / "s11_ensemble.npz")
+    assert not f["models_d"][[ALL_AGREE, TWO_AGREE]].any()
+    assert f["models_q"][ALL_AGREE].tolist() == [26, 11, 2]  # so q' tells who spoke
+    for model in range(3):
+        assert not check(load(with_speaker(tmp_path, ALL_AGREE, model))).mismatches
+    # As the recorded implementation rounds it: a little under 1/2.
+    rounded = f["models_sdm"].clone()
+    rounded[ALL_AGREE, 2] = torch.tensor([0.49999997, 0.50000003])
+    assert not check(load(with_speaker(tmp_path, ALL_AGREE, 2, models_sdm=rounded))).mismatches
+
+
+def test_but_it_must_be_one_of_them_and_be_quoted_rightly(tmp_path: Path) -> None:
+    wrong_vote = check(load(with_speaker(tmp_path, TWO_AGREE, 2))).mismatches
+    assert {"ens_min_sdm_model in doubt", "end to end: ens_min_sdm_model in doubt"} <= set(wrong_vote)
+    f = load(GOLDEN / "s11_ensemble.npz")
+    differing = int((f["models_sdm"][:, :, 0].amax(1) - f["models_sdm"][:, :, 0].amin(1)).argmax())
+    most_sure = int(f["models_sdm"][differing, :, f["ens_y_hat"][differing]].argmax())
+    assert "ens_min_sdm_model" in check(load(with_speaker(tmp_path, differing, most_sure))).mismatches
+    misquoted = f["ens_q_prime"].clone()
+    misquoted[ALL_AGREE] = f["models_q_prime"][ALL_AGREE, 2]
+    path = copied("s11_ensemble", tmp_path, ens_q_prime=misquoted)
+    assert "ens_q_prime" in check(load(path)).mismatches
+
+
+def test_a_fixture_without_standardisation(tmp_path: Path) -> None:
+    """s03 with its two scalars folded into the weights: W ((x - m) / s) + b = (W / s) x + (b - W m / s)."""
+    f = load(GOLDEN / "s03_no_finite_qmin.npz")
+    mean, scale = f["mean_std"].tolist()
+    weight = f["conv_weight"].double() / scale
+    folded = {
+        "conv_weight": weight,
+        "conv_bias": f["conv_bias"] - mean * weight.sum(dim=1),
+        "mean_std": torch.tensor([0.0, 1.0]),
+    }
+    assert not check(load(copied("s03_no_finite_qmin", tmp_path, **folded))).mismatches
+    unfolded = copied("s03_no_finite_qmin", tmp_path, mean_std=folded["mean_std"])
+    assert "train_h" in check(load(unfolded)).mismatches
+    misread = copied("s03_no_finite_qmin", tmp_path, mean_std=torch.tensor([0.0, 1.001]))
+    assert "mean_std" in check(load(misread)).mismatches
 
 
 def test_a_changed_text_is_found() -> None:

@@ -25,6 +25,7 @@ from candor.engine.base import (
     PromptTooLong,
     Representation,
     Sampling,
+    TokenLogprob,
 )
 from candor.engine.factory import start_engine
 from candor.engine.prompt import ChatFormat
@@ -68,6 +69,16 @@ class Bench:
 
     def one(self, prompt: list[int], sampling: Sampling | None = None) -> Generation:
         return self.all((prompt, sampling or Sampling(max_tokens=40)))[0]
+
+    def heard(self, prompt: list[int], sampling: Sampling) -> tuple[tuple[TokenLogprob, ...], Generation]:
+        """The log-probabilities of all deltas, and the whole answer."""
+
+        async def listen() -> tuple[tuple[TokenLogprob, ...], Generation]:
+            *deltas, answer = [item async for item in self.engine.generate(prompt, sampling)]
+            assert isinstance(answer, Generation)
+            return tuple(entry for delta in deltas for entry in delta.logprobs), answer
+
+        return self.runner.run(listen())
 
     def expected(self, prompt: list[int], answer: Generation) -> HiddenSummary:
         async def summarise() -> HiddenSummary:
@@ -304,6 +315,38 @@ def test_logprobs_are_reported_for_the_answer_alone(bench: Bench) -> None:
         assert len(entry.top) >= 3
         assert entry.logprob <= 0
         assert entry.logprob == entry.top[0][2]  # greedy: the likeliest
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "tokens"),
+    [
+        ("ran ho", "<sentence>The children ", ["<", "sentence", ">", "The", " children"]),
+        ("<", "", []),
+        ("nowhere", None, None),
+    ],
+)
+def test_logprobs_are_those_of_the_text_that_is_shown(
+    bench: Bench, stop: str, text: str | None, tokens: list[str] | None
+) -> None:
+    prompt = bench.ask(TASK.format("The children ran home before the", "began. storm"))
+    streamed, answer = bench.heard(prompt, Sampling(max_tokens=40, logprobs=0, stop=(stop,)))
+    assert streamed == answer.logprobs
+    if tokens is None:
+        assert [entry.token_id for entry in streamed] == list(answer.token_ids)
+    else:
+        assert (answer.text, [entry.token for entry in streamed]) == (text, tokens)
+
+
+def test_logprobs_of_characters_that_take_several_tokens(bench: Bench) -> None:
+    prompt = bench.ask(
+        TASK.format("The \U0001f642\U0001f98a ran to the \u6771\u4eac before the", "began. storm")
+    )
+    streamed, answer = bench.heard(prompt, Sampling(max_tokens=48, logprobs=0))
+    assert "\U0001f98a ran to the \u6771\u4eac" in answer.text
+    assert streamed == answer.logprobs
+    assert [entry.token_id for entry in streamed] == list(answer.token_ids)
+    assert "".join(entry.token for entry in streamed) == answer.text
+    assert "" in [entry.token for entry in streamed]
 
 
 def test_nothing_is_captured_unasked(bench: Bench) -> None:

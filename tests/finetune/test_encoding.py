@@ -40,3 +40,27 @@ def test_parsing_stops_after_the_first_yes() -> None:
     assert parse(text) == Parsed(["a", "b"], [False, True])
     assert parse(GOOD + "Yes") == Parsed([], [])
     assert parse("") == Parsed([], [])
+
+
+@pytest.mark.parametrize(
+    ("generated", "sentences", "verifications"),
+    [
+        ("<sentence>a</sentence>\n<verified>no</verified>", ["a"], [False]),
+        ("<sentence>a</sentence>\n<verified> YES </verified>", ["a"], [True]),
+        ("<sentence>\n a b\t</sentence>\n<verified>\nyes</verified>", ["a b"], [True]),
+        ("<sentence>a</sentence><verified>No</verified> so <sentence>b</sentence> <verified>Yes</verified>",
+         ["a", "b"], [False, True]),
+        ("<sentence>a</sentence>\n<verified>Maybe</verified>", ["a"], [False]),
+        ("<sentence>a</sentence>\n<verified></verified>", ["a"], [False]),
+        # Only as many as both there are of; tags in another case are none.
+        ("<sentence>a</sentence><sentence>b</sentence><verified>No</verified>", ["a"], [False]),
+        ("<Sentence>a</Sentence>\n<verified>Yes</verified>", [], []),
+        ("<verified>Yes</verified>", [], []),
+        # By their order, not by what stands beside them.
+        ("no tag\n<verified>No</verified>\n<sentence>a</sentence>\n<verified>Yes</verified>", ["a"], [False]),
+    ],
+)  # fmt: skip
+def test_parsing_minds_neither_case_nor_blanks(
+    generated: str, sentences: list[str], verifications: list[bool]
+) -> None:
+    assert parse(generated) == Parsed(sentences, verifications)
