@@ -22,7 +22,7 @@ from tqdm import tqdm
 from candor.calibration.data import Record
 from candor.calibration.generate import Labelled
 from candor.calibration.verifiers import load_verifier
-from candor.engine.answer import Answer
+from candor.engine.answer import AnswerText
 from candor.engine.base import EVIDENCE
 from candor.engine.evidence import features
 from candor.engine.prompt import SEPARATOR, ChatFormat
@@ -94,7 +94,7 @@ class BatchedModel:
         generated = self._generate(prompts, max_tokens)
         answers = []
         for ids in generated:
-            answer = Answer(TAG, self._tag)
+            answer = AnswerText(TAG, self._tag)
             before = ""
             for token in ids:
                 if token == self.chat.end_id:
