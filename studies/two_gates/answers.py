@@ -104,7 +104,7 @@ class BatchedModel:
                 text = text.rstrip("\ufffd")
                 answer.add(text[len(before) :], [token])
                 before = text
-            answer.finish()
+            answer.finish(answer.length(self.chat.is_blank), stopped=False)
             answers.append(answer)
         lengths = [answer.length(self.chat.is_blank) for answer in answers]
         bodies, rest = [], []
