@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import trange
 
 from benchmarks.certificates.world import WIDTH, World, as_answers
-from candor.calibration.certificate import KINDS, Wanted, certify
+from candor.calibration.certificate import KINDS, Claim, certify
 from candor.calibration.errors import CalibrationError
 from candor.calibration.fit import FitSettings, fit, set_aside_for_certification
 from candor.calibration.intervals import Share
@@ -63,19 +63,19 @@ class Scenario:
     name: str
     draw: Draw
     records: int
-    wanted: Wanted
+    wanted: Claim
     alpha: float
 
 
 SCENARIOS = (
-    Scenario("balanced", World(0.5, 2.2).draw, 1_000, Wanted(0.95, 0.05), 0.8),
-    Scenario("few wrong", World(0.85, 4.0, noise=0.01).draw, 1_000, Wanted(0.97, 0.05), 0.7),
-    Scenario("few right", World(0.25, 4.0, noise=0.02).draw, 1_000, Wanted(0.95, 0.05), 0.7),
+    Scenario("balanced", World(0.5, 2.2).draw, 1_000, Claim(0.95, 0.05), 0.8),
+    Scenario("few wrong", World(0.85, 4.0, noise=0.01).draw, 1_000, Claim(0.97, 0.05), 0.7),
+    Scenario("few right", World(0.25, 4.0, noise=0.02).draw, 1_000, Claim(0.95, 0.05), 0.7),
     # No answer is right with more than 1 - noise, so every certificate is false, by a hair.
-    Scenario("none true", World(0.85, 4.0, noise=0.03).draw, 1_000, Wanted(0.97, 0.05), 0.7),
-    Scenario("top not rightest", top_not_rightest, 1_000, Wanted(0.92, 0.05), 0.7),
-    Scenario("near-ties", near_ties, 1_000, Wanted(0.96, 0.05), 0.7),
-    Scenario("300 records", World(0.75, 3.0).draw, 300, Wanted(0.95, 0.05), 0.8),
+    Scenario("none true", World(0.85, 4.0, noise=0.03).draw, 1_000, Claim(0.97, 0.05), 0.7),
+    Scenario("top not rightest", top_not_rightest, 1_000, Claim(0.92, 0.05), 0.7),
+    Scenario("near-ties", near_ties, 1_000, Claim(0.96, 0.05), 0.7),
+    Scenario("300 records", World(0.75, 3.0).draw, 300, Claim(0.95, 0.05), 0.8),
 )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from candor.calibration.evaluate import Evaluation, Reading
+from candor.calibration.evaluate import Evaluation, RegionFigures
 from candor.calibration.intervals import CONFIDENCE, Share, clopper_pearson
 
 BASE_RATES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -30,7 +30,7 @@ class Shifted:
     high: float
 
 
-def shifted(reading: Reading, base_rate: float) -> Shifted:
+def shifted(reading: RegionFigures, base_rate: float) -> Shifted:
     """base_rate in [0, 1]: the share of right answers that is supposed."""
     wrong, right = reading.answered_of_class
     (low_0, high_0), (low_1, high_1) = _interval(wrong), _interval(right)
@@ -45,7 +45,7 @@ def shifted(reading: Reading, base_rate: float) -> Shifted:
     )
 
 
-def least_base_rate(reading: Reading, accuracy: float) -> float:
+def least_base_rate(reading: RegionFigures, accuracy: float) -> float:
     """From which share of right answers on the lower end of `shifted` keeps the accuracy, in (0, 1]; 1: at none."""
     wrong, right = reading.answered_of_class
     r_0, r_1 = _interval(wrong)[1], _interval(right)[0]
@@ -57,7 +57,7 @@ def least_base_rate(reading: Reading, accuracy: float) -> float:
 def base_rate_report(evaluation: Evaluation) -> dict[str, Any]:
     """For the report: under which base rate the figures are, and what they were under others."""
 
-    def of(reading: Reading, alpha: float) -> dict[str, Any]:
+    def of(reading: RegionFigures, alpha: float) -> dict[str, Any]:
         wrong, right = reading.answered_of_class
         return {
             "answered_if_wrong": wrong.to_json(),

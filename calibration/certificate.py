@@ -52,7 +52,7 @@ KINDS: tuple[EstimatorKind, ...] = ("lower", "plain")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Claim:
     """accuracy: to certify, among the answered. delta: chance that a certificate is false, at most.
 
     Raises ValueError out of range.
@@ -82,7 +82,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Sought:
+class CertificateSearch:
     """A certificate, sought for one region under one estimator. steps: in their order, the last one perhaps failed.
 
     certificate: None where the first test failed. records_needed: set aside in all, for ENOUGH_POWER, if the
@@ -100,9 +100,9 @@ class Sought:
 class Certification:
     """What was asked, of which prompts (their digests; each counted once), and what came of it."""
 
-    wanted: Wanted
+    wanted: Claim
     prompts: frozenset[str]
-    sought: tuple[Sought, ...]
+    sought: tuple[CertificateSearch, ...]
 
     @property
     def certificates(self) -> tuple[Certificate, ...]:
@@ -117,7 +117,7 @@ def certify(
     estimator: SDMEstimator,
     calibration: Sequence[Labelled],
     certification: Sequence[Labelled],
-    wanted: Wanted,
+    wanted: Claim,
 ) -> Certification:
     """For every region that was found, and both estimators; each certificate holds by itself.
 
@@ -141,12 +141,14 @@ def certify(
     return Certification(wanted, frozenset(first_of_each), tuple(sought))
 
 
-def _seek(region: Region, kind: EstimatorKind, seen: ServedRows, drawn: ServedRows, wanted: Wanted) -> Sought:
+def _seek(
+    region: Region, kind: EstimatorKind, seen: ServedRows, drawn: ServedRows, wanted: Claim
+) -> CertificateSearch:
     order = thresholds(seen, region.q_prime_min)
     steps = walk(drawn, order[start(seen, order, len(drawn.y), wanted) :], wanted)
     passed = [step for step in steps if step.passed]
     if not passed:
-        return Sought(region.alpha, kind, steps, None, records_needed(drawn, order, wanted))
+        return CertificateSearch(region.alpha, kind, steps, None, records_needed(drawn, order, wanted))
     last = passed[-1]
     certificate = Certificate(
         alpha=region.alpha,
@@ -160,7 +162,7 @@ def _seek(region: Region, kind: EstimatorKind, seen: ServedRows, drawn: ServedRo
         # The bound and the test say the same but for the bound's own 1e-12.
         lower_bound=max(wanted.accuracy, lower_bound(last.right, last.answered, wanted.delta)),
     )
-    return Sought(region.alpha, kind, steps, certificate, None)
+    return CertificateSearch(region.alpha, kind, steps, certificate, None)
 
 
 def thresholds(seen: ServedRows, floor: float) -> tuple[float, ...]:
@@ -170,7 +172,7 @@ def thresholds(seen: ServedRows, floor: float) -> tuple[float, ...]:
     return tuple(sorted({floor, *cuts}, reverse=True))
 
 
-def start(seen: ServedRows, order: Sequence[float], records: int, wanted: Wanted) -> int:
+def start(seen: ServedRows, order: Sequence[float], records: int, wanted: Claim) -> int:
     """Where in `order` to begin, from what the calibration half `seen` lets expect of so many records."""
     powers = []
     for threshold in order:
@@ -182,13 +184,13 @@ def start(seen: ServedRows, order: Sequence[float], records: int, wanted: Wanted
     return enough[0] if enough else powers.index(max(powers))
 
 
-def power(answered: int, accuracy: float, wanted: Wanted) -> float:
+def power(answered: int, accuracy: float, wanted: Claim) -> float:
     """Probability that so many answered certify, with this as their true accuracy in (0, 1)."""
     least_right = int((binomial_tails(answered, wanted.accuracy) > wanted.delta).sum())
     return float(binomial_tails(answered, accuracy)[least_right])
 
 
-def walk(drawn: ServedRows, order: Sequence[float], wanted: Wanted) -> tuple[Step, ...]:
+def walk(drawn: ServedRows, order: Sequence[float], wanted: Claim) -> tuple[Step, ...]:
     """Thresholds in their order until one fails."""
     steps: list[Step] = []
     for threshold in order:
@@ -200,7 +202,7 @@ def walk(drawn: ServedRows, order: Sequence[float], wanted: Wanted) -> tuple[Ste
     return tuple(steps)
 
 
-def records_needed(drawn: ServedRows, order: Sequence[float], wanted: Wanted) -> int | None:
+def records_needed(drawn: ServedRows, order: Sequence[float], wanted: Claim) -> int | None:
     """About the fewest records with which some threshold passes with ENOUGH_POWER, if what was measured is true."""
     fewest = MOST_RECORDS + 1
     for threshold in order:
@@ -218,7 +220,7 @@ def records_needed(drawn: ServedRows, order: Sequence[float], wanted: Wanted) ->
     return fewest if fewest <= MOST_RECORDS else None
 
 
-def told(found: Certification) -> str:
+def summary(found: Certification) -> str:
     """For people: a line for each region and estimator."""
     if not found.sought:
         return "No certificate: no region was found at any alpha."

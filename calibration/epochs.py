@@ -64,7 +64,7 @@ class Half:
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
+class HalfScores:
     """One half after an epoch: q (n,) int64; d_nearest (n,) squared, d (n,), losses (n,) float32; correct (n,)
     bool; class_loss (C,) float64, the losses' means by class."""
 
@@ -81,8 +81,8 @@ class Epoch:
     """What one epoch left: number from 1, both halves' scores, loss = mean of calibration.class_loss."""
 
     number: int
-    train: Scores
-    calibration: Scores
+    train: HalfScores
+    calibration: HalfScores
 
     @property
     def loss(self) -> float:
@@ -210,7 +210,7 @@ def run_epochs(
 @torch.no_grad()
 def score_halves(
     adaptor: ExemplarAdaptor, train: Half, calibration: Half, conventions: Conventions
-) -> tuple[Scores, Scores]:
+) -> tuple[HalfScores, HalfScores]:
     """Training and calibration half by exact distances, with the support that `adaptor` makes of the former."""
     classes = adaptor.num_classes
     h_train, z_train = adaptor(train.x)
@@ -226,9 +226,9 @@ def score_halves(
 
 def _scores(
     labels: Tensor, z_prime: Tensor, found: Neighbourhood, classes: int, conventions: Conventions
-) -> Scores:
+) -> HalfScores:
     ecdf = ClasswiseECDF.fit(found.d_nearest, found.q, labels, classes)
     d = ecdf.quantile(found.d_nearest, conventions)
     losses = sdm_loss(z_prime, found.q.float(), d, labels)
     correct = z_prime.argmax(dim=1) == labels
-    return Scores(found.q, found.d_nearest, d, losses, correct, balanced_loss(losses, labels, classes))
+    return HalfScores(found.q, found.d_nearest, d, losses, correct, balanced_loss(losses, labels, classes))

@@ -28,7 +28,7 @@ from candor.sdm.estimator import SDMEstimator
 
 
 @dataclass(frozen=True)
-class Reading:
+class RegionFigures:
     """One estimator at one alpha.
 
     accuracy_answered: P(y = 1 | answered), the accuracy of what is let through.
@@ -63,8 +63,8 @@ class Evaluation:
     verdict: Share
     ood: Share
     auroc: tuple[float, float, float] | None
-    lower: dict[float, Reading]
-    plain: dict[float, Reading]
+    lower: dict[float, RegionFigures]
+    plain: dict[float, RegionFigures]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; alphas become strings, e.g. "0.9"."""
@@ -89,8 +89,8 @@ def evaluate(
         single.measurement, alphas[0]
     )  # y_hat, SDM(z') and is_ood are the same at each
 
-    def by_alpha(kind: EstimatorKind) -> dict[float, Reading]:
-        return {alpha: reading_of(attempts.served(estimator, alpha, kind)) for alpha in alphas}
+    def by_alpha(kind: EstimatorKind) -> dict[float, RegionFigures]:
+        return {alpha: region_figures(attempts.served(estimator, alpha, kind)) for alpha in alphas}
 
     return Evaluation(
         records=len(answers),
@@ -104,10 +104,10 @@ def evaluate(
     )
 
 
-def reading_of(served: ServedRows) -> Reading:
+def region_figures(served: ServedRows) -> RegionFigures:
     admitted, answered, y = served.admitted, served.answered, served.y
     right = served.y_hat == y
-    return Reading(
+    return RegionFigures(
         admitted=Share.count(admitted),
         answered=Share.count(answered),
         accuracy_answered=Share.count(right[answered]),

@@ -74,7 +74,7 @@ class FitSettings:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenEpoch:
     """Which epoch was kept: round from 0, epoch from 1, and every round's lowest balanced loss."""
 
     round: int
@@ -92,7 +92,7 @@ class Fitted:
     estimator: SDMEstimator
     training: list[Labelled]
     calibration: list[Labelled]
-    chosen: Choice
+    chosen: ChosenEpoch
 
     @property
     def answers(self) -> list[Labelled]:
@@ -193,7 +193,7 @@ def fit(
     if calibration[0].more:  # the layer speaks of single attempts, the region of what the policy serves
         regions = regions_of_policy(estimator, Attempts.measure(estimator, calibration))
         estimator = replace(estimator, regions=regions)
-    return Fitted(estimator, training, calibration, Choice(number, layer.best_epoch, losses))
+    return Fitted(estimator, training, calibration, ChosenEpoch(number, layer.best_epoch, losses))
 
 
 class _Stopped(Exception):

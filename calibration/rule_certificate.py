@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from candor.calibration.certificate import ENOUGH_POWER, Step, Wanted, power
+from candor.calibration.certificate import ENOUGH_POWER, Claim, Step, power
 from candor.calibration.errors import CalibrationError
 from candor.calibration.intervals import binomial_tails, lower_bound
 from candor.calibration.rule import FittedRule, RuleRows
@@ -85,7 +85,7 @@ class RuleCertification:
     """prompts: digests of the records, each counted once. refused: how many of them the gate refused. steps: in their
     order, the last one perhaps failed. certificate: None where the first failed."""
 
-    wanted: Wanted
+    wanted: Claim
     prompts: frozenset[str]
     refused: int
     steps: tuple[Step, ...]
@@ -113,7 +113,7 @@ class RuleCertification:
         }
 
 
-def certify_rule(fitted: FittedRule, certification: RuleRows, wanted: Wanted) -> RuleCertification:
+def certify_rule(fitted: FittedRule, certification: RuleRows, wanted: Claim) -> RuleCertification:
     """certification: answers that nothing was fitted, chosen or ordered on, to prompts drawn as they will come; those
     that could not be scored hold NaN and are not let through. Raises CalibrationError without any.
     """
@@ -150,7 +150,7 @@ def certify_rule(fitted: FittedRule, certification: RuleRows, wanted: Wanted) ->
     )
 
 
-def told(found: RuleCertification) -> str:
+def summary(found: RuleCertification) -> str:
     """For people: what is certified, of what could be, for how long, and what more records would bring."""
     wanted, records, made = found.wanted, len(found.prompts), found.certificate
     asked = f"{wanted.accuracy:g} of the answered right, with confidence {1 - wanted.delta:g}"
@@ -187,7 +187,7 @@ def thresholds(fitted: FittedRule) -> tuple[float, ...]:
     return tuple(sorted(cuts, reverse=True))
 
 
-def start(fitted: FittedRule, order: Sequence[float], records: int, wanted: Wanted) -> int:
+def start(fitted: FittedRule, order: Sequence[float], records: int, wanted: Claim) -> int:
     """Where in `order` to begin, from what the fitting records let expect of so many records to certify on."""
     powers = []
     for threshold in order:
@@ -199,7 +199,7 @@ def start(fitted: FittedRule, order: Sequence[float], records: int, wanted: Want
     return powers.index(max(powers))
 
 
-def walk(judged: RuleEstimate, y: Tensor, order: Sequence[float], wanted: Wanted) -> tuple[Step, ...]:
+def walk(judged: RuleEstimate, y: Tensor, order: Sequence[float], wanted: Claim) -> tuple[Step, ...]:
     """Thresholds in their order until one fails."""
     steps: list[Step] = []
     for threshold in order:
@@ -211,7 +211,7 @@ def walk(judged: RuleEstimate, y: Tensor, order: Sequence[float], wanted: Wanted
     return tuple(steps)
 
 
-def outlook(judged: RuleEstimate, y: Tensor, order: Sequence[float], wanted: Wanted) -> tuple[Outlook, ...]:
+def outlook(judged: RuleEstimate, y: Tensor, order: Sequence[float], wanted: Claim) -> tuple[Outlook, ...]:
     """What more records would bring, by the largest share that is then certified with ENOUGH_POWER."""
     found = []
     for times in MORE:
@@ -221,7 +221,7 @@ def outlook(judged: RuleEstimate, y: Tensor, order: Sequence[float], wanted: Wan
     return tuple(found)
 
 
-def _power(expected: int, answered: int, right: int, wanted: Wanted) -> float:
+def _power(expected: int, answered: int, right: int, wanted: Claim) -> float:
     """Of the test with so many expected, were the accuracy what `right` of `answered` say; 0 if that is too low."""
     accuracy = (right + 1) / (answered + 2)  # add-one: a handful of right answers is no sure sign
     return power(expected, accuracy, wanted) if accuracy > wanted.accuracy else 0.0

@@ -26,7 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from candor.calibration.cache import AnswerCache
-from candor.calibration.certificate import Certification, Wanted, certify
+from candor.calibration.certificate import Certification, Claim, certify
 from candor.calibration.data import Record, load_records, require_disjoint
 from candor.calibration.errors import CalibrationError, DataError
 from candor.calibration.evaluate import Evaluation, evaluate
@@ -103,7 +103,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Asking:
+class AnsweringOptions:
     """How the engine is asked: where answers are cached, records in flight at once, seed of sampling."""
 
     cache: Path
@@ -138,7 +138,7 @@ class Certifying:
     """share: of the prompts, set aside for it where they have no file of their own. Raises ValueError unless
     it is in (0, 1)."""
 
-    wanted: Wanted
+    wanted: Claim
     share: float
 
     def __post_init__(self) -> None:
@@ -165,7 +165,7 @@ def require_inputs_calibrated(chat: ChatFormat, inputs: Inputs, policy: Policy, 
 
 
 async def answer_inputs(
-    engine: Engine, chat: ChatFormat, inputs: Inputs, policy: Policy, asking: Asking
+    engine: Engine, chat: ChatFormat, inputs: Inputs, policy: Policy, asking: AnsweringOptions
 ) -> Answers:
     """Raises CalibrationError or EngineError; what was answered until then is cached."""
     fitting = await answer_file(engine, chat, inputs.fitting, policy, asking, "answering")
@@ -241,7 +241,7 @@ def make_bundle(
 
 
 async def run_evaluation(
-    engine: Engine, chat: ChatFormat, bundle: Bundle, sets: Mapping[str, DataFile], asking: Asking
+    engine: Engine, chat: ChatFormat, bundle: Bundle, sets: Mapping[str, DataFile], asking: AnsweringOptions
 ) -> dict[str, Evaluation]:
     """Figures of a bundle on named sets, at its own alphas and by its own policy.
 
@@ -270,7 +270,7 @@ def require_unseen(bundle: Bundle, file: DataFile) -> None:
 
 
 async def answer_file(
-    engine: Engine, chat: ChatFormat, file: DataFile, policy: Policy, asking: Asking, title: str
+    engine: Engine, chat: ChatFormat, file: DataFile, policy: Policy, asking: AnsweringOptions, title: str
 ) -> list[Labelled]:
     with (
         AnswerCache(asking.cache) as cache,

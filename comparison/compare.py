@@ -43,7 +43,7 @@ TITLES = {name: one.title for name, one in COMPARATORS.items()} | {
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
+class MethodFigures:
     """One method's figures on one set.
 
     admitted: by alpha, the shares of `ranking.admission`. answers: how the surest right *answers* rank, risk being
@@ -81,7 +81,7 @@ class SetComparison:
     y: Tensor
     faults: dict[str, int]
     verdicts: dict[str, Verdicts]
-    scores: dict[str, Scores]
+    scores: dict[str, MethodFigures]
     cost: dict[str, dict[str, float]]
 
     @property
@@ -200,14 +200,14 @@ def with_samplers(
     return SetComparison(answers, whole.rows[part], y, {}, verdicts, figures(verdicts, y, seed), cost)
 
 
-def figures(verdicts: Mapping[str, Verdicts], y: Tensor, seed: int) -> dict[str, Scores]:
+def figures(verdicts: Mapping[str, Verdicts], y: Tensor, seed: int) -> dict[str, MethodFigures]:
     """Figures of every method over the same redraws of the same rows. y: (n,)."""
     answers = {
         name: _ranked(answer_order(one.confidence, one.y_hat), y == 1, seed) for name, one in verdicts.items()
     }
     ranks = {name: _ranked(one.confidence, one.y_hat == y, seed) for name, one in verdicts.items()}
     return {
-        name: Scores(
+        name: MethodFigures(
             {
                 alpha: shares(admission(admitted, one.y_hat, y), seed)
                 for alpha, admitted in one.admitted.items()

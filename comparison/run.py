@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from candor.calibration.cache import AnswerCache
 from candor.calibration.generate import Labelled, scorable
-from candor.calibration.run import Asking, DataFile, answer_file
+from candor.calibration.run import AnsweringOptions, DataFile, answer_file
 from candor.comparison.comparators import COMPARATORS, REFERENCE, SAMPLERS
 from candor.comparison.comparators.base import Fitting, Verdicts
 from candor.comparison.comparators.passes import Asked, ask
@@ -64,7 +64,7 @@ class CompareSettings:
 
 
 @dataclass(frozen=True, eq=False)
-class Material:
+class ComparisonData:
     """What the engine gave: the bundle's halves, every set's answers, and by method and set what was asked again."""
 
     fitting: Fitting
@@ -79,8 +79,8 @@ async def gather(
     calibration: DataFile,
     sets: Mapping[str, DataFile],
     settings: CompareSettings,
-    asking: Asking,
-) -> Material:
+    asking: AnsweringOptions,
+) -> ComparisonData:
     """Raises CalibrationError or EngineError."""
     policy = bundle.manifest.policy
     fitted = await answer_file(
@@ -113,10 +113,10 @@ async def gather(
                 Asked(conversations[name][one.id], one, reply)
                 for one, reply in zip(part, replies, strict=True)
             ]
-    return Material(fitting, answers, asked)
+    return ComparisonData(fitting, answers, asked)
 
 
-def run_comparison(material: Material, settings: CompareSettings) -> Comparison:
+def run_comparison(material: ComparisonData, settings: CompareSettings) -> Comparison:
     """Fits and scores everything; no engine is needed any more."""
     fitting = material.fitting
     with tqdm(total=len(settings.comparators), desc="comparing", unit="method") as bar:
@@ -163,7 +163,7 @@ def markdown(bundle: Bundle, comparison: Comparison) -> str:
         parts.append(f"## {heading(name, one)}")
         parts += [as_markdown(table) for table in tables(comparison, name, one)]
     for name, one in comparison.sampled.items():
-        parts.append(f"## Asking the model again: {heading(name, one)}")
+        parts.append(f"## AnsweringOptions the model again: {heading(name, one)}")
         parts += [as_markdown(table) for table in (cost_table(name, one), *tables(comparison, name, one))]
     return "\n\n".join(parts) + "\n"
 

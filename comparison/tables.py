@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from candor.calibration.ranking import Figure
 from candor.comparison.comparators import REFERENCE
-from candor.comparison.compare import TITLES, Comparison, Scores, SetComparison
+from candor.comparison.compare import TITLES, Comparison, MethodFigures, SetComparison
 
 SHARES = {
     "admitted": "admitted",
@@ -142,7 +142,7 @@ def heading(name: str, one: SetComparison) -> str:
 def _rows(
     one: SetComparison,
     columns: list[str],
-    pick: Callable[[Scores], Mapping[str, Figure]],
+    pick: Callable[[MethodFigures], Mapping[str, Figure]],
     compared: Mapping[str, str],
 ) -> tuple[tuple[str, tuple[Cell, ...]], ...]:
     picked = {method: pick(scores) for method, scores in one.scores.items()}
@@ -170,5 +170,5 @@ def _cell(column: str, figure: Figure | None, best: float | None) -> Cell:
     return Cell(f"{scale * figure.value:.{digits}f}", interval, figure.value == best)
 
 
-def _difference(scores: Scores, view: str) -> dict[str, Figure]:
+def _difference(scores: MethodFigures, view: str) -> dict[str, Figure]:
     return {view: scores.difference[view]} if view in scores.difference else {}

@@ -26,9 +26,9 @@ async def start_engine(settings: EngineSettings, chat: ChatFormat | None = None)
     return TransformersEngine(settings, chat)
 
 
-async def start_under(adapter: Path | None, settings: EngineSettings, chat: ChatFormat) -> Engine:
+async def start_with_adapter(adapter: Path | None, settings: EngineSettings, chat: ChatFormat) -> Engine:
     """The same with one adapter laid over the model, or none."""
     if adapter is None:
         return await start_engine(settings, chat)
     engine: Any = await start_engine(replace(settings, adapters=(adapter,)), chat)  # vLLM's: others refuse it
-    return cast(Engine, engine.under(adapter, settings.representation))
+    return cast(Engine, engine.with_adapter(adapter, settings.representation))

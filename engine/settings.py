@@ -24,7 +24,7 @@ class EngineSettings:
     eager: no compilation: starts sooner, runs slower.
     asynchronous: vLLM plans a step while the one before is computed.
     served_model_name: what the engine's own metrics call the model; without it, its directory.
-    adapters: directories of LoRA adapters that can be laid over the model (`VLLMEngine.under`).
+    adapters: directories of LoRA adapters that can be laid over the model (`VLLMEngine.with_adapter`).
     """
 
     model: Path

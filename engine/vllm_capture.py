@@ -33,7 +33,7 @@ from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 from candor.engine.block_sums import BlockSums, bytes_of_sums
 from candor.engine.frame_stack import with_room
 from candor.engine.slot_evidence import SlotEvidence, bytes_of_evidence
-from candor.engine.vllm_scheduler import KEY, Wanted, full_attention_group, keep_whole_sequences
+from candor.engine.vllm_scheduler import KEY, StepPlan, full_attention_group, keep_whole_sequences
 
 Record = tuple[int, bool, bytes, bytes, bytes]
 """(positions, whether all were counted, mean (H,), last state (H,), evidence (T, 3)), float32 as bytes."""
@@ -51,15 +51,15 @@ class _Step:
     """rows of `hidden` (R, H) float32 and `slots` (R,) are the step's tokens, request after request.
 
     starts: where each request's rows begin, and the last one's end; each samples from its last row.
-    heard: the slots of those rows (n,), what was drawn (n,) from what logits (n, V); None where nobody asks.
+    drawn: the slots of those rows (n,), what was drawn (n,) from what logits (n, V); None where nobody asks.
     """
 
-    wanted: Wanted
+    wanted: StepPlan
     hidden: torch.Tensor
     slots: torch.Tensor
     requests: Sequence[str]
     starts: Any
-    heard: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def rows_of(self, request_id: str) -> tuple[int, int]:
         """The first and the last."""
@@ -67,7 +67,7 @@ class _Step:
         return int(self.starts[number]), int(self.starts[number + 1]) - 1
 
 
-class CaptureMixin:
+class WorkerCapture:
     """A worker that keeps what every step shows and reports for those who are due."""
 
     model_runner: Any
@@ -82,7 +82,7 @@ class CaptureMixin:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         # Before vLLM measures how much memory a step takes: float32 logits are copied.
-        self.model_runner.sampler = _Overheard(self.model_runner.sampler, self._heard)
+        self.model_runner.sampler = _ObservedSampler(self.model_runner.sampler, self._note_drawn)
 
     def get_kv_cache_spec(self) -> Any:
         return keep_whole_sequences(super().get_kv_cache_spec())  # type: ignore[misc]
@@ -105,7 +105,7 @@ class CaptureMixin:
 
     @with_room
     def execute_model(self, scheduler_output: Any) -> Any:
-        wanted = getattr(scheduler_output, KEY, None) or Wanted()
+        wanted = getattr(scheduler_output, KEY, None) or StepPlan()
         if wanted.fresh or scheduler_output.finished_req_ids or scheduler_output.preempted_req_ids:
             self._enter()  # this step may write to blocks that were another's
         if wanted.fresh:
@@ -138,7 +138,7 @@ class CaptureMixin:
                 _deliver(output, self._report(step))
         return output
 
-    def _look(self, scheduler_output: Any, state: Any, wanted: Wanted) -> _Step:
+    def _look(self, scheduler_output: Any, state: Any, wanted: StepPlan) -> _Step:
         """Copies: vLLM writes the next step's states and slots to the same places."""
         rows = scheduler_output.total_num_scheduled_tokens
         batch = getattr(state, "input_batch", None)
@@ -151,7 +151,7 @@ class CaptureMixin:
         slots = mappings[self._layer][:rows].to(torch.int64, copy=True)
         return _Step(wanted, hidden, slots, batch.req_ids, starts)
 
-    def _heard(self, logits: torch.Tensor, sampled: torch.Tensor) -> None:
+    def _note_drawn(self, logits: torch.Tensor, sampled: torch.Tensor) -> None:
         """logits: (n, V) as the model gave them. sampled: (n, 1), what was drawn."""
         step = self._step
         if step is not None and step.wanted.evidence:
@@ -159,7 +159,7 @@ class CaptureMixin:
             if number < len(slots):  # else each request has one row
                 last = [int(start) - 1 for start in step.starts[1 : number + 1]]
                 slots = slots[_to_device(last, self.device)]
-            step.heard = slots, sampled[:, 0], logits
+            step.drawn = slots, sampled[:, 0], logits
 
     def _enter(self) -> None:
         """What waits, into sums and evidence."""
@@ -169,8 +169,8 @@ class CaptureMixin:
         slots = torch.cat([step.slots for step in steps])
         self._sums.add(torch.cat([step.hidden for step in steps]), slots)
         self._evidence.clear(slots)
-        if heard := [step.heard for step in steps if step.heard is not None]:
-            self._evidence.write(*map(torch.cat, zip(*heard, strict=True)))
+        if drawn := [step.drawn for step in steps if step.drawn is not None]:
+            self._evidence.write(*map(torch.cat, zip(*drawn, strict=True)))
 
     def _score(self, step: _Step, request_id: str, offset: int, tokens: list[int]) -> None:
         """Evidence of tokens that are fed instead of sampled."""
@@ -228,17 +228,17 @@ class CaptureMixin:
         return size
 
 
-class _Overheard:
-    """vLLM's sampler. heard: is called with the logits it was given, unchanged, and what it drew."""
+class _ObservedSampler:
+    """vLLM's sampler. drawn: is called with the logits it was given, unchanged, and what it drew."""
 
-    def __init__(self, sampler: Any, heard: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+    def __init__(self, sampler: Any, drawn: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
         self._sampler = sampler
-        self._heard = heard
+        self._note_drawn = drawn
 
     def __call__(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         kept = logits.clone() if logits.dtype == torch.float32 else logits  # float32 is changed in place
         output = self._sampler(logits, *args, **kwargs)
-        self._heard(kept, output.sampled_token_ids)
+        self._note_drawn(kept, output.sampled_token_ids)
         return output
 
     def __getattr__(self, name: str) -> Any:

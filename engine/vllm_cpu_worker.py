@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip  - before everything else of vLLM
 
-from candor.engine.vllm_capture import CaptureMixin
+from candor.engine.vllm_capture import WorkerCapture
 
 
-class CaptureCPUWorker(CaptureMixin, CPUWorker):
+class CaptureCPUWorker(WorkerCapture, CPUWorker):
     pass

@@ -61,7 +61,7 @@ _Logprobs = Mapping[int, Any]
 
 
 class VLLMEngine:
-    """See `engine.base.Engine`. Of one vLLM there may be several: without an adapter, and under each (`under`)."""
+    """See `engine.base.Engine`. Of one vLLM there may be several: without an adapter, and `with_adapter` for each."""
 
     def __init__(self, settings: EngineSettings, chat: ChatFormat) -> None:
         self.max_model_len = settings.max_model_len
@@ -76,7 +76,7 @@ class VLLMEngine:
         except Exception as error:  # whatever it is, the server has one message for it
             raise EngineError(f"vLLM did not start: {error}; its log above says more") from error
 
-    def under(self, adapter: Path, representation: Representation) -> VLLMEngine:
+    def with_adapter(self, adapter: Path, representation: Representation) -> VLLMEngine:
         """The same vLLM with one of its adapters laid over the model. Closing either closes both.
 
         Raises EngineError where vLLM was not started with it.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from candor.engine.vllm_capture import CaptureMixin
+from candor.engine.vllm_capture import WorkerCapture
 
 
-class CaptureGPUWorker(CaptureMixin, Worker):
+class CaptureGPUWorker(WorkerCapture, Worker):
     pass

@@ -37,7 +37,7 @@ KEY = "candor"
 
 
 @dataclass
-class Wanted:
+class StepPlan:
     """What a step is to give, by request.
 
     fresh: blocks handed out since the last step; whatever was kept for them speaks of other tokens.
@@ -88,7 +88,7 @@ def full_attention_group(config: KVCacheConfig) -> int:
     )
 
 
-class CaptureMixin:
+class SchedulerCapture:
     """Says in each step what is wanted, and ends a request one step after its tag."""
 
     requests: dict[str, Request]
@@ -124,7 +124,7 @@ class CaptureMixin:
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        wanted, self._fresh = Wanted(fresh=self._fresh), []
+        wanted, self._fresh = StepPlan(fresh=self._fresh), []
         for request_id, scheduled in output.num_scheduled_tokens.items():
             request = self.requests[request_id]
             if wish := _wish(request):
@@ -154,7 +154,7 @@ class CaptureMixin:
                 stopped = True
         return tokens, stopped
 
-    def _plan(self, request: Request, wish: dict[str, Any], scheduled: int, wanted: Wanted) -> None:
+    def _plan(self, request: Request, wish: dict[str, Any], scheduled: int, wanted: StepPlan) -> None:
         end = request.num_computed_tokens  # once the step is done
         first = request.num_prompt_tokens if wish["first"] is None else wish["first"]
         if wish["evidence"]:
@@ -170,11 +170,11 @@ class CaptureMixin:
             wanted.reports[request.request_id] = (kept, end, first)
 
 
-class CaptureScheduler(CaptureMixin, Scheduler):
+class CaptureScheduler(SchedulerCapture, Scheduler):
     pass
 
 
-class CaptureAsyncScheduler(CaptureMixin, AsyncScheduler):
+class CaptureAsyncScheduler(SchedulerCapture, AsyncScheduler):
     pass
 
 

@@ -25,10 +25,10 @@ import typer
 from benchmarks.certificates.world import WIDTH
 from benchmarks.demo_accuracy import ROOT
 from candor.calibration.certificate import KINDS
-from candor.calibration.evaluate import reading_of
+from candor.calibration.evaluate import region_figures
 from candor.calibration.fit import FitSettings, fit, standardisation_blocks
 from candor.calibration.generate import Labelled
-from candor.calibration.run import Asking, DataFile, answer_file
+from candor.calibration.run import AnsweringOptions, DataFile, answer_file
 from candor.calibration.served import Attempts, regions_of_policy
 from candor.engine.base import EVIDENCE, Representation
 from candor.engine.factory import start_engine
@@ -73,7 +73,7 @@ async def answer(
         for name, most in zip(("calibration", "test"), numbers, strict=True):
             file = DataFile.load(data / f"{name}.jsonl")
             part = replace(file, records=file.records[:most])
-            sets.append(await answer_file(engine, chat, part, policy, Asking(cache, 64), name))
+            sets.append(await answer_file(engine, chat, part, policy, AnsweringOptions(cache, 64), name))
         blocks = standardisation_blocks(representation, engine.identity.hidden_size)
         return sets[0], sets[1], blocks
     finally:
@@ -113,7 +113,7 @@ def rows(
                 continue
             for kind in KINDS:
                 served = test.first(k).served(estimator, alpha, kind)
-                found = reading_of(served)
+                found = region_figures(served)
                 answered = found.answered.hits
                 yield Row(
                     k=k,

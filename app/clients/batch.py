@@ -149,7 +149,7 @@ async def _answer_all(
     limits = httpx.Limits(max_connections=concurrency)
     with tqdm(total=total, initial=len(out.done), unit="answer", smoothing=0.1) as bar:
         async with httpx.AsyncClient(**client_settings(url), limits=limits) as client:
-            asking = _Asking(client, out, bar, patience_s)
+            asking = _BatchRun(client, out, bar, patience_s)
             workers = min(concurrency, total - len(out.done))
             try:
                 async with asyncio.TaskGroup() as group:
@@ -159,7 +159,7 @@ async def _answer_all(
                 raise several.exceptions[0] from None
 
 
-class _Asking:
+class _BatchRun:
     """Asks until a request has its final answer: overload and a server that restarts are waited for."""
 
     def __init__(self, client: httpx.AsyncClient, out: Results, bar: tqdm[Any], patience_s: float) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from candor.calibration.run import Answers, Asking, Inputs
+    from candor.calibration.run import AnsweringOptions, Answers, Inputs
     from candor.engine.settings import EngineSettings
     from candor.policy.policy import Policy
 
@@ -118,16 +118,16 @@ def calibrate(
     A run that was stopped goes on from its cache when the same command is given again.
     """
     from candor.calibration.base_rates import base_rate_table
-    from candor.calibration.certificate import Wanted, told
+    from candor.calibration.certificate import Claim, summary
     from candor.calibration.fit import FitSettings
     from candor.calibration.report import table
-    from candor.calibration.run import Asking, Certifying, Inputs, make_bundle, require_free
+    from candor.calibration.run import AnsweringOptions, Certifying, Inputs, make_bundle, require_free
     from candor.engine.base import EVIDENCE, Representation
     from candor.engine.settings import EngineSettings
     from candor.policy.conversation import Conversations
     from candor.policy.policy import Policy
 
-    with errors_told():
+    with reporting_errors():
         try:
             parts = _by_commas(represent)
             unnamed = EVIDENCE if "evidence" in parts else ()
@@ -138,7 +138,7 @@ def calibrate(
             )
             if certify_data is not None and certify is None:
                 raise ValueError("--certify-data says where to certify; say with --certify which accuracy")
-            certifying = None if certify is None else Certifying(Wanted(certify, delta), certify_share)
+            certifying = None if certify is None else Certifying(Claim(certify, delta), certify_share)
             policy = Policy(temperature=temperature, max_tokens=max_tokens, resample=resample)
             arguments = _template_arguments(template_arguments)
         except ValueError as error:
@@ -154,7 +154,7 @@ def calibrate(
             dtype=dtype.value,
             max_model_len=max_model_len,
         )
-        asking = Asking(hidden_cache or beside(out), concurrency, seed)
+        asking = AnsweringOptions(hidden_cache or beside(out), concurrency, seed)
         answers = asyncio.run(_answer(adapter, engine_settings, inputs, policy, asking))
         made = make_bundle(inputs, answers, settings, out, name or out.resolve().name, certifying)
     if as_json:
@@ -169,21 +169,25 @@ def calibrate(
         )
     typer.echo("\n" + base_rate_table(made.evaluation))
     if made.certification is not None:
-        typer.echo("\n" + told(made.certification))
+        typer.echo("\n" + summary(made.certification))
     typer.echo(f"\n{out}: digest {made.digest}")
 
 
 async def _answer(
-    adapter: Path | None, engine_settings: EngineSettings, inputs: Inputs, policy: Policy, asking: Asking
+    adapter: Path | None,
+    engine_settings: EngineSettings,
+    inputs: Inputs,
+    policy: Policy,
+    asking: AnsweringOptions,
 ) -> Answers:
     """Closes the engine when all is answered: training needs its memory and cores."""
     from candor.calibration.run import answer_inputs, require_inputs_calibrated
-    from candor.engine.factory import start_under
+    from candor.engine.factory import start_with_adapter
     from candor.engine.prompt import ChatFormat
 
     chat = ChatFormat.from_directory(engine_settings.model)
     require_inputs_calibrated(chat, inputs, policy, engine_settings.representation.tag)
-    engine = await start_under(adapter, engine_settings, chat)
+    engine = await start_with_adapter(adapter, engine_settings, chat)
     try:
         return await answer_inputs(engine, chat, inputs, policy, asking)
     finally:
@@ -211,7 +215,7 @@ def beside(bundle: Path, suffix: str = ".cache") -> Path:
 
 
 @contextmanager
-def errors_told(
+def reporting_errors(
     *more: type[Exception],
     stopped: str = "Finished answers are kept: the same command goes on from here.",
 ) -> Iterator[None]:
@@ -221,10 +225,10 @@ def errors_told(
     from candor.engine.base import EngineError
     from candor.model_store.errors import BundleError
 
-    told: tuple[type[Exception], ...] = (CalibrationError, EngineError, BundleError, OSError, *more)
+    foreseen: tuple[type[Exception], ...] = (CalibrationError, EngineError, BundleError, OSError, *more)
     try:
         yield
-    except told as error:
+    except foreseen as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:

@@ -25,13 +25,13 @@ from candor.app.commands.calibrate import (
     Model,
     Seed,
     beside,
-    errors_told,
+    reporting_errors,
 )
 
 if TYPE_CHECKING:
     from candor.calibration.evaluate import Evaluation
-    from candor.calibration.run import Asking, DataFile
-    from candor.comparison.run import CompareSettings, Material
+    from candor.calibration.run import AnsweringOptions, DataFile
+    from candor.comparison.run import CompareSettings, ComparisonData
     from candor.model_store.bundle import Bundle
 
 
@@ -77,10 +77,10 @@ def evaluate(
 
     With --compare, other methods judge the same answers from the same hidden states, and a report is written.
     """
-    from candor.calibration.run import Asking, DataFile, require_unseen
+    from candor.calibration.run import AnsweringOptions, DataFile, require_unseen
     from candor.model_store.bundle import load_bundle
 
-    with errors_told():
+    with reporting_errors():
         settings = _compare_settings(compare, calibration, ensemble, asked, seed)
         loaded = load_bundle(bundle)
         paths = {"test": data, "shifted": shifted, "ood": ood}
@@ -88,7 +88,7 @@ def evaluate(
         for file in sets.values():
             require_unseen(loaded, file)
         fitted = DataFile.load(calibration) if settings and calibration else None
-        asking = Asking(hidden_cache or beside(bundle), concurrency, seed)
+        asking = AnsweringOptions(hidden_cache or beside(bundle), concurrency, seed)
         evaluations, material = asyncio.run(
             _ask(loaded, model, adapter, engine, max_model_len, sets, fitted, settings, asking)
         )
@@ -135,17 +135,17 @@ async def _ask(
     sets: Mapping[str, DataFile],
     fitted: DataFile | None,
     settings: CompareSettings | None,
-    asking: Asking,
-) -> tuple[dict[str, Evaluation], Material | None]:
+    asking: AnsweringOptions,
+) -> tuple[dict[str, Evaluation], ComparisonData | None]:
     """Closes the engine when all is answered: comparators need its memory and cores."""
     from candor.app.process.backend import check_identity
     from candor.calibration.run import run_evaluation
-    from candor.engine.factory import start_under
+    from candor.engine.factory import start_with_adapter
     from candor.engine.prompt import ChatFormat
     from candor.engine.settings import EngineSettings
 
     chat = ChatFormat.from_directory(model)
-    engine = await start_under(
+    engine = await start_with_adapter(
         adapter,
         EngineSettings(
             model=model,
@@ -169,7 +169,7 @@ async def _ask(
 
 
 def _compare(
-    bundle: Bundle, material: Material, settings: CompareSettings, folder: Path, as_json: bool
+    bundle: Bundle, material: ComparisonData, settings: CompareSettings, folder: Path, as_json: bool
 ) -> dict[str, Any]:
     """Writes the report; prints its tables unless JSON was asked for, and returns that JSON's part."""
     from candor.comparison.run import run_comparison, write

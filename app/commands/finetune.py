@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from candor.app.commands.calibrate import errors_told
+from candor.app.commands.calibrate import reporting_errors
 
 data_app = typer.Typer(help="Data to fine-tune and calibrate on.", no_args_is_help=True)
 
@@ -78,7 +78,7 @@ def finetune(
     """
     from candor.finetune.errors import FinetuneError
 
-    with errors_told(FinetuneError, stopped="--resume goes on from the last checkpoint."):
+    with reporting_errors(FinetuneError, stopped="--resume goes on from the last checkpoint."):
         from candor.calibration.epochs import LayerSettings
         from candor.finetune.data import load_pairs, require_apart
         from candor.finetune.settings import FinetuneSettings
@@ -142,7 +142,7 @@ def word_ordering(
     """The data of arXiv 2510.26183 from any sentences: put a sentence's last words in order."""
     from candor.finetune.errors import SentencesError
 
-    with errors_told(SentencesError, stopped="The same command makes the files anew."):
+    with reporting_errors(SentencesError, stopped="The same command makes the files anew."):
         from candor.finetune import word_ordering as task
 
         sizes = task.Sizes(

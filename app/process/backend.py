@@ -72,7 +72,7 @@ async def start_backend(settings: Settings, adapters: Sequence[tuple[Path, Path]
         check_identity(engine, bundle)
         others = []
         for adapter, one in adapted:
-            under = cast(Any, engine).under(
+            under = cast(Any, engine).with_adapter(
                 adapter, one.manifest.representation
             )  # vLLM's: others refuse adapters
             check_identity(under, one)

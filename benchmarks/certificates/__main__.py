@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import trange
 
 from benchmarks.certificates.world import WIDTH, World, as_answers
-from candor.calibration.certificate import KINDS, Wanted, certify, thresholds
+from candor.calibration.certificate import KINDS, Claim, certify, thresholds
 from candor.calibration.fit import FitSettings, fit
 from candor.calibration.intervals import Share
 from candor.calibration.served import Attempts, ServedRows
@@ -38,15 +38,15 @@ class Scenario:
     name: str
     world: World
     alpha: float
-    wanted: Wanted
+    wanted: Claim
 
 
 SCENARIOS = (
-    Scenario("balanced", World(0.5, 2.2), 0.8, Wanted(0.95, 0.05)),
-    Scenario("few wrong", World(0.85, 4.0, noise=0.01), 0.7, Wanted(0.97, 0.05)),
-    Scenario("few right", World(0.25, 4.0, noise=0.02), 0.7, Wanted(0.96, 0.05)),
+    Scenario("balanced", World(0.5, 2.2), 0.8, Claim(0.95, 0.05)),
+    Scenario("few wrong", World(0.85, 4.0, noise=0.01), 0.7, Claim(0.97, 0.05)),
+    Scenario("few right", World(0.25, 4.0, noise=0.02), 0.7, Claim(0.96, 0.05)),
     # No answer is right with more than 1 - noise, so every certificate is false, by a hair.
-    Scenario("few wrong, none true", World(0.85, 4.0, noise=0.03), 0.7, Wanted(0.97, 0.05)),
+    Scenario("few wrong, none true", World(0.85, 4.0, noise=0.03), 0.7, Claim(0.97, 0.05)),
 )
 
 

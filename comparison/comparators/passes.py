@@ -1,4 +1,4 @@
-"""Asking the model again, for methods that need more than the answer's own pass; what they cost in tokens.
+"""AnsweringOptions the model again, for methods that need more than the answer's own pass; what they cost in tokens.
 
 Replies are kept in the cache of answers beside the answers themselves, without states.
 """

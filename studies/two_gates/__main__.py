@@ -23,7 +23,7 @@ import torch
 import typer
 from torch import Tensor
 
-from candor.calibration.certificate import Wanted, certify
+from candor.calibration.certificate import Claim, certify
 from candor.calibration.rule import FittedRule, RuleRows, RuleSettings, fit_rule
 from candor.calibration.rule_certificate import ceiling, certify_rule
 from candor.calibration.served import Attempts
@@ -69,7 +69,7 @@ def by_rule(
 ) -> dict[float, Outcome]:
     found = {}
     for accuracy in accuracies:
-        made = certify_rule(fitted, apart, Wanted(accuracy, DELTA))
+        made = certify_rule(fitted, apart, Claim(accuracy, DELTA))
         rule: AnswerRule = made.rule(fitted.rule)
         outcome: Outcome = {"issued": made.certificate is not None, "chosen": fitted.chosen}
         if made.certificate:
@@ -94,7 +94,7 @@ def by_today(
     measured = {name: Attempts.measure(estimator, some.labelled()) for name, some in sets.items()}
     found = {}
     for accuracy in accuracies:
-        made = certify(estimator, half, apart, Wanted(accuracy, DELTA)).certificates
+        made = certify(estimator, half, apart, Claim(accuracy, DELTA)).certificates
         lower = [one for one in made if one.estimator == "lower"]
         best = max(lower, key=lambda one: one.answered, default=None)
         outcome: Outcome = {"issued": best is not None}

@@ -110,7 +110,7 @@ def measure(task: Task, seeds: Sequence[int], asked: int, ensemble: int) -> list
     from tqdm import tqdm
 
     from candor.calibration.fit import FitSettings, fit
-    from candor.calibration.run import Asking, DataFile
+    from candor.calibration.run import AnsweringOptions, DataFile
     from candor.comparison.comparators import COMPARATORS, SAMPLERS
     from candor.comparison.comparators.base import Fitting
     from candor.comparison.run import CompareSettings, gather, run_comparison
@@ -123,7 +123,7 @@ def measure(task: Task, seeds: Sequence[int], asked: int, ensemble: int) -> list
         return [json.loads(path.read_text()) for path in kept.values()]
     manifest, settings = bundle.manifest, CompareSettings((*COMPARATORS, *SAMPLERS), ensemble, asked)
     engine = FinishedEngine(manifest.model, manifest.model, manifest.representation)
-    chat, asking = ChatFormat.from_directory(task.model), Asking(task.answers, 1)
+    chat, asking = ChatFormat.from_directory(task.model), AnsweringOptions(task.answers, 1)
     calibration = DataFile.load(task.file("calibration"))
     files = {name: DataFile.load(task.file(name)) for name in SETS}
     material = asyncio.run(gather(engine, chat, bundle, calibration, files, settings, asking))

@@ -80,7 +80,7 @@ def markdown(found: Mapping[str, Sequence[Run]]) -> Iterator[str]:
             (f"Answers let through, alpha {ALPHA}", let_through(SETS), "sets"),
             (f"Verdicts admitted, alpha {ALPHA}", VERDICTS, "sets"),
             ("Ranking and probabilities", RANKING, "sets"),
-            ("Asking the model again", [*ASKED_AGAIN, *let_through(SETS)], "sampled"),
+            ("AnsweringOptions the model again", [*ASKED_AGAIN, *let_through(SETS)], "sampled"),
         ):
             if all(name in run[part] for run in runs for name in SETS):
                 yield f"\n### {title}\n"

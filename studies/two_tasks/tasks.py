@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from candor.calibration.generate import Labelled
-from candor.calibration.run import Asking, DataFile, answer_file
+from candor.calibration.run import AnsweringOptions, DataFile, answer_file
 from candor.engine.base import (
     AdapterIdentity,
     Delta,
@@ -88,4 +88,6 @@ def answers(task: Task, name: str) -> list[Labelled]:
     manifest = load_bundle(task.bundle).manifest
     engine = FinishedEngine(manifest.model, manifest.model, manifest.representation)
     file, chat = DataFile.load(task.file(name)), ChatFormat.from_directory(task.model)
-    return asyncio.run(answer_file(engine, chat, file, manifest.policy, Asking(task.answers, 1), name))
+    return asyncio.run(
+        answer_file(engine, chat, file, manifest.policy, AnsweringOptions(task.answers, 1), name)
+    )

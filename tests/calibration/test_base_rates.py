@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from candor.calibration.base_rates import base_rate_report, base_rate_table, least_base_rate, shifted
-from candor.calibration.evaluate import Evaluation, Reading, reading_of
+from candor.calibration.evaluate import Evaluation, RegionFigures, region_figures
 from candor.calibration.intervals import Share, clopper_pearson
 from candor.calibration.served import ServedRows
 
 
-def reading(answered_right: int, right: int, answered_wrong: int, wrong: int) -> Reading:
+def reading(answered_right: int, right: int, answered_wrong: int, wrong: int) -> RegionFigures:
     """Of so many answered among the right and among the wrong."""
     y = torch.tensor([1] * right + [0] * wrong)
     answered = torch.tensor(
@@ -22,7 +22,7 @@ def reading(answered_right: int, right: int, answered_wrong: int, wrong: int) ->
     )  # fmt: skip
     n = len(y)
     none = torch.zeros(n)
-    return reading_of(ServedRows(y, torch.ones(n), answered, none, none, none, none))
+    return region_figures(ServedRows(y, torch.ones(n), answered, none, none, none, none))
 
 
 def test_accuracy_at_another_base_rate_by_hand() -> None:

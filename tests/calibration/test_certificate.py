@@ -10,13 +10,12 @@ import torch
 
 from candor.calibration.certificate import (
     CUTS,
-    Wanted,
+    Claim,
     certify,
     power,
     records_needed,
     start,
     thresholds,
-    told,
     walk,
 )
 from candor.calibration.errors import CalibrationError
@@ -25,7 +24,7 @@ from candor.calibration.served import ServedRows
 from candor.sdm.adaptor import ExemplarAdaptor
 from candor.sdm.estimator import SDMEstimator
 
-WANTED = Wanted(0.9, 0.05)
+WANTED = Claim(0.9, 0.05)
 
 
 def served(q_prime: list[float], y: list[int], unanswered: int = 0) -> ServedRows:
@@ -57,7 +56,7 @@ def test_29_of_29_certify_nine_in_ten_and_28_do_not() -> None:
 
 def test_a_probability_of_delta_itself_passes() -> None:
     # Two of two: 0.5^2 = 0.25, to the bit.
-    wanted = Wanted(0.5, 0.25)
+    wanted = Claim(0.5, 0.25)
     (step,) = walk(served([1.0] * 2, [1] * 2), [1.0], wanted)
     assert (step.p_value, step.passed) == (wanted.delta, True)
     assert power(2, 0.9, wanted) == pytest.approx(0.9**2)
@@ -260,14 +259,14 @@ def test_a_region_that_keeps_its_promise_is_certified_as_it_is() -> None:
         assert one.right == one.answered >= 29
         assert one.lower_bound == pytest.approx(0.05 ** (1 / one.answered))  # none wrong: bound^n = delta
         assert (one.records, one.accuracy, one.confidence) == (200, 0.9, 0.95)
-    assert "yes" in told(found)
+    assert "yes" in summary(found)
 
 
 def test_wrong_answers_get_no_certificate_and_no_number_of_records_is_named() -> None:
     found = certify(line_estimator(), on_the_line(300), on_the_line(200, label=0), WANTED)
     assert found.certificates == ()
     assert all(one.records_needed is None and len(one.steps) == 1 for one in found.sought)
-    assert "even 100000 records" in told(found)
+    assert "even 100000 records" in summary(found)
 
 
 def test_too_few_records_get_none_and_are_told_how_many_would_do() -> None:
@@ -276,7 +275,7 @@ def test_too_few_records_get_none_and_are_told_how_many_would_do() -> None:
     for one in found.sought:
         assert one.records_needed is not None
         assert one.records_needed > 40
-        assert f"some {one.records_needed - 40} more records" in told(found)
+        assert f"some {one.records_needed - 40} more records" in summary(found)
 
 
 def test_a_prompt_counts_once_however_often_it_stands_there() -> None:
@@ -290,7 +289,7 @@ def test_without_a_region_nothing_is_sought() -> None:
     estimator = line_estimator((0.999,))  # takes a thousand points of each class
     found = certify(estimator, on_the_line(300), on_the_line(200), WANTED)
     assert found.sought == ()
-    assert told(found) == "No certificate: no region was found at any alpha."
+    assert summary(found) == "No certificate: no region was found at any alpha."
 
 
 def test_no_records_at_all() -> None:
@@ -303,7 +302,7 @@ def test_no_records_at_all() -> None:
 )
 def test_what_cannot_be_wanted(accuracy: float, delta: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
-        Wanted(accuracy, delta)
+        Claim(accuracy, delta)
 
 
 def test_a_false_claim_is_certified_with_probability_delta_at_most() -> None:

@@ -8,7 +8,7 @@ from math import isnan
 import pytest
 import torch
 
-from candor.calibration.evaluate import Reading, auroc, evaluate, reading_of
+from candor.calibration.evaluate import RegionFigures, auroc, evaluate, region_figures
 from candor.calibration.generate import Labelled
 from candor.calibration.intervals import Share, clopper_pearson
 from candor.calibration.report import table
@@ -43,12 +43,12 @@ def line_estimator(alphas: tuple[float, ...] = ALPHAS) -> SDMEstimator:
     return SDMEstimator.fit(adaptor, halves[0], halves[1], alphas)
 
 
-def reading(admitted: torch.Tensor, y_hat: torch.Tensor, y: torch.Tensor) -> Reading:
+def reading(admitted: torch.Tensor, y_hat: torch.Tensor, y: torch.Tensor) -> RegionFigures:
     """Of answers with one attempt each, of 1, 2, ... tokens."""
     n = len(y)
     none = torch.zeros(n)
     tokens = torch.arange(1, n + 1)
-    return reading_of(ServedRows(y, y_hat, admitted, none, none, torch.ones(n), tokens))
+    return region_figures(ServedRows(y, y_hat, admitted, none, none, torch.ones(n), tokens))
 
 
 def test_a_reading_counts() -> None:

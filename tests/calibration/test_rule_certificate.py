@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 from benchmarks.rule_certificates import SCENARIOS, redraw
-from candor.calibration.certificate import Wanted
+from candor.calibration.certificate import Claim
 from candor.calibration.errors import CalibrationError
 from candor.calibration.rule import FittedRule, RuleRows
 from candor.calibration.rule_certificate import (
@@ -23,7 +23,6 @@ from candor.calibration.rule_certificate import (
     horizon,
     start,
     thresholds,
-    told,
     walk,
 )
 from candor.calibration.rule_certificate import ceiling as ceiling_of
@@ -31,7 +30,7 @@ from candor.sdm.gate import PromptGate
 from candor.sdm.rule import AnswerRule, RuleEstimate
 from candor.sdm.score import AnswerScore
 
-WANTED = Wanted(0.9, 0.05)
+WANTED = Claim(0.9, 0.05)
 
 
 def fitted_rule(scores: Tensor, y: Tensor, known: Tensor | None = None) -> FittedRule:
@@ -188,13 +187,13 @@ def test_what_people_are_told() -> None:
     scores, y = ladder(500, 0.25)
     fitted = fitted_rule(scores, y)
     fresh_scores, fresh_y = ladder(400, 0.25)
-    said = told(certify_rule(fitted, rows(fresh_scores.tolist(), fresh_y.tolist(), strangers=5), WANTED))
+    said = summary(certify_rule(fitted, rows(fresh_scores.tolist(), fresh_y.tolist(), strangers=5), WANTED))
     assert "certified on 400 records: 0.9 of the answered right, with confidence 0.95" in said
     assert "no rule can answer more than 83.3%" in said
     assert "of the next 1,000 answered at most" in said
     assert "refused    5 prompts" in said
     coin = rows(fresh_scores.tolist(), [0, 1] * 200)
-    said = told(certify_rule(fitted, coin, WANTED))
+    said = summary(certify_rule(fitted, coin, WANTED))
     assert "no certificate on 400 records" in said
     assert "even 3200 records would not bring one" in said
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from candor.calibration.certificate import Wanted
+from candor.calibration.certificate import Claim
 from candor.calibration.errors import CalibrationError, DataError
 from candor.calibration.fit import FitSettings
 from candor.calibration.run import (
-    Asking,
+    AnsweringOptions,
     Certifying,
     DataFile,
     Inputs,
@@ -42,7 +42,7 @@ def calibrate(
     engine: Any, chat: ChatFormat, data: Path, held_out: Sequence[Path], folder: Path
 ) -> tuple[Bundle, dict[str, Any]]:
     inputs = Inputs.load(data, held_out)
-    asking = Asking(folder / "cache", concurrency=8)
+    asking = AnsweringOptions(folder / "cache", concurrency=8)
     answers = asyncio.run(answer_inputs(engine, chat, inputs, POLICY, asking))
     made = make_bundle(inputs, answers, SETTINGS, folder / "bundle", "scripted")
     bundle = load_bundle(folder / "bundle")
@@ -169,7 +169,7 @@ def test_evaluation_of_a_bundle_repeats_what_the_report_says(
     engine = make_engine()
     far = task(tmp_path / "far.jsonl", [-1, -2])
     sets = {"test": DataFile.load(held_out), "ood": DataFile.load(far)}
-    asking = Asking(tmp_path / "cache", concurrency=2)
+    asking = AnsweringOptions(tmp_path / "cache", concurrency=2)
     figures = asyncio.run(run_evaluation(engine, chat, bundle, sets, asking))
     assert len(engine.asked) == 2  # the held-out answers come from the cache
     assert figures["test"].to_json() == report["held_out"]
@@ -187,13 +187,13 @@ def test_a_prompt_that_the_bundle_was_fitted_on_is_no_test(
         require_unseen(bundle, DataFile.load(seen))
 
 
-WANTED = Wanted(0.8, 0.1)
+WANTED = Claim(0.8, 0.1)
 
 
 def certified(
     engine: Any, chat: ChatFormat, inputs: Inputs, folder: Path, policy: Policy = POLICY
 ) -> tuple[Bundle, Made]:
-    asking = Asking(folder / "cache", concurrency=8)
+    asking = AnsweringOptions(folder / "cache", concurrency=8)
     answers = asyncio.run(answer_inputs(engine, chat, inputs, policy, asking))
     made = make_bundle(inputs, answers, SETTINGS, folder / "bundle", "scripted", Certifying(WANTED, 0.3))
     return load_bundle(folder / "bundle"), made

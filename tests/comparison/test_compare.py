@@ -17,7 +17,7 @@ import pytest
 from candor.calibration.errors import DataError
 from candor.calibration.fit import FitSettings
 from candor.calibration.generate import Labelled
-from candor.calibration.run import Asking, DataFile, Inputs, answer_inputs, make_bundle
+from candor.calibration.run import AnsweringOptions, DataFile, Inputs, answer_inputs, make_bundle
 from candor.comparison import figures
 from candor.comparison.comparators import COMPARATORS
 from candor.comparison.compare import Comparison, SetComparison, halves
@@ -52,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, scripted: Any) -> Made:
     chat: ChatFormat = scripted.scripted_chat()
     engine = scripted.ScriptedEngine()
     engine.overrides = {2003: {"truncated": True}}
-    inputs, asking = Inputs.load(data, [held_out]), Asking(folder / "cache", concurrency=8)
+    inputs, asking = Inputs.load(data, [held_out]), AnsweringOptions(folder / "cache", concurrency=8)
     answers = asyncio.run(answer_inputs(engine, chat, inputs, POLICY, asking))
     make_bundle(inputs, answers, FIT, folder / "bundle", "scripted")
     found = Made()

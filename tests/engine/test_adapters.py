@@ -62,7 +62,8 @@ def views(halved: Path, runner: asyncio.Runner) -> Iterator[dict[str, Engine]]:
     )
     engine = runner.run(start_engine(settings))
     under = {
-        name: engine.under(path, REPRESENTATION) for name, path in (("whole", ADAPTER), ("half", halved))
+        name: engine.with_adapter(path, REPRESENTATION)
+        for name, path in (("whole", ADAPTER), ("half", halved))
     }
     yield {"none": engine, **under}
     runner.run(engine.close())
@@ -133,7 +134,7 @@ def test_a_given_response_is_judged_under_its_adapter(
 
 def test_an_adapter_that_was_not_started_with_is_refused(views: dict[str, Engine], tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="started without"):
-        views["none"].under(tmp_path, REPRESENTATION)
+        views["none"].with_adapter(tmp_path, REPRESENTATION)
 
 
 def test_an_adapter_beyond_the_layers_is_refused(tmp_path: Path, runner: asyncio.Runner) -> None:

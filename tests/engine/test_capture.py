@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpec
 
 from candor.engine import vllm_capture
 from candor.engine.vllm_capture import CaptureMixin
-from candor.engine.vllm_scheduler import KEY, Wanted
+from candor.engine.vllm_scheduler import KEY, StepPlan
 
 SIZE, HIDDEN, WORDS = 4, 6, 50
 BLOCKS = {"a": [7, 2, 5, 0], "b": [1, 6, 3, 4], "heir": [2, 7]}
@@ -146,7 +146,7 @@ class Driver:
         self.states: dict[str, list[torch.Tensor]] = {name: [] for name in BLOCKS}
         self.drawn: dict[str, list[int]] = {name: [] for name in BLOCKS}
 
-    def step(self, counts: dict[str, int], wanted: Wanted, **gone: set[str]) -> Any:
+    def step(self, counts: dict[str, int], wanted: StepPlan, **gone: set[str]) -> Any:
         """gone: `finished_req_ids` or `preempted_req_ids`."""
         device = self.worker.device
         hidden = torch.randn(sum(counts.values()) + 2, HIDDEN, generator=self.worker.model_runner.generator)
@@ -190,13 +190,13 @@ def second(request: pytest.FixtureRequest) -> bool:
 @pytest.mark.parametrize("later", [False, True], ids=["now", "later"])
 def test_what_is_reported_is_what_the_steps_showed(device: torch.device, second: bool, later: bool) -> None:
     driver = Driver(Worker(device, second=second, later=later))
-    measuring = Wanted(evidence=True)
+    measuring = StepPlan(evidence=True)
     driver.step({"a": 4}, measuring)  # a chunk: what is drawn here is dropped
     driver.drawn["a"].clear()
     driver.step({"a": 2, "b": 3}, measuring)
     for _ in range(4):
         driver.step({"b": 1, "a": 1}, measuring)
-    due = Wanted(reports={"a": (BLOCKS["a"][:3], 11, 6), "b": (BLOCKS["b"][:2], 9, 3)}, evidence=True)
+    due = StepPlan(reports={"a": (BLOCKS["a"][:3], 11, 6), "b": (BLOCKS["b"][:2], 9, 3)}, evidence=True)
     output = driver.step({"a": 1, "b": 1}, due)
     records = getattr(output, KEY)
     head = driver.worker.model_runner.head.cpu()
@@ -219,8 +219,8 @@ def test_what_is_reported_is_what_the_steps_showed(device: torch.device, second:
 def test_a_given_response_is_measured_though_nothing_is_drawn(device: torch.device, second: bool) -> None:
     driver = Driver(Worker(device, second=second, later=False))
     response = [3, 14, 15, 9]  # positions 2 to 5 of six; the first chunk ends before the third of them
-    driver.step({"a": 4}, Wanted(scored={"a": (1, response[:3])}, evidence=True))
-    wanted = Wanted({"a": (BLOCKS["a"][:2], 6, 2)}, {"a": (0, response[3:])}, evidence=True)
+    driver.step({"a": 4}, StepPlan(scored={"a": (1, response[:3])}, evidence=True))
+    wanted = StepPlan({"a": (BLOCKS["a"][:2], 6, 2)}, {"a": (0, response[3:])}, evidence=True)
     record = getattr(driver.step({"a": 2}, wanted), KEY)["a"]
     found = of_answer(_floats(record[4]).view(-1, 3), response)
     assert found is not None
@@ -233,10 +233,10 @@ def test_a_given_response_is_measured_though_nothing_is_drawn(device: torch.devi
 @pytest.mark.parametrize("why", ["finished_req_ids", "preempted_req_ids"])
 def test_blocks_change_hands_while_steps_wait(device: torch.device, second: bool, why: str) -> None:
     driver = Driver(Worker(device, second=second, later=False))
-    driver.step({"a": 6}, Wanted(evidence=True))
-    driver.step({"heir": 3}, Wanted(evidence=True), **{why: {"a"}})
-    driver.step({"heir": 1}, Wanted(evidence=True))
-    due = Wanted(reports={"heir": (BLOCKS["heir"], 5, 3)}, evidence=True)
+    driver.step({"a": 6}, StepPlan(evidence=True))
+    driver.step({"heir": 3}, StepPlan(evidence=True), **{why: {"a"}})
+    driver.step({"heir": 1}, StepPlan(evidence=True))
+    due = StepPlan(reports={"heir": (BLOCKS["heir"], 5, 3)}, evidence=True)
     positions, whole, mean, _, kept = getattr(driver.step({"heir": 1}, due), KEY)["heir"]
     assert whole
     assert torch.allclose(_floats(mean), torch.stack(driver.states["heir"]).sum(0) / positions, atol=1e-6)
@@ -245,15 +245,15 @@ def test_blocks_change_hands_while_steps_wait(device: torch.device, second: bool
 
 def test_a_block_filled_elsewhere_is_not_counted(device: torch.device, second: bool) -> None:
     """The heir's first two tokens come from a connector: its block holds what was kept for the first owner's."""
-    due = Wanted(reports={"heir": (BLOCKS["heir"][:1], 4, 2)}, evidence=True)
+    due = StepPlan(reports={"heir": (BLOCKS["heir"][:1], 4, 2)}, evidence=True)
     for fresh, counted in (
         ([], True),
         ([BLOCKS["heir"][0]], False),
     ):  # without the list, it would be believed
         driver = Driver(Worker(device, second=second, later=False))
-        driver.step({"a": 6}, Wanted(evidence=True))  # two of them in its second block, the heir's first
+        driver.step({"a": 6}, StepPlan(evidence=True))  # two of them in its second block, the heir's first
         driver.states["heir"] += [torch.zeros(HIDDEN)] * 2
-        driver.step({"heir": 1}, Wanted(evidence=True, fresh=fresh), finished_req_ids={"a"})
+        driver.step({"heir": 1}, StepPlan(evidence=True, fresh=fresh), finished_req_ids={"a"})
         _, whole, _, _, kept = getattr(driver.step({"heir": 1}, due), KEY)["heir"]
         assert whole == counted
         first = _floats(kept).view(-1, 3)[0, 0]
@@ -274,7 +274,7 @@ def test_a_response_is_measured_in_pieces(
             asked.append(len(states)),  # noqa: B023
             compute(states),  # noqa: B023
         )[1]
-        wanted = Wanted({"a": (BLOCKS["a"][:2], 7, 2)}, {"a": (1, response)}, evidence=True)
+        wanted = StepPlan({"a": (BLOCKS["a"][:2], 7, 2)}, {"a": (1, response)}, evidence=True)
         records.append(getattr(driver.step({"a": 7}, wanted), KEY)["a"])
         assert max(asked) == min(rows, 5)
     assert torch.allclose(_floats(records[0][4]), _floats(records[1][4]), rtol=1e-5)
@@ -287,7 +287,7 @@ def test_layers_of_several_sizes_under_one_table(device: torch.device, second: b
     config.kv_cache_groups = [SimpleNamespace(kv_cache_spec=together, layer_names=["layer", "other"])]
     worker.initialize_from_config(config)
     driver = Driver(worker)
-    due = Wanted(reports={"a": (BLOCKS["a"][:1], 4, 2)}, evidence=True)
+    due = StepPlan(reports={"a": (BLOCKS["a"][:1], 4, 2)}, evidence=True)
     assert getattr(driver.step({"a": 4}, due), KEY)["a"][:2] == (4, True)
 
 
@@ -308,11 +308,11 @@ def test_what_is_kept_beside_the_cache_has_its_share_of_the_memory() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: no CUDA device is here")
 def test_memory_on_the_gpu_does_not_grow_with_the_sequence() -> None:
     driver = Driver(Worker(torch.device("cuda"), second=True, later=True))
-    due = Wanted(reports={"a": (BLOCKS["a"][:1], 4, 2)}, evidence=True)  # nothing waits after it
+    due = StepPlan(reports={"a": (BLOCKS["a"][:1], 4, 2)}, evidence=True)  # nothing waits after it
     driver.step({"a": 4}, due)
     before = torch.cuda.memory_allocated()
     for _ in range(12):
-        driver.step({"a": 1}, Wanted(evidence=True))
+        driver.step({"a": 1}, StepPlan(evidence=True))
     driver.worker._enter()
     assert torch.cuda.memory_allocated() == before
 

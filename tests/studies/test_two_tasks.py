@@ -83,4 +83,4 @@ def test_the_table_shows_means_spread_and_who_ranks_better() -> None:
     assert "| Softmax | 50.0 | 50.0 |" in text
     assert "| Softmax | 0.110 (0.020 to 0.200) |" in text
     assert "| better in 1, worse in 1 of 2 |" in text
-    assert "Asking the model again" not in text
+    assert "AnsweringOptions the model again" not in text
