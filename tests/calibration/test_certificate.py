@@ -15,6 +15,7 @@ from candor.calibration.certificate import (
     power,
     records_needed,
     start,
+    summary,
     thresholds,
     walk,
 )

@@ -22,6 +22,7 @@ from candor.calibration.rule_certificate import (
     certify_rule,
     horizon,
     start,
+    summary,
     thresholds,
     walk,
 )

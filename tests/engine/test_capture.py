@@ -19,7 +19,7 @@ pytest.importorskip("vllm")
 from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
 
 from candor.engine import vllm_capture
-from candor.engine.vllm_capture import CaptureMixin
+from candor.engine.vllm_capture import WorkerCapture
 from candor.engine.vllm_scheduler import KEY, StepPlan
 
 SIZE, HIDDEN, WORDS = 4, 6, 50
@@ -125,7 +125,7 @@ class Steps:
         return Later(output) if self.later else output
 
 
-class Worker(CaptureMixin, Steps):
+class Worker(WorkerCapture, Steps):
     def __init__(self, device: torch.device, *, second: bool, later: bool) -> None:
         self.device = device
         self.later = later

@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
-from candor.engine.vllm_scheduler import CaptureMixin, full_attention_group, keep_whole_sequences
+from candor.engine.vllm_scheduler import SchedulerCapture, full_attention_group, keep_whole_sequences
 
 SIZES: dict[str, Any] = {"block_size": 4, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
 FULL, WINDOW = FullAttentionSpec(**SIZES), SlidingWindowSpec(**SIZES, sliding_window=6)
@@ -56,7 +56,7 @@ def test_layers_of_several_sizes_count_as_what_they_are() -> None:
 def test_blocks_are_noted_when_they_are_handed_out_but_not_from_the_prefix_cache() -> None:
     pool = BlockPool(num_gpu_blocks=8, enable_caching=True, hash_block_size=4)
     scheduler = SimpleNamespace(_fresh=[])
-    CaptureMixin._watch_new_blocks(scheduler, pool)  # type: ignore[arg-type]
+    SchedulerCapture._watch_new_blocks(scheduler, pool)  # type: ignore[arg-type]
     first = pool.get_new_blocks(2)
     assert scheduler._fresh == [block.block_id for block in first]
     pool.free_blocks(first)
