@@ -57,7 +57,7 @@ def near_ties(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tenso
 
 
 @dataclass(frozen=True)
-class Scenario:
+class Draws:
     """records: in all, to fit and certify on. alpha: of today's region."""
 
     name: str
@@ -68,19 +68,19 @@ class Scenario:
 
 
 SCENARIOS = (
-    Scenario("balanced", World(0.5, 2.2).draw, 1_000, Claim(0.95, 0.05), 0.8),
-    Scenario("few wrong", World(0.85, 4.0, noise=0.01).draw, 1_000, Claim(0.97, 0.05), 0.7),
-    Scenario("few right", World(0.25, 4.0, noise=0.02).draw, 1_000, Claim(0.95, 0.05), 0.7),
+    Draws("balanced", World(0.5, 2.2).draw, 1_000, Claim(0.95, 0.05), 0.8),
+    Draws("few wrong", World(0.85, 4.0, noise=0.01).draw, 1_000, Claim(0.97, 0.05), 0.7),
+    Draws("few right", World(0.25, 4.0, noise=0.02).draw, 1_000, Claim(0.95, 0.05), 0.7),
     # No answer is right with more than 1 - noise, so every certificate is false, by a hair.
-    Scenario("none true", World(0.85, 4.0, noise=0.03).draw, 1_000, Claim(0.97, 0.05), 0.7),
-    Scenario("top not rightest", top_not_rightest, 1_000, Claim(0.92, 0.05), 0.7),
-    Scenario("near-ties", near_ties, 1_000, Claim(0.96, 0.05), 0.7),
-    Scenario("300 records", World(0.75, 3.0).draw, 300, Claim(0.95, 0.05), 0.8),
+    Draws("none true", World(0.85, 4.0, noise=0.03).draw, 1_000, Claim(0.97, 0.05), 0.7),
+    Draws("top not rightest", top_not_rightest, 1_000, Claim(0.92, 0.05), 0.7),
+    Draws("near-ties", near_ties, 1_000, Claim(0.96, 0.05), 0.7),
+    Draws("300 records", World(0.75, 3.0).draw, 300, Claim(0.95, 0.05), 0.8),
 )
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RedrawCounts:
     """Of one redraw: was a certificate issued, is it false, and the share let through by it."""
 
     issued: bool
@@ -88,10 +88,10 @@ class Outcome:
     answered: float
 
 
-NOTHING = Outcome(False, False, 0.0)
+NOTHING = RedrawCounts(False, False, 0.0)
 
 
-def redraw(scenario: Scenario, seed: int) -> Outcome:
+def redraw(scenario: Draws, seed: int) -> RedrawCounts:
     """By a two-gate rule; its h is one block, and prompts are as far off as chance makes them."""
     generator = torch.Generator().manual_seed(seed)
     rows, _ = _rows(scenario, scenario.records, generator)
@@ -112,10 +112,10 @@ def redraw(scenario: Scenario, seed: int) -> Outcome:
     fresh, truth = _rows(scenario, FRESH, generator)
     answered = found.rule(fitted.rule).judge(fresh.prompts, fresh.h, fresh.figures).answered
     false = bool(answered.any()) and float(truth[answered].mean()) < scenario.wanted.accuracy
-    return Outcome(True, false, float(answered.double().mean()))
+    return RedrawCounts(True, false, float(answered.double().mean()))
 
 
-def today(scenario: Scenario, seed: int) -> Outcome:
+def today(scenario: Draws, seed: int) -> RedrawCounts:
     """By today's region, under the lower estimator."""
     generator = torch.Generator().manual_seed(seed)
     pool = as_answers(*scenario.draw(scenario.records, generator)[:2], "record")
@@ -137,16 +137,16 @@ def today(scenario: Scenario, seed: int) -> Outcome:
     served = fresh.served(fitted.estimator, scenario.alpha, KINDS[0])
     answered = served.answered & (served.q_prime >= certificate.rescaled_similarity_min)
     false = bool(answered.any()) and float(truth[answered].mean()) < scenario.wanted.accuracy
-    return Outcome(True, false, float(answered.double().mean()))
+    return RedrawCounts(True, false, float(answered.double().mean()))
 
 
-def _rows(scenario: Scenario, n: int, generator: torch.Generator) -> tuple[RuleRows, Tensor]:
+def _rows(scenario: Draws, n: int, generator: torch.Generator) -> tuple[RuleRows, Tensor]:
     h, y, truth = scenario.draw(n, generator)
     prompts = torch.randn(n, PROMPT_WIDTH, generator=generator)
     return RuleRows(prompts, h, torch.empty(n, 0), y, [str(i) for i in range(n)]), truth
 
 
-def summarise(scenario: Scenario, way: str, outcomes: list[Outcome]) -> dict[str, Any]:
+def summarise(scenario: Draws, way: str, outcomes: list[RedrawCounts]) -> dict[str, Any]:
     issued = sum(one.issued for one in outcomes)
     failed = Share.from_counts(sum(one.false for one in outcomes), len(outcomes))
     assert failed.low is not None

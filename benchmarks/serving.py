@@ -62,7 +62,7 @@ HIGHER_IS_BETTER = {"answers/s"}
 
 
 @dataclass(frozen=True)
-class Cell:
+class Workload:
     concurrency: int
     length: str
     shared: bool
@@ -85,14 +85,14 @@ class Prompts:
         self._lines = [line for line in lines if 5 <= len(line.split()) <= LONGEST]
         self._left: list[str] = []
 
-    def draw(self, cell: Cell) -> list[str]:
+    def draw(self, cell: Workload) -> list[str]:
         common = self._solved(cell)
         return [
             (common if cell.shared else self._solved(cell)) + self._question()[0]
             for _ in range(cell.requests)
         ]
 
-    def _solved(self, cell: Cell) -> str:
+    def _solved(self, cell: Workload) -> str:
         pairs = [self._question() for _ in range(SOLVED[cell.length])]
         return "".join(f"{question}\n{completion(sentence)}\n\n" for question, sentence in pairs)
 
@@ -180,7 +180,7 @@ def both(model: Path, bundle: Path, eager: bool) -> Iterator[tuple[Serving, Serv
         yield candor, plain
 
 
-Rounds = dict[Cell, list[tuple[dict[str, float], dict[str, float]]]]  # Candor's figures, vLLM's
+Rounds = dict[Workload, list[tuple[dict[str, float], dict[str, float]]]]  # Candor's figures, vLLM's
 
 
 def measure(
@@ -188,7 +188,7 @@ def measure(
     plain: Serving,
     model: Path,
     tag: str,
-    cells: Sequence[Cell],
+    cells: Sequence[Workload],
     prompts: Prompts,
     minutes: float,
 ) -> Rounds:
@@ -252,9 +252,10 @@ def main() -> int:
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
     parser.add_argument("--json", action="store_true", help="every round's figures in place of the table")
     given = parser.parse_args()
-    quick = [Cell(8, "short", False)]
+    quick = [Workload(8, "short", False)]
     cells = [
-        Cell(*one) for one in product(given.concurrency or (1, 8, 32), given.prompts or SOLVED, (False, True))
+        Workload(*one)
+        for one in product(given.concurrency or (1, 8, 32), given.prompts or SOLVED, (False, True))
     ]
     prompts = Prompts(ROOT / "demo/sentences.txt", given.seed)
     with both(given.model, given.bundle, given.eager) as (candor, plain):

@@ -45,7 +45,7 @@ Verdict = tuple[float, str, int, str]
 
 
 @dataclass
-class Record:
+class Exchange:
     """What happened. asked: by kind and outcome. samples: (seconds, resident bytes, open files).
 
     verdicts: of each fixed prompt, every (seconds, region, prediction, answer). answered_at: seconds.
@@ -78,7 +78,7 @@ class Soak:
         self._random = random.Random(seed)
         self._start = time.monotonic()
         self._seconds = seconds
-        self.record = Record()
+        self.record = Exchange()
 
     async def run(self) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self._workers)
@@ -194,7 +194,7 @@ def usual(seen: Sequence[Verdict]) -> tuple[str, int] | None:
     return counts.most_common(1)[0][0] if counts else None
 
 
-def summary(record: Record, seconds: float) -> tuple[dict[str, Any], list[str]]:
+def summary(record: Exchange, seconds: float) -> tuple[dict[str, Any], list[str]]:
     """Figures, and what is wrong with them."""
     third = seconds / 3
     early, late = (

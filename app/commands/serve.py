@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-
-class EngineKind(StrEnum):
-    vllm = "vllm"
-    transformers = "transformers"
+from candor.app.commands.calibrate import EngineKind
 
 
 def serve(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.soak import Record, slope_per_hour, summary
+from benchmarks.soak import Exchange, slope_per_hour, summary
 from benchmarks.stability import differences
 
 
@@ -16,8 +16,8 @@ def test_slope() -> None:
     assert slope_per_hour([(0.0, 1, 5)]) == 0
 
 
-def record() -> Record:
-    made = Record(samples=[(float(t), 1 << 20, 10) for t in range(60)])
+def record() -> Exchange:
+    made = Exchange(samples=[(float(t), 1 << 20, 10) for t in range(60)])
     made.asked["whole", "200"] = 5
     made.asked["wrong", "422"] = 1
     made.asked["left amid", "left"] = 2
