@@ -33,7 +33,7 @@ import torch
 
 from benchmarks.public_way import FlatSupport
 from benchmarks.servers import bind_all_cores
-from benchmarks.serving import BLOCK, BUNDLE, KV_CACHE, LIMITS, MAX_TOKENS, MODEL, ROOT, Cell, Prompts
+from benchmarks.serving import BLOCK, BUNDLE, KV_CACHE, LIMITS, MAX_TOKENS, MODEL, ROOT, Workload, Prompts
 from candor.engine.base import Engine, Generation, Sampling
 from candor.engine.factory import start_engine
 from candor.engine.prompt import ChatFormat
@@ -210,7 +210,7 @@ async def measure(
     lines = []
     try:
         for concurrency in concurrencies:
-            cell = Cell(concurrency, "short", shared=False)
+            cell = Workload(concurrency, "short", shared=False)
             speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
             for number in range(rounds + 1):  # the first warms up
                 prompts = [
