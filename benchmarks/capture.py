@@ -33,7 +33,7 @@ import torch
 
 from benchmarks.public_way import FlatSupport
 from benchmarks.servers import bind_all_cores
-from benchmarks.serving import BLOCK, BUNDLE, KV_CACHE, LIMITS, MAX_TOKENS, MODEL, ROOT, Workload, Prompts
+from benchmarks.serving import BLOCK, BUNDLE, KV_CACHE, LIMITS, MAX_TOKENS, MODEL, ROOT, Prompts, Workload
 from candor.engine.base import Engine, Generation, Sampling
 from candor.engine.factory import start_engine
 from candor.engine.prompt import ChatFormat

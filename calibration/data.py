@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -45,7 +45,7 @@ class Record:
     """One labelled example; either reference and verifier are set, or response and label.
 
     messages: the conversation to answer, each {"role", "content"}, the last by the user.
-    line: where it stands in its file, from 1.
+    line: where it stands in its file, from 1. folder: the file's, where its verifier may lie.
     """
 
     id: str
@@ -55,6 +55,7 @@ class Record:
     verifier: str | None = None
     response: str | None = None
     label: Label | None = None
+    folder: Path | None = None
 
     @property
     def prompt(self) -> str:
@@ -79,7 +80,8 @@ def load_records(path: Path) -> list[Record]:
     wrong types, an unusable verifier or reference, a repeated id, one answer with two labels; or no
     record at all.
     """
-    return parse_lines(path, _record, REMEDY, lambda records: _repeated_ids(records) + _given_twice(records))
+    parse = partial(_record, folder=path.parent)
+    return parse_lines(path, parse, REMEDY, lambda records: _repeated_ids(records) + _given_twice(records))
 
 
 def parse_lines(
@@ -143,7 +145,7 @@ def _object(line: bytes, number: int) -> dict[str, Any]:
     return fields
 
 
-def _record(fields: dict[str, Any], number: int) -> Record:
+def _record(fields: dict[str, Any], number: int, folder: Path) -> Record:
     _require_fields(fields)
     if not isinstance(fields["id"], str) or not fields["id"]:
         raise ValueError(f'"id" must be a non-empty string, not {_kind(fields["id"])}')
@@ -159,12 +161,14 @@ def _record(fields: dict[str, Any], number: int) -> Record:
     if not isinstance(verifier, str):
         raise ValueError(f'"verifier" must be a string, not {_kind(verifier)}')
     try:
-        load_verifier(verifier)
+        load_verifier(verifier, folder)
     except VerifierError as error:
         raise ValueError(str(error)) from error
     if problem := reference_problem(verifier, fields["reference"]):
         raise ValueError(problem)
-    return Record(fields["id"], messages, number, reference=fields["reference"], verifier=verifier)
+    return Record(
+        fields["id"], messages, number, reference=fields["reference"], verifier=verifier, folder=folder
+    )
 
 
 def _require_fields(fields: dict[str, Any]) -> None:

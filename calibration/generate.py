@@ -242,7 +242,8 @@ def _label(record: Record, answer: CachedAnswer, chat: ChatFormat, fault: Fault 
     label = record.label
     if label is None:
         assert record.verifier is not None  # one of the two, by `load_records`
-        label = 1 if load_verifier(record.verifier)(answer.response, record.reference) else 0
+        verify = load_verifier(record.verifier, record.folder)
+        label = 1 if verify(answer.response, record.reference) else 0
     return Labelled(
         record.id,
         record.prompt_digest,

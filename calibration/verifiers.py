@@ -7,9 +7,9 @@ A verifier maps (response, reference) to y in {0, 1}. Four are built in, named i
     regex        the reference, a Python regular expression, is found in the response (anchor it yourself)
     json         the response parses as the JSON value that the reference is
 
-and any Python function, as `module:function` or `file.py:function` (a path from the working
-directory), called as `function(response, reference) -> bool`. It runs with the rights of whoever
-calibrates: use data files that you trust.
+and any Python function, as `module:function` or `file.py:function`, called as
+`function(response, reference) -> bool`. Both are sought beside the data file, then in the working directory;
+modules also among what is installed. It runs with the rights of whoever calibrates: use data files that you trust.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ import importlib
 import importlib.util
 import inspect
 import re
+import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from importlib.machinery import PathFinder
+from os.path import realpath
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,8 +82,11 @@ def reference_problem(verifier: str, reference: Any) -> str | None:
 
 
 @cache
-def load_verifier(name: str) -> Verifier:
-    """The verifier of that name or path. Raises VerifierError."""
+def load_verifier(name: str, beside: Path | None = None) -> Verifier:
+    """The verifier of that name or path. beside: folder of the data file that names it.
+
+    Raises VerifierError.
+    """
     if name in BUILT_IN:
         return BUILT_IN[name]
     source, colon, function_name = name.rpartition(":")
@@ -88,7 +95,10 @@ def load_verifier(name: str) -> Verifier:
             f'unknown verifier "{name}": use one of {", ".join(BUILT_IN)}, or module:function, '
             "or file.py:function"
         )
-    module = _load_file(Path(source)) if source.endswith(".py") else _load_module(source)
+    folders = list(dict.fromkeys(str(f.resolve()) for f in (beside, Path.cwd()) if f is not None))
+    with _first_on_path(folders):
+        load = _load_file if source.endswith(".py") else _load_module
+        module = load(source, folders)
     function = getattr(module, function_name, None)
     if not callable(function):
         raise VerifierError(f'verifier "{name}": {source} has no function "{function_name}"')
@@ -109,19 +119,47 @@ def load_verifier(name: str) -> Verifier:
     return verify
 
 
-def _load_module(source: str) -> ModuleType:
+@contextmanager
+def _first_on_path(folders: Sequence[str]) -> Iterator[None]:
+    """So that a user's `app` or `engine` is found before anybody else's. Afterwards the folders stand last: what a
+    verifier imports when it is called is found, and nothing that is installed is hidden from us."""
+    sys.path[:0] = folders
+    try:
+        yield
+    finally:
+        for folder in folders:
+            sys.path.remove(folder)
+        sys.path += [folder for folder in folders if folder not in sys.path]
+
+
+def _load_module(source: str, folders: Sequence[str]) -> ModuleType:
+    _require_unhidden(source.partition(".")[0], folders)
     try:
         return importlib.import_module(source)
     except Exception as error:
         raise VerifierError(
-            f'verifier module "{source}" cannot be imported: {type(error).__name__}: {error}; '
-            "install it, or name a file as path/to/file.py:function"
+            f'verifier module "{source}" cannot be imported: {type(error).__name__}: {error}; looked in '
+            f"{' and '.join(folders)} and among what is installed; name a file as path/to/file.py:function otherwise"
         ) from error
 
 
-def _load_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise VerifierError(f"verifier file {path} not found; the path starts at {Path.cwd()}")
+def _require_unhidden(name: str, folders: Sequence[str]) -> None:
+    """Raises VerifierError where a module of that name that is imported already would stand in for the one meant."""
+    meant, loaded = PathFinder.find_spec(name, folders), sys.modules.get(name)
+    if meant is None or meant.origin is None or loaded is None:
+        return
+    origin = str(loaded.__spec__ and loaded.__spec__.origin)
+    if realpath(origin) != realpath(meant.origin):
+        raise VerifierError(
+            f'verifier module "{name}" is {meant.origin}, but {origin} is imported under that name: '
+            "rename yours, or name a file as path/to/file.py:function"
+        )
+
+
+def _load_file(source: str, folders: Sequence[str]) -> ModuleType:
+    path = next((path for folder in folders if (path := Path(folder, source)).is_file()), None)
+    if path is None:
+        raise VerifierError(f"verifier file {source} not found; looked in {' and '.join(folders)}")
     spec = importlib.util.spec_from_file_location(f"candor_verifier_{path.stem}", path)
     if spec is None or spec.loader is None:  # a .py path always has both; for the type checker
         raise VerifierError(f"verifier file {path} cannot be loaded")

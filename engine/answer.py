@@ -128,9 +128,7 @@ class AnswerText:
             length += len(entry.token)
             if length > len(self._text):
                 break
-            if (
-                entry.token
-            ):  # one without text is part of a character, or ends the answer: it waits for the next
+            if entry.token:  # else part of a character, or the end: it waits for the next that has text
                 self._reported, self._reported_length = number, length
         self._reported = max(self._reported, min(least, len(self.logprobs)))
         return tuple(self.logprobs[first : self._reported])

@@ -134,7 +134,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """One answer token with its log-probability under the unmodified (temperature 1) model."""
+    """One answer token with its log-probability under the unmodified (temperature 1) model.
+
+    token: the text it adds; "" for part of a character, all of which the token that completes it adds.
+    """
 
     token_id: int
     token: str
@@ -175,7 +178,8 @@ class Delta:
 class Generation:
     """A finished answer.
 
-    text, token_ids, logprobs: the answer alone, without tag and what follows it.
+    text, token_ids: the answer alone, without tag and what follows it.
+    logprobs: those of all deltas, if asked for. Where a stop string cut the text, tokens beyond it have none.
     finish_reason: "stop" (tag, end of turn or stop string) or "length".
     tagged: the model wrote the tag itself; otherwise it was appended to take h.
     truncated: the answer did not end on its own (length limit or a stop string).

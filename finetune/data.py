@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ REMEDY = f"Every line is one JSON object with {', '.join(sorted(FIELDS))}. Corre
 
 @dataclass(frozen=True)
 class Pair:
-    """messages: the conversation to answer, the last by the user."""
+    """messages: the conversation to answer, the last by the user. folder: the file's, where its verifier may lie."""
 
     id: str
     messages: tuple[dict[str, str], ...]
@@ -32,14 +33,15 @@ class Pair:
     verifier: str
     positive: str
     negative: str
+    folder: Path | None = None
 
     def is_right(self, response: str) -> bool:
-        return load_verifier(self.verifier)(response, self.reference)
+        return load_verifier(self.verifier, self.folder)(response, self.reference)
 
 
 def load_pairs(path: Path) -> list[Pair]:
     """Raises DataError that lists the offending lines, or says that the file has none."""
-    return parse_lines(path, _parse, REMEDY)
+    return parse_lines(path, partial(_parse, folder=path.parent), REMEDY)
 
 
 def require_apart(path: Path, pairs: Sequence[Pair], other_path: Path, others: Sequence[Pair]) -> None:
@@ -52,7 +54,7 @@ def require_apart(path: Path, pairs: Sequence[Pair], other_path: Path, others: S
         )
 
 
-def _parse(fields: dict[str, Any], _line: int) -> Pair:
+def _parse(fields: dict[str, Any], _line: int, folder: Path) -> Pair:
     missing, unknown = sorted(FIELDS - fields.keys()), sorted(fields.keys() - FIELDS)
     if missing or unknown:
         raise ValueError(f"missing {missing}, unknown {unknown} (expected {', '.join(sorted(FIELDS))})")
@@ -60,12 +62,12 @@ def _parse(fields: dict[str, Any], _line: int) -> Pair:
         if not isinstance(fields[name], str) or (name != "negative" and not fields[name]):
             raise ValueError(f'"{name}" must be a non-empty string')
     try:
-        load_verifier(fields["verifier"])
+        load_verifier(fields["verifier"], folder)
     except VerifierError as error:
         raise ValueError(str(error)) from error
     if problem := reference_problem(fields["verifier"], fields["reference"]):
         raise ValueError(problem)
-    made = Pair(**(fields | {"messages": read_messages(fields["messages"])}))
+    made = Pair(**(fields | {"messages": read_messages(fields["messages"])}), folder=folder)
     if not made.is_right(made.positive):
         raise ValueError(f'"positive" is wrong by verifier "{made.verifier}"')
     if made.is_right(made.negative):

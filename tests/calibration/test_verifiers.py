@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from candor.calibration.errors import VerifierError
+import candor
+from candor.calibration.data import load_records
+from candor.calibration.errors import DataError, VerifierError
 from candor.calibration.verifiers import load_verifier, reference_problem
+from candor.finetune.data import load_pairs
 
 
 @pytest.mark.parametrize(
@@ -129,3 +135,119 @@ def test_unknown_names_list_the_known_ones(name: str) -> None:
 def test_a_module_that_is_not_installed() -> None:
     with pytest.raises(VerifierError, match="cannot be imported"):
         load_verifier("no_such_module_of_candor:f")
+
+
+SAME = "def same(response, reference):\n    return response == reference\n"
+AS_THE_COMMAND = """
+import sys
+from pathlib import Path
+from candor.calibration.data import load_records
+from candor.calibration.verifiers import load_verifier
+for record in load_records(Path(sys.argv[1])):
+    verify = load_verifier(record.verifier, record.folder)
+    print(record.verifier, verify("x", record.reference), verify("y", record.reference))
+import engine, candor.engine.answer
+print(engine.__file__)
+"""
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def records(path: Path, *verifiers: str, reference: str = "x") -> Path:
+    lines = [
+        {
+            "id": str(number),
+            "messages": [{"role": "user", "content": f"question {number}"}],
+            "reference": reference,
+            "verifier": verifier,
+        }
+        for number, verifier in enumerate(verifiers)
+    ]
+    return write(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("package", ["__init__.py", "README.md"])
+def test_a_users_own_packages_are_found_whatever_they_are_called(tmp_path: Path, package: str) -> None:
+    """As `candor` runs: the path begins with its script's folder. Our rooms' names are free for the user's."""
+    project, installed = tmp_path / "project", tmp_path / "installed"
+    for room in ("app", "engine"):
+        write(project / room / package, "")
+    write(project / "engine/checks.py", f"from app.helper import same as helped\n{SAME}")
+    write(project / "app/helper.py", SAME)
+    write(project / "here.py", SAME)
+    lazy = "def later(response, reference):\n    from only_beside import same\n    return same(response, reference)\n"
+    write(project / "data/beside.py", SAME + lazy)
+    write(project / "data/only_beside.py", SAME)
+    named = ["engine.checks:same", "engine.checks:helped", "here:same", "here.py:same"]
+    named += ["beside:same", "beside:later", "beside.py:same"]
+    data = records(project / "data/train.jsonl", *named)
+    write(installed / "here.py", "raise RuntimeError('not the one that is meant')\n")
+    (installed / "candor").symlink_to(Path(candor.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, write(tmp_path / "bin/candor", AS_THE_COMMAND), data.relative_to(project)],
+        cwd=project,
+        env={"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    *lines, engine = done.stdout.splitlines()
+    assert lines == [f"{name} True False" for name in named]
+    assert engine == str(project / "engine/__init__.py" if package == "__init__.py" else None)
+
+
+def test_a_verifier_beside_the_data_is_preferred_to_one_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "preferred.py", "def f(response, reference):\n    return False\n")
+    write(tmp_path / "data/preferred.py", "def f(response, reference):\n    return True\n")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    for name in ("preferred.py:f", "preferred:f"):
+        (record,) = load_records(records(tmp_path / "data/d.jsonl", name))
+        assert record.verifier is not None
+        assert load_verifier(record.verifier, record.folder)("", "")
+    assert sys.path[: len(before)] == before
+
+
+def test_pairs_to_fine_tune_on_find_theirs_too(tmp_path: Path) -> None:
+    write(tmp_path / "of_pairs.py", SAME)
+    pair = {
+        "id": "a",
+        "messages": [{"role": "user", "content": "?"}],
+        "reference": "x",
+        "verifier": "of_pairs:same",
+        "positive": "x",
+        "negative": "y",
+    }
+    (made,) = load_pairs(write(tmp_path / "pairs.jsonl", json.dumps(pair)))
+    assert made.is_right("x")
+    assert not made.is_right("y")
+
+
+def test_where_a_verifier_was_sought_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = records(tmp_path / "data/d.jsonl", "nowhere_of_candor:f", "nowhere.py:f")
+    with pytest.raises(DataError) as raised:
+        load_records(data)
+    for line in str(raised.value).splitlines()[1:3]:
+        assert f"looked in {tmp_path / 'data'} and {tmp_path}" in line
+
+
+def test_a_module_that_another_of_its_name_stands_in_for_is_refused(tmp_path: Path) -> None:
+    """Not taken for the other: it might have a function of that name, and label wrongly."""
+    for side in ("one", "other"):
+        write(tmp_path / side / "twice_of_candor.py", SAME)
+    load_records(records(tmp_path / "one/d.jsonl", "twice_of_candor:same"))
+    with pytest.raises(
+        DataError, match=r"other/twice_of_candor\.py, but .*one/twice_of_candor\.py is imported"
+    ):
+        load_records(records(tmp_path / "other/d.jsonl", "twice_of_candor:same"))
+    write(tmp_path / "one/json.py", SAME)
+    with pytest.raises(VerifierError, match="rename yours"):
+        load_verifier("json:same", tmp_path / "one")

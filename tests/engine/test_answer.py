@@ -121,6 +121,20 @@ def test_a_stop_string_leaves_the_tokens_that_lie_wholly_before_it(
     assert stream(list(zip(shown, tokens, strict=True)), stopped=True)[2] == whole
 
 
+@given(st.lists(st.text("ab c", min_size=1, max_size=4), min_size=1, max_size=8), st.data())
+def test_wherever_a_stop_string_cuts_and_however_late_text_comes(
+    tokens: list[str], data: st.DataObject
+) -> None:
+    text = "".join(tokens)
+    cut = data.draw(st.integers(0, len(text)))
+    ends = [len("".join(tokens[: i + 1])) for i in range(len(tokens))]
+    bounds = [0, *sorted(data.draw(st.integers(0, min(end, cut))) for end in ends[:-1]), cut]
+    pieces = [text[a:b] for a, b in pairwise(bounds)]
+    shown, _, whole = stream(list(zip(pieces, tokens, strict=True)), stopped=True)
+    assert shown == text[:cut]
+    assert whole == [token for token, end in zip(tokens, ends, strict=True) if end <= cut]
+
+
 def test_text_that_comes_later_than_its_token_brings_it_along() -> None:
     """As where an engine holds back what may become a stop string."""
     late = [("", "The"), ("Th", " children"), ("e childr", " ran"), ("en ran", "<|end|>")]
