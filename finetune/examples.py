@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from candor.engine.prompt import SEPARATOR, ChatFormat
+from candor.engine.prompt import ChatFormat
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ def negative(chat: ChatFormat, prompt_ids: Sequence[int], response: str, tag: st
 def _document(chat: ChatFormat, prompt_ids: Sequence[int], response: str, tag: str, verdict: str) -> Example:
     """Prompt, response, tag, verdict, end; the pieces are tokenised as they are when served."""
     before = [*prompt_ids, *chat.encode_response(response)]
-    separator = chat.encode_response(SEPARATOR)
-    opening = chat.encode_response(SEPARATOR + tag)
-    closing = [*chat.encode_response(verdict + tag.replace("<", "</", 1)), chat.end_id]
-    learnt = len(prompt_ids) if verdict == "Yes" else len(before) + len(separator)
+    opening, tag_ids = chat.closing(tag)
+    closing = [*chat.encode_continuation(verdict + tag.replace("<", "</", 1)), chat.end_id]
+    learnt = len(prompt_ids) if verdict == "Yes" else len(before) + len(opening) - len(tag_ids)
     return Example((*before, *opening, *closing), learnt, len(before) + len(opening) - 1)

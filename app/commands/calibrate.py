@@ -186,6 +186,7 @@ async def _answer(
     from candor.engine.prompt import ChatFormat
 
     chat = ChatFormat.from_directory(engine_settings.model)
+    chat.check(policy.conversations.template_arguments)
     require_inputs_calibrated(chat, inputs, policy, engine_settings.representation.tag)
     engine = await start_with_adapter(adapter, engine_settings, chat)
     try:

@@ -52,6 +52,8 @@ async def start_backend(settings: Settings, adapters: Sequence[tuple[Path, Path]
         raise Refused(f"each model served needs a name of its own, got {', '.join(names)}", "model")
     logger.info("starting engine=%s model=%s", settings.engine, settings.model)
     chat = ChatFormat.from_directory(settings.model)
+    for one in (bundle, *(other for _, other in adapted)):
+        chat.check(one.manifest.policy.conversations.template_arguments)
     engine = await start_engine(
         EngineSettings(
             model=settings.model,

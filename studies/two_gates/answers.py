@@ -25,7 +25,7 @@ from candor.calibration.verifiers import load_verifier
 from candor.engine.answer import AnswerText
 from candor.engine.base import EVIDENCE
 from candor.engine.evidence import features
-from candor.engine.prompt import SEPARATOR, ChatFormat
+from candor.engine.prompt import ChatFormat
 from candor.engine.slot_evidence import surprisal_and_margin
 
 TAG = "<verified>"
@@ -84,8 +84,7 @@ class BatchedModel:
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             str(directory), dtype=torch.bfloat16, local_files_only=True
         ).eval()
-        self._tag = self.chat.encode_response(TAG)
-        self._closing = self.chat.encode_response(SEPARATOR + TAG)
+        self._closing, self._tag = self.chat.closing(TAG)
 
     @torch.inference_mode()
     def answer(self, records: Sequence[Record], max_tokens: int) -> list[dict[str, Any]]:

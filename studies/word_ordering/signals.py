@@ -35,7 +35,7 @@ def signals(model: Path, own: Sequence[Labelled]) -> dict[str, float]:
 def _yes_minus_no(model: Path) -> Tensor:
     """(2H,): 0 for the mean half, the difference of the LM head's two rows for the state at the tag."""
     chat = ChatFormat.from_directory(model)
-    yes, no = (chat.encode_response(word)[0] for word in ("Yes", "No"))
+    yes, no = (chat.encode_continuation(word)[0] for word in ("Yes", "No"))
     with safe_open(model / "model.safetensors", "pt") as weights:
         names = set(weights.keys())
         head = weights.get_slice(
