@@ -50,6 +50,7 @@ def test_context_holds_what_is_copied_and_no_more(root: Path) -> None:
     }
     ignored = (root / ".dockerignore").read_text(encoding="utf-8").splitlines()
     assert {line[1:] for line in ignored if line.startswith("!")} == copied
+    assert {room.name for room in (root / "candor").iterdir() if room.is_symlink()} < copied
     assert "*" in ignored
 
 

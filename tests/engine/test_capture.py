@@ -36,6 +36,8 @@ DEVICES = [
     ),
 ]
 
+pytestmark = pytest.mark.model
+
 
 def spec(heads: int) -> FullAttentionSpec:
     return FullAttentionSpec(block_size=SIZE, num_kv_heads=heads, head_size=1, dtype=torch.float32)

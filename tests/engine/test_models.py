@@ -24,6 +24,8 @@ from candor.engine.factory import start_engine
 from candor.engine.prompt import ChatFormat
 from candor.engine.settings import EngineSettings
 
+pytestmark = pytest.mark.model
+
 WINDOW, SWITCH = 48, 128
 QUESTION = [{"role": "user", "content": SEA}]
 

@@ -26,6 +26,8 @@ SIZES: dict[str, Any] = {"block_size": 4, "num_kv_heads": 1, "head_size": 8, "dt
 FULL, WINDOW = FullAttentionSpec(**SIZES), SlidingWindowSpec(**SIZES, sliding_window=6)
 MAMBA = MambaSpec(block_size=4, shapes=((2, 2),), dtypes=(torch.float32,))
 
+pytestmark = pytest.mark.model
+
 
 def config(*specs: Any) -> KVCacheConfig:
     groups = [KVCacheGroupSpec([f"layer {number}"], spec) for number, spec in enumerate(specs)]
