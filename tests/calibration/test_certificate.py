@@ -219,6 +219,15 @@ def test_what_passed_before_the_first_failure_is_certified_and_nothing_after_it(
         assert (one.certificate.answered, one.certificate.right) == (40, 40)
 
 
+def test_people_are_told_what_was_certified_not_what_failed_after_it() -> None:
+    known = at(193.0, 300) + at(153.0, 100)
+    found = certify(line_estimator(), known, at(193.0, 60) + at(153.0, 10, wrong=10), WANTED)
+    assert summary(found).count("yes, from q' = 193.00 on: 60 right of 60 answered, bound 0.9513") == 2
+    report = found.to_json()
+    assert (report["accuracy"], report["delta"], report["records"]) == (0.9, 0.05, 80)
+    assert [one["certificate"]["right"] for one in report["sought"]] == [60, 60]
+
+
 def test_the_lower_estimators_thresholds_are_q_prime_at_d_lower() -> None:
     estimator = line_estimator()
     moved = [replace(answer, h=torch.tensor([1.2])) for answer in at(153.0, 300)]  # d = 0.4 there
@@ -304,6 +313,10 @@ def test_no_records_at_all() -> None:
 def test_what_cannot_be_wanted(accuracy: float, delta: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
         Claim(accuracy, delta)
+
+
+def test_what_can_just_be_wanted() -> None:
+    assert Claim(0.001, 0.499) == Claim(accuracy=0.001, delta=0.499)
 
 
 def test_a_false_claim_is_certified_with_probability_delta_at_most() -> None:

@@ -12,6 +12,7 @@ from candor.calibration.generate import Labelled
 from candor.calibration.served import Attempts, regions_of_policy
 from candor.sdm.adaptor import ExemplarAdaptor
 from candor.sdm.estimator import SDMEstimator
+from candor.sdm.region import find_region
 
 RIGHT, WRONG, UNSURE = 2.1, -2.1, 0.01
 """Points of the line that are answered, recognised as wrong, and not admitted."""
@@ -134,3 +135,30 @@ def test_winners_that_only_look_right_tighten_the_region_until_algorithm_1_accep
         accuracy = [float(s.y[s.answered].double().mean()) for s in (loose, answered)]
         assert accuracy[0] < accuracy[1]
         assert regions_of_policy(tight, attempts)[0.9] is after  # settled
+
+
+def test_a_stricter_threshold_is_the_one_that_algorithm_1_finds_over_what_is_served(
+    estimator: SDMEstimator,
+) -> None:
+    """One class's psi rises, the other's is high enough and stays."""
+    h = [float(one) for one in torch.linspace(0.1, 2.9, 150)]
+    right = [prompt(f"r{one}", [one] * 2, [1, 1], [1, 1]) for one in h]
+    wrong = [prompt(f"w{one}", [-one] * 2, [0, 0], [1, 1]) for one in h]
+    lucky = [prompt(f"l{one}", [UNSURE, one], [0, 0], [1, 1]) for one in h[5:75]]
+    attempts = Attempts.measure(estimator, right + wrong + lucky)
+    region = replace(estimator.regions[0.9], psi=torch.tensor([0.9, 0.99999]))
+    given = replace(estimator, regions={0.9: region})
+    first = attempts.served(given, 0.9, "plain")
+    inside = first.q_prime >= region.q_prime_min
+    found = find_region(first.sdm[inside], first.q_prime[inside], first.y[inside], 0.9)
+    settled = regions_of_policy(given, attempts)[0.9]
+    assert settled.q_prime_min == found.q_prime_min > region.q_prime_min
+    assert settled.psi.tolist() == [float(found.psi[0]), float(region.psi[1])]
+    assert found.psi[0] > region.psi[0]
+
+
+def test_where_only_what_looks_right_is_served_there_is_no_region(estimator: SDMEstimator) -> None:
+    lucky = [prompt(f"{h}", [UNSURE, float(h)], [0, 0], [1, 1]) for h in torch.linspace(0.2, 2.8, 30)]
+    region = regions_of_policy(estimator, Attempts.measure(estimator, lucky))[0.9]
+    assert (region.alpha, region.found) == (0.9, False)
+    assert region.psi.isinf().all()

@@ -140,6 +140,12 @@ def test_entries(fields: dict[str, Any], entry: dict[str, Any], where: str) -> N
     assert [one.where for one in caught.value.differences] == [where]
 
 
+def test_a_file_may_be_empty_or_as_large_as_its_limit(fields: dict[str, Any]) -> None:
+    for size in (0, LIMITS[REPORT]):
+        fields["files"][REPORT]["size"] = size
+        assert _parse(fields).files[REPORT].size == size
+
+
 @pytest.mark.parametrize(
     ("changed", "where"),
     [

@@ -147,3 +147,19 @@ def test_a_text_that_looks_like_turns_is_taken_as_them() -> None:
     assert taken_apart("a question: why?\nuser: ask") == (
         {"role": "user", "content": "a question: why?\nuser: ask"},
     )
+
+
+def test_a_single_question_is_shown_as_it_is_and_all_else_with_its_roles() -> None:
+    assert shown(SINGLE) == "ask"
+    assert shown(turns(("assistant", "ask"))) == "assistant: ask"
+    assert shown(NEXT) == "user: ask\nassistant: ok\nuser: and?"
+
+
+def test_its_turns_and_its_template_arguments_are_what_is_encoded() -> None:
+    class Chat:
+        def encode_chat(self, asked: object, arguments: object) -> list[int]:
+            assert (asked, arguments) == (tuple(LED), {"thinking": False})
+            return [1, 2, 3]
+
+    calibrated = Conversations.of_records([SINGLE], BRIEF, {"thinking": False})
+    assert calibrated.resolve(SINGLE).encode(Chat()) == [1, 2, 3]  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from candor.policy.decision import (
     REASONS,
     REGION_OF,
     Decisions,
+    Figures,
     Verdict,
     decide,
     unavailable,
@@ -214,6 +215,36 @@ def test_no_certificate_helps_what_is_not_answered(row: Row, certified_only: boo
 
 def test_where_only_certified_answers_count_and_there_is_no_certificate_nothing_is_answered() -> None:
     assert verdict(replace(ADMITTED, certified_only=True)).reason == "not_certified"
+
+
+def test_uncertified_answers_count_unless_somebody_asked_for_certified_ones() -> None:
+    flags = torch.tensor([True])
+    found = decide(estimate([ADMITTED]), REGION, finite=flags, calibrated=flags, estimator="lower")
+    assert found.answered.tolist() == [True]
+    assert not found.covered.any()
+    assert found.reason.dtype == torch.int64
+
+
+def test_the_figures_are_those_of_the_row_and_of_the_class_predicted() -> None:
+    """Of three classes, so that the largest of the others is not the only other."""
+    measured = replace(
+        estimate([ADMITTED, ADMITTED]),
+        y_hat=torch.tensor([0, 1]),
+        z_prime=torch.tensor([[5.0, -1.0, 2.0], [-4.0, 3.0, 1.0]]),
+        sdm=torch.tensor([[0.75, 0.125, 0.125], [0.25, 0.5, 0.25]]),
+        sdm_lower=torch.tensor([[0.625, 0.25, 0.125], [0.375, 0.4375, 0.1875]]),
+        sdm_upper=torch.tensor([[0.875, 0.0625, 0.0625], [0.125, 0.625, 0.25]]),
+        q=torch.tensor([7, 9]),
+        q_prime=torch.tensor([6.5, 8.5]),
+        q_prime_lower=torch.tensor([5.5, 7.5]),
+        d=torch.tensor([0.25, 0.75]),
+        effective_sample_size=torch.tensor([[1, 2, 3], [4, 5, 6]]),
+    )
+    flags = torch.tensor([True, True])
+    found = decide(measured, REGION, finite=flags, calibrated=flags, estimator="lower")
+    first, second = (verdict_of(row, measured, found, ALPHA, flags, None).figures for row in (0, 1))
+    assert first == Figures(0, 0.75, 0.625, 0.875, 7, 6.5, 0.25, 3.0, [1, 2, 3])
+    assert second == Figures(1, 0.5, 0.4375, 0.625, 9, 8.5, 0.75, 2.0, [4, 5, 6])
 
 
 def test_an_answer_that_could_not_be_scored_has_no_figures() -> None:

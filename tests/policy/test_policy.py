@@ -83,3 +83,8 @@ def test_a_given_response_that_the_model_could_not_have_given() -> None:
 def test_values_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
         Policy(**wrong)
+
+
+def test_the_ends_of_the_ranges_are_within_them() -> None:
+    assert Policy(temperature=2.0, top_p=1.0, top_k=0, max_tokens=1).temperature == 2.0
+    assert Policy(temperature=0.0, resample=1).resample == 1

@@ -32,6 +32,12 @@ def test_by_hand() -> None:
     assert sdm_loss(z, q.float(), d, torch.tensor([1])).item() == pytest.approx(-math.log(0.2, 4))
 
 
+def test_logarithms_are_those_of_double_precision() -> None:
+    # q = 5, d = 1: the base is 7, so ln SDM(z')_0 = -ln(1 + 7^-1).
+    got = log_sdm(torch.tensor([[1.0, 0.0]]), torch.tensor([5]), torch.ones(1))
+    assert got[0, 0].item() == pytest.approx(-math.log(8 / 7), abs=1e-14)
+
+
 def test_it_is_the_softmax_at_base_e_and_full_distance() -> None:
     z, _, _ = example()
     got = sdm(z, torch.full((40,), SOFTMAX_Q), torch.ones(40))

@@ -41,3 +41,10 @@ def test_an_empty_class_is_left_out_by_default_and_zero_as_recorded() -> None:
 def test_without_any_entry_every_distance_is_beyond() -> None:
     ecdf = ClasswiseECDF.from_classes([torch.empty(0), torch.empty(0)])
     assert ecdf.quantile(torch.tensor([0.0, 1.0])).tolist() == [0.0, 0.0]
+
+
+def test_a_quantile_is_rounded_once() -> None:
+    """To float32, from a double: 1 - k / 49 rounded on the way as well would differ for some k."""
+    ecdf = ClasswiseECDF.from_classes([torch.arange(49.0)])
+    expected = [1 - k / 49 for k in range(50)]
+    assert ecdf.quantile(torch.arange(50) - 0.5).tolist() == torch.tensor(expected).tolist()

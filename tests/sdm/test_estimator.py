@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -123,6 +123,14 @@ def test_d_zero_is_out_of_distribution_by_default_alone(estimator: SDMEstimator)
     assert (ours.d.item(), theirs.d.item()) == (0.0, 0.0)
     assert (ours.is_ood.item(), theirs.is_ood.item()) == (True, False)
     assert torch.allclose(ours.sdm, torch.full((1, 2), 0.5))
+
+
+def test_q_has_the_cap_of_the_conventions(estimator: SDMEstimator) -> None:
+    h, _ = rows(50, 3)
+    q = estimator.measure(h).q
+    assert q.max() > 3
+    capped = replace(estimator, conventions=replace(estimator.conventions, max_q=3))
+    assert torch.equal(capped.measure(h).q, q.clamp(max=3))
 
 
 def test_a_class_that_calibration_lacks_gives_no_region() -> None:

@@ -194,3 +194,9 @@ def test_q_prime_lies_between_one_and_q_and_vanishes_with_q() -> None:
 def test_alpha_is_a_target_accuracy(alpha: float) -> None:
     with pytest.raises(ValueError, match="target accuracy"):
         find_region(torch.ones(1, 2), torch.ones(1), torch.zeros(1).long(), alpha)
+
+
+def test_the_least_alpha_lies_just_above_one_half() -> None:
+    labels = torch.arange(20) % 2
+    sdm = torch.nn.functional.one_hot(labels).float()
+    assert find_region(sdm, torch.ones(20), labels, 0.501).found

@@ -22,6 +22,7 @@ def test_points_below_count_and_never_the_whole_class() -> None:
 def test_epsilon_is_the_dkw_width() -> None:
     got = dkw_epsilon(torch.tensor([0, 1, 200]), 0.9)
     assert got.tolist() == pytest.approx([1.0, math.sqrt(math.log(20) / 2), math.sqrt(math.log(20) / 400)])
+    assert got.dtype == torch.float64
     assert dkw_epsilon(torch.tensor([[10**9]]), 1.0).item() == 1.0
 
 
