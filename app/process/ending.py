@@ -11,7 +11,7 @@ from types import FrameType
 
 import psutil
 
-PATIENCE_S = 6.0
+PATIENCE_S = 4.0
 """What closes an engine in order gets this long."""
 
 
