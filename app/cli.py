@@ -13,6 +13,9 @@ from candor.app.commands.finetune import data_app, finetune
 from candor.app.commands.key import key
 from candor.app.commands.serve import serve
 
+UNKNOWN_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""For commands that take vLLM's options too."""
+
 cli = typer.Typer(
     name="candor",
     help="An inference server that says when it does not know.",
@@ -20,12 +23,12 @@ cli = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-cli.command()(serve)
+cli.command(context_settings=UNKNOWN_OPTIONS)(serve)
 cli.command()(chat)
 cli.command()(batch)
 cli.command()(key)
-cli.command()(calibrate)
-cli.command()(evaluate)
+cli.command(context_settings=UNKNOWN_OPTIONS)(calibrate)
+cli.command(context_settings=UNKNOWN_OPTIONS)(evaluate)
 cli.command()(finetune)
 cli.add_typer(bundle_app, name="bundle")
 cli.add_typer(data_app, name="data")

@@ -14,14 +14,15 @@ from typing import Annotated
 
 import typer
 
-from candor.app.commands.calibrate import EngineKind
 from candor.app.commands.evaluate import evaluate
+from candor.app.commands.serve import EngineKind
 from demo.task import made
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(
+    context: typer.Context,
     bundle: Annotated[Path, typer.Option(help="Directory of the bundle.")] = ROOT / "demo/bundle",
     model: Annotated[Path, typer.Option(help="Directory of the model.")] = ROOT
     / "var/models/smollm2-135m-word-ordering",
@@ -29,6 +30,7 @@ def main(
 ) -> None:
     data = made("test").parent
     evaluate(
+        context,
         bundle=bundle,
         model=model,
         data=data / "test.jsonl",

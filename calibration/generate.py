@@ -190,6 +190,8 @@ def _key(
     engine: Engine, record: Record, policy: Policy, representation: Representation, sampling: Sampling
 ) -> str:
     identity = {name: value for name, value in asdict(engine.identity).items() if name != "name"}
+    if not identity["engine_options"]:
+        del identity["engine_options"]  # as caches have it that know no such options
     conversation = policy.conversations.resolve(record.messages)
     return cache_key(
         model=identity,  # with the digests of tokenizer and chat template

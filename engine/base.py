@@ -19,7 +19,7 @@ including that one: template, prompt, answer and tag.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -97,7 +97,10 @@ class Representation:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What is being served, by content: two engines agree iff their identities are equal."""
+    """What is being served, by content: two engines agree iff their identities are equal.
+
+    engine_options: options of the engine's own under which the same weights have other states.
+    """
 
     name: str
     architecture: str
@@ -107,6 +110,7 @@ class ModelIdentity:
     weights_sha256: str
     tokenizer_sha256: str
     chat_template_sha256: str
+    engine_options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

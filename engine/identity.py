@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from candor.engine.base import AdapterIdentity, EngineError, ModelIdentity
 from candor.engine.prompt import ChatFormat
+from candor.engine.vllm_options import as_typed as options_as_typed
 
 TOKENISING = (
     "tokenizer*",
@@ -27,7 +29,13 @@ TOKENISING = (
 """Files that say which tokens a text is made of; not all of a model's need be there."""
 
 
-def identify(model: Path, chat: ChatFormat, dtype: str, max_model_len: int) -> ModelIdentity:
+def identify(
+    model: Path,
+    chat: ChatFormat,
+    dtype: str,
+    max_model_len: int,
+    engine_options: Mapping[str, Any] | None = None,
+) -> ModelIdentity:
     """Identity of the model directory `model` as served in `dtype` with sequences of up to `max_model_len` tokens.
 
     Raises EngineError where the directory is not a model (no config.json or no safetensors).
@@ -51,6 +59,7 @@ def identify(model: Path, chat: ChatFormat, dtype: str, max_model_len: int) -> M
             {**{file.name: _content(file) for file in files}, "end of answer": ends}
         ),
         chat_template_sha256=hashlib.sha256(chat.template.encode()).hexdigest(),
+        engine_options=dict(engine_options or {}),
     )
 
 
@@ -77,11 +86,15 @@ def identify_adapter(adapter: Path) -> AdapterIdentity:
 def differences(expected: ModelIdentity, actual: ModelIdentity) -> list[str]:
     """What differs, one line each, empty where the two are the same model. The name does not count."""
     return [
-        f"{field.name}: the bundle was made for {want}, this model has {have}"
+        f"{field.name}: the bundle was made for {_shown(want)}, this model has {_shown(have)}"
         for field in fields(ModelIdentity)
         if field.name != "name"
         and (want := getattr(expected, field.name)) != (have := getattr(actual, field.name))
     ]
+
+
+def _shown(value: object) -> object:
+    return options_as_typed(value) if isinstance(value, dict) else value
 
 
 def _read_config(model: Path) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from candor.engine.base import Representation
 
@@ -24,6 +25,7 @@ class EngineSettings:
     eager: no compilation: starts sooner, runs slower.
     asynchronous: vLLM plans a step while the one before is computed.
     served_model_name: what the engine's own metrics call the model; without it, its directory.
+    vllm: more of vLLM's options by its own names (engine/vllm_options.py); they go before what is set here.
     adapters: directories of LoRA adapters that can be laid over the model (`VLLMEngine.with_adapter`).
     """
 
@@ -39,4 +41,5 @@ class EngineSettings:
     eager: bool = False
     asynchronous: bool = True
     served_model_name: str | None = None
+    vllm: Mapping[str, Any] = field(default_factory=dict)
     adapters: tuple[Path, ...] = ()

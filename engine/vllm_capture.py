@@ -33,6 +33,7 @@ from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 from candor.engine.block_sums import BlockSums, bytes_of_sums
 from candor.engine.frame_stack import with_room
 from candor.engine.slot_evidence import SlotEvidence, bytes_of_evidence
+from candor.engine.start_failures import report_here
 from candor.engine.vllm_scheduler import KEY, StepPlan, full_attention_group, keep_whole_sequences
 
 Record = tuple[int, bool, bytes, bytes, bytes]
@@ -78,6 +79,10 @@ class WorkerCapture:
     _layer: str
     _step: _Step | None = None
     _waiting: list[_Step]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        report_here()
+        super().__init__(*args, **kwargs)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]

@@ -33,6 +33,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+from candor.engine import start_failures
 from candor.engine.answer import AnswerText
 from candor.engine.base import (
     AdapterIdentity,
@@ -52,6 +53,7 @@ from candor.engine.room import require_fit, room_for_answer
 from candor.engine.settings import EngineSettings
 from candor.engine.slot_evidence import of_answer
 from candor.engine.vllm_capture import Record
+from candor.engine.vllm_options import changing_h
 from candor.engine.vllm_scheduler import KEY
 
 logger = logging.getLogger("candor")
@@ -65,16 +67,20 @@ class VLLMEngine:
 
     def __init__(self, settings: EngineSettings, chat: ChatFormat) -> None:
         self.max_model_len = settings.max_model_len
-        self.identity = identify(settings.model, chat, settings.dtype, settings.max_model_len)
+        self.identity = identify(
+            settings.model, chat, settings.dtype, settings.max_model_len, changing_h(settings.vllm)
+        )
         self.earlier_identity = as_before(self.identity, settings.model)
         self._chat = chat
         self._adapters = tuple(map(_adapter, settings.adapters))
         self._stand(settings.representation, None)
         _require_torchvision(settings.model)
-        try:
-            self._llm = AsyncLLM.from_engine_args(_engine_args(settings))
-        except Exception as error:  # whatever it is, the server has one message for it
-            raise EngineError(f"vLLM did not start: {error}; its log above says more") from error
+        with start_failures.collecting() as failures:
+            try:
+                self._llm = AsyncLLM.from_engine_args(_engine_args(settings))
+            except Exception as error:  # whatever it is, the server has one message for it
+                why = start_failures.first_cause(failures) or " ".join(str(error).split())
+                raise EngineError(f"vLLM did not start: {why} (its log above says where)") from error
 
     def with_adapter(self, adapter: Path, representation: Representation) -> VLLMEngine:
         """The same vLLM with one of its adapters laid over the model. Closing either closes both.
@@ -253,8 +259,9 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
     block_size = settings.block_size or (32 if on_cpu else None)  # vLLM's own on CPUs is 128
     worker = "vllm_cpu_worker.CaptureCPUWorker" if on_cpu else "vllm_gpu_worker.CaptureGPUWorker"
-    scheduler = "CaptureAsyncScheduler" if settings.asynchronous else "CaptureScheduler"
-    return AsyncEngineArgs(
+    asynchronous = settings.vllm.get("async_scheduling", settings.asynchronous)
+    scheduler = "CaptureAsyncScheduler" if asynchronous else "CaptureScheduler"
+    ours: dict[str, Any] = dict(
         model=str(settings.model),
         served_model_name=settings.served_model_name,
         dtype=settings.dtype,
@@ -264,7 +271,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         block_size=block_size,
         kv_cache_memory_bytes=kv_cache_bytes,
         enforce_eager=settings.eager,
-        async_scheduling=settings.asynchronous,
+        async_scheduling=asynchronous,
         worker_cls=f"candor.engine.{worker}",
         scheduler_cls=f"candor.engine.vllm_scheduler.{scheduler}",
         enable_lora=bool(settings.adapters),
@@ -275,6 +282,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         trust_remote_code=False,
         seed=0,
     )
+    return AsyncEngineArgs(**ours | dict(settings.vllm))
 
 
 def _require_torchvision(model: Path) -> None:

@@ -33,6 +33,8 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import Request, RequestStatus
 
+from candor.engine.start_failures import report_here
+
 KEY = "candor"
 
 
@@ -97,6 +99,7 @@ class SchedulerCapture:
     vllm_config: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        report_here()
         super().__init__(*args, **kwargs)
         if self.vllm_config.speculative_config is not None:
             raise ValueError(

@@ -2,7 +2,8 @@
 
     1   knew neither certificates nor resampling: it has none, and the first answer is served
     2   knew q as the papers define it alone
-    3   kept a prompt as one text, and a system prompt or null: null means what its exemplars say
+    3   kept a prompt as one text, and a system prompt or null: null means what its exemplars say;
+        of a model no engine's options: none that change its states were given
 
 The texts of format 3 can be taken apart into turns but for contents that look like turns themselves. What they say of
 the calibrated conversations is then too little, never too much: a conversation that is none of them is not
@@ -23,7 +24,8 @@ from candor.policy.policy import Policy
 FIRST, LATEST = 1, 4
 
 _TURNS = 4
-"""The first format that keeps conversations as turns, and a model's identity over all files that make tokens."""
+"""The first format that keeps conversations as turns, and a model's identity over all files that make tokens and
+the engine's options."""
 
 
 def manifest_as_latest(value: dict[str, Any], version: int, faults: list[Difference]) -> dict[str, Any]:
@@ -44,6 +46,9 @@ def manifest_as_latest(value: dict[str, Any], version: int, faults: list[Differe
             added(policy, "resample", 1, "policy.")
     if version < 3:
         added(value, "passed_over", 0)
+    if version < _TURNS and isinstance(value.get("model"), dict):
+        value["model"] = dict(value["model"])
+        added(value["model"], "engine_options", {}, "model.")
     if version < _TURNS and isinstance(policy, dict):
         if "system_prompt" not in policy:
             faults.append(Difference("policy.system_prompt", "a string or null", "nothing"))

@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from candor.app.commands.serve import EngineKind, vllm_options
+from candor.app.process.ending import ending_children
+
 if TYPE_CHECKING:
     from candor.calibration.run import AnsweringOptions, Answers, Inputs
     from candor.engine.settings import EngineSettings
     from candor.policy.policy import Policy
-
-
-class EngineKind(StrEnum):
-    vllm = "vllm"
-    transformers = "transformers"
 
 
 class Dtype(StrEnum):
@@ -43,6 +41,7 @@ Concurrency = Annotated[int, typer.Option(min=1, help="Records in flight at once
 ContextLength = Annotated[
     int, typer.Option(min=1, help="Longest sequence in tokens: prompt, answer and tag.")
 ]
+Eager = Annotated[bool, typer.Option("--eager", help="No compilation: starts sooner, runs slower.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of splits, weights, sampling and the bootstrap.")]
 Cache = Annotated[
     Path | None,
@@ -52,6 +51,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print all figures as one JSO
 
 
 def calibrate(
+    context: typer.Context,
     model: Model,
     data: Annotated[Path, typer.Option(help="Labelled records, JSON Lines (docs/calibration.md).")],
     out: Annotated[Path, typer.Option(help="Where the bundle is published; must not exist yet.")],
@@ -109,13 +109,15 @@ def calibrate(
     engine: Kind = EngineKind.vllm,
     dtype: Annotated[Dtype, typer.Option(help="What the weights are served in.")] = Dtype.bfloat16,
     max_model_len: ContextLength = 2048,
+    eager: Eager = False,
     concurrency: Concurrency = 64,
     hidden_cache: Cache = None,
     as_json: Json = False,
 ) -> None:
     """Make a bundle for a model from labelled data, and report how it does on held-out records.
 
-    A run that was stopped goes on from its cache when the same command is given again.
+    A run that was stopped goes on from its cache when the same command is given again. vLLM's options are taken by
+    their own names (docs/settings.md).
     """
     from candor.calibration.base_rates import base_rate_table
     from candor.calibration.certificate import Claim, summary
@@ -127,7 +129,8 @@ def calibrate(
     from candor.policy.conversation import Conversations
     from candor.policy.policy import Policy
 
-    with reporting_errors():
+    vllm = vllm_options(context, engine.value)
+    with reporting_errors(), ending_children(143):
         try:
             parts = _by_commas(represent)
             unnamed = EVIDENCE if "evidence" in parts else ()
@@ -153,6 +156,8 @@ def calibrate(
             representation=representation,
             dtype=dtype.value,
             max_model_len=max_model_len,
+            eager=eager,
+            vllm=vllm,
         )
         asking = AnsweringOptions(hidden_cache or beside(out), concurrency, seed)
         answers = asyncio.run(_answer(adapter, engine_settings, inputs, policy, asking))

@@ -19,7 +19,7 @@ from candor.app.commands.calibrate import (
     Cache,
     Concurrency,
     ContextLength,
-    EngineKind,
+    Eager,
     Json,
     Kind,
     Model,
@@ -27,15 +27,19 @@ from candor.app.commands.calibrate import (
     beside,
     reporting_errors,
 )
+from candor.app.commands.serve import EngineKind, vllm_options
+from candor.app.process.ending import ending_children
 
 if TYPE_CHECKING:
     from candor.calibration.evaluate import Evaluation
     from candor.calibration.run import AnsweringOptions, DataFile
     from candor.comparison.run import CompareSettings, ComparisonData
+    from candor.engine.settings import EngineSettings
     from candor.model_store.bundle import Bundle
 
 
 def evaluate(
+    context: typer.Context,
     bundle: Annotated[Path, typer.Option(help="Directory of the bundle.")],
     model: Model,
     data: Annotated[Path, typer.Option(help="Labelled records that the bundle was not made from.")],
@@ -69,28 +73,43 @@ def evaluate(
     adapter: Adapter = None,
     engine: Kind = EngineKind.vllm,
     max_model_len: ContextLength = 2048,
+    eager: Eager = False,
     concurrency: Concurrency = 64,
     hidden_cache: Cache = None,
     as_json: Json = False,
 ) -> None:
     """Answer labelled records by the bundle's policy; report what it admits and how right that is.
 
-    With --compare, other methods judge the same answers from the same hidden states, and a report is written.
+    With --compare, other methods judge the same answers from the same hidden states, and a report is written. vLLM's
+    options are taken by their own names (docs/settings.md).
     """
+    from candor.app.process.backend import check_options
     from candor.calibration.run import AnsweringOptions, DataFile, require_unseen
+    from candor.engine.settings import EngineSettings
     from candor.model_store.bundle import load_bundle
 
-    with reporting_errors():
+    vllm = vllm_options(context, engine.value)
+    with reporting_errors(), ending_children(143):
         settings = _compare_settings(compare, calibration, ensemble, asked, seed)
         loaded = load_bundle(bundle)
+        check_options(loaded, vllm)
         paths = {"test": data, "shifted": shifted, "ood": ood}
         sets = {name: DataFile.load(path) for name, path in paths.items() if path is not None}
         for file in sets.values():
             require_unseen(loaded, file)
         fitted = DataFile.load(calibration) if settings and calibration else None
+        engine_settings = EngineSettings(
+            model=model,
+            kind=engine.value,
+            representation=loaded.manifest.representation,
+            dtype=loaded.manifest.model.dtype,  # type: ignore[arg-type]  # any other is refused by the engine
+            max_model_len=max_model_len,
+            eager=eager,
+            vllm=vllm,
+        )
         asking = AnsweringOptions(hidden_cache or beside(bundle), concurrency, seed)
         evaluations, material = asyncio.run(
-            _ask(loaded, model, adapter, engine, max_model_len, sets, fitted, settings, asking)
+            _ask(loaded, adapter, engine_settings, sets, fitted, settings, asking)
         )
         figures = {name: evaluation.to_json() for name, evaluation in evaluations.items()}
         told: dict[str, Any] = {"bundle": str(bundle), "digest": loaded.digest, "sets": figures}
@@ -128,10 +147,8 @@ def _compare_settings(
 
 async def _ask(
     bundle: Bundle,
-    model: Path,
     adapter: Path | None,
-    kind: EngineKind,
-    max_model_len: int,
+    engine_settings: EngineSettings,
     sets: Mapping[str, DataFile],
     fitted: DataFile | None,
     settings: CompareSettings | None,
@@ -142,20 +159,9 @@ async def _ask(
     from candor.calibration.run import run_evaluation
     from candor.engine.factory import start_with_adapter
     from candor.engine.prompt import ChatFormat
-    from candor.engine.settings import EngineSettings
 
-    chat = ChatFormat.from_directory(model)
-    engine = await start_with_adapter(
-        adapter,
-        EngineSettings(
-            model=model,
-            kind=kind.value,
-            representation=bundle.manifest.representation,
-            dtype=bundle.manifest.model.dtype,  # type: ignore[arg-type]  # any other is refused by the engine
-            max_model_len=max_model_len,
-        ),
-        chat,
-    )
+    chat = ChatFormat.from_directory(engine_settings.model)
+    engine = await start_with_adapter(adapter, engine_settings, chat)
     try:
         check_identity(engine, bundle)
         evaluations = await run_evaluation(engine, chat, bundle, sets, asking)

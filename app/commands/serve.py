@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from candor.app.commands.calibrate import EngineKind
 
 
 def serve(
+    context: typer.Context,
     model: Annotated[Path | None, typer.Option(help="Directory of the model. [CANDOR_MODEL]")] = None,
     bundle: Annotated[
         Path | None, typer.Option(help="Directory of the bundle made for it. [CANDOR_BUNDLE]")
@@ -39,7 +41,8 @@ def serve(
     """Answer over HTTP, each answer with its calibrated reliability.
 
     Every setting is also an environment variable, CANDOR_ and its name; an option goes before it. Each adapter is
-    served beside the model, under its bundle's name.
+    served beside the model, under its bundle's name. vLLM's options are taken by their own names, also from
+    CANDOR_VLLM and from a YAML file, --config FILE (docs/settings.md).
     """
     from pydantic import ValidationError
 
@@ -64,6 +67,8 @@ def serve(
             typer.echo(f"candor: {_where(name)}{fault['msg']}", err=True)
         raise typer.Exit(2) from None
 
+    vllm = vllm_options(context, settings.engine)
+
     from candor.app.telemetry import logs
 
     logs.configure(settings.log_format)
@@ -72,7 +77,22 @@ def serve(
     )
     from candor.app.process.server import run
 
-    raise typer.Exit(run(settings, partial(start_backend, adapters=list(map(_pair, adapter or ())))))
+    raise typer.Exit(
+        run(settings, partial(start_backend, adapters=list(map(_pair, adapter or ())), vllm=vllm))
+    )
+
+
+def vllm_options(context: typer.Context, engine: str) -> dict[str, Any]:
+    """What the command does not know itself. Exit code 2, and one line, where that cannot be served with."""
+    from candor.engine.vllm_options import VARIABLE, OptionError, read
+
+    if not context.args and not os.environ.get(VARIABLE):
+        return {}
+    try:
+        return read(context.args, engine)
+    except OptionError as error:
+        typer.echo(f"candor: {error}", err=True)
+        raise typer.Exit(2) from None
 
 
 def _pair(given: str) -> tuple[Path, Path]:

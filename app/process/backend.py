@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +12,7 @@ from candor.app.answering.request import certified_alphas, default_alpha
 from candor.app.edge.limits import Refused
 from candor.engine.base import AdapterIdentity, Engine, EngineError, IdentityMismatch
 from candor.engine.identity import differences
+from candor.engine.vllm_options import changing_h
 from candor.model_store.bundle import Bundle, load_bundle
 from candor.model_store.formats import identifies_as_before
 
@@ -35,10 +36,12 @@ class Backend:
     adapted: tuple[Backend, ...] = ()
 
 
-async def start_backend(settings: Settings, adapters: Sequence[tuple[Path, Path]] = ()) -> Backend:
+async def start_backend(
+    settings: Settings, adapters: Sequence[tuple[Path, Path]] = (), vllm: Mapping[str, Any] | None = None
+) -> Backend:
     """Loads the bundle, starts the engine that it was made for, and checks that it is the same.
 
-    adapters: directories of LoRA adapters, each with its bundle's.
+    adapters: directories of LoRA adapters, each with its bundle's. vllm: `EngineSettings.vllm`.
     Raises BundleError, Refused, EngineError or IdentityMismatch; nothing is left running then.
     """
     from candor.engine.factory import start_engine
@@ -46,6 +49,7 @@ async def start_backend(settings: Settings, adapters: Sequence[tuple[Path, Path]
     from candor.engine.settings import EngineSettings
 
     bundle = _load(settings.bundle, settings)
+    check_options(bundle, vllm or {})
     adapted = [(adapter, _load(path, settings)) for adapter, path in adapters]
     names = [settings.served_model_name or bundle.manifest.name, *(one.manifest.name for _, one in adapted)]
     if len(set(names)) < len(names):
@@ -65,6 +69,7 @@ async def start_backend(settings: Settings, adapters: Sequence[tuple[Path, Path]
             max_num_batched_tokens=settings.max_num_batched_tokens,
             kv_cache_bytes=settings.kv_cache_bytes,
             eager=settings.eager,
+            vllm=vllm or {},
             served_model_name=names[0],
             adapters=tuple(adapter for adapter, _ in adapters),
         ),
@@ -116,11 +121,22 @@ def check_identity(engine: Engine, bundle: Bundle) -> None:
             f"this engine gives {width}"
         )
     if found:
-        raise IdentityMismatch(
-            f"bundle {bundle.manifest.name!r} was not made for this model:\n  "
-            + "\n  ".join(found)
-            + "\nServe the model it was made for, or make a bundle for this one with `candor calibrate`."
-        )
+        raise _mismatch(bundle, found)
+
+
+def check_options(bundle: Bundle, vllm: Mapping[str, Any]) -> None:
+    """The same of vLLM's options alone, before an engine starts with them. Raises IdentityMismatch."""
+    made_for = bundle.manifest.model
+    if found := differences(made_for, replace(made_for, engine_options=changing_h(vllm))):
+        raise _mismatch(bundle, found)
+
+
+def _mismatch(bundle: Bundle, found: list[str]) -> IdentityMismatch:
+    return IdentityMismatch(
+        f"bundle {bundle.manifest.name!r} was not made for this model:\n  "
+        + "\n  ".join(found)
+        + "\nServe the model it was made for, as it was then, or make a bundle for this one with `candor calibrate`."
+    )
 
 
 def _shown(adapter: AdapterIdentity | None) -> str:

@@ -13,14 +13,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
 import ssl
 import sys
 import threading
 from collections.abc import Awaitable, Callable
-from types import FrameType
-from typing import NoReturn
 
 import uvicorn
 
@@ -29,6 +26,7 @@ from candor.app.edge.limits import Refused
 from candor.app.feedback import FeedbackFileError
 from candor.app.process.application import create_app
 from candor.app.process.backend import Backend, start_backend
+from candor.app.process.ending import ending_children
 from candor.app.process.selftest import SelfTest
 from candor.app.process.settings import Settings
 from candor.app.telemetry.tracing import tracer_from_environment
@@ -53,10 +51,9 @@ def run(settings: Settings, start: Start = start_backend) -> int:
 
     start: makes what answers. Returns the exit code: 0 where it was told to end, else 1.
     """
-    # As an exception, so that whatever is being started is also ended.
-    signal.signal(signal.SIGTERM, _end)
     try:
-        with asyncio.Runner(loop_factory=_fastest_loop()) as runner:
+        # Uvicorn, once it serves, takes SIGTERM for itself: running answers get their time.
+        with ending_children(0), asyncio.Runner(loop_factory=_fastest_loop()) as runner:
             return runner.run(_serve(settings, start))
     except KeyboardInterrupt:
         return 0
@@ -176,10 +173,6 @@ def _bind(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port}: {error}; choose another port with --port"
         ) from error
     return listener
-
-
-def _end(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(0)
 
 
 def _fastest_loop() -> type[asyncio.AbstractEventLoop] | None:

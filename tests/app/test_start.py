@@ -22,7 +22,7 @@ import pytest
 from pydantic import ValidationError
 
 from candor.app.edge.limits import Refused
-from candor.app.process.backend import Backend, check_identity
+from candor.app.process.backend import Backend, check_identity, check_options
 from candor.app.process.server import run
 from candor.app.process.settings import Settings
 from candor.engine.base import EngineError, IdentityMismatch, Representation
@@ -83,6 +83,24 @@ def test_serve_without_what_it_needs() -> None:
         assert any(line.startswith(f"candor: --{name} or CANDOR_{name.upper()}: ") for line in lines)
 
 
+@pytest.mark.parametrize("command", ["serve", "calibrate", "evaluate"])
+def test_vllms_options_are_read_before_anything_starts(command: str, tmp_path: Path) -> None:
+    needed = {
+        "serve": ("--model", "m", "--bundle", "b"),
+        "calibrate": ("--model", "m", "--data", "d", "--out", str(tmp_path / "o"), "--alpha", "0.9"),
+        "evaluate": ("--model", "m", "--bundle", "b", "--data", "d"),
+    }[command]
+    refused = candor(command, *needed, "--worker-cls", "mine.Worker", CANDOR_VLLM="--seed 1")
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        "candor: --worker-cls cannot be given: Candor's own worker and scheduler take the hidden states; "
+        "leave it out\n"
+    )
+    other = candor(command, *needed, "--engine", "transformers", CANDOR_VLLM="--seed 1")
+    assert other.returncode == 2
+    assert "--engine transformers takes none of vLLM's" in other.stderr
+
+
 def test_serve_without_a_bundle(tmp_path: Path) -> None:
     done = candor("serve", "--model", str(tmp_path), "--port", "0", CANDOR_BUNDLE=str(tmp_path / "none"))
     assert done.returncode == 1
@@ -131,6 +149,19 @@ class TestIdentity:
     def test_the_name_alone_does_not_matter(self, backend: Backend, engine: Any, identity: Any) -> None:
         engine.identity = replace(identity, name="moved")
         check_identity(engine, backend.bundle)
+
+    def test_vllms_options_that_change_h(self, backend: Backend) -> None:
+        model = replace(backend.bundle.manifest.model, engine_options={"quantization": "awq"})
+        bundle = replace(backend.bundle, manifest=replace(backend.bundle.manifest, model=model))
+        check_options(bundle, {"quantization": "awq", "tensor_parallel_size": 4})
+        for vllm, have in (({}, "none"), ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8")):
+            with pytest.raises(IdentityMismatch) as refused:
+                check_options(bundle, vllm)
+            assert str(refused.value).splitlines()[1] == (
+                f"  engine_options: the bundle was made for --quantization awq, this model has {have}"
+            )
+        with pytest.raises(IdentityMismatch, match="engine_options"):
+            check_identity(backend.engine, bundle)
 
     def test_an_adapter_that_is_not_served(self, backend: Backend) -> None:
         manifest = replace(backend.bundle.manifest, adapter=AdapterIdentity("lora", "d" * 64))

@@ -137,3 +137,38 @@ def test_chart_with_everything_is_valid_kubernetes(run: Run, tmp_path: Path) -> 
     assert any(one["kind"] == "HorizontalPodAutoscaler" for one in own)
     file.write_text(yaml.safe_dump_all(own), encoding="utf-8")
     run("kubernetes-validate", "--strict", file)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (("gpus=1",), None),
+        (("gpus=0",), None),
+        (("gpus=4",), "--tensor-parallel-size 4"),
+        (
+            ("gpus=2", "vllm=--gpu-memory-utilization 0.8"),
+            "--tensor-parallel-size 2 --gpu-memory-utilization 0.8",
+        ),
+        (("vllm=--seed 1",), "--seed 1"),
+    ],
+)
+def test_chart_splits_the_model_over_its_gpus(
+    run: Run, settings: tuple[str, ...], expected: str | None
+) -> None:
+    (deployment,) = (one for one in _chart(run, *settings) if one["kind"] == "Deployment")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    environment = {one["name"]: one["value"] for one in container["env"]}
+    assert environment.get("CANDOR_VLLM") == expected
+
+
+def test_chart_names_options_that_the_server_reads(root: Path) -> None:
+    """Also where helm is missing: the template sets one variable, by the number of GPUs it reserves."""
+    from candor.engine.vllm_options import VARIABLE, read
+
+    chart = root / "docker/helm/candor"
+    template = (chart / "templates/deployment.yaml").read_text(encoding="utf-8")
+    assert f"name: {VARIABLE}, value" in template
+    assert template.count("nvidia.com/gpu: {{ .Values.gpus }}") == 1
+    (option,) = re.findall(r'printf "(--[\w-]+) %d" \(int \.Values\.gpus\)', template)
+    assert read([option, "4"]) == {"tensor_parallel_size": 4}
+    assert yaml.safe_load((chart / "values.yaml").read_text(encoding="utf-8"))["vllm"] == ""

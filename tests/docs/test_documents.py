@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
@@ -127,7 +128,15 @@ def command_of(words: list[str]) -> tuple[Any, list[str]]:
 
 def options(words: list[str]) -> set[str]:
     command, _ = command_of(words)
-    return {name for one in command.params for name in (*one.opts, *one.secondary_opts)} | {"--help"}
+    own = {name for one in command.params for name in (*one.opts, *one.secondary_opts)} | {"--help"}
+    return own | vllms_options() if command.context_settings.get("ignore_unknown_options") else own
+
+
+@cache
+def vllms_options() -> set[str]:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    return {f"--{name.replace('_', '-')}" for name in AsyncEngineArgs.__dataclass_fields__} | {"--config"}
 
 
 @document
@@ -149,7 +158,9 @@ def every_command(command: Any = COMMAND, words: tuple[str, ...] = ()) -> list[l
 @document
 def test_variables_are_read(document: str) -> None:
     known = {f"CANDOR_{name.upper()}" for name in Settings.model_fields}
-    source = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("app/**/*.py"))
+    source = "".join(
+        path.read_text(encoding="utf-8") for path in (*ROOT.glob("app/**/*.py"), *ROOT.glob("engine/*.py"))
+    )
     for name in re.findall(r"\bCANDOR_[A-Z_]*[A-Z]\b", text_of(document)):
         assert name in known or f'"{name}"' in source, f"{document} names {name}"
 

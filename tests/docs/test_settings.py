@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 from typer.main import get_command
 
 from candor.app.cli import cli
 from candor.app.process.settings import Settings
+from candor.engine.vllm_options import CAPTURE_WRONG, CHANGES_H, OURS
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs/settings.md").read_text(encoding="utf-8")
 
@@ -29,3 +32,17 @@ def test_the_options_are_those_of_the_command() -> None:
     beginning = DOCUMENT.split("\n\n")[1]
     serve = get_command(cli).commands["serve"]  # type: ignore[attr-defined]
     assert set(re.findall(r"`(--[\w-]+)`", beginning)) == {one.opts[0] for one in serve.params}
+
+
+@pytest.mark.parametrize(
+    ("beginning", "names"),
+    [
+        ("Decided elsewhere", OURS),
+        ("Part of the bundle's identity", CHANGES_H),
+        ("Not served", CAPTURE_WRONG),
+    ],
+)
+def test_the_lists_of_vllms_options_are_those_of_the_code(beginning: str, names: Iterable[str]) -> None:
+    paragraph = DOCUMENT.split(f"**{beginning}**")[1]
+    paragraph = re.split(r"\.\s", paragraph)[0]
+    assert re.findall(r"`--([\w-]+)`", paragraph) == [name.replace("_", "-") for name in names]

@@ -28,7 +28,7 @@ def older(
     exemplars = "".join(json.dumps(line) + "\n" for line in lines).encode()
     manifest: dict[str, Any] = json.loads(files[MANIFEST])
     manifest["format_version"] = version
-    del manifest["policy"]["conversations"]
+    del manifest["policy"]["conversations"], manifest["model"]["engine_options"]
     manifest["policy"]["system_prompt"] = system_prompt
     if version < 3:
         del manifest["passed_over"]

@@ -240,6 +240,7 @@ def _older(fields: dict[str, Any], version: int, system_prompt: str | None = "Be
     """The manifest as that version would have written it."""
     policy = {name: value for name, value in fields["policy"].items() if name != "conversations"}
     old = fields | {"format_version": version, "policy": policy | {"system_prompt": system_prompt}}
+    old["model"] = {name: value for name, value in old["model"].items() if name != "engine_options"}
     if version < 3:
         del old["passed_over"]
     if version < 2:

@@ -1,0 +1,209 @@
+"""vLLM's options by their own names: read by vLLM's parser, and what Candor makes of each.
+
+Most options pass through. Three lists say which do not: `OURS` are decided elsewhere, `CHANGES_H` belong to the
+model's identity, and under `CAPTURE_WRONG` hidden states or evidence would be wrong or are not shown to be right.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from candor.engine.base import EngineError
+
+VARIABLE = "CANDOR_VLLM"
+"""Environment variable of more options, as a command line has them; those of the command go before it."""
+
+_TOKENS = "tokens are the model directory's and part of the bundle's identity; change the model's own files"
+_ANSWERS = "how answers are drawn is the bundle's policy; calibrate with another policy"
+_ADAPTERS = "adapters come with their bundles; give --adapter DIR=BUNDLE (serve) or --adapter DIR"
+_WORKERS = "Candor's own worker and scheduler take the hidden states; leave it out"
+_MODEL = "the model is a local directory, known by its content; give that with --model"
+_TEXT = "Candor serves models that generate text, and text alone; leave it out"
+
+OURS: Mapping[str, str] = {
+    "model": _MODEL,
+    "revision": _MODEL,
+    "code_revision": _MODEL,
+    "hf_config_path": _MODEL,
+    "tokenizer": _TOKENS,
+    "tokenizer_mode": _TOKENS,
+    "tokenizer_revision": _TOKENS,
+    "skip_tokenizer_init": _TOKENS,
+    "generation_config": _ANSWERS,
+    "override_generation_config": _ANSWERS,
+    "logits_processors": _ANSWERS,
+    "logprobs_mode": _ANSWERS,
+    "watermark_config": _ANSWERS,
+    "dtype": "the bundle decides it; choose it with `candor calibrate --dtype`",
+    "max_model_len": "Candor's own limits follow from it; give --max-model-len or CANDOR_MAX_MODEL_LEN",
+    "served_model_name": "give --served-model-name or CANDOR_SERVED_MODEL_NAME of `candor serve`",
+    "worker_cls": _WORKERS,
+    "worker_extension_cls": _WORKERS,
+    "scheduler_cls": _WORKERS,
+    "enable_lora": _ADAPTERS,
+    "max_loras": _ADAPTERS,
+    "max_lora_rank": _ADAPTERS,
+    "default_mm_loras": _ADAPTERS,
+    "runner": _TEXT,
+    "convert": _TEXT,
+    "pooler_config": _TEXT,
+    "language_model_only": _TEXT,
+    "mm_encoder_only": _TEXT,
+    "trust_remote_code": "Candor runs no code of a model's directory; use a model that vLLM itself implements",
+}
+"""Option -> why it cannot be given, and what to do instead."""
+
+CHANGES_H = (
+    "quantization",
+    "quantization_config",
+    "kv_cache_dtype",
+    "kv_cache_dtype_skip_layers",
+    "hf_overrides",
+    "model_impl",
+    "model_class_overrides",
+    "config_format",
+    "lora_dtype",
+    "mamba_cache_dtype",
+    "mamba_ssm_cache_dtype",
+    "additional_config",
+)
+"""Options under which the same weights have other states, beyond rounding. Those that only choose kernels, sizes or
+devices are not among them: the batch moves the rounding too."""
+
+_SPECULATION = "the rows of rejected tokens would count as the answer's; leave it out"
+_BLOCKS = (
+    "no sums come with KV blocks that were computed elsewhere; leave it out, the local prefix cache stays"
+)
+_CONTEXT = "each rank would count its own positions alone; use --tensor-parallel-size"
+
+CAPTURE_WRONG: Mapping[str, str] = {
+    "speculative_config": _SPECULATION,
+    "spec_method": _SPECULATION,
+    "spec_model": _SPECULATION,
+    "spec_tokens": _SPECULATION,
+    "diffusion_config": "an answer's states are those of tokens written one after the other; leave it out",
+    "pipeline_parallel_size": "only the last stage has the states; use --tensor-parallel-size",
+    "decode_context_parallel_size": _CONTEXT,
+    "prefill_context_parallel_size": _CONTEXT,
+    "enable_hc_sp": "each rank would hold the states of its own tokens alone; leave it out",
+    "enable_dbo": "a step's tokens come in two halves of which one would be counted; leave it out",
+    "ubatch_size": "a step's tokens come in pieces of which one would be counted; leave it out",
+    "enable_batch_sharded_sampling": "each rank would measure the evidence of its own rows alone; leave it out",
+    "kv_sharing_fast_prefill": "the last layers skip the prompt, whose states h needs; leave it out",
+    "kv_transfer_config": _BLOCKS,
+    "ec_transfer_config": _BLOCKS,
+    "kv_offloading_size": _BLOCKS,
+    "nnodes": "other nodes would need a server of their own; use --distributed-executor-backend ray",
+}
+"""Option -> why it is refused, and what to do instead."""
+
+_HARMLESS = {"None", "False", "1"}
+"""Values of these options, as text, that ask for what is done anyway."""
+
+_SHORT = {
+    "-pp": "pipeline_parallel_size",
+    "-dcp": "decode_context_parallel_size",
+    "-sc": "speculative_config",
+}
+
+
+class OptionError(EngineError):
+    """An option that vLLM does not know or that Candor cannot serve with."""
+
+
+def read(words: Sequence[str], engine: str = "vllm") -> dict[str, Any]:
+    """vLLM's options in `words` and in the environment variable CANDOR_VLLM: name -> value, defaults left out.
+
+    `--config FILE` adds those of a YAML file, in vLLM's form. vLLM is imported only where there are any, and after
+    those that are refused by their names. Raises OptionError with one sentence.
+    """
+    try:
+        words = [*shlex.split(os.environ.get(VARIABLE, "")), *words]
+    except ValueError as error:
+        raise OptionError(f"{VARIABLE}: expected words as on a command line: {error}") from error
+    if not words:
+        return {}
+    if engine != "vllm":
+        raise OptionError(f"{words[0]} is no option of Candor's, and --engine {engine} takes none of vLLM's")
+    _refuse(_named(words))
+    options = _parsed(words)
+    _refuse(options)
+    return options
+
+
+def changing_h(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that belong to the identity of what is served, in a fixed order."""
+    return {name: options[name] for name in CHANGES_H if name in options}
+
+
+def as_typed(options: Mapping[str, Any]) -> str:
+    """As they are typed; "none" where there are none."""
+    words = [
+        f"{_flag(name)} {value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in options.items()
+    ]
+    return " ".join(words) or "none"
+
+
+def _refuse(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if name in OURS:
+            raise OptionError(f"{_flag(name)} cannot be given: {OURS[name]}")
+        if name in CAPTURE_WRONG and str(value) not in _HARMLESS:
+            raise OptionError(f"{_flag(name)} is not served: {CAPTURE_WRONG[name]}")
+    if options.get("load_format") == "dummy":
+        raise OptionError("--load-format dummy is not served: the weights are made up; leave it out")
+    if options.get("distributed_executor_backend") == "external_launcher":
+        raise OptionError("--distributed-executor-backend external_launcher is not served: use mp or ray")
+
+
+def _named(words: Sequence[str]) -> dict[str, str]:
+    """Names and, as text, values as far as they can be told without vLLM; True for a switch."""
+    found = {}
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word.startswith("--") or word in _SHORT:
+            name, equals, value = word.partition("=")
+            name = _SHORT.get(name) or re.split(r"\.", name[2:])[0].replace("-", "_")
+            found[name] = value if equals else following if following[:1] not in ("", "-") else "True"
+    return found
+
+
+def _parsed(words: Sequence[str]) -> dict[str, Any]:
+    """As vLLM reads them; raises OptionError with its own message."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    import candor.engine.vllm_engine  # noqa: F401  # sets what vLLM reads while it is imported
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise OptionError(f"vLLM's options: {_line(message)}")
+
+    parser = AsyncEngineArgs.add_cli_args(Parser(add_help=False, allow_abbrev=False))
+    words = [
+        part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else (word,))
+    ]
+    try:
+        given = vars(parser.parse_args(words))
+    except OptionError:
+        raise
+    except Exception as error:  # a file that is none, a value that its type refuses: vLLM's message is ours
+        raise OptionError(f"vLLM's options: {_line(str(error) or repr(error))}") from error
+    known = AsyncEngineArgs.__dataclass_fields__
+    changed = {name: value for name, value in given.items() if value != parser.get_default(name)}
+    if strange := sorted(changed.keys() - known.keys()):
+        raise OptionError(f"{_flag(strange[0])} is an option of vLLM's own server; Candor's is set otherwise")
+    return changed
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _line(message: str) -> str:
+    return " ".join(message.split())

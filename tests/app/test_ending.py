@@ -1,0 +1,89 @@
+"""SIGTERM at any moment ends a command and all that it started, also what does not listen."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+STUBBORN = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("up", flush=True)
+time.sleep(600)
+"""
+PARENT = f"""
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", {STUBBORN!r}], stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+child.wait()
+"""
+"""A child with a grandchild that is deaf, as vLLM's engine has workers."""
+
+COMMAND = f"""
+import subprocess, sys, time
+from candor.app.process.ending import ending_children
+with ending_children(143, within_s=2):
+    child = subprocess.Popen([sys.executable, "-c", {PARENT!r}], stdout=subprocess.PIPE)
+    print(child.pid, int(child.stdout.readline()), flush=True)
+    WHAT_IT_DOES
+"""
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        "time.sleep(600)",
+        "try: time.sleep(600)\n    finally: child.kill(); child.wait()",
+        # What is raised is lost, as under C code that calls back.
+        "while True:\n        try: time.sleep(600)\n        except SystemExit: pass",
+    ],
+    ids=["waiting", "orphaned", "stuck"],
+)
+def test_no_process_is_left(then: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", COMMAND.replace("WHAT_IT_DOES", then)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as command:
+        assert command.stdout is not None
+        started = [int(word) for word in command.stdout.readline().split()]
+        assert len(started) == 2
+        try:
+            time.sleep(0.2)
+            began = time.monotonic()
+            command.send_signal(signal.SIGTERM)
+            assert command.wait(timeout=20) == 143
+            assert time.monotonic() - began < 8
+            assert [pid for pid in started if _runs(pid)] == []
+        finally:
+            for pid in started:
+                if _runs(pid):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def test_left_in_peace_nothing_is_killed() -> None:
+    code = (
+        "import signal, subprocess\nfrom candor.app.process.ending import ending_children\n"
+        "with ending_children(143):\n    child = subprocess.Popen(['sleep', '600'])\n"
+        "print(child.poll(), signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)\nchild.kill(); child.wait()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "None True\n"
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

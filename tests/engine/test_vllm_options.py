@@ -1,0 +1,135 @@
+"""vLLM's options as typed, from the environment and from a file; what is refused says what to do, without vLLM."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from candor.engine.vllm_options import (
+    CAPTURE_WRONG,
+    CHANGES_H,
+    OURS,
+    VARIABLE,
+    OptionError,
+    as_typed,
+    changing_h,
+    read,
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
+def told(line: str, **more: Any) -> str:
+    with pytest.raises(OptionError) as caught:
+        read(line.split(), **more)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_three_lists_do_not_overlap_and_name_options_of_vllms() -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    lists = (set(OURS), set(CHANGES_H), set(CAPTURE_WRONG))
+    assert sum(map(len, lists)) == len(set.union(*lists))
+    assert set.union(*lists) <= AsyncEngineArgs.__dataclass_fields__.keys()
+
+
+def test_what_is_given_and_no_more() -> None:
+    line = "--tensor-parallel-size 4 --gpu-memory-utilization=0.8 --quantization awq --max_num_seqs 8"
+    assert read(line.split()) == {
+        "tensor_parallel_size": 4,
+        "gpu_memory_utilization": 0.8,
+        "quantization": "awq",
+        "max_num_seqs": 8,
+    }
+    assert read([]) == {}
+
+
+def test_a_default_is_nothing_given() -> None:
+    assert read(["--kv-cache-dtype", "auto", "-pp", "1"]) == {}
+
+
+def test_the_command_goes_before_the_environment_and_that_before_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "vllm.yaml"
+    file.write_text(
+        "tensor-parallel-size: 2\nenforce-eager: true\nseed: 7\n"
+        "hf-overrides:\n  rope_parameters: {factor: 2.0}\nmax-num-seqs: 3\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setenv(VARIABLE, f"--config '{file}' --seed 8 --max-num-seqs 4")
+    assert read(["--max-num-seqs", "5"]) == {
+        "tensor_parallel_size": 2,
+        "enforce_eager": True,
+        "seed": 8,
+        "hf_overrides": {"rope_parameters": {"factor": 2.0}},
+        "max_num_seqs": 5,
+    }
+    monkeypatch.delenv(VARIABLE)
+    assert read([f"--config={file}"])["tensor_parallel_size"] == 2
+
+
+@pytest.mark.parametrize("name", [*OURS, *CAPTURE_WRONG])
+def test_a_refusal_names_the_option_and_what_to_do(name: str) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    said = told(f"{flag} 3")
+    assert said.startswith(f"{flag} ")
+    assert any(word in said for word in ("leave it out", "give ", "use ", "change ", "calibrate", "choose "))
+
+
+def test_refusals_hold_in_every_spelling(tmp_path: Path) -> None:
+    file = tmp_path / "vllm.yaml"
+    file.write_text("pipeline-parallel-size: 2\n", encoding="utf-8")
+    for line in (
+        "--pipeline-parallel-size 2",
+        "--pipeline_parallel_size=2",
+        "-pp 2",
+        f"--config {file}",
+        "-pp=2",
+    ):
+        assert told(line).startswith("--pipeline-parallel-size is not served: "), line
+    for line in ('--speculative-config {"method":"ngram"}', "--speculative-config.method ngram"):
+        assert told(line).startswith("--speculative-config is not served: "), line
+    assert "made up" in told("--load-format dummy")
+    assert "mp or ray" in told("--distributed-executor-backend external_launcher")
+
+
+def test_what_vllm_does_not_know_or_take_is_its_own_message() -> None:
+    assert told("--tensor-paralel-size 4") == (
+        "vLLM's options: unrecognized arguments: --tensor-paralel-size 4"
+    )
+    assert "--tensor-parallel-size/-tp: invalid int value: 'four'" in told("--tensor-parallel-size four")
+    assert "--kv-cache-dtype: invalid choice: 'fp9'" in told("--kv-cache-dtype fp9")
+    assert "No such file" in told("--config nowhere.yaml")
+
+
+def test_other_engines_take_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--engine transformers takes none" in told("--seed 1", engine="transformers")
+    monkeypatch.setenv(VARIABLE, '--quantization "awq')
+    assert told("").startswith("CANDOR_VLLM: expected words as on a command line")
+
+
+def test_what_changes_h_is_told_in_one_order() -> None:
+    options = {"kv_cache_dtype": "fp8", "seed": 1, "quantization": "awq"}
+    assert list(changing_h(options)) == ["quantization", "kv_cache_dtype"]
+    assert as_typed(changing_h(options)) == "--quantization awq --kv-cache-dtype fp8"
+    assert as_typed({"hf_overrides": {"a": 1}}) == '--hf-overrides {"a": 1}'
+    assert as_typed({}) == "none"
+
+
+def test_a_refusal_does_not_wait_for_vllm() -> None:
+    code = (
+        "import sys\nfrom candor.engine.vllm_options import OptionError, read\n"
+        "try: read(['--worker-cls', 'mine.Worker'])\n"
+        "except OptionError: print(sorted({'vllm'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
