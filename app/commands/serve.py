@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from candor.app.commands.calibrate import EngineKind
+
+class EngineKind(StrEnum):
+    vllm = "vllm"
+    transformers = "transformers"
 
 
 def serve(
