@@ -19,7 +19,8 @@ from torch import Tensor
 
 from candor.calibration.generate import Labelled
 from candor.policy.certificate import EstimatorKind
-from candor.policy.decision import FOLLOWS, decide
+from candor.policy.decision import FOLLOWS
+from candor.policy.judging import judge
 from candor.sdm.estimator import SDMEstimator
 from candor.sdm.outputs import Measurement
 from candor.sdm.region import Region, find_region
@@ -89,14 +90,8 @@ class Attempts:
     def served(self, estimator: SDMEstimator, alpha: float, kind: EstimatorKind) -> ServedRows:
         """estimator: the one that measured, perhaps with other regions."""
         n, k = self.y.shape
-        estimate = estimator.judge(self.measurement, alpha)
-        decisions = decide(
-            estimate,
-            estimator.regions[alpha],
-            finite=self.measurement.finite,
-            calibrated=self.scored.flatten(),
-            estimator=kind,
-        )
+        judged = judge(estimator, self.measurement, alpha, kind, calibrated=self.scored.flatten())
+        estimate, decisions = judged.estimate, judged.decisions
         follows = decisions.follows.view(n, k)
         at = torch.where(follows.any(dim=1), follows.int().argmax(dim=1), k - 1)  # argmax: the first
         row = torch.arange(n) * k + at

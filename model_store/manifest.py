@@ -25,7 +25,7 @@ from candor.engine.base import AdapterIdentity as AdapterIdentity
 from candor.engine.base import ModelIdentity, Representation
 from candor.model_store import formats, strict_json
 from candor.model_store.errors import Difference, ManifestError
-from candor.policy.certificate import Certificate, EstimatorKind
+from candor.policy.certificate import Certificate
 from candor.policy.policy import Policy
 
 FORMAT_VERSION = formats.LATEST
@@ -139,10 +139,6 @@ class Manifest:
             require(0 <= entry.size <= limit, f"files.{name}.size", f"0 to {limit} bytes", entry.size)
         if faults:
             raise _invalid(faults)
-
-    def certificate(self, alpha: float, estimator: EstimatorKind) -> Certificate | None:
-        """What was certified of the region at alpha under that estimator."""
-        return next((c for c in self.certificates if (c.alpha, c.estimator) == (alpha, estimator)), None)
 
     def to_bytes(self) -> bytes:
         """manifest.json. Raises ManifestError where provenance is not JSON."""

@@ -1,7 +1,7 @@
 """From an engine's hidden state to a verdict: batched, off the event loop, within a time limit.
 
 h of every answer that finished meanwhile is measured at once, `measure((n, D))`; the cheap part, the decision
-at alpha (`policy.decision`), is made once for each alpha asked for.
+at alpha (`policy.judging`), is made once for each alpha asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from candor.app.answering.batching import MicroBatcher
 from candor.engine.base import HiddenSummary
 from candor.model_store.bundle import Bundle, Exemplar
 from candor.policy.certificate import EstimatorKind
-from candor.policy.decision import Verdict, decide, verdict_of
+from candor.policy.decision import Verdict
+from candor.policy.judging import judge
 
 Cause = Literal["not_captured", "incomplete", "non_finite", "timeout", "error"]
 
@@ -105,21 +106,19 @@ class Scorer:
         certified_only = torch.tensor([request.certified_only for request in requests])
         found: dict[int, Judged] = {}
         for alpha in {request.alpha for request in requests}:
-            certificate = manifest.certificate(alpha, self._kind)
-            estimate = estimator.judge(measurement, alpha)
-            decisions = decide(
-                estimate,
-                estimator.regions[alpha],
-                finite=measurement.finite,
+            judgement = judge(
+                estimator,
+                measurement,
+                alpha,
+                self._kind,
                 calibrated=calibrated,
-                estimator=self._kind,
-                certificate=certificate,
+                certificates=manifest.certificates,
                 certified_only=certified_only,
             )
             for row, request in enumerate(requests):
                 if request.alpha == alpha:
-                    verdict = verdict_of(row, estimate, decisions, alpha, calibrated, certificate)
-                    found[row] = Judged(verdict, self._nearest(h[row], request.exemplars))
+                    nearest = self._nearest(h[row], request.exemplars)
+                    found[row] = Judged(judgement.verdict(row), nearest)
         return [found[row] for row in range(len(requests))]
 
     def _vector(self, request: ScoringRequest) -> torch.Tensor:

@@ -230,12 +230,6 @@ def test_a_certificate_covers_from_its_threshold_on() -> None:
     assert [AT_0_9.covers(q_prime) for q_prime in (1.999, 2.0, 400.0)] == [False, True, True]
 
 
-def test_a_certificate_is_found_by_region_and_estimator(manifest: Manifest) -> None:
-    (one,) = manifest.certificates
-    assert manifest.certificate(0.9, "lower") == one
-    assert manifest.certificate(0.9, "plain") is manifest.certificate(0.95, "lower") is None
-
-
 def _older(fields: dict[str, Any], version: int, system_prompt: str | None = "Be brief.") -> dict[str, Any]:
     """The manifest as that version would have written it."""
     policy = {name: value for name, value in fields["policy"].items() if name != "conversations"}
