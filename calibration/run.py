@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import combinations, product
@@ -32,6 +32,7 @@ from candor.calibration.errors import CalibrationError, DataError
 from candor.calibration.evaluate import Evaluation, evaluate
 from candor.calibration.fit import (
     FitSettings,
+    Fitted,
     fit,
     set_aside,
     set_aside_for_certification,
@@ -44,7 +45,9 @@ from candor.engine.prompt import ChatFormat
 from candor.model_store.bundle import Bundle, Exemplar
 from candor.model_store.manifest import Manifest
 from candor.model_store.store import publish
+from candor.policy.certificate import Certificate
 from candor.policy.policy import Policy
+from candor.sdm.adaptor import Block
 
 CLASS_NAMES = ("does not follow the instruction", "follows the instruction")
 
@@ -147,6 +150,21 @@ class Certifying:
 
 
 @dataclass(frozen=True, eq=False)
+class Outcome:
+    """What calibration came to, before anything is published. report: the bundle's report.json."""
+
+    settings: FitSettings
+    fitted: Fitted
+    certification: Certification | None
+    evaluation: Evaluation
+    report: dict[str, Any]
+
+    @property
+    def certificates(self) -> tuple[Certificate, ...]:
+        return self.certification.certificates if self.certification else ()
+
+
+@dataclass(frozen=True, eq=False)
 class Made:
     """A published bundle. evaluation: on the held-out part; it stands in the report too, as certification does."""
 
@@ -194,50 +212,92 @@ def make_bundle(
 
     Raises CalibrationError or BundleError; then nothing stands at `out`.
     """
-    fitting, held_out, apart = answers.fitting, answers.held_out, answers.certification
-    if certifying is not None and inputs.certification is None:
-        fitting, apart = set_aside_for_certification(fitting, certifying.share, settings.seed)
-    if not inputs.held_out:
-        fitting, held_out = set_aside(fitting, HELD_OUT_SHARE, settings.seed)
-    if not held_out:
-        raise DataError("no record is left for the held-out part: add records, or give a file with --test")
     blocks = standardisation_blocks(answers.representation, answers.model.hidden_size)
     with tqdm(total=settings.rounds * settings.epochs, desc="training", unit="epoch") as bar:
-        fitted = fit(fitting, blocks, settings, bar.update)
-    certification = None
+        outcome = calibrate_answers(
+            answers.fitting,
+            blocks,
+            settings,
+            certifying,
+            held_out=answers.held_out,
+            certification=answers.certification,
+            progress=bar.update,
+        )
+    data = {
+        "data": inputs.fitting.to_json(),
+        "certification_data": inputs.certification and inputs.certification.to_json(),
+        "certification_share": certifying.share if certifying and not inputs.certification else None,
+        "held_out_data": [file.to_json() for file in inputs.held_out],
+        "held_out_share": None if inputs.held_out else HELD_OUT_SHARE,
+    }
+    digest = publish_outcome(
+        out, outcome, name, answers.model, answers.adapter, answers.representation, answers.policy, data
+    )
+    return Made(digest, outcome.evaluation, outcome.report, outcome.certification)
+
+
+def calibrate_answers(
+    answers: Sequence[Labelled],
+    blocks: tuple[Block, ...],
+    settings: FitSettings,
+    certifying: Certifying | None = None,
+    *,
+    held_out: Sequence[Labelled] = (),
+    certification: Sequence[Labelled] = (),
+    progress: Callable[[int], object],
+) -> Outcome:
+    """Fits, certifies and evaluates; publishes nothing.
+
+    held_out, certification: answers with these purposes; where there are none, a part of `answers` is set aside.
+    progress: called with the number of epochs done since. Raises CalibrationError.
+    """
+    fitting, reporting, apart = list(answers), list(held_out), list(certification)
+    if certifying is not None and not apart:
+        fitting, apart = set_aside_for_certification(fitting, certifying.share, settings.seed)
+    if not reporting:
+        fitting, reporting = set_aside(fitting, HELD_OUT_SHARE, settings.seed)
+    if not reporting:
+        raise DataError("no record is left for the held-out part: add records, or give a file with --test")
+    fitted = fit(fitting, blocks, settings, progress)
+    certified = None
     if certifying is not None:
-        certification = certify(fitted.estimator, fitted.calibration, apart, certifying.wanted)
-    evaluation = evaluate(fitted.estimator, held_out, settings.alphas, settings.seed)
-    report = build_report(fitted, settings, fitting, held_out, evaluation, certification)
+        certified = certify(fitted.estimator, fitted.calibration, apart, certifying.wanted)
+    evaluation = evaluate(fitted.estimator, reporting, settings.alphas, settings.seed)
+    report = build_report(fitted, settings, fitting, reporting, evaluation, certified)
+    return Outcome(settings, fitted, certified, evaluation, report)
+
+
+def publish_outcome(
+    out: Path,
+    outcome: Outcome,
+    name: str,
+    model: ModelIdentity,
+    adapter: AdapterIdentity | None,
+    representation: Representation,
+    policy: Policy,
+    data: Mapping[str, Any],
+) -> str:
+    """The bundle's digest. data: where the answers came from, for its provenance. Raises BundleError."""
+    fitted, settings = outcome.fitted, outcome.settings
     manifest = Manifest(
         name=name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=answers.model,
-        adapter=answers.adapter,
-        representation=answers.representation,
-        policy=answers.policy,
+        model=model,
+        adapter=adapter,
+        representation=representation,
+        policy=policy,
         alphas=settings.alphas,
         class_names=CLASS_NAMES,
         passed_over=settings.passed_over,
-        certificates=certification.certificates if certification else (),
-        provenance={
-            "data": inputs.fitting.to_json(),
-            "certification_data": inputs.certification and inputs.certification.to_json(),
-            "certification_share": certifying.share if certifying and not inputs.certification else None,
-            "held_out_data": [file.to_json() for file in inputs.held_out],
-            "held_out_share": None if inputs.held_out else HELD_OUT_SHARE,
-            "counts": report["counts"],
-            "settings": settings.to_json(),
-        },
+        certificates=outcome.certificates,
+        provenance={**data, "counts": outcome.report["counts"], "settings": settings.to_json()},
     )
+    predictions = fitted.estimator.support.predictions.tolist()
     exemplars = [
         Exemplar(answer.id, answer.label, prediction, answer.messages, answer.response)
-        for answer, prediction in zip(
-            fitted.training, fitted.estimator.support.predictions.tolist(), strict=True
-        )
+        for answer, prediction in zip(fitted.training, predictions, strict=True)
     ]
-    digest = publish(out, manifest, fitted.estimator, exemplars, report)
-    return Made(digest, evaluation, report, certification)
+    return publish(out, manifest, fitted.estimator, exemplars, outcome.report)
 
 
 async def run_evaluation(
