@@ -10,7 +10,7 @@ are the exemplars, the regions are the manifest's alphas.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
@@ -33,9 +33,12 @@ from candor.model_store.manifest import (
     Manifest,
     seal,
 )
+from candor.policy.certificate import Certificate
 from candor.policy.conversation import shown
+from candor.policy.policy import Policy
 from candor.sdm.conventions import DEFAULT, Conventions
 from candor.sdm.estimator import SDMEstimator
+from candor.sdm.region import Region
 
 _MOST_LINES = 10  # of a file of which every line may be wrong
 
@@ -72,6 +75,21 @@ class Bundle:
     exemplars: tuple[Exemplar, ...]
     report: dict[str, Any]
     digest: str
+
+    @property
+    def regions(self) -> Mapping[float, Region]:
+        """By alpha."""
+        return self.estimator.regions
+
+    @property
+    def certificates(self) -> tuple[Certificate, ...]:
+        """What was certified of the answers let through; at most one for each alpha and estimator."""
+        return self.manifest.certificates
+
+    @property
+    def policy(self) -> Policy:
+        """How answers were made; those that were made otherwise are not calibrated."""
+        return self.manifest.policy
 
 
 def load_bundle(path: str | os.PathLike[str]) -> Bundle:

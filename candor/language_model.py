@@ -1,0 +1,171 @@
+"""A language model in this process: texts to states, and the verdict on one answer."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Coroutine, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Thread
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
+
+import torch
+
+from candor.app.process.backend import check_identity
+from candor.calibration.data import read_messages
+from candor.engine.base import EVIDENCE, HiddenSummary, Representation
+from candor.engine.factory import start_engine
+from candor.engine.prompt import ChatFormat
+from candor.engine.settings import EngineKind, EngineSettings
+from candor.judging import judge
+from candor.model_store.bundle import Bundle
+from candor.policy.certificate import EstimatorKind
+from candor.policy.conversation import Conversation, Turn
+from candor.policy.decision import Verdict
+from candor.policy.policy import Policy
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
+
+T = TypeVar("T")
+
+Prompt = str | Sequence[Turn]
+"""A prompt's text, or a conversation as a list of {"role", "content"} that ends with the user."""
+
+
+def turns_of(prompt: Prompt) -> tuple[Turn, ...]:
+    """Raises ValueError with what is wrong."""
+    return read_messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt))
+
+
+class Model:
+    """Reads answers: what the model's states say of a prompt and its response. Use it in a `with` statement.
+
+    directory: config.json, safetensors, tokenizer. bundle: one that was calibrated for it; then representation,
+    policy and dtype are the bundle's. Else they are as given: representation None is mean, last and all evidence,
+    policy None is greedy answers to one user turn. engine: "transformers", or "vllm" as a server has it, in processes
+    of its own. max_model_len: longest sequence in tokens.
+
+    Raises EngineError where the directory holds no model, or not the bundle's.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        bundle: Bundle | None = None,
+        *,
+        representation: Representation | None = None,
+        policy: Policy | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+        engine: EngineKind = "transformers",
+        max_model_len: int = 2048,
+    ) -> None:
+        self.bundle = bundle
+        self.policy = policy or Policy()
+        self.representation = representation or Representation(
+            order=("mean", "last", "evidence"), evidence=EVIDENCE
+        )
+        if bundle is not None:
+            self.policy, self.representation = bundle.policy, bundle.manifest.representation
+            dtype = cast(Any, bundle.manifest.model.dtype)
+        settings = EngineSettings(Path(directory), engine, self.representation, dtype, max_model_len)
+        self.chat = ChatFormat.from_directory(settings.model)
+        # A loop in a thread of its own: notebooks have one that runs already.
+        self._loop = asyncio.new_event_loop()
+        thread = Thread(target=self._loop.run_forever, name="candor-model", daemon=True)
+        thread.start()
+        with ExitStack() as started:  # ends in reverse order
+            started.callback(self._loop.close)
+            started.callback(thread.join)
+            started.callback(self._loop.call_soon_threadsafe, self._loop.stop)
+            self._engine = self._wait(start_engine(settings, self.chat))
+            started.callback(delattr, self, "_engine")
+            started.callback(lambda: self._wait(self._engine.close()))
+            if bundle is not None:
+                check_identity(self._engine, bundle)
+            self._started = started.pop_all()
+        self.identity = self._engine.identity
+
+    def states(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[numpy.float32]:
+        """h (n, D) of n answers; nan where not every position could be counted.
+
+        Raises PromptTooLong, ValueError where the chat template refuses a conversation, EngineError.
+        """
+        if isinstance(prompts, str) or isinstance(responses, str) or len(prompts) != len(responses):
+            raise ValueError("states takes a list of prompts and one of as many responses")
+        pairs = [
+            (self._conversation(prompt).encode(self.chat), self.chat.encode_response(response))
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        width = sum(self.representation.block_sizes(self.identity.hidden_size))
+        h = torch.full((len(pairs), width), math.nan)
+        for row, hidden in enumerate(self._wait(self._read(pairs))):
+            if hidden.complete:
+                h[row] = hidden.vector(self.representation)
+        return cast("NDArray[numpy.float32]", h.numpy())
+
+    def departure(self, prompt: Prompt, response: str) -> str | None:
+        """Why the policy could not have led to this answer, so that nothing is known of it; None if it could."""
+        departure = self._conversation(prompt).departure
+        ids = self.chat.encode_response(response)
+        return departure or self.policy.given(response, ids, self.representation.tag)
+
+    def judge(
+        self,
+        prompt: Prompt,
+        response: str,
+        *,
+        alpha: float | None = None,
+        estimator: EstimatorKind = "lower",
+        certified_only: bool = False,
+    ) -> Verdict:
+        """The verdict on one answer, as `POST /v1/reliability` gives it; options as in `candor.judge`.
+
+        Raises ValueError where the model was opened without a bundle, and what `states` and `candor.judge` raise.
+        """
+        if self.bundle is None:
+            raise ValueError("a model judges by a bundle: open it with Model(directory, bundle)")
+        [verdict] = judge(
+            self.bundle,
+            self.states([prompt], [response]),
+            alpha=alpha,
+            estimator=estimator,
+            calibrated=self.departure(prompt, response) is None,
+            certified_only=certified_only,
+        )
+        return verdict
+
+    def close(self) -> None:
+        """Ends the engine and gives its memory back."""
+        self._started.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _conversation(self, prompt: Prompt) -> Conversation:
+        return self.policy.conversations.resolve(turns_of(prompt))
+
+    async def _read(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[HiddenSummary]:
+        async with asyncio.TaskGroup() as group:  # the first that fails ends the others
+            tasks = [group.create_task(self._engine.summarise(*pair)) for pair in pairs]
+        return [task.result() for task in tasks]
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._loop.is_closed():
+            work.close()
+            raise ValueError("this model was closed; open it again")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
+        finally:
+            future.cancel()  # where the caller was interrupted

@@ -1,0 +1,188 @@
+"""`candor.judge` says of states what the server and calibration say of them, in every column."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+import candor
+from candor.app.answering.scoring import Scorer, ScoringFailed, ScoringRequest
+from candor.calibration.generate import Labelled
+from candor.calibration.served import Attempts
+from candor.engine.base import HiddenSummary
+from candor.policy.decision import Verdict
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = ("lower", "plain")
+
+
+@pytest.fixture(scope="module")
+def bundle() -> candor.Bundle:
+    return candor.load_bundle(ROOT / "demo" / "bundle")
+
+
+@pytest.fixture(scope="module")
+def states(bundle: candor.Bundle) -> numpy.ndarray:
+    """(150, D): states that lead to the support's h' but for some noise, states of no such kind, and broken ones."""
+    adaptor = bundle.estimator.adaptor
+    weight, bias = adaptor.exemplar.weight.detach(), adaptor.exemplar.bias.detach()
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randperm(len(bundle.estimator.support), generator=generator)[:100]
+    with torch.no_grad():
+        x = torch.linalg.lstsq(weight, (bundle.estimator.support.h_prime[rows] - bias).T).solution.T
+    known = adaptor.mean + adaptor.scale * (x + 0.02 * torch.randn(x.shape, generator=generator))
+    unknown = torch.randn(48, adaptor.input_dim, generator=generator)
+    broken = unknown[:2].clone()
+    broken[0, 3], broken[1, 5] = torch.nan, -torch.inf
+    return torch.cat([known, unknown, broken]).numpy()
+
+
+def served(
+    bundle: candor.Bundle, states: numpy.ndarray, alpha: float, kind: Any, **how: Any
+) -> list[Verdict | str]:
+    """What the server makes of each: its verdict, or the cause for which there is none."""
+    sizes = bundle.manifest.representation.block_sizes(bundle.manifest.model.hidden_size)
+
+    async def judge() -> list[Any]:
+        scorer = Scorer(bundle, kind, timeout_s=60)
+        summaries = [
+            HiddenSummary(*torch.from_numpy(row).split(sizes), positions=1, complete=True) for row in states
+        ]
+        asked = [ScoringRequest(one, alpha, **{"calibrated": True, **how}) for one in summaries]
+        try:
+            return await asyncio.gather(*map(scorer.judge, asked), return_exceptions=True)
+        finally:
+            scorer.close()
+
+    return [one.cause if isinstance(one, ScoringFailed) else one.verdict for one in asyncio.run(judge())]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("alpha", [0.9, 0.95, 0.99])
+def test_verdicts_are_the_servers(
+    bundle: candor.Bundle, states: numpy.ndarray, alpha: float, kind: Any
+) -> None:
+    verdicts = candor.judge(bundle, states, alpha=alpha, estimator=kind)
+    expected = served(bundle, states, alpha, kind)
+    assert expected[-2:] == ["non_finite", "non_finite"]
+    assert list(verdicts)[:-2] == expected[:-2]
+    regions = set(verdicts.region.tolist())
+    assert regions == {"low", "ood", "unavailable"} | ({"high"} if alpha < 0.99 else set())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("alpha", [0.9, 0.95])
+def test_what_is_let_through_is_what_calibration_counts(
+    bundle: candor.Bundle, states: numpy.ndarray, alpha: float, kind: Any
+) -> None:
+    verdicts = candor.judge(bundle, states, alpha=alpha, estimator=kind)
+    answers = [Labelled(f"{i}", f"{i}", (), "", 1, torch.from_numpy(row)) for i, row in enumerate(states)]
+    known = Attempts.measure(bundle.estimator, answers).served(bundle.estimator, alpha, kind)
+    assert (~verdicts.abstained).tolist() == known.answered.tolist()
+    assert 0 < known.answered.sum() < len(states)
+
+
+def test_columns_are_the_rows(bundle: candor.Bundle, states: numpy.ndarray) -> None:
+    verdicts = candor.judge(bundle, states)
+    assert len(verdicts) == 150
+    assert verdicts.alpha == 0.9  # the lowest
+    assert verdicts.certificate == bundle.certificates[0]
+    for row, one in enumerate(verdicts):
+        assert one == verdicts[row] == verdicts[row - 150]
+        assert (one.region, one.reason, one.abstained) == (
+            verdicts.region[row],
+            verdicts.reason[row],
+            verdicts.abstained[row],
+        )
+        assert (one.certificate is not None) == verdicts.certified[row]
+        figures = [
+            verdicts.prediction[row],
+            verdicts.probability[row],
+            verdicts.similarity[row],
+            verdicts.rescaled_similarity[row],
+            verdicts.distance_quantile[row],
+        ]
+        if one.figures is None:
+            assert one.reason == "scoring_unavailable"
+            assert figures[0] == figures[2] == -1
+            assert numpy.isnan([figures[1], *figures[3:]]).all()
+        else:
+            found = one.figures
+            assert figures == [
+                found.prediction,
+                found.probability,
+                found.similarity,
+                found.rescaled_similarity,
+                found.distance_quantile,
+            ]
+    assert verdicts.certified.any()
+    for row in (150, -151):
+        with pytest.raises(IndexError):
+            verdicts[row]
+
+
+def test_any_array_and_any_number_of_rows(bundle: candor.Bundle, states: numpy.ndarray) -> None:
+    many = numpy.tile(states, (8, 1))  # 1,200: more than are measured at once
+    expected = candor.judge(bundle, states).probability
+    readonly = many.astype("float64")
+    readonly.setflags(write=False)
+    for given in (many, readonly, torch.from_numpy(many).requires_grad_(), many[::-1][::-1]):
+        found = candor.judge(bundle, given).probability
+        assert numpy.array_equal(found.reshape(8, 150), numpy.tile(expected, (8, 1)), equal_nan=True)
+    assert numpy.array_equal(candor.judge(bundle, states[:3].tolist()).probability, expected[:3])
+    for count in (0, 1):
+        few = candor.judge(bundle, states[:count])
+        assert len(few) == len(list(few)) == count
+        for column in (few.region, few.reason, few.abstained, few.prediction, few.similarity, few.certified):
+            assert column.shape == (count,)
+
+
+def test_what_departs_from_the_policy_is_never_high(bundle: candor.Bundle, states: numpy.ndarray) -> None:
+    free = candor.judge(bundle, states)
+    through = ~free.abstained
+    kept = numpy.arange(150) % 2 == 0
+    bound = candor.judge(bundle, states, calibrated=kept)
+    assert (bound.abstained == (free.abstained | ~kept)).all()
+    assert set(bound.reason[through & ~kept]) == {"uncalibrated_request"}
+    assert candor.judge(bundle, states, calibrated=False).abstained.all()
+    assert list(candor.judge(bundle, states, calibrated=False))[:-2] == served(
+        bundle, states[:-2], 0.9, "lower", calibrated=False
+    )
+
+
+def test_certified_only(bundle: candor.Bundle, states: numpy.ndarray) -> None:
+    strict = tuple(replace(one, rescaled_similarity_min=300.0) for one in bundle.certificates)
+    stricter = replace(bundle, manifest=replace(bundle.manifest, certificates=strict))
+    free = candor.judge(stricter, states)
+    bound = candor.judge(stricter, states, certified_only=True)
+    assert (bound.abstained == (free.abstained | ~free.certified)).all()
+    assert "not_certified" in bound.reason.tolist()
+    assert list(bound)[:-2] == served(stricter, states[:-2], 0.9, "lower", certified_only=True)
+    with pytest.raises(ValueError, match=r"needs a certificate at alpha 0\.99 under the estimator lower"):
+        candor.judge(bundle, states, alpha=0.99, certified_only=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "how", "says"),
+    [
+        (numpy.zeros((2, 1157)), {}, r"states must be \(n, 1158\), one row an answer; got \(2, 1157\)"),
+        (numpy.zeros(1158), {}, r"got \(1158,\)"),
+        (numpy.zeros((1, 2, 1158)), {}, r"got \(1, 2, 1158\)"),
+        ([["a"] * 1158], {}, "states must be an array of numbers"),
+        ([[1.0], [1.0, 2.0]], {}, "states must be an array of numbers"),
+        (None, {}, "states must be an array of numbers"),
+        (numpy.zeros((2, 1158)), {"alpha": 0.8}, r"of \[0\.9, 0\.95, 0\.99\]; got 0\.8"),
+        (numpy.zeros((2, 1158)), {"estimator": "best"}, '"lower" or "plain"; got \'best\''),
+        (numpy.zeros((2, 1158)), {"calibrated": [True] * 3}, r"calibrated must be bool, .* \(2,\)"),
+        (numpy.zeros((2, 1158)), {"calibrated": [1, 0]}, r"calibrated must be bool"),
+    ],
+)
+def test_what_cannot_be_judged(bundle: candor.Bundle, given: Any, how: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        candor.judge(bundle, given, **how)
