@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from candor.calibration.certificate import Wanted, told
+from candor.calibration.certificate import Claim
 from candor.calibration.data import prompt_digest
 from candor.calibration.errors import CalibrationError, DataError
 from candor.calibration.evaluate import Evaluation
@@ -72,7 +72,7 @@ class Calibrated:
             said = f"answered {_percent(reading.answered)}, right {_percent(reading.accuracy_answered)}"
             lines.append(f"alpha {alpha}: " + (said if region.found else "no region, nothing is answered"))
         if self._outcome.certification is not None:
-            lines.append(told(self._outcome.certification))
+            lines.append(summary(self._outcome.certification))
         return "\n".join(lines)
 
     def save(self, path: str | Path, name: str | None = None) -> Bundle:
@@ -148,7 +148,7 @@ def calibrate(
     """
     listed = (alphas,) if isinstance(alphas, int | float) else alphas
     settings = FitSettings(tuple(sorted(set(listed))), rounds, epochs, exemplar_dim, learning_rate, seed)
-    certifying = None if certify is None else Certifying(Wanted(certify, delta), certify_share)
+    certifying = None if certify is None else Certifying(Claim(certify, delta), certify_share)
     h = as_states(states)
     answers = _answers(h, labels, prompts, responses, model)
     blocks: tuple[Block, ...] = ((h.shape[1], "scalar"),)  # as in the papers: two scalars for all of it

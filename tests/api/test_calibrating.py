@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import candor
-from candor.calibration.certificate import Wanted, certify
+from candor.calibration.certificate import Claim, certify
 from candor.calibration.evaluate import evaluate
 from candor.calibration.fit import FitSettings, fit, set_aside, set_aside_for_certification
 from candor.calibration.generate import Labelled
@@ -43,7 +43,7 @@ def test_it_is_the_internal_way() -> None:
     assert found.regions.keys() == {0.8, 0.9}
     assert (
         found.certificates
-        == certify(fitted.estimator, fitted.calibration, apart, Wanted(0.85, 0.1)).certificates
+        == certify(fitted.estimator, fitted.calibration, apart, Claim(0.85, 0.1)).certificates
     )
     assert len(found.certificates) > 1
     assert found.evaluation == evaluate(fitted.estimator, held_out, (0.8, 0.9), 3)
