@@ -158,7 +158,7 @@ def test_a_stricter_threshold_is_the_one_that_algorithm_1_finds_over_what_is_ser
 
 
 def test_where_only_what_looks_right_is_served_there_is_no_region(estimator: SDMEstimator) -> None:
-    lucky = [prompt(f"{h}", [UNSURE, float(h)], [0, 0], [1, 1]) for h in torch.linspace(0.2, 2.8, 30)]
+    lucky = [prompt(f"{h}", [UNSURE, float(h)], [0, 0], [1, 1]) for h in torch.linspace(0.2, 1.5, 60)]
     region = regions_of_policy(estimator, Attempts.measure(estimator, lucky))[0.9]
     assert (region.alpha, region.found) == (0.9, False)
     assert region.psi.isinf().all()

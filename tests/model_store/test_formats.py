@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from candor.model_store.bundle import load_bundle
+from candor.model_store.formats import identifies_as_before, knows_turns
 from candor.model_store.manifest import EXEMPLARS, MANIFEST, SEAL, FileEntry, seal
 from candor.policy.conversation import Conversations, SystemPrompt, Turn, shown
 
@@ -69,3 +70,8 @@ def test_null_means_what_the_exemplars_say(
     assert bundle.manifest.policy.conversations == expected
     assert list(bundle.exemplars[0].messages) == prompts[0]
     assert bundle.exemplars[0].prompt == shown(prompts[0])
+
+
+def test_which_formats_know_turns_and_the_latest_identity() -> None:
+    assert [knows_turns(version) for version in (1, 2, 3, 4)] == [False, False, False, True]
+    assert [identifies_as_before(version) for version in (1, 2, 3, 4)] == [True, True, True, False]

@@ -42,6 +42,27 @@ def test_published_and_loaded(tmp_path: Path, put: Publish) -> None:
     assert os.listdir(tmp_path / "deep" / "er") == ["demo"]
 
 
+def test_no_handle_stays_open(tmp_path: Path, put: Publish) -> None:
+    put(tmp_path / "demo")
+    before = os.listdir("/proc/self/fd")
+    put(tmp_path / "deep" / "demo")
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_bundle_that_is_taken_away_meanwhile_is_no_fault_of_the_file_system(
+    tmp_path: Path, put: Publish
+) -> None:
+    put(tmp_path / "demo")
+
+    def take_away(step: str) -> None:
+        if step == "verified":
+            (tmp_path / "demo").rename(tmp_path / "elsewhere")
+
+    with pytest.raises(FileNotFoundError):
+        put(tmp_path / "demo", replace=True, on_step=take_away)
+    assert os.listdir(tmp_path) == ["elsewhere"]
+
+
 def test_others_may_read_what_the_umask_allows(tmp_path: Path, put: Publish) -> None:
     before = os.umask(0o022)
     try:

@@ -45,6 +45,7 @@ def test_every_field_of_sampling_that_is_not_excused_departs() -> None:
 
 
 def test_wishes_are_laid_over_the_policys_own_sampling() -> None:
+    assert Policy().sampling() == Sampling()  # the defaults are the same
     assert SAMPLED.sampling() == Sampling(16, 0.7, 0.9, 40)
     assert SAMPLED.sampling(top_k=0, seed=3, temperature=None) == Sampling(16, 0.7, 0.9, 0, seed=3)
     with pytest.raises(TypeError, match="unheard_of"):
@@ -87,4 +88,4 @@ def test_values_out_of_range(wrong: dict[str, Any]) -> None:
 
 def test_the_ends_of_the_ranges_are_within_them() -> None:
     assert Policy(temperature=2.0, top_p=1.0, top_k=0, max_tokens=1).temperature == 2.0
-    assert Policy(temperature=0.0, resample=1).resample == 1
+    assert Policy(temperature=0.1, resample=2).resample == 2
