@@ -171,6 +171,23 @@ class HiddenSummary:
 
 
 @dataclass(frozen=True)
+class PromptStates:
+    """The model's states over the prompt alone, float32 on the CPU: known before an answer's first token.
+
+    mean: (H,), over the prompt's positions, template included. last: (H,), at the last of them.
+    complete: whether every one of them was counted. If not, the states must not be judged.
+    """
+
+    mean: torch.Tensor
+    last: torch.Tensor
+    complete: bool
+
+    def vector(self) -> torch.Tensor:
+        """[mean ; last], shape (2 H,)."""
+        return torch.cat([self.mean, self.last])
+
+
+@dataclass(frozen=True)
 class Delta:
     """A piece of the answer's text, tag excluded; the pieces joined are `Generation.text`."""
 
@@ -187,7 +204,7 @@ class Generation:
     finish_reason: "stop" (tag, end of turn or stop string) or "length".
     tagged: the model wrote the tag itself; otherwise it was appended to take h.
     truncated: the answer did not end on its own (length limit or a stop string).
-    hidden: None where it was not asked for, or could not be taken.
+    hidden, prompt: None where it was not asked for, or could not be taken.
     completion_tokens: tokens generated for the answer, tag included.
     queued_s: seconds it waited before the engine began with it; None where the engine does not tell.
     """
@@ -202,6 +219,7 @@ class Generation:
     completion_tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
     queued_s: float | None = None
+    prompt: PromptStates | None = None
 
 
 class Engine(Protocol):
@@ -218,18 +236,32 @@ class Engine(Protocol):
     max_model_len: int
 
     def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
-    ) -> AsyncGenerator[Delta | Generation, None]:
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        capture: bool = True,
+        prompt_states: bool = False,
+    ) -> AsyncGenerator[PromptStates | Delta | Generation, None]:
         """Yields deltas while the answer is written, then exactly one `Generation`.
 
         Closing the iterator early cancels the request and frees its place in the engine.
         `capture=False` answers without taking h.
+        `prompt_states=True` yields the `PromptStates` before all else, at the end of prefill: whoever closes the
+        iterator then has spent no more than that. None come where they could not be taken; the answer does.
         Raises PromptTooLong, EngineDead or EngineError.
         """
         ...
 
     async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
         """h's parts for a given prompt and response (tag excluded; it is appended)."""
+        ...
+
+    async def prompt_states(self, prompt_ids: Sequence[int]) -> PromptStates:
+        """What `generate` yields first, without an answer.
+
+        Raises PromptTooLong, EngineDead or EngineError.
+        """
         ...
 
     async def check(self) -> None:

@@ -29,6 +29,7 @@ from candor.engine.base import (
     EngineError,
     Generation,
     HiddenSummary,
+    PromptStates,
     Sampling,
     TokenLogprob,
 )
@@ -61,10 +62,16 @@ class TransformersEngine:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
 
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
-    ) -> AsyncGenerator[Delta | Generation, None]:
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        capture: bool = True,
+        prompt_states: bool = False,
+    ) -> AsyncGenerator[PromptStates | Delta | Generation, None]:
         room = room_for_answer(len(prompt_ids), len(self._closing_ids), self.max_model_len)
-        steps = self._steps(prompt_ids, replace(sampling, max_tokens=min(sampling.max_tokens, room)), capture)
+        fitting = replace(sampling, max_tokens=min(sampling.max_tokens, room))
+        steps = self._steps(prompt_ids, fitting, capture, prompt_states)
         try:
             while (item := await self._run(lambda: next(steps, None))) is not None:
                 yield item
@@ -76,6 +83,10 @@ class TransformersEngine:
         require_fit(total, self.max_model_len)
         return await self._run(lambda: self._summarise(prompt_ids, response_ids))
 
+    async def prompt_states(self, prompt_ids: Sequence[int]) -> PromptStates:
+        require_fit(len(prompt_ids), self.max_model_len)
+        return await self._run(lambda: self._prompt_states(prompt_ids))
+
     async def check(self) -> None:
         return None
 
@@ -86,12 +97,15 @@ class TransformersEngine:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def _steps(
-        self, prompt_ids: Sequence[int], sampling: Sampling, capture: bool
-    ) -> Generator[Delta | Generation, None, None]:
+        self, prompt_ids: Sequence[int], sampling: Sampling, capture: bool, prompt_states: bool
+    ) -> Generator[PromptStates | Delta | Generation, None, None]:
         answer = AnswerText(self.representation.tag, self._tag_ids, sampling.logprobs is not None)
         draw = _Draw(sampling)
         sequence = _Sequence(self._model)
         logits = sequence.feed(prompt_ids)[-1]
+        prompt = sequence.prompt_states() if prompt_states else None
+        if prompt is not None:
+            yield prompt
         text, stopped, shown = "", False, 0
         unsure = max(map(len, sampling.stop), default=1) - 1  # characters that may become a stop string
         while len(answer.token_ids) < sampling.max_tokens:
@@ -138,6 +152,7 @@ class TransformersEngine:
             prompt_tokens=len(prompt_ids),
             completion_tokens=len(answer.token_ids),
             logprobs=answer.reported_logprobs,
+            prompt=prompt,
         )
 
     def _summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
@@ -148,6 +163,11 @@ class TransformersEngine:
             self._token_logprob(row, token, TOP) for row, token in zip(logits, response_ids, strict=False)
         ]
         return sequence.summary(from_logprobs(self.representation.evidence, logprobs))
+
+    def _prompt_states(self, prompt_ids: Sequence[int]) -> PromptStates:
+        sequence = _Sequence(self._model)
+        sequence.feed(prompt_ids)
+        return sequence.prompt_states()
 
     def _settled(self, ids: Sequence[int]) -> str:
         """The text so far, without a character whose bytes have not all come."""
@@ -218,6 +238,10 @@ class _Sequence:
 
     def summary(self, evidence: torch.Tensor) -> HiddenSummary:
         return HiddenSummary(self._sum / self._positions, self._last, evidence, self._positions, True)
+
+    def prompt_states(self) -> PromptStates:
+        """As long as nothing but the prompt was fed."""
+        return PromptStates(self._sum / self._positions, self._last, True)
 
 
 class _Draw:

@@ -10,12 +10,12 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from copy import copy
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 # vLLM reads these while it is imported.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -42,6 +42,7 @@ from candor.engine.base import (
     EngineError,
     Generation,
     HiddenSummary,
+    PromptStates,
     Representation,
     Sampling,
     TokenLogprob,
@@ -54,9 +55,11 @@ from candor.engine.settings import EngineSettings
 from candor.engine.slot_evidence import of_answer
 from candor.engine.vllm_capture import Record
 from candor.engine.vllm_options import changing_h
-from candor.engine.vllm_scheduler import KEY
+from candor.engine.vllm_scheduler import KEY, PROMPT_KEY
 
 logger = logging.getLogger("candor")
+
+S = TypeVar("S", HiddenSummary, PromptStates)
 
 _Logprobs = Mapping[int, Any]
 """vLLM's: token id -> Logprob (logprob, rank, decoded_token), the token itself and the likeliest ones."""
@@ -106,12 +109,22 @@ class VLLMEngine:
         self._closing_ids, self._tag_ids = self._chat.closing(representation.tag)
 
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
-    ) -> AsyncGenerator[Delta | Generation, None]:
-        params = self._params(prompt_ids, sampling, capture)
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        capture: bool = True,
+        prompt_states: bool = False,
+    ) -> AsyncGenerator[PromptStates | Delta | Generation, None]:
+        params = self._params(prompt_ids, sampling, capture, prompt_states)
         answer = AnswerText(self.representation.tag, self._tag_ids, sampling.logprobs is not None)
+        prompt = None
         async with aclosing(self._submit(prompt_ids, params)) as outputs:
             async for output in outputs:
+                if prompt_states and not answer.token_ids:  # the first
+                    prompt = await self._prompt(prompt_ids, output)
+                    if prompt is not None:
+                        yield prompt
                 completion = output.outputs[0]
                 logprobs = [
                     _token_logprob(token_id, entry)
@@ -150,29 +163,42 @@ class VLLMEngine:
             completion_tokens=len(answer.token_ids) - (record is not None),  # without the one after the tag
             logprobs=answer.reported_logprobs,
             queued_s=_queued(output),
+            prompt=prompt,
         )
 
     async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
         """One request over prompt, response and tag: of which nothing is computed that lies in the prefix cache."""
         ids = [*prompt_ids, *response_ids, *self._closing_ids]
         require_fit(len(ids), self.max_model_len)
+        wish = self._wish(first=len(prompt_ids))
+        return await self._given(ids, wish, lambda output: self._summary(_record(output), response_ids))
+
+    async def prompt_states(self, prompt_ids: Sequence[int]) -> PromptStates:
+        """One request over the prompt: of which no more than the last block is computed, if it was asked before."""
+        require_fit(len(prompt_ids), self.max_model_len)
+        return await self._given(prompt_ids, self._wish(evidence=False, prompt=True), _prompt_states)
+
+    async def _given(
+        self, ids: Sequence[int], wish: dict[str, Any], read: Callable[[RequestOutput], S | None]
+    ) -> S:
+        """What a request over `ids` reports, after which it draws one token in vain."""
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=self._wish(first=len(prompt_ids)),
+            extra_args=wish,
         )
-        hidden = None
+        states = None
         for skip_cache in (False, True):  # what was cached may lack a state or a token's evidence
             params.skip_reading_prefix_cache = skip_cache
             output = [output async for output in self._submit(ids, params)][-1]
-            hidden = self._summary(_record(output), response_ids)
-            if hidden is not None and hidden.complete:
-                return hidden
-        if hidden is None:
+            states = read(output)
+            if states is not None and states.complete:
+                return states
+        if states is None:
             raise EngineError("the engine returned no hidden state for this sequence")
-        return hidden
+        return states
 
     async def check(self) -> None:
         try:
@@ -197,6 +223,19 @@ class VLLMEngine:
         if hidden is not None and hidden.complete:
             return hidden
         return await self.summarise(prompt_ids, response_ids)
+
+    async def _prompt(self, prompt_ids: Sequence[int], output: RequestOutput) -> PromptStates | None:
+        """As reported with the answer's first token, else by asking for them alone."""
+        states = _prompt_states(output)
+        if states is not None and states.complete:
+            return states
+        try:
+            return await self.prompt_states(prompt_ids)
+        except EngineDead:
+            raise
+        except EngineError as error:  # an answer can be given all the same
+            logger.warning("no hidden state for a prompt: %s", error)
+            return None
 
     def _summary(self, record: Record | None, response_ids: Sequence[int]) -> HiddenSummary | None:
         """None where there is no record, or none of these tokens' evidence."""
@@ -226,7 +265,9 @@ class VLLMEngine:
         except (EngineGenerateError, ValueError) as error:
             raise EngineError(f"vLLM could not answer: {error.__cause__ or error}") from error
 
-    def _params(self, prompt_ids: Sequence[int], sampling: Sampling, capture: bool) -> SamplingParams:
+    def _params(
+        self, prompt_ids: Sequence[int], sampling: Sampling, capture: bool, prompt_states: bool
+    ) -> SamplingParams:
         room = room_for_answer(len(prompt_ids), len(self._closing_ids), self.max_model_len)
         return SamplingParams(
             max_tokens=min(sampling.max_tokens, room),
@@ -239,13 +280,13 @@ class VLLMEngine:
             presence_penalty=sampling.presence_penalty,
             logprobs=sampling.logprobs,
             output_kind=RequestOutputKind.DELTA,
-            extra_args=self._wish(evidence=capture),
+            extra_args=self._wish(evidence=capture, prompt=prompt_states),
         )
 
-    def _wish(self, first: int | None = None, evidence: bool = True) -> dict[str, Any]:
+    def _wish(self, first: int | None = None, evidence: bool = True, prompt: bool = False) -> dict[str, Any]:
         """What engine/vllm_scheduler.py reads."""
         evidence = evidence and bool(self.representation.evidence)
-        return {KEY: {"tag": self._tag_ids, "first": first, "evidence": evidence}}
+        return {KEY: {"tag": self._tag_ids, "first": first, "evidence": evidence, "prompt": prompt}}
 
 
 def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
@@ -323,6 +364,31 @@ def _queued(output: RequestOutput) -> float | None:
 
 def _record(output: RequestOutput) -> Record | None:
     return (output.kv_transfer_params or {}).get(KEY)
+
+
+def _prompt_states(output: RequestOutput) -> PromptStates | None:
+    record = (output.kv_transfer_params or {}).get(PROMPT_KEY)
+    if record is None:
+        return None
+    _, complete, mean, last, _ = record
+    return PromptStates(_from_bytes(mean), _from_bytes(last), complete)
+
+
+def _keep_records_of_merged_outputs() -> None:
+    """vLLM joins the outputs that nobody has taken up yet, and keeps `kv_transfer_params` of the latest alone: under
+    load, a prompt's record would be lost to the second token."""
+    join = RequestOutput.add
+
+    def joined(self: Any, following: Any, aggregate: bool) -> None:
+        records = self.kv_transfer_params
+        join(self, following, aggregate)
+        if records:
+            self.kv_transfer_params = records | (following.kv_transfer_params or {})
+
+    RequestOutput.add = joined
+
+
+_keep_records_of_merged_outputs()
 
 
 def _from_bytes(data: bytes) -> torch.Tensor:

@@ -8,9 +8,14 @@ Tracks vLLM 0.32 (0.16 to 0.33 have the same seams). What it leans on, and what 
   kv_transfer_params` passes through to `RequestOutput` in the API process unread.
 
 A request takes part by `SamplingParams.extra_args = {"candor": {"tag": [ids], "first": int | None, "evidence":
-bool}}`. first: of a given response, where it begins; None for one that is generated. A request reports in the step in
-which the tag's last token is fed: that row is the state at the declared position. A generated tag also ends the
-request in that step; the token sampled after it is dropped by the engine.
+bool, "prompt": bool}}`. first: of a given response, where it begins; None for one that is generated. A request
+reports in the step in which the tag's last token is fed: that row is the state at the declared position. A generated
+tag also ends the request in that step; the token sampled after it is dropped by the engine.
+
+prompt: a request to generate also reports in the step that feeds the prompt's last token, as a sequence without a
+response. Its blocks hold nothing else then: full ones that may be shared, and a last one of its own, in which the
+answer begins a step later. The record goes with the answer's first token. There is always such a step: of a prompt
+that lies in the prefix cache as a whole, vLLM computes the last block again.
 
 Which step that is, the synchronous scheduler knows: the token was sampled a step earlier. The asynchronous one plans
 a step before it has seen the token that the step feeds. So a request reports where the tokens seen of it are the
@@ -36,6 +41,7 @@ from vllm.v1.request import Request, RequestStatus
 from candor.engine.start_failures import report_here
 
 KEY = "candor"
+PROMPT_KEY = "candor_prompt"  # of a prompt's record, beside which an answer's may stand
 
 
 @dataclass
@@ -43,7 +49,7 @@ class StepPlan:
     """What a step is to give, by request.
 
     fresh: blocks handed out since the last step; whatever was kept for them speaks of other tokens.
-    reports: (blocks that hold the sequence, its positions, where the response begins).
+    reports: (blocks that hold the sequence, its positions, where the response begins: at its end, if it is a prompt).
     scored: (row of the request's, tokens): what follows that row and the next ones, where that is known already.
     evidence: whether what is sampled is to be measured.
     """
@@ -136,12 +142,16 @@ class SchedulerCapture:
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        self._reported = getattr(scheduler_output, KEY).reports
+        due = getattr(scheduler_output, KEY).reports
+        prompts = {request_id for request_id, (_, positions, first) in due.items() if positions == first}
+        self._reported = {request_id: due[request_id] for request_id in due if request_id not in prompts}
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         if records := getattr(model_runner_output, KEY, None):
             for client in outputs.values():
                 for output in client.outputs:
-                    if output.finish_reason is not None and output.request_id in self._reported:
+                    if output.request_id in prompts:
+                        output.kv_transfer_params = {PROMPT_KEY: records[output.request_id]}
+                    elif output.finish_reason is not None and output.request_id in self._reported:
                         output.kv_transfer_params = {KEY: records[output.request_id]}
         return outputs
 
@@ -167,10 +177,12 @@ class SchedulerCapture:
             if low < high:  # a given response, or one that is computed again after preemption
                 following = list(request.all_token_ids[low + 1 : high + 1])
                 wanted.scored[request.request_id] = (low - begin, following)
-        if _may_feed_tag(request, wish, end):
+        # After preemption the prompt is fed again, but what its first token brought has arrived.
+        is_prompt = wish["prompt"] and end == request.num_prompt_tokens and not request.num_output_tokens
+        if is_prompt or _may_feed_tag(request, wish, end):
             blocks = self.kv_cache_manager.get_block_ids(request.request_id)[self._group]
             kept = list(blocks[: -(-end // self._block_size)])
-            wanted.reports[request.request_id] = (kept, end, first)
+            wanted.reports[request.request_id] = (kept, end, end if is_prompt else first)
 
 
 class CaptureScheduler(SchedulerCapture, Scheduler):

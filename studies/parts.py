@@ -34,7 +34,7 @@ from candor.app.process.application import create_app
 from candor.app.process.backend import Backend
 from candor.app.process.settings import Settings
 from candor.engine.answer import AnswerText
-from candor.engine.base import AdapterIdentity, Delta, Generation, HiddenSummary, Sampling
+from candor.engine.base import AdapterIdentity, Delta, Generation, HiddenSummary, PromptStates, Sampling
 from candor.engine.prompt import ChatFormat
 from candor.engine.slot_evidence import surprisal_and_margin
 from candor.model_store.bundle import Bundle, load_bundle
@@ -156,8 +156,15 @@ class Ready:
         self._hidden = summary(bundle)
 
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
-    ) -> AsyncGenerator[Delta | Generation, None]:
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        capture: bool = True,
+        prompt_states: bool = False,
+    ) -> AsyncGenerator[PromptStates | Delta | Generation, None]:
+        if prompt_states:
+            yield await self.prompt_states(prompt_ids)
         answer = AnswerText(self.representation.tag, [1])
         for piece in [*[" word"] * self._words, self.representation.tag]:
             await asyncio.sleep(0)
@@ -170,6 +177,9 @@ class Ready:
 
     async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
         return self._hidden
+
+    async def prompt_states(self, prompt_ids: Sequence[int]) -> PromptStates:
+        return PromptStates(self._hidden.mean, self._hidden.last, complete=True)
 
     async def check(self) -> None:
         pass

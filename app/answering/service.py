@@ -25,6 +25,7 @@ from candor.app.edge.limits import Admission
 from candor.app.telemetry.metrics import Metrics
 from candor.app.telemetry.tracing import AnswerTrace
 from candor.engine.base import (
+    Delta,
     Engine,
     EngineDead,
     EngineError,
@@ -157,7 +158,7 @@ class AnswerService:
                 async for output in outputs:
                     if isinstance(output, Generation):
                         generation = output
-                    else:
+                    elif isinstance(output, Delta):
                         yield Piece(index, output.text, output.logprobs)
             if generation is None:
                 raise EngineError("the engine ended without an answer")

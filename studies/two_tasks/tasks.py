@@ -19,6 +19,7 @@ from candor.engine.base import (
     Generation,
     HiddenSummary,
     ModelIdentity,
+    PromptStates,
     Representation,
     Sampling,
 )
@@ -68,13 +69,21 @@ class FinishedEngine:
     adapter: AdapterIdentity | None = None
 
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
-    ) -> AsyncGenerator[Delta | Generation, None]:
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        capture: bool = True,
+        prompt_states: bool = False,
+    ) -> AsyncGenerator[PromptStates | Delta | Generation, None]:
         raise EngineError("an answer is not in the cache; run `python -m studies.two_tasks` first")
         yield  # makes this a generator
 
     async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
         raise EngineError("all answers are generated, none is given")
+
+    async def prompt_states(self, prompt_ids: Sequence[int]) -> PromptStates:
+        raise EngineError("an answer's prompt is not asked for alone")
 
     async def check(self) -> None:
         pass

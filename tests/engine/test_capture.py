@@ -232,6 +232,27 @@ def test_a_given_response_is_measured_though_nothing_is_drawn(device: torch.devi
     assert found[0] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("later", [False, True], ids=["now", "later"])
+def test_a_prompt_reports_before_its_answer_begins_in_the_same_block(
+    device: torch.device, second: bool, later: bool
+) -> None:
+    driver = Driver(Worker(device, second=second, later=later))
+    driver.step({"b": 1}, StepPlan(evidence=True))  # waits, as the chunk does
+    driver.step({"a": 4}, StepPlan(evidence=True))
+    prompts = {"a": (BLOCKS["a"][:2], 6, 6), "b": (BLOCKS["b"][:1], 3, 3)}
+    records = getattr(driver.step({"a": 2, "b": 2}, StepPlan(reports=prompts, evidence=True)), KEY)
+    due = StepPlan(reports={"a": (BLOCKS["a"][:2], 7, 6)}, evidence=True)
+    answer = getattr(driver.step({"a": 1, "b": 1}, due), KEY)["a"]
+    for name, length in PROMPTS.items():
+        positions, whole, mean, last, kept = records[name]
+        states = torch.stack(driver.states[name])[:length]
+        assert (positions, whole, kept) == (length, True, b"")
+        assert torch.allclose(_floats(mean), states.mean(0), atol=1e-6)
+        assert torch.equal(_floats(last), states[-1])
+    assert answer[1]
+    assert torch.allclose(_floats(answer[2]), torch.stack(driver.states["a"]).mean(0), atol=1e-6)
+
+
 @pytest.mark.parametrize("why", ["finished_req_ids", "preempted_req_ids"])
 def test_blocks_change_hands_while_steps_wait(device: torch.device, second: bool, why: str) -> None:
     driver = Driver(Worker(device, second=second, later=False))

@@ -1,13 +1,15 @@
 """Both engines do what engine/base.py says, on the same real model.
 
 vLLM is held to the transformers engine, which computes h from its definition: a fresh pass over prompt, answer
-and tag. Bounds: float32 1e-4 relative (seen: 3e-6); bfloat16 cosine 0.999 (seen: 0.9995 and above; that is
-bfloat16's own noise, which changes with the batch).
+and tag; and the prompt's states, for which every answer is asked, in one over the prompt alone. Bounds: float32 1e-4
+relative (seen: 3e-6); bfloat16 cosine 0.999 (seen: 0.9995 and above; that is bfloat16's own noise, which changes with
+the batch).
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from prometheus_client import REGISTRY
+from transformers import AutoModel
 
 from candor.engine.base import (
     EVIDENCE,
@@ -22,6 +25,7 @@ from candor.engine.base import (
     Engine,
     Generation,
     HiddenSummary,
+    PromptStates,
     PromptTooLong,
     Representation,
     Sampling,
@@ -90,6 +94,14 @@ class Bench:
         """Where the model writes its tag after the usual separator, as it does after an answer."""
         assert answer.hidden is not None
         self._assert_same(answer.hidden, self.expected(prompt, answer))
+        assert answer.prompt is not None
+        self.assert_exact_prompt(prompt, answer.prompt)
+
+    def assert_exact_prompt(self, prompt: list[int], states: PromptStates) -> None:
+        assert states.complete
+        expected = self.runner.run(self.reference.prompt_states(prompt))
+        for name in ("mean", "last"):
+            self._assert_close(name, getattr(states, name), getattr(expected, name))
 
     def assert_given(self, prompt: list[int], response: list[int]) -> None:
         actual, expected = (
@@ -101,11 +113,13 @@ class Bench:
         assert actual.complete
         assert actual.positions == expected.positions
         for name in ("mean", "last", "evidence"):
-            have, want = getattr(actual, name), getattr(expected, name)
-            if self.dtype == "float32":
-                assert (have - want).norm() <= 1e-4 * want.norm(), name
-            elif name != "evidence":
-                assert torch.cosine_similarity(have, want, dim=0) >= 0.999, name
+            self._assert_close(name, getattr(actual, name), getattr(expected, name))
+
+    def _assert_close(self, name: str, have: torch.Tensor, want: torch.Tensor) -> None:
+        if self.dtype == "float32":
+            assert (have - want).norm() <= 1e-4 * want.norm(), name
+        elif name != "evidence":
+            assert torch.cosine_similarity(have, want, dim=0) >= 0.999, name
 
 
 def counted(name: str) -> float:
@@ -115,9 +129,11 @@ def counted(name: str) -> float:
 
 
 async def finish(engine: Engine, prompt: list[int], sampling: Sampling) -> Generation:
-    *deltas, answer = [item async for item in engine.generate(prompt, sampling)]
+    first, *deltas, answer = [item async for item in engine.generate(prompt, sampling, prompt_states=True)]
     assert isinstance(answer, Generation)
-    assert "".join(d.text for d in deltas if isinstance(d, Delta)) == answer.text
+    assert first is answer.prompt
+    assert all(isinstance(delta, Delta) for delta in deltas)
+    assert "".join(d.text for d in deltas) == answer.text
     return answer
 
 
@@ -260,6 +276,69 @@ def test_a_given_response_in_chunks_and_from_the_cache(bench: Bench) -> None:
     bench.assert_given(prompt, response[: CHUNK + 5])  # the same blocks, where other tokens follow
 
 
+def test_a_prompt_s_states_are_those_of_its_positions_alone(bench: Bench, demo_model: Path) -> None:
+    """By the definition, of a model that knows no engine."""
+    prompt = bench.ask(TASK.format("The children ran home before the", "began. storm"))
+    model = AutoModel.from_pretrained(demo_model, dtype=getattr(torch, bench.dtype)).eval()
+    with torch.inference_mode():
+        states = model(torch.tensor([prompt])).last_hidden_state[0].float()
+    answered = bench.one(prompt).prompt
+    assert answered is not None
+    for found in (answered, bench.runner.run(bench.engine.prompt_states(prompt))):
+        assert found.complete
+        bench._assert_close("mean", found.mean, states.mean(0))
+        bench._assert_close("last", found.last, states[-1])
+        assert torch.equal(found.vector(), torch.cat([found.mean, found.last]))
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_a_prompt_that_lies_in_the_cache_as_a_whole(bench: Bench, beyond: int) -> None:
+    """Its end on a block's, and one token before and after."""
+    length = 4 * BLOCK + beyond
+    prompt = bench.ask("The wind was in the sails of the small white boat. " * 20)[:length]
+    for _ in range(3):
+        bench.assert_exact(prompt, bench.one(prompt, Sampling(max_tokens=8)))
+        bench.assert_exact_prompt(prompt, bench.runner.run(bench.engine.prompt_states(prompt)))
+
+
+def test_a_prompt_s_states_come_before_an_answer_and_can_end_it(bench: Bench) -> None:
+    prompt = bench.ask("Tell me a very long story about a ship.")
+
+    async def refuse() -> PromptStates:
+        stream = bench.engine.generate(prompt, Sampling(max_tokens=500), prompt_states=True)
+        states = await anext(stream)
+        await stream.aclose()
+        assert isinstance(states, PromptStates)
+        return states
+
+    before = counted("generation_tokens")
+    bench.assert_exact_prompt(prompt, bench.runner.run(refuse()))
+    bench.one(prompt, Sampling(max_tokens=1))  # so that vLLM has counted what came before
+    assert counted("generation_tokens") - before <= (8 if bench.is_vllm else 0)
+    bench.assert_exact(prompt, bench.one(prompt))
+
+
+def test_a_prompt_s_states_survive_a_consumer_that_lags(bench: Bench) -> None:
+    """vLLM joins what nobody has taken up."""
+    prompt = bench.ask(TASK.format("The children ran home before the", "began. storm"))
+
+    async def listen_late() -> Generation:
+        stream = bench.engine.generate(prompt, Sampling(max_tokens=8), prompt_states=True)
+        first = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        for _ in range(4):  # the loop is busy while the engine writes
+            await asyncio.sleep(0)
+            time.sleep(0.5)
+        states = await first
+        assert isinstance(states, PromptStates)
+        *_, answer = [item async for item in stream]
+        assert isinstance(answer, Generation)
+        assert answer.prompt is states
+        return answer
+
+    bench.assert_exact(prompt, bench.runner.run(listen_late()))
+
+
 def test_preempted_answers_are_exact(bench: Bench) -> None:
     if not bench.preempts:
         pytest.skip("only with a KV cache that is too small")
@@ -352,11 +431,28 @@ def test_logprobs_of_characters_that_take_several_tokens(bench: Bench) -> None:
 def test_nothing_is_captured_unasked(bench: Bench) -> None:
     async def plain() -> Generation:
         items = [item async for item in bench.engine.generate(prompt, Sampling(max_tokens=4), capture=False)]
+        assert not any(isinstance(item, PromptStates) for item in items)
         assert isinstance(items[-1], Generation)
         return items[-1]
 
     prompt = bench.ask("Hello")
-    assert bench.runner.run(plain()).hidden is None
+    answer = bench.runner.run(plain())
+    assert answer.hidden is None
+    assert answer.prompt is None
+
+
+def test_a_prompt_s_states_without_the_answer_s(bench: Bench) -> None:
+    async def gated() -> Generation:
+        stream = bench.engine.generate(prompt, Sampling(max_tokens=4), capture=False, prompt_states=True)
+        *_, answer = [item async for item in stream]
+        assert isinstance(answer, Generation)
+        return answer
+
+    prompt = bench.ask("Hello")
+    answer = bench.runner.run(gated())
+    assert answer.hidden is None
+    assert answer.prompt is not None
+    bench.assert_exact_prompt(prompt, answer.prompt)
 
 
 def test_too_long_a_prompt_is_refused_with_the_numbers(bench: Bench) -> None:

@@ -10,7 +10,10 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -20,7 +23,13 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
-from candor.engine.vllm_scheduler import SchedulerCapture, full_attention_group, keep_whole_sequences
+from candor.engine.vllm_scheduler import (
+    KEY,
+    PROMPT_KEY,
+    SchedulerCapture,
+    full_attention_group,
+    keep_whole_sequences,
+)
 
 SIZES: dict[str, Any] = {"block_size": 4, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
 FULL, WINDOW = FullAttentionSpec(**SIZES), SlidingWindowSpec(**SIZES, sliding_window=6)
@@ -66,3 +75,118 @@ def test_blocks_are_noted_when_they_are_handed_out_but_not_from_the_prefix_cache
     assert len(scheduler._fresh) == 2
     pool.get_new_blocks(1)
     assert len(scheduler._fresh) == 3
+
+
+BLOCKS, PROMPT, TAG = [7, 2, 5], [3] * 6, [8, 9]
+
+
+class Steps:
+    """vLLM's scheduler of one request, as far as capture looks at it."""
+
+    def __init__(self, *, asks: bool = True) -> None:
+        wish = {"tag": TAG, "first": None, "evidence": False, "prompt": asks}
+        self.request = SimpleNamespace(
+            request_id="a",
+            sampling_params=SimpleNamespace(extra_args={KEY: wish}),
+            num_prompt_tokens=len(PROMPT),
+            num_computed_tokens=0,
+            output_token_ids=[],
+            status="running",
+        )
+        self.requests = {"a": self.request}
+        self.kv_cache_manager = SimpleNamespace(get_block_ids=lambda _: [BLOCKS])
+        self._group, self._block_size, self._fresh = 0, 4, []  # what SchedulerCapture's start finds out
+
+    def schedule(self, count: int) -> Any:
+        self.request.num_computed_tokens += count
+        return SimpleNamespace(num_scheduled_tokens={"a": count})
+
+    def update_from_output(self, _: Any, output: Any) -> Any:
+        tokens, stopped = self._update_request_with_output(self.request, output.tokens)
+        outputs = [
+            SimpleNamespace(
+                request_id="a", finish_reason="stop" if stopped else None, kv_transfer_params=None
+            )
+        ]
+        return {0: SimpleNamespace(outputs=outputs if tokens else [])}
+
+    def _update_request_with_output(self, request: Any, tokens: list[int]) -> tuple[list[int], bool]:
+        request.output_token_ids += tokens
+        request.num_output_tokens = len(request.output_token_ids)
+        return tokens, False
+
+
+class OneRequest(SchedulerCapture, Steps):  # type: ignore[misc]
+    def __init__(self, **how: Any) -> None:
+        Steps.__init__(self, **how)
+        self.request.num_output_tokens = 0
+
+    def plan(self, count: int) -> Any:
+        return self.schedule(count)
+
+    def came(self, planned: Any, *tokens: int) -> Any:
+        """What vLLM sends on after the step that gave `tokens`."""
+        records = {name: report for name, report in getattr(planned, KEY).reports.items()}
+        sent = self.update_from_output(planned, SimpleNamespace(tokens=list(tokens), **{KEY: records}))
+        return [(one.finish_reason, one.kv_transfer_params) for one in sent[0].outputs]
+
+
+def reports(planned: Any) -> Any:
+    return getattr(planned, KEY).reports
+
+
+def test_a_prompt_reports_in_the_step_that_ends_it_and_does_not_end_there() -> None:
+    scheduler = OneRequest()
+    chunk = scheduler.plan(4)
+    assert reports(chunk) == {}
+    assert scheduler.came(chunk) == []
+    due = (BLOCKS[:2], 6, 6)  # a sequence that ends where its response begins
+    end = scheduler.plan(2)
+    assert reports(end) == {"a": due}
+    assert scheduler.came(end, TAG[0]) == [(None, {PROMPT_KEY: due})]
+    assert scheduler.request.status == "running"
+    for fed, drawn in ((6, TAG[1]), (7, 1)):  # the tag's last token is fed in the second of them
+        step = scheduler.plan(1)
+        whole = {"a": (BLOCKS[: -(-(fed + 1) // 4)], fed + 1, 6)} if fed == 7 else {}
+        assert reports(step) == whole
+        expected = ("stop", {KEY: whole["a"]}) if whole else (None, None)
+        assert scheduler.came(step, drawn) == [expected]
+
+
+def test_a_step_planned_before_the_prompt_s_is_seen_says_nothing_of_it() -> None:
+    """As with asynchronous scheduling."""
+    scheduler = OneRequest()
+    end, ahead = scheduler.plan(6), scheduler.plan(1)
+    assert reports(end) == {"a": (BLOCKS[:2], 6, 6)}
+    assert reports(ahead) == {}
+    assert scheduler.came(end, 1) == [(None, {PROMPT_KEY: (BLOCKS[:2], 6, 6)})]
+    assert scheduler.came(ahead, 1) == [(None, None)]
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_a_prompt_that_is_fed_again_reports_only_if_its_first_token_never_came(arrived: bool) -> None:
+    scheduler = OneRequest()
+    end = scheduler.plan(6)
+    if arrived:
+        scheduler.came(end, 1)
+    scheduler.request.num_computed_tokens = 0  # preempted; else what was on its way is dropped
+    assert bool(reports(scheduler.plan(6))) != arrived
+
+
+def test_a_prompt_reports_only_if_asked() -> None:
+    scheduler = OneRequest(asks=False)
+    end = scheduler.plan(6)
+    assert reports(end) == {}
+    assert scheduler.came(end, 1) == [(None, None)]
+
+
+def test_what_vllm_joins_keeps_the_prompt_s_record() -> None:
+    pytest.importorskip("candor.engine.vllm_engine")  # which sees to it
+    queue = RequestOutputCollector(RequestOutputKind.DELTA, "a")
+    sent = [{PROMPT_KEY: "prompt"}, None, {KEY: "answer"}]
+    for token, records in enumerate(sent):
+        completion = CompletionOutput(0, str(token), [token], None, None)
+        queue.put(RequestOutput("a", None, PROMPT, None, [completion], False, kv_transfer_params=records))
+    joined = queue.get_nowait()
+    assert joined.outputs[0].text == "012"
+    assert joined.kv_transfer_params == {PROMPT_KEY: "prompt", KEY: "answer"}
