@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from candor.calibration.certificate import Claim
+from candor.calibration.certificate import Claim, summary
 from candor.calibration.data import prompt_digest
 from candor.calibration.errors import CalibrationError, DataError
 from candor.calibration.evaluate import Evaluation
