@@ -47,7 +47,12 @@ def first_cause(file: Path) -> str | None:
 def sentence(error: BaseException) -> str:
     """What it says, in one line; of pydantic's errors without the values that they were given."""
     if isinstance(error, ValidationError):
-        said = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
+        said = "; ".join(
+            ".".join(map(str, fault["loc"]))
+            + ": " * bool(fault["loc"])
+            + fault["msg"].removeprefix("Value error, ")
+            for fault in error.errors()
+        )
     else:
         said = str(error) or type(error).__name__
     return " ".join(said.split())

@@ -54,10 +54,10 @@ def test_a_sentence_is_one_line_without_values() -> None:
         @field_validator("heads")
         @classmethod
         def _divides(cls, value: int) -> int:
-            raise ValueError("heads (4) must be divisible by tensor parallel size (3)")
+            raise ValueError("4 must be divisible by tensor parallel size (3)")
 
     with pytest.raises(ValidationError) as refused:
         Config(heads=4)
-    assert sentence(refused.value) == "heads (4) must be divisible by tensor parallel size (3)"
+    assert sentence(refused.value) == "heads: 4 must be divisible by tensor parallel size (3)"
     assert sentence(RuntimeError()) == "RuntimeError"
     assert sentence(OSError("a\n  b")) == "a b"
