@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pydantic import ValidationError
+
 VARIABLE = "CANDOR_START_FAILURES"
 
 
@@ -42,6 +44,20 @@ def first_cause(file: Path) -> str | None:
     return lines[0] if lines else None
 
 
+def sentence(error: BaseException) -> str:
+    """What it says, in one line; of pydantic's errors without the values that they were given."""
+    if isinstance(error, ValidationError):
+        said = "; ".join(
+            ".".join(map(str, fault["loc"]))
+            + ": " * bool(fault["loc"])
+            + fault["msg"].removeprefix("Value error, ")
+            for fault in error.errors()
+        )
+    else:
+        said = str(error) or type(error).__name__
+    return " ".join(said.split())
+
+
 class _ToFile(logging.Handler):
     """Writes the exceptions that are logged, one line each, as long as the file is there."""
 
@@ -53,5 +69,4 @@ class _ToFile(logging.Handler):
         error = record.exc_info[1] if record.exc_info else None
         if error is not None and self._file.exists():
             with self._file.open("a", encoding="utf-8") as stream:
-                stream.write(" ".join(str(error).split()) or type(error).__name__)
-                stream.write("\n")
+                stream.write(sentence(error) + "\n")

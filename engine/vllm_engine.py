@@ -82,7 +82,7 @@ class VLLMEngine:
             try:
                 self._llm = AsyncLLM.from_engine_args(_engine_args(settings))
             except Exception as error:  # whatever it is, the server has one message for it
-                why = start_failures.first_cause(failures) or " ".join(str(error).split())
+                why = start_failures.first_cause(failures) or start_failures.sentence(error)
                 raise EngineError(f"vLLM did not start: {why} (its log above says where)") from error
 
     def with_adapter(self, adapter: Path, representation: Representation) -> VLLMEngine:

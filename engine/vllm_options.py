@@ -13,8 +13,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from candor.engine.base import EngineError
-
 VARIABLE = "CANDOR_VLLM"
 """Environment variable of more options, as a command line has them; those of the command go before it."""
 
@@ -112,7 +110,7 @@ _SHORT = {
 }
 
 
-class OptionError(EngineError):
+class OptionError(ValueError):
     """An option that vLLM does not know or that Candor cannot serve with."""
 
 

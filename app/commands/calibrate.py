@@ -119,6 +119,7 @@ def calibrate(
     A run that was stopped goes on from its cache when the same command is given again. vLLM's options are taken by
     their own names (docs/settings.md).
     """
+    vllm = vllm_options(context, engine.value)  # first: what is refused is refused at once
     from candor.calibration.base_rates import base_rate_table
     from candor.calibration.certificate import Claim, summary
     from candor.calibration.fit import FitSettings
@@ -129,7 +130,6 @@ def calibrate(
     from candor.policy.conversation import Conversations
     from candor.policy.policy import Policy
 
-    vllm = vllm_options(context, engine.value)
     with reporting_errors(), ending_children(143):
         try:
             parts = _by_commas(represent)

@@ -83,12 +83,12 @@ def evaluate(
     With --compare, other methods judge the same answers from the same hidden states, and a report is written. vLLM's
     options are taken by their own names (docs/settings.md).
     """
+    vllm = vllm_options(context, engine.value)  # first: what is refused is refused at once
     from candor.app.process.backend import check_options
     from candor.calibration.run import AnsweringOptions, DataFile, require_unseen
     from candor.engine.settings import EngineSettings
     from candor.model_store.bundle import load_bundle
 
-    vllm = vllm_options(context, engine.value)
     with reporting_errors(), ending_children(143):
         settings = _compare_settings(compare, calibration, ensemble, asked, seed)
         loaded = load_bundle(bundle)

@@ -65,3 +65,4 @@ def _kill(processes: list[psutil.Process]) -> None:
             process.kill()  # psutil looks first whether the number is still the same process's
         except psutil.NoSuchProcess:
             continue
+    psutil.wait_procs(processes, timeout=1)  # for being killed takes its time too
