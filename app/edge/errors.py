@@ -1,11 +1,11 @@
-"""Where errors become HTTP: once, here, in OpenAI's error body.
+"""The mapping from errors to HTTP, in OpenAI's error body; it is defined only here.
 
     400  the body is not JSON, or prompt and answer exceed the model's context
     401  no key, or an unknown one       403  a key without the scope
     404  no such model, answer or path   405  no such method
     408  the body comes too slowly       413  the body is too large
     422  a field is wrong, too large or not supported
-    429  the key has had its share for now (Retry-After)
+    429  the key has used up its rate (Retry-After)
     500  the engine or this server failed
     503  overloaded, not answered in time, or the engine is dead (Retry-After)
 
@@ -37,12 +37,12 @@ from candor.engine.base import EngineDead, EngineError, PromptTooLong
 logger = logging.getLogger("candor")
 
 CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a client that left; nobody reads it but the log."""
+"""nginx's status for a client that left; it appears only in the log."""
 
 
 @dataclass(frozen=True)
 class HttpError:
-    """What a client is told of one error."""
+    """The HTTP response to one error."""
 
     status: int
     message: str
@@ -60,7 +60,7 @@ class HttpError:
 
 
 def describe(error: Exception) -> HttpError:
-    """How any error is told to a client; of one that nobody foresaw, only that it happened."""
+    """Maps any error to its response; an unforeseen error gives a bare 500 without its message."""
     match error:
         case ModelNotFound():
             return HttpError(404, str(error), "model", "model_not_found")
@@ -103,7 +103,7 @@ def describe(error: Exception) -> HttpError:
 
 
 def install(app: FastAPI) -> None:
-    """Makes the errors of `app` leave through `describe`; `app.edge.middleware` does so for unforeseen ones."""
+    """Makes `app` respond to errors with `describe`; `app.edge.middleware` does so for unforeseen ones."""
     for kind in (
         ModelNotFound,
         PromptTooLong,
@@ -132,7 +132,7 @@ async def _respond_to_nobody(request: Request, error: Exception) -> Response:
 
 
 def _describe_http(error: HTTPException) -> HttpError:
-    if error.status_code == 400:  # FastAPI's, for what makes Python's parser give up
+    if error.status_code == 400:  # FastAPI raises it if Python's JSON parser gives up
         return HttpError(
             400, "the body is not JSON that can be read: too deep, or a number too long", None, "invalid_json"
         )
@@ -177,6 +177,6 @@ def _path(location: Sequence[str | int]) -> str:
 
 
 def _clip(value: Any, longest: int = 80) -> str:
-    """A value in a message: ASCII, so that it can always be sent, and short."""
+    """Shortens a value for a message and makes it ASCII, so that it can always be sent."""
     shown = ascii(value[:longest] if isinstance(value, str) else value)
     return shown if len(shown) <= longest else f"{shown[:longest]}..."

@@ -1,10 +1,10 @@
-"""Who may ask for what: API keys, each with its scopes.
+"""Authorisation by API keys, each with its scopes.
 
     path -> the scope it needs -> SHA-256 of the key that came -> is it in the file, with that scope -> in
 
-The file holds no key, only hashes: whoever reads it cannot ask anything. A key is 256 random bits, which nobody
-guesses, so a plain hash is enough and costs nothing. Every path needs a scope unless it is named here as open:
-a route that is added and forgotten here is an operator's.
+The file holds only hashes of keys, so reading it gives no access. A key has 256 random bits and cannot be
+guessed, so a plain hash is enough and is fast. Every path needs a scope unless `app.edge.middleware` names it as
+open; a route that is not listed there needs the scope `operate`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger("candor")
 Scope = Literal["answer", "feedback", "operate"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
-_PREFIX = "candor-"  # by which scanners for leaked secrets find one
+_PREFIX = "candor-"  # scanners for leaked secrets look for it
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -35,11 +35,11 @@ class KeyFileError(Exception):
 
 
 class Unauthorized(Exception):
-    """No key came, or one that is not known."""
+    """The request has no key, or an unknown one."""
 
 
 class Forbidden(Exception):
-    """A known key without the scope that is needed."""
+    """The key is known but lacks the needed scope."""
 
     def __init__(self, needed: Scope) -> None:
         super().__init__(f"this key may not do that: it needs the scope {needed!r}")
@@ -47,7 +47,7 @@ class Forbidden(Exception):
 
 @dataclass(frozen=True)
 class Key:
-    """One line of the file. name: for logs and rate limits, no secret. sha256: of the key's UTF-8, hexadecimal."""
+    """One line of the file. name: used in logs and rate limits, not secret. sha256: hex hash of the key's UTF-8."""
 
     name: str
     scopes: frozenset[Scope]
@@ -58,7 +58,7 @@ class Key:
 
 
 def make_key(name: str, scopes: Collection[Scope]) -> tuple[str, Key]:
-    """A new key, to be shown once, and what is kept of it."""
+    """Returns a new key, to be shown once, and its line for the file. Raises KeyFileError for a bad argument."""
     if not _NAME.fullmatch(name):
         raise KeyFileError(f"expected a name of letters, digits, '.', '_' and '-', got {name!a}")
     if not scopes or set(scopes) - set(SCOPES):
@@ -68,7 +68,7 @@ def make_key(name: str, scopes: Collection[Scope]) -> tuple[str, Key]:
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
-    """Lines `name scope,scope sha256`; blank ones and those that begin with # are skipped.
+    """Reads lines `name scope,scope sha256`; it skips blank lines and lines that begin with #.
 
     Raises KeyFileError for an unreadable file, a malformed line, a repeated name, or no key at all.
     """
@@ -86,7 +86,7 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         scopes = fields[1].split(",") if len(fields) == 3 else []
         sound = len(fields) == 3 and _NAME.fullmatch(fields[0]) and _SHA256.fullmatch(fields[2])
         if not sound or not scopes or set(scopes) - set(SCOPES):
-            raise KeyFileError(  # without the line: somebody may have put a key into it
+            raise KeyFileError(  # without the line itself: it may contain a key
                 f"{path}, line {number}: expected `name scope,scope sha256` with scopes among {', '.join(SCOPES)}"
             )
         if fields[0] in keys:
@@ -98,9 +98,9 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 
 
 class KeyRing:
-    """The keys of a file, read again when it changes: a key is revoked by removing its line.
+    """The keys of a file. It reads the file again when it changes, so removing a line revokes the key.
 
-    A file that cannot be used any more leaves the keys that were read last, and an error in the log.
+    If the file becomes unusable, the keys that were read last stay valid, and an error is logged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,7 +110,7 @@ class KeyRing:
         self._keys = read_keys(path)
 
     def find(self, presented: str) -> Key | None:
-        """The key that this is, compared with every one in constant time."""
+        """Returns the known key, or None. It compares with every key, each in constant time."""
         self._refresh()
         sha256 = _hash(presented)
         found = None

@@ -1,11 +1,11 @@
-"""Who is let in: sizes that can be served, no more at once than can be waited for, and each its share.
+"""Limits on requests: their sizes, the answers in flight at once, and the rate of each key.
 
-A rate is a bucket that fills at it and holds one minute's worth:
+A rate limit is a token bucket that holds one minute's worth of the rate:
 
-    left(t) = min(rate, left(s) + rate (t - s) / 60),     let in where left(t) > 0
+    left(t) = min(rate, left(s) + rate (t - s) / 60),     admitted if left(t) >= 1
 
-What is taken may exceed what is left: then the next waits until the debt is paid. So a request larger than a
-minute's worth is served once and paid for, rather than never.
+A request may take more than is left; the next one then waits until the debt is paid. So a request larger than
+one minute's worth is served and paid for afterwards, rather than never served.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from candor.app.process.settings import Settings
 
 
 class Refused(Exception):
-    """A request that this server will not do. param: the field at fault, as a path."""
+    """This server never serves such a request. param: path of the field at fault."""
 
     def __init__(self, message: str, param: str | None, code: str = "invalid_value") -> None:
         super().__init__(message)
@@ -29,7 +29,7 @@ class Refused(Exception):
 
 
 class Overloaded(Exception):
-    """Too much is waiting already; come back in `retry_after_s` seconds."""
+    """Too many answers are in flight; the client should retry after `retry_after_s` seconds."""
 
     def __init__(self, message: str, retry_after_s: int) -> None:
         super().__init__(message)
@@ -37,12 +37,12 @@ class Overloaded(Exception):
 
 
 class TooFast(Overloaded):
-    """A key has had its share for now."""
+    """A key has exceeded its rate."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes that a request may have."""
+    """Maximum sizes of a request."""
 
     prompt_tokens: int
     output_tokens: int
@@ -60,13 +60,13 @@ class Limits:
 
 
 def at_most(limit: int, value: int, what: str, param: str) -> None:
-    """Raises Refused where `value` is above `limit`."""
+    """Raises Refused if `value` is above `limit`."""
     if value > limit:
         raise Refused(f"{what}: at most {limit} on this server, got {value}", param, "too_large")
 
 
 class Admission:
-    """Counts the answers being written or waiting to be, and the tokens that they may come to."""
+    """Counts answers in flight (running or waiting) and their tokens, prompts and longest answers."""
 
     def __init__(self, most: int, most_tokens: int) -> None:
         self._most = most
@@ -75,19 +75,19 @@ class Admission:
         self.tokens = 0
 
     def check(self, choices: int, tokens: int) -> None:
-        """Raises Overloaded where there are not enough places, Refused where there never will be."""
+        """Raises Overloaded if the request does not fit now, and Refused if it can never fit."""
         at_most(self._most_tokens, tokens, "tokens in one request, answers at their longest", "max_tokens")
         if self.in_flight + choices > self._most or self.tokens + tokens > self._most_tokens:
             raise Overloaded(
                 f"{self.in_flight} answers of up to {self.tokens} tokens are being written or waiting, the most "
                 f"are {self._most} and {self._most_tokens}; try later",
-                # Answers take from a fraction of a second to minutes: a short wait, and clients double it.
+                # Answers take from a fraction of a second to minutes: start short, since clients double the wait.
                 retry_after_s=1,
             )
 
     @contextmanager
     def admit(self, choices: int, tokens: int) -> Iterator[None]:
-        """Holds the places of one request. tokens: of its prompts, and the most that its answers may have.
+        """Counts one request as in flight. tokens: those of its prompts and of its longest answers.
 
         Raises what `check` raises.
         """
@@ -102,16 +102,16 @@ class Admission:
 
 
 class RateLimit:
-    """A rate a minute for each caller; None for no limit. unit: what is counted."""
+    """A limit per minute for each caller. per_minute: None sets no limit. unit: what is counted."""
 
     def __init__(self, per_minute: int | None, unit: str, clock: Callable[[], float] = monotonic) -> None:
         self._rate = per_minute
         self._unit = unit
-        self._clock = clock  # monotonic: a clock that is set lets nobody in, and keeps nobody out
-        self._buckets: dict[str, tuple[float, float]] = {}  # caller: what was left, when
+        self._clock = clock  # monotonic: setting the system clock has no effect
+        self._buckets: dict[str, tuple[float, float]] = {}  # caller: (left, time in s)
 
     def take(self, caller: str, amount: int = 1) -> None:
-        """Raises TooFast where nothing is left; then nothing is taken."""
+        """Takes `amount` from the caller's bucket. Raises TooFast, and takes nothing, if nothing is left."""
         if self._rate is None:
             return
         now = self._clock()

@@ -1,7 +1,6 @@
-"""What happens to every request first: it gets an id and its line in the log, whoever may not ask is turned away,
-and a body that is too large or comes too slowly is refused.
+"""Middleware of every request: its id and log line, the check of its key and rate, and the limits on its body.
 
-Outermost first: RequestId, Gate, BodyLimit, the application.
+The order, outermost first, is RequestId, Gate, BodyLimit, the application.
 """
 
 from __future__ import annotations
@@ -26,23 +25,23 @@ logger = logging.getLogger("candor")
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _QUIET = frozenset({"/livez", "/readyz", "/health", "/metrics", "/load"})
-"""Asked by machines every few seconds: their lines would bury the others."""
+"""Machines poll these paths every few seconds; their log lines would bury the others."""
 
 _MOST_LOGGED = 1 << 16
 BODY_TIMEOUT_S = 60.0
-"""Seconds within which a whole body has to come."""
+"""Maximum seconds until a whole body has arrived."""
 
 
 OPEN = frozenset({"/livez", "/readyz", "/health"})
-"""For the machines that look whether a server lives: they learn nothing else."""
+"""Paths of health checks, which need no key; they reveal nothing else."""
 
 
 def scope_of(path: str, *, deep: bool = False) -> KeyScope | None:
-    """The scope that a path needs; None where anybody may ask. deep: whether a check asks the model."""
+    """Returns the scope that a path needs, or None if it is open. deep: whether the check runs the model."""
     if path in OPEN:
         return "operate" if deep else None
     if path == "/console" or path.startswith("/console/"):
-        return None  # a page without secrets; what it shows it asks of the API, with the reader's key
+        return None  # the page has no secrets; it gets its data from the API with the reader's key
     if path == "/v1/reliability/feedback":
         return "feedback"
     if path.startswith("/v1/") or path in ("/version", "/openapi.json"):
@@ -55,10 +54,10 @@ def _asks_deep(scope: Scope) -> bool:
 
 
 class RequestId:
-    """`x-request-id` on every response: the client's own where it is harmless, else a new one.
+    """Sets `x-request-id` on every response: the client's own if it is well formed, else a new one.
 
-    The outermost layer, so it also answers where everything within failed, and writes the line of the request.
-    log_bodies: whether what came and what went is logged too.
+    It surrounds the other layers, so it also responds if they fail, and it logs one line per request.
+    log_bodies: whether it also logs the bodies of requests and responses.
     """
 
     def __init__(self, app: ASGIApp, log_bodies: bool = False) -> None:
@@ -118,9 +117,9 @@ class RequestId:
 
 
 class Gate:
-    """Whoever has no key for what a path needs gets 401 or 403, whoever asks too often 429; their body is not read.
+    """Checks key, scope and rate, and responds 401, 403 or 429 without reading the body.
 
-    keys: None where there are none, then everybody is let in and counts as one. rate: of requests for answers.
+    keys: None admits everybody, as a single caller. rate: limit on requests for answers.
     """
 
     def __init__(self, app: ASGIApp, keys: KeyRing | None, rate: RateLimit) -> None:
@@ -156,7 +155,7 @@ class Gate:
 
 
 class BodyLimit:
-    """413 once a body is, or says that it will be, larger than `most` bytes; 408 where it is not here in time."""
+    """Responds 413 to a body that is, or is declared, larger than `most` bytes, and 408 to one that is too slow."""
 
     def __init__(self, app: ASGIApp, most: int, timeout_s: float = BODY_TIMEOUT_S) -> None:
         self._app = app

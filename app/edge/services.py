@@ -1,4 +1,4 @@
-"""What the lifespan makes and every handler gets."""
+"""The services: the lifespan makes them, and every handler gets them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ModelNotFound(Exception):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One of the models that requests can name: the engine's own, or under an adapter, each with its bundle."""
+    """A model that requests can name, with its bundle: the base model, or that model under an adapter."""
 
     name: str
     bundle: Bundle
@@ -38,7 +38,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Services:
-    """models: by name, first the one that is meant where none is named."""
+    """The objects that handlers use. models: by name; the first is the default."""
 
     engine: Engine
     models: Mapping[str, ServedModel]
@@ -48,10 +48,10 @@ class Services:
     feedback: FeedbackStore | None
     estimator: EstimatorKind
     request_timeout_s: float
-    started: int  # seconds since 1970
+    started: int  # Unix time, s
 
     def model(self, name: str | None = None) -> ServedModel:
-        """Raises ModelNotFound."""
+        """Returns the model of that name, by default the first. Raises ModelNotFound."""
         if name is None:
             return next(iter(self.models.values()))
         if name not in self.models:
@@ -69,4 +69,4 @@ async def _services(request: Request) -> Services:
 
 
 InjectedServices = Annotated[Services, Depends(_services)]
-"""A handler's parameter of this type is given the services."""
+"""FastAPI gives the services to a handler's parameter of this type."""

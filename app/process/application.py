@@ -1,4 +1,4 @@
-"""The application: what is made at start, what is ended at the end, and which routes there are."""
+"""The FastAPI application: its startup, its shutdown and its routes."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def create_app(
     on_engine_death: Callable[[], None] = lambda: None,
     tracer: Tracer | None = None,
 ) -> FastAPI:
-    """Serves `backend`, which it owns from then on: the engine is closed when the application ends.
+    """Returns the application that serves `backend` and owns it: it closes the engine when it ends.
 
-    on_engine_death: called once; what runs the application should end it. tracer: None traces nothing.
-    Raises Refused where the settings ask for an alpha that the bundle does not have, KeyFileError or
+    on_engine_death: called once; the caller should then end the application. tracer: None disables tracing.
+    Raises Refused if the settings ask for an alpha that the bundle does not have, and KeyFileError or
     FeedbackFileError for a file that cannot be used.
     """
     keys = KeyRing(settings.keys) if settings.keys else None
@@ -97,7 +97,7 @@ def create_app(
             await backend.engine.close()
 
     app = FastAPI(title="Candor", lifespan=lifespan, docs_url=None, redoc_url=None)
-    # So that the document says that keys are taken; app.middleware.Gate asks for them.
+    # This makes the OpenAPI document say that keys are needed; app.edge.middleware.Gate checks them.
     keyed = [Depends(HTTPBearer(auto_error=False))] if keys else []
     turned_away: dict[int | str, dict[str, Any]] = (
         {status: ERRORS[status] for status in (401, 403)} if keys else {}

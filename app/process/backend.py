@@ -1,4 +1,4 @@
-"""What answers and what judges the answers: an engine, its chat format and the bundle made for them."""
+"""The backend: an engine, its chat format and the bundle that was calibrated for them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ logger = logging.getLogger("candor")
 
 @dataclass(frozen=True)
 class Backend:
-    """Owns the engine: whoever holds it closes it.
+    """An engine with its bundle. It owns the engine: the holder of the backend closes it.
 
-    adapted: the same engine under each of its adapters, with the bundle made for that; closed with it.
+    adapted: one backend per LoRA adapter, with the adapter's bundle; they share the engine and close with it.
     """
 
     engine: Engine
@@ -39,10 +39,10 @@ class Backend:
 async def start_backend(
     settings: Settings, adapters: Sequence[tuple[Path, Path]] = (), vllm: Mapping[str, Any] | None = None
 ) -> Backend:
-    """Loads the bundle, starts the engine that it was made for, and checks that it is the same.
+    """Loads the bundle, starts the engine, and checks that it is the one that the bundle was made for.
 
-    adapters: directories of LoRA adapters, each with its bundle's. vllm: `EngineSettings.vllm`.
-    Raises BundleError, Refused, EngineError or IdentityMismatch; nothing is left running then.
+    adapters: pairs of a LoRA adapter's directory and its bundle's directory. vllm: `EngineSettings.vllm`.
+    Raises BundleError, Refused, EngineError or IdentityMismatch; it leaves nothing running then.
     """
     from candor.engine.factory import start_engine
     from candor.engine.prompt import ChatFormat
@@ -63,7 +63,7 @@ async def start_backend(
             model=settings.model,
             kind=settings.engine,
             representation=bundle.manifest.representation,
-            dtype=cast(Any, bundle.manifest.model.dtype),  # an unknown one, the engine refuses
+            dtype=cast(Any, bundle.manifest.model.dtype),  # the engine refuses an unknown one
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
@@ -81,7 +81,7 @@ async def start_backend(
         for adapter, one in adapted:
             under = cast(Any, engine).with_adapter(
                 adapter, one.manifest.representation
-            )  # vLLM's: others refuse adapters
+            )  # vLLM only: other engines refuse adapters
             check_identity(under, one)
             others.append(Backend(under, chat, one))
     except EngineError:
@@ -91,7 +91,7 @@ async def start_backend(
 
 
 def _load(path: Path, settings: Settings) -> Bundle:
-    """Refused here, before the engine takes its time, where it lacks what the settings ask of it."""
+    """Loads a bundle. Raises Refused, before the slow engine start, if it lacks what the settings ask for."""
     bundle = load_bundle(path)
     default_alpha(settings.alpha, bundle.manifest.alphas)
     certified_alphas(bundle.manifest, settings)
@@ -101,7 +101,7 @@ def _load(path: Path, settings: Settings) -> Bundle:
 
 
 def check_identity(engine: Engine, bundle: Bundle) -> None:
-    """Raises IdentityMismatch that lists every difference between what is served and what was calibrated."""
+    """Raises IdentityMismatch, which lists every difference between the served and the calibrated model."""
     earlier = identifies_as_before(bundle.manifest.format_version)
     found = differences(bundle.manifest.model, engine.earlier_identity if earlier else engine.identity)
     if engine.representation != bundle.manifest.representation:
@@ -110,7 +110,7 @@ def check_identity(engine: Engine, bundle: Bundle) -> None:
             f"this engine gives {engine.representation.to_json()}"
         )
     wanted, laid = bundle.manifest.adapter, engine.adapter
-    if (wanted and wanted.sha256) != (laid and laid.sha256):  # the name does not count
+    if (wanted and wanted.sha256) != (laid and laid.sha256):  # the name is not compared
         found.append(
             f"adapter: the bundle was made for {_shown(wanted)}, this engine lays {_shown(laid)} over"
         )
@@ -125,7 +125,7 @@ def check_identity(engine: Engine, bundle: Bundle) -> None:
 
 
 def check_options(bundle: Bundle, vllm: Mapping[str, Any]) -> None:
-    """The same of vLLM's options alone, before an engine starts with them. Raises IdentityMismatch."""
+    """Checks vLLM's options alone, before an engine starts with them. Raises IdentityMismatch."""
     made_for = bundle.manifest.model
     if found := differences(made_for, replace(made_for, engine_options=changing_h(vllm))):
         raise _mismatch(bundle, found)

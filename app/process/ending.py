@@ -1,4 +1,4 @@
-"""What a command ends when it is told to end: itself and every process that it started."""
+"""Shutdown: on SIGTERM, a command ends itself and every process that it started."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from types import FrameType
 import psutil
 
 PATIENCE_S = 4.0
-"""What closes an engine in order gets this long."""
+"""Seconds for an orderly shutdown; what remains after them is killed."""
 
 
 @contextmanager
 def ending_children(code: int, within_s: float = PATIENCE_S) -> Iterator[None]:
-    """Until it is left, SIGTERM raises SystemExit(code), so that what is being started or running is closed in order.
+    """Within this context, SIGTERM raises SystemExit(code), so that `finally` blocks close things in order.
 
-    Whatever of this process's descendants is left after `within_s` is killed; so is this process, where it is stuck.
-    To be entered in the main thread.
+    After `within_s` seconds, remaining descendants of this process are killed, and so is this process if it hangs.
+    The context must be entered in the main thread.
     """
     owner = os.getpid()
     started: list[psutil.Process] = []
@@ -34,11 +34,11 @@ def ending_children(code: int, within_s: float = PATIENCE_S) -> Iterator[None]:
     timer.daemon = True
 
     def end(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a fork that has not yet set its own
+        if os.getpid() != owner:  # this is a fork that has not yet set its own handler
             os._exit(code)
         if not told.is_set():
             told.set()
-            started.extend(_descendants())  # now: those whose parent ends first are nobody's then
+            started.extend(_descendants())  # now: a process whose parent has ended is no longer found
             timer.start()
             raise SystemExit(code)
 
@@ -62,7 +62,7 @@ def _descendants() -> list[psutil.Process]:
 def _kill(processes: list[psutil.Process]) -> None:
     for process in processes:
         try:
-            process.kill()  # psutil looks first whether the number is still the same process's
+            process.kill()  # psutil first checks that the PID is still the same process
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(processes, timeout=1)  # for being killed takes its time too
+    psutil.wait_procs(processes, timeout=1)  # a kill takes time too

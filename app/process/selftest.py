@@ -1,12 +1,12 @@
-"""Golden prompts: does this engine give the states that were calibrated?
+"""Golden prompts: they check that this engine gives the hidden states that were calibrated.
 
     a prompt of the support -> engine -> h -> h',     |h' - h'_stored| <= TOLERANCE * median_j |h'_j - h'_stored|
                                                       y_hat = y_hat_stored
 
-The bundle holds what that needs: for each row of the support its prompt, answer, h' and prediction, taken when it
-was calibrated. So this machine is compared with the one that calibrated; a state stored at the first start
-would only say that the server is still as wrong as then. One row for each class, of those known rightly the one
-whose prediction is surest: there only a state that is truly different changes the verdict.
+For each row of the support, the bundle holds the prompt, the answer, h' and the prediction, as calibration saw
+them. So the check compares this machine with the one that calibrated; a state stored at the first start could
+only show that nothing changed since then. The check uses one row per class: the correctly predicted row with the
+largest margin. There, only a state that is truly different changes the verdict.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("candor")
 
 TOLERANCE = 0.25
-"""Of the distance to a typical other row; docs/api.md says what engines differ by."""
+"""Maximum error, as a share of the median distance to the rows; docs/api.md gives the measured errors."""
 
 
 class GoldenMismatch(EngineError):
@@ -44,7 +44,7 @@ class _Case:
 
 
 class SelfTest:
-    """The golden prompts of a bundle. fault: what was wrong when they were last asked, None if nothing was."""
+    """The golden prompts of a bundle. fault: the mismatch that the last check found, None if it found none."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -57,7 +57,7 @@ class SelfTest:
             )
 
     async def check(self) -> None:
-        """Asks them all. Raises GoldenMismatch, or the engine's own error."""
+        """Runs all golden prompts. Raises GoldenMismatch, or the engine's own error."""
         async with self._one_at_a_time:
             try:
                 for case in self._cases:
@@ -68,7 +68,7 @@ class SelfTest:
             self.fault = None
 
     async def _answer(self, case: _Case) -> HiddenSummary:
-        """The state of the stored answer: in the pass that writes it, where the engine writes just that."""
+        """Returns the stored answer's state: from generation if it gives this very answer, else from a new pass."""
         engine = self._backend.engine
         sampling = self._backend.bundle.manifest.policy.sampling(temperature=0.0)
         generation: Generation | None = None
@@ -127,5 +127,5 @@ def _choose(backend: Backend) -> tuple[_Case, ...]:
     return tuple(cases)
 
 
-_TRIED = 100  # of each class, surest first
-_TAG_ROOM = 32  # for the tag and its separator, which the engine appends
+_TRIED = 100  # rows per class, largest margin first
+_TAG_ROOM = 32  # tokens of the tag and its separator, which the engine appends

@@ -1,11 +1,11 @@
-"""From settings to a running server, and from its end to an exit code.
+"""The server process: it starts from settings, serves, and ends with an exit code.
 
     bind the port -> load and verify the bundle -> start the engine -> compare identities
                   -> ask the golden prompts -> serve
 
-Whatever fails before serving is one readable message and code 1, and nothing is left running. The port is
-bound first, for that is known at once, but only listened on when answers can be given. Keys and certificate are
-looked at first too. Without keys nothing but this machine is listened to.
+A failure before serving gives one readable message and exit code 1, and leaves nothing running. Keys and
+certificate are checked first and the port is bound early, because such errors show at once. The server listens
+only when it can answer. Without keys, it listens on a loopback address only, unless `open_to_all` is set.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Start = Callable[[Settings], Awaitable[Backend]]
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _GRACE_S = 30
-"""Beyond the drain: how long a server with a dead engine may take to end by itself."""
+"""Seconds, beyond the drain, in which a server with a dead engine may end by itself."""
 
 
 class StartError(Exception):
@@ -47,12 +47,12 @@ class StartError(Exception):
 
 
 def run(settings: Settings, start: Start = start_backend) -> int:
-    """Serves until told to end (SIGTERM, SIGINT) or until the engine dies.
+    """Serves until a signal (SIGTERM, SIGINT) ends it or the engine dies.
 
-    start: makes what answers. Returns the exit code: 0 where it was told to end, else 1.
+    start: makes the backend. Returns the exit code: 0 after a signal, else 1.
     """
     try:
-        # Uvicorn, once it serves, takes SIGTERM for itself: running answers get their time.
+        # While uvicorn serves, it handles SIGTERM itself and lets running answers finish.
         with ending_children(0), asyncio.Runner(loop_factory=_fastest_loop()) as runner:
             return runner.run(_serve(settings, start))
     except KeyboardInterrupt:
@@ -73,7 +73,7 @@ async def _serve(settings: Settings, start: Start) -> int:
         def end() -> None:
             nonlocal engine_died
             engine_died = server.should_exit = True
-            last_resort.start()  # an engine that is stuck may not even let itself be closed
+            last_resort.start()  # closing may hang if the engine is stuck
 
         try:
             for one in (backend, *backend.adapted):
@@ -100,7 +100,7 @@ async def _serve(settings: Settings, start: Start) -> int:
 
 
 def _check_access(settings: Settings) -> None:
-    """What can be known at once. Raises StartError or KeyFileError."""
+    """Checks keys, host and certificate. Raises StartError or KeyFileError."""
     if settings.keys is not None:
         names = ", ".join(key.name for key in read_keys(settings.keys))
         logger.info("keys of %s: whoever has none of them is refused", names)
@@ -123,7 +123,7 @@ def _check_access(settings: Settings) -> None:
 
 
 async def _prove(backend: Backend, within_s: float) -> None:
-    """Raises GoldenMismatch, EngineError or StartError unless the engine answers as calibrated."""
+    """Runs the golden prompts. Raises GoldenMismatch, EngineError, or StartError after `within_s` seconds."""
     check = asyncio.create_task(SelfTest(backend).check())
     await asyncio.wait({check}, timeout=within_s)
     if not check.done():
@@ -136,7 +136,7 @@ async def _prove(backend: Backend, within_s: float) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens, once it does."""
+    """A uvicorn server that logs its address once it listens."""
 
     def __init__(self, config: uvicorn.Config, model_name: str) -> None:
         super().__init__(config)
@@ -145,7 +145,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
             await super().startup(sockets)
-            # uvloop does not raise where listening fails, but closes the socket: that is an OSError here.
+            # If listening fails, uvloop closes the socket without raising; getsockname then raises OSError.
             addresses = [listener.getsockname()[:2] for listener in sockets or ()]
         except OSError as error:
             await self.lifespan.shutdown()

@@ -1,8 +1,8 @@
-"""Everything that can be set, read once at start.
+"""The settings of the server, read once at start.
 
-Environment variables are the names below in capitals with the prefix `CANDOR_`; an option of
-`candor serve` with the same name goes before the variable. What the bundle decides (dtype, representation,
-generation policy, alphas) cannot be set: a server that deviates from it would not be calibrated.
+Each name below, in capitals with the prefix `CANDOR_`, is an environment variable; the option of `candor serve`
+with the same name overrides it. What the bundle decides (dtype, representation, generation policy, alphas)
+cannot be set: a server that deviates from the bundle would not be calibrated.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    """Immutable; pass values on, never this object into the mathematics or the engine."""
+    """Immutable settings. Pass single values to the mathematics and the engine, never this object."""
 
     model_config = SettingsConfigDict(
         env_prefix="CANDOR_", frozen=True, extra="ignore", env_ignore_empty=True

@@ -1,1 +1,1 @@
-"""Thin handlers: a request in, a response out; the work is done in `app.answering.service`."""
+"""Thin handlers from request to response; `app.answering.service` does the work."""

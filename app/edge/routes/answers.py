@@ -1,7 +1,7 @@
-"""`POST /v1/chat/completions` and `/v1/completions`: answers, whole, buffered or streamed as they come.
+"""`POST /v1/chat/completions` and `/v1/completions`: answers as one body, a buffered stream or a live stream.
 
-A stream's status and headers are sent with its first token, so that what fails before it is an ordinary error. What
-fails later is a last chunk with the error body, and no [DONE].
+A stream sends its status and headers with its first token, so a failure before that is an ordinary error response.
+A later failure sends a last chunk with the error body, and no [DONE].
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ router = APIRouter()
 
 _STREAM = "text/event-stream"
 _SET_OFF = "\n\n"
-"""Between an answer that was streamed already and the text that takes it back."""
+"""Separates an answer that was streamed already from the text that retracts it."""
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS | STREAMED)
@@ -72,10 +72,10 @@ async def _respond(
     *,
     stream: bool,
 ) -> Response:
-    """Raises what the service raises, Refused, TooFast, DeadlineExceeded or ClientGone."""
+    """Raises Refused, Overloaded, TooFast, DeadlineExceeded, ClientGone, or an error of the service."""
     service, watch, digest = model.service, services.watch, model.bundle.digest
     within_s = seconds_for(request, services.request_timeout_s)
-    services.admission.check(len(wanted.choices), wanted.tokens)  # first: who is not served is not charged
+    services.admission.check(len(wanted.choices), wanted.tokens)  # first: a refused request costs nothing
     services.token_rate.take(request.state.caller, wanted.tokens)
 
     def note(*answers: Answer) -> None:
@@ -98,7 +98,7 @@ async def _respond(
 
 
 def verdict_headers(answers: Sequence[Answer], digest: str) -> Mapping[str, str]:
-    """Comma-joined in index order; none in mode off."""
+    """Returns the verdicts' headers, comma-joined in index order; it returns none in mode off."""
     verdicts = [answer.judged.verdict for answer in answers if answer.judged]
     if not verdicts:
         return {}
@@ -110,7 +110,7 @@ def verdict_headers(answers: Sequence[Answer], digest: str) -> Mapping[str, str]
 
 
 def _buffered(answers: Sequence[Answer], renderer: Renderer) -> bytes:
-    """A stream of answers that are decided already."""
+    """Returns a whole stream, of answers that are already decided."""
     chunks: list[bytes] = []
     for answer in answers:
         generation, instead = answer.generation, answer.replacement
@@ -145,7 +145,7 @@ async def _as_they_come(
 
 
 class EventStream(Response):
-    """Server-sent events from an iterator, closed as soon as the client leaves, its time is up or the engine dies."""
+    """Server-sent events from an iterator. It closes once the client leaves, time is up or the engine dies."""
 
     media_type = _STREAM
 

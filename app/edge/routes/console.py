@@ -1,7 +1,7 @@
-"""`/console`: a page to ask and to look, from files that lie in app/console.
+"""`/console`: a page for questions and inspection, served from the files in app/console.
 
-It loads nothing from elsewhere and runs no script but its own: the policy below is what a browser enforces.
-The page itself is no secret; what it shows, it asks of the API, with the reader's key where one is needed.
+It loads nothing from elsewhere and runs only its own scripts; browsers enforce this by the policy below.
+The page itself is not secret. It gets its data from the API, with the reader's key if one is needed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
-    "cache-control": "no-cache",  # asked each time, sent only when changed
+    "cache-control": "no-cache",  # browsers revalidate each time and download only changes
 }
 
 
 class Console(StaticFiles):
-    """The files, each with the headers above."""
+    """Serves the files, each with the headers above."""
 
     def __init__(self) -> None:
         super().__init__(directory=CONSOLE, html=True)

@@ -1,4 +1,4 @@
-"""What routes say they may answer with, beside their own body."""
+"""The responses that routes declare in the OpenAPI document, beside their own body."""
 
 from __future__ import annotations
 

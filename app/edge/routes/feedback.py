@@ -24,7 +24,7 @@ async def take_feedback(
     )
     if receipt.outcome == "recorded":
         judges = {model.bundle.digest: model for model in services.models.values()}
-        judge = judges.get(receipt.bundle, services.model())  # an earlier server's bundle may be gone
+        judge = judges.get(receipt.bundle, services.model())  # an earlier bundle may not be loaded
         judge.metrics.feedback(receipt.region, body.correct)
     return FeedbackReceipt(
         id=body.id, index=body.index, correct=body.correct, region=receipt.region, outcome=receipt.outcome

@@ -1,4 +1,4 @@
-"""For clients that ask what is served, and for operators and their machines."""
+"""Routes that list the models, report health, load and version, and give the metrics."""
 
 from __future__ import annotations
 

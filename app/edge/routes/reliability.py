@@ -1,4 +1,4 @@
-"""`POST /v1/reliability`: what is known of a response that somebody already has."""
+"""`POST /v1/reliability`: the verdict on a response that the client already has."""
 
 from __future__ import annotations
 

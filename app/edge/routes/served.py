@@ -1,4 +1,4 @@
-"""`GET /v1/reliability`: what answers are judged by, for whoever wants to see it before trusting it."""
+"""`GET /v1/reliability`: the bundle that judges the answers, for readers who want to check it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from candor.model_store.bundle import Bundle
 router = APIRouter()
 
 LARGEST_PLOT = 2000
-"""Calibration points given at most: more cannot be told apart on a screen."""
+"""Maximum calibration points returned; a screen cannot show more apart."""
 
 _EXAMPLES = 3
 _NOT_SHOWN = {"fitted_prompts"}
@@ -72,6 +72,6 @@ def _regions(bundle: Bundle) -> list[ShownRegion]:
 
 
 def _examples(bundle: Bundle) -> list[str]:
-    """Prompts that the model was seen to answer rightly, and known to."""
+    """Returns prompts of exemplars whose answer is right and is predicted to be."""
     right = (one.prompt for one in bundle.exemplars if one.label == one.prediction == 1)
     return [prompt for prompt, _ in zip(right, range(_EXAMPLES), strict=False)]

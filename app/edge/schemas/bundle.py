@@ -1,4 +1,4 @@
-"""What the served bundle says of itself: its report, its regions, and the points they were found on."""
+"""Schemas of the served bundle: its report, its regions and its calibration points."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`POST /v1/reliability/feedback`: whether an answer that was given earlier was right."""
+"""Schemas of `POST /v1/reliability/feedback`: a label that says whether an earlier answer was right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `reliability` object: what a client may ask of it, and what it is told."""
+"""The `reliability` object: the options in a request and the results in a response."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""OpenAI's chat completions and completions as requests, as far as this server speaks them.
+"""Requests of OpenAI's chat completions and completions, as far as this server supports them.
 
-Fields it does not know are ignored, since clients send many; fields it knows and cannot honour are refused. Types are
-strict: `"n": "2"` is refused rather than guessed at.
+Unknown fields are ignored, since clients send many. Known fields that this server cannot honour are refused.
+Types are strict: `"n": "2"` is refused rather than converted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ INT64 = 2**63
 
 @dataclass(frozen=True)
 class Only:
-    """Marks a field that is known, but may only have values that change nothing."""
+    """Marks a known but unsupported field: it accepts only values that change nothing."""
 
     allowed: Sequence[Any]
 
@@ -50,7 +50,7 @@ class Only:
 
 
 def _encodable(value: str) -> str:
-    # JSON can escape half a surrogate pair, which is no character: no tokenizer and no UTF-8 takes it.
+    # JSON can escape half a surrogate pair; that is no character, and neither UTF-8 nor a tokenizer takes it.
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -71,7 +71,7 @@ _TEXT_PART = {
 
 
 def _join_parts(value: Any) -> Any:
-    """Text given in parts, `[{"type": "text", "text": ...}, ...]`, as one text."""
+    """Joins text parts, `[{"type": "text", "text": ...}, ...]`, into one text."""
     if not isinstance(value, list):
         return value
     for part in value:
@@ -116,7 +116,7 @@ Prompts = Annotated[
     BeforeValidator(_as_list),
     _one_or_many({"type": "string"}, {"minItems": 1}),
 ]
-"""One plain prompt or several. Token ids are refused: with them, control tokens could be forged."""
+"""One plain prompt or several. Token ids are refused, because they could forge control tokens."""
 
 
 class ChatMessage(BaseModel):
@@ -138,7 +138,7 @@ class ChatMessage(BaseModel):
         return self
 
     def to_template(self) -> dict[str, str]:
-        """The form chat templates know."""
+        """Returns the message in the form that chat templates take."""
         role = "system" if self.role == "developer" else self.role
         return {"role": role, "content": self.content if self.content is not None else self.refusal or ""}
 

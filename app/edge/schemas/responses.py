@@ -1,4 +1,4 @@
-"""OpenAI's chat completions and completions, as this server answers them."""
+"""Responses of OpenAI's chat completions and completions, and of the list of models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`POST /v1/reliability`: the score of a given prompt and response."""
+"""Schemas of `POST /v1/reliability`, which scores a given prompt and response."""
 
 from __future__ import annotations
 
