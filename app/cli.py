@@ -1,4 +1,4 @@
-"""The command `candor`. Each command's module imports what is heavy only when the command runs."""
+"""The command `candor`. Modules of commands import heavy packages only when the command runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from candor.app.commands.key import key
 from candor.app.commands.serve import serve
 
 UNKNOWN_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""For commands that take vLLM's options too."""
+"""Settings of commands that also take vLLM's options."""
 
 cli = typer.Typer(
     name="candor",
@@ -35,7 +35,7 @@ cli.add_typer(data_app, name="data")
 
 
 def main() -> None:
-    """The console entry."""
+    """Runs the command; it is the console entry point."""
     cli()
 
 

@@ -1,12 +1,11 @@
-"""What became of answers: verdicts as they were given, and labels that came back for them, in one SQLite file.
+"""The feedback store: one SQLite file with the verdicts that were given and the labels that clients sent for them.
 
     an answer leaves   -> (id, index, region, ...)          written soon
     feedback comes     -> (id, index, correct, comment)     on the disk before it is acknowledged
 
-Everything goes through one queue and one thread: an answer's row is there before the feedback on it is looked
-up, and whatever waits meanwhile shares one transaction, so one fsync. What is acknowledged outlives the process
-(write-ahead log, synchronous = FULL). Prompts and answers are not kept, only what a client itself puts
-into `comment`.
+Everything goes through one queue and one thread, so an answer's row is written before the feedback on it is looked
+up. Waiting items share one transaction, so one fsync. Acknowledged feedback survives the process (write-ahead
+log, synchronous = FULL). The store keeps no prompts or answers, except what a client puts into `comment`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from candor.policy.decision import RegionName, Verdict
 logger = logging.getLogger("candor")
 
 KEPT_VERDICTS = 1_000_000
-"""Older ones are forgotten, by count and not by date: a clock that is set forward loses nothing. Feedback stays."""
+"""Maximum verdicts kept. Older ones are deleted by count, so a clock set forward loses none. Feedback stays."""
 
 _MOST_WAITING = 10_000
 _LARGEST_BATCH = 512
@@ -49,11 +48,11 @@ CREATE TABLE IF NOT EXISTS feedback (
 
 
 class NoSuchAnswer(Exception):
-    """Feedback on an answer that this server does not know, or on none of its choices."""
+    """Feedback refers to an answer, or an index, that this server does not know."""
 
 
 class FeedbackLost(Exception):
-    """Feedback could not be kept, and was not acknowledged."""
+    """Feedback could not be stored, and was not acknowledged."""
 
 
 class FeedbackFileError(Exception):
@@ -62,7 +61,7 @@ class FeedbackFileError(Exception):
 
 @dataclass(frozen=True)
 class GivenVerdict:
-    """A verdict that left the server. id: the response's, index: the choice's. bundle: digest of what judged."""
+    """A verdict that was sent. id: of the response. index: of the choice. bundle: digest of the judging bundle."""
 
     id: str
     index: int
@@ -72,7 +71,7 @@ class GivenVerdict:
 
 @dataclass(frozen=True)
 class Feedback:
-    """correct: whether the answer follows its instruction. caller: the name of the key it came with."""
+    """correct: whether the answer follows its instruction. caller: name of the key that sent it."""
 
     id: str
     index: int
@@ -83,9 +82,9 @@ class Feedback:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What happened to feedback: it was new, said before, or replaced what was said before.
+    """The outcome of feedback: it is new, unchanged, or replaces earlier feedback on the same choice.
 
-    region, bundle: of the verdict that it is about.
+    region, bundle: those of the verdict that it refers to.
     """
 
     region: RegionName
@@ -94,7 +93,7 @@ class Receipt:
 
 
 class FeedbackStore:
-    """Owns the file; one process at a time."""
+    """Owns the SQLite file. Only one process may use the file at a time."""
 
     def __init__(self, path: Path, kept: int = KEPT_VERDICTS) -> None:
         """Raises FeedbackFileError."""
@@ -116,7 +115,7 @@ class FeedbackStore:
         self._writing: set[asyncio.Future[Receipt | None]] = set()
 
     def note(self, answers: Iterable[GivenVerdict]) -> None:
-        """Verdicts that are about to leave; they are written soon, and nobody waits for it."""
+        """Queues verdicts that are about to be sent; they are written soon, and nobody waits for them."""
         for one in answers:
             if len(self._writing) >= _MOST_WAITING:
                 logger.error("a verdict is not kept: the disk of %s is too slow", self._path)
@@ -126,7 +125,7 @@ class FeedbackStore:
             row.add_done_callback(self._noted)
 
     async def take(self, feedback: Feedback) -> Receipt:
-        """Returns when it is on the disk. Raises NoSuchAnswer or FeedbackLost; then it is not kept."""
+        """Returns once the feedback is on disk. Raises NoSuchAnswer or FeedbackLost; it is then not stored."""
         try:
             receipt = await self._batcher.submit(feedback)
         except sqlite3.Error as error:
@@ -140,7 +139,7 @@ class FeedbackStore:
         return receipt
 
     async def close(self) -> None:
-        """Writes what waits, and closes the file."""
+        """Writes the waiting items (for at most 10 s) and closes the file."""
         if self._writing:
             await asyncio.wait(self._writing, timeout=10)
         self._batcher.close()
@@ -152,7 +151,7 @@ class FeedbackStore:
             logger.error("a verdict could not be kept in %s: %s", self._path, error)
 
     def _write(self, items: Sequence[GivenVerdict | Feedback]) -> list[Receipt | None]:
-        """One transaction, in the batch's thread."""
+        """Writes the items in one transaction; it runs in the batcher's thread."""
         with closing(self._file.cursor()) as cursor:
             cursor.execute("BEGIN IMMEDIATE")
             try:
@@ -169,7 +168,7 @@ class FeedbackStore:
                 )
                 cursor.execute("COMMIT")
             except BaseException:
-                if self._file.in_transaction:  # a full disk has rolled it back already
+                if self._file.in_transaction:  # SQLite has already rolled back on a full disk
                     cursor.execute("ROLLBACK")
                 raise
         return receipts

@@ -1,10 +1,11 @@
-"""`candor batch`: a file of requests, answered by a running server, in OpenAI's format for batches.
+"""`candor batch`: a running server answers a file of requests, in OpenAI's batch format.
 
     in    {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}
     out   {"id": ..., "custom_id": "a", "response": {"status_code", "request_id", "body"}, "error": null}
 
-A line of the output is one write at the end of the file, so killing the command leaves whole lines and at most
-one torn one. The next run cuts that off, skips what has its line, and asks the rest: no line twice, none lost.
+Each line of the output is one write at the end of the file, so a killed command leaves whole lines and at most
+one torn line. The next run removes the torn line, skips requests that have a line, and sends the rest. So no line
+is lost and none appears twice.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _LONGEST_PAUSE_S = 30.0
 
 
 class BatchError(Exception):
-    """A file that cannot be used, or a server that is gone; the message says what to do."""
+    """A file cannot be used, or the server does not answer; the message says what to do."""
 
 
 def batch(
@@ -65,7 +66,7 @@ def batch(
 
 
 def check_requests(path: Path) -> set[str]:
-    """The custom_ids of a file of requests. Raises BatchError, naming the line, before anything is asked."""
+    """Returns the custom_ids of a file of requests. Raises BatchError with the line of the first fault."""
     lines: dict[str, int] = {}
     for number, line in _lines(path):
         one = _parsed(line, f"{path}, line {number}")
@@ -89,7 +90,7 @@ def check_requests(path: Path) -> set[str]:
 
 @dataclass
 class Results:
-    """The output, open for adding. done: custom_ids that have their line. tally: of those lines."""
+    """The output, open for appending. done: custom_ids that have a line. tally: count of lines per outcome."""
 
     file: int
     done: set[str] = field(default_factory=set)
@@ -97,7 +98,7 @@ class Results:
 
     def add(self, line: dict[str, Any]) -> None:
         data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
-        while data:  # a full disk takes a part, and raises at the next
+        while data:  # a full disk takes a part; the next write raises
             data = data[os.write(self.file, data) :]
         self.count(line)
 
@@ -112,7 +113,7 @@ class Results:
 
 @contextmanager
 def open_results(path: Path, known: set[str]) -> Iterator[Results]:
-    """known: custom_ids of the requests. Raises BatchError for a file that does not belong to them."""
+    """known: custom_ids of the requests. Raises BatchError if another run writes, or the file does not match."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         try:
@@ -124,7 +125,7 @@ def open_results(path: Path, known: set[str]) -> Iterator[Results]:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.endswith(b"\n"):
-                    break  # torn when the last run was killed
+                    break  # a killed run left it torn
                 whole += len(line)
                 one = _parsed(line, f"{path}, line {number}")
                 if one.get("custom_id") not in known or one["custom_id"] in results.done:
@@ -155,12 +156,12 @@ async def _answer_all(
                 async with asyncio.TaskGroup() as group:
                     for _ in range(workers):
                         group.create_task(asking.work(todo))
-            except ExceptionGroup as several:  # the first ended the others
+            except ExceptionGroup as several:  # the first error ended the other tasks
                 raise several.exceptions[0] from None
 
 
 class _BatchRun:
-    """Asks until a request has its final answer: overload and a server that restarts are waited for."""
+    """Repeats each request until its final answer; it waits while the server is overloaded or restarts."""
 
     def __init__(self, client: httpx.AsyncClient, out: Results, bar: tqdm[Any], patience_s: float) -> None:
         self._client = client
@@ -240,7 +241,7 @@ def _body(response: httpx.Response) -> Any:
 
 
 def _outcome(line: dict[str, Any]) -> str:
-    """answered, abstained, unchecked (mode off) or failed."""
+    """Returns answered, abstained, unchecked (mode off) or failed."""
     response = line.get("response") or {}
     if response.get("status_code") != 200:
         return "failed"
@@ -251,7 +252,7 @@ def _outcome(line: dict[str, Any]) -> str:
 
 
 def _took_too_long(response: httpx.Response) -> bool:
-    """It would take as long again."""
+    """Says whether the server's deadline passed: a repeated request would take as long again."""
     body = _body(response)
     return isinstance(body, dict) and (body.get("error") or {}).get("code") == "deadline_exceeded"
 

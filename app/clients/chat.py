@@ -1,4 +1,4 @@
-"""`candor chat`: a conversation in the terminal, with what is known of each answer beneath it."""
+"""`candor chat`: a conversation in the terminal, with the verdict below each answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOOKS = {
     "ood": ("○", "magenta", "out of distribution"),
     "unavailable": ("?", "bright_black", "could not be checked"),
 }
-"""Sign, colour and words of each region: the sign tells them apart where colour does not."""
+"""Sign, colour and words of each region; the sign distinguishes regions without colour."""
 
 HELP = """\
 /alpha A       accuracy asked for            /exemplars N   show the N nearest labelled answers
@@ -33,12 +33,12 @@ A line that ends with a backslash goes on in the next."""
 
 
 class Trouble(Exception):
-    """The server's objection, or that there is none."""
+    """The server returned an error or cannot be reached."""
 
 
 @dataclass
 class Reply:
-    """text: what was said; None where it was withheld. result: its entry of `reliability.results`."""
+    """text: the answer; None if it was withheld. result: its entry in `reliability.results`."""
 
     text: str | None
     refusal: str | None = None
@@ -47,7 +47,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Session:
-    """What goes with the next question."""
+    """The model, the earlier messages and the options of the next question."""
 
     model: str
     messages: list[dict[str, str]] = field(default_factory=list)
@@ -82,7 +82,7 @@ def chat(
 
 
 def _turn(client: httpx.Client, console: Console, session: Session, line: str) -> Session:
-    """One line of the reader's; the session afterwards."""
+    """Handles one line of input and returns the session after it."""
     if line.startswith("/"):
         return _command(console, session, line)
     asked = [*session.messages, {"role": "user", "content": line}]
@@ -101,7 +101,7 @@ def _turn(client: httpx.Client, console: Console, session: Session, line: str) -
         console.print(text)
     console.print()
     if reply.text is None:
-        return session  # nobody read it: it is no part of the conversation
+        return session  # the answer was not shown, so it is not part of the conversation
     return replace(session, messages=[*asked, {"role": "assistant", "content": reply.text}])
 
 
@@ -126,7 +126,7 @@ def _command(console: Console, session: Session, line: str) -> Session:
 
 
 def stream(client: httpx.Client, session: Session, show: Any) -> Reply:
-    """Asks, and shows the answer as it comes. Raises Trouble."""
+    """Sends the request and shows the answer as it arrives. Raises Trouble."""
     import httpx
 
     body = {
@@ -160,7 +160,7 @@ def stream(client: httpx.Client, session: Session, show: Any) -> Reply:
 
 
 def verdict(result: dict[str, Any] | None) -> Iterator[Text]:
-    """Lines on what is known of an answer; none where it was not checked."""
+    """Yields the lines of a verdict; it yields none if the answer was not checked."""
     from rich.text import Text
 
     if result is None:
@@ -206,7 +206,7 @@ def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
 
 
 def _questions() -> Iterator[str]:
-    """What the reader types, until the end of the input; with line editing and history where there is a terminal."""
+    """Yields questions until the input ends, with line editing and history if `readline` is there."""
     with suppress(ImportError):
         import readline  # noqa: F401  # input() uses it once it is imported
     while True:

@@ -1,4 +1,4 @@
-"""What `candor batch` and `candor chat` share: how a running server is reached."""
+"""The HTTP settings that `candor batch` and `candor chat` share."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     import httpx
 
 KEY_VARIABLE = "CANDOR_API_KEY"
-"""An option would stand in the list of processes for everybody to read."""
+"""It is no option, because everybody can read options in the list of processes."""
 
 ANSWER_TIMEOUT_S = 900.0
-"""Longer than the server's own limit, so that its error is what is seen."""
+"""Longer than the server's own limit, so that the client sees the server's error."""
 
 Url = Annotated[str, typer.Option(help=f"Address of the server; an API key is taken from {KEY_VARIABLE}.")]
 
 
 def client_settings(url: str) -> dict[str, Any]:
-    """For httpx.Client or AsyncClient."""
+    """Returns keyword arguments for httpx.Client or AsyncClient."""
     import httpx
 
     key = os.environ.get(KEY_VARIABLE)
@@ -32,7 +32,7 @@ def client_settings(url: str) -> dict[str, Any]:
 
 
 def explanation(response: httpx.Response) -> str:
-    """What a response that is an error says of itself."""
+    """Returns the message of an error response."""
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -1,10 +1,10 @@
-"""One line for each thing that happened, each with the id of the request it happened for.
+"""Logging: one line per event, with the id of the request that it belongs to.
 
     2026-11-22 02:00:00,000 INFO request=my-id.7 POST /v1/chat/completions 200 in 0.412 s for alice
 
-or, for machines, the same as one JSON object a line. What clients send stands in no line unless the operator
-asks for bodies; and since a path or a message may hold a line feed, control characters are written as escapes,
-so that nobody can write a line of their own.
+The format `json` writes the same as one JSON object per line. No line contains what clients send, unless the
+operator turns on bodies. Control characters are escaped, because a path or a message may contain a line feed and
+could forge a line.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 LogFormat = Literal["text", "json"]
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
-"""Of the request that is being worked on; tasks that are started for it inherit it."""
+"""Id of the current request; tasks started for the request inherit it."""
 
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {
     0x2028: "\\u2028",
@@ -25,7 +25,7 @@ _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} |
 
 
 def configure(form: LogFormat) -> None:
-    """Everything from INFO on goes to stderr in this form; of uvicorn's own lines, warnings."""
+    """Logs INFO and above to stderr in this format; from uvicorn, only WARNING and above."""
     handler = logging.StreamHandler()
     handler.addFilter(_stamp)
     handler.setFormatter(_json() if form == "json" else OneLine())
@@ -34,7 +34,7 @@ def configure(form: LogFormat) -> None:
 
 
 class OneLine(logging.Formatter):
-    """Text; of a record, only the traceback has several lines."""
+    """Formats a record as text on one line; only a traceback has several lines."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s request=%(request_id)s %(message)s")

@@ -1,10 +1,10 @@
-"""What operators see: how often it abstains and why, how sure it is, what scoring costs.
+"""Prometheus metrics: abstentions and their reasons, the figures of verdicts, and the time of scoring.
 
-The instruments live on a registry of their own. vLLM keeps its `vllm:*` metrics on the process's default
-registry; `/metrics` shows both. Counters and histograms begin at 0 for every label they can have: a rate needs
-a value before the first event, and a dashboard tells "none" from "unknown".
+The instruments have their own registry. vLLM keeps its `vllm:*` metrics on the process's default registry;
+`/metrics` shows both. Counters and histograms start at 0 for every possible label, because a rate needs a value
+before the first event, and a dashboard can then tell "none" from "unknown".
 
-Samples of a traced request carry its trace id as an exemplar, which OpenMetrics alone can show.
+Samples of a traced request carry its trace id as an exemplar; only the OpenMetrics format shows exemplars.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from candor.model_store.bundle import Bundle
 from candor.policy.certificate import EstimatorKind
 from candor.policy.decision import REGION_OF, RegionName, Verdict
 
-# Of the likelier of two classes: from a half on, and finer where the calibrated accuracies lie.
+# The likelier of two classes has at least 0.5; buckets are finer where the calibrated accuracies lie.
 _PROBABILITIES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)
-# Uniform where answers are like the calibration's, but the least quantiles are those that matter.
+# d is uniform if answers resemble the calibration's, but the smallest quantiles matter most.
 _QUANTILES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _COUNTS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
 class Metrics:
-    """All of this server's instruments, labelled with one of the models served.
+    """All instruments of this server, labelled with one of the served models.
 
-    exemplar: gives a sample's trace, where the request at hand is traced.
+    exemplar: returns the trace id of the current request if it is traced, else None.
     """
 
     def __init__(
@@ -108,16 +108,16 @@ class Metrics:
         )
 
     def of(self, model_name: str) -> Metrics:
-        """The same instruments for another model."""
+        """Returns the same instruments for another model."""
         other = copy(self)
         other._model = model_name
         return other
 
     def describe(self, bundle: Bundle, estimator: EstimatorKind) -> None:
-        """Says what is in use, and that nothing has happened yet."""
+        """Sets the gauges of the bundle, and starts all counters and histograms at 0."""
         for alpha in bundle.manifest.alphas:
             self._bundle_info.labels(self._model, bundle.digest, str(alpha)).set(1)
-        if estimator == "lower":  # the one whose abstentions calibration measures
+        if estimator == "lower":  # calibration measures the abstentions of this one only
             for alpha_name, ratio in bundle.report.get("reference_abstention_ratio", {}).items():
                 self._reference.labels(self._model, alpha_name).set(ratio)
         for label, size in Tally(one.label for one in bundle.exemplars).items():
@@ -145,7 +145,7 @@ class Metrics:
             histogram.labels(self._model)
 
     def count(self, verdict: Verdict) -> None:
-        """One answer that was given or withheld."""
+        """Counts one verdict, on an answer that was given or withheld."""
         exemplar = self._exemplar()
         self._answers.labels(
             self._model,
@@ -169,14 +169,14 @@ class Metrics:
         self._scoring_failures.labels(self._model, cause).inc()
 
     def feedback(self, region: str, correct: bool) -> None:
-        """The first label that comes for an answer."""
+        """Counts the first label that arrives for an answer."""
         self._feedback.labels(self._model, region, str(correct).lower()).inc()
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
-        """The page for a scraper that accepts this, and its content type.
+        """Returns the page for a scraper's Accept header, and its content type.
 
-        Names stay as they are, for they are legal everywhere: to a Prometheus before 3.0 the client library would
-        call `vllm:x` `vllm_x` (prometheus/client_python#1177).
+        Names stay unescaped, since they are legal in every version: for a Prometheus before 3.0, the client library
+        would rename `vllm:x` to `vllm_x` (prometheus/client_python#1177).
         """
         if "application/openmetrics-text" in accept:
             accept = "application/openmetrics-text; version=1.0.0; escaping=allow-utf-8"
@@ -185,10 +185,10 @@ class Metrics:
 
 
 class _Both:
-    """Two registries as one."""
+    """Collects from several registries as if they were one."""
 
     def __init__(self, *registries: CollectorRegistry) -> None:
-        self._registries = dict.fromkeys(registries)  # each once
+        self._registries = dict.fromkeys(registries)  # without duplicates
 
     def collect(self) -> Iterable[Metric]:
         for registry in self._registries:

@@ -1,13 +1,13 @@
-"""Traces, for whoever follows one request through many services: OpenTelemetry spans, sent by OTLP over HTTP.
+"""Tracing of requests across services: OpenTelemetry spans, sent by OTLP over HTTP.
 
     POST /v1/chat/completions        the request, child of the caller's span (W3C traceparent)
     └── answer                       one for each attempt at each choice
-        ├── queue                    until the engine began with it, where the engine tells
+        ├── queue                    until the engine started on it, if the engine reports that
         ├── generate
         └── score                    with the event gen_ai.evaluation.result: the probability, labelled by region
 
-Off unless OTEL_EXPORTER_OTLP_ENDPOINT (or ..._TRACES_ENDPOINT) says where to send them; OpenTelemetry's other
-variables (headers, service name, sampling) hold as they do everywhere. No prompt and no answer is in a span.
+Tracing is off unless OTEL_EXPORTER_OTLP_ENDPOINT (or ..._TRACES_ENDPOINT) gives the destination. OpenTelemetry's
+other variables (headers, service name, sampling) apply as usual. Spans contain no prompt and no answer.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from candor.policy.decision import Verdict
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _TRACED = "/v1/"
-"""Under it is what clients ask for; probes and scrapes would drown it."""
+"""Only these paths are traced: probes and scrapes would bury the clients' requests."""
 
 
 @contextmanager
 def tracer_from_environment() -> Iterator[Tracer | None]:
-    """A tracer as the environment wants it, None where it wants none; what waits to be sent is sent at the end."""
+    """Yields the tracer that the environment configures, or None; at the end, it sends the remaining spans."""
     if not any(os.environ.get(name) for name in _ENDPOINTS):
         yield None
         return
@@ -58,13 +58,13 @@ def tracer_from_environment() -> Iterator[Tracer | None]:
 
 
 def exemplar() -> dict[str, str] | None:
-    """For a metric's sample: the trace of the request at hand, if it is kept."""
+    """Returns the current request's trace id for a metric's sample, or None if the trace is not sampled."""
     context = get_current_span().get_span_context()
     return {"trace_id": format_trace_id(context.trace_id)} if context.trace_flags.sampled else None
 
 
 class Traced:
-    """Puts every request for an answer into a span, below the caller's."""
+    """Puts every request under `/v1/` into a span, a child of the caller's."""
 
     def __init__(self, app: ASGIApp, tracer: Tracer) -> None:
         self._app = app
@@ -90,12 +90,12 @@ class Traced:
             try:
                 await self._app(scope, receive, send_and_note)
             finally:
-                if route := scope.get("route"):  # its pattern, for paths are as many as clients like
+                if route := scope.get("route"):  # the pattern: clients can make up any number of paths
                     span.update_name(f"{scope['method']} {route.path}")
 
 
 class AnswerTrace:
-    """The span of one attempt at a choice, from its making on; what is done for it is noted when it has been done."""
+    """The span of one attempt at a choice. It starts when this is made; each step is recorded once it ends."""
 
     def __init__(self, tracer: Tracer, index: int) -> None:
         self._tracer = tracer

@@ -1,1 +1,1 @@
-"""Writing: answers and verdicts in OpenAI's form."""
+"""Rendering of answers and verdicts in OpenAI's format."""

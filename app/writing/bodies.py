@@ -1,6 +1,6 @@
-"""Answers as OpenAI's JSON: one body, or the chunks of a stream.
+"""Rendering of answers as OpenAI's JSON: one body, or the chunks of a stream.
 
-Of a stream's chunks only the text changes from token to token, so the rest is rendered once.
+Only the text differs between the chunks of a stream, so the rest is rendered once.
 
     data: {id ... "choices":[{... text ...}]}                         as it comes
     data: {id ... "choices":[{... finish_reason}], "reliability": }   once per choice, at its end
@@ -35,13 +35,13 @@ from candor.app.edge.schemas.responses import (
 from candor.app.writing.logprobs import chat_logprobs, completion_logprobs
 from candor.policy.decision import Figures
 
-# ASCII: some clients split lines at U+2028 and the like, which would cut an event in two.
+# The output is ASCII: some clients split lines at U+2028 and the like, which would cut an event in two.
 _dumps = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """What all chunks of one response have in common."""
+    """The fields that all chunks of one response share."""
 
     id: str
     created: int
@@ -54,12 +54,12 @@ class Envelope:
 
 
 def fingerprint(digest: str) -> str:
-    """Of the bundle with this digest."""
+    """Returns the `system_fingerprint` of the bundle with this digest."""
     return f"sdm-{digest[:12]}"
 
 
 class Renderer(ABC):
-    """One response's rendering. Chat and plain completions differ in what a choice looks like."""
+    """Renders one response. Chat and plain completions differ in the form of a choice."""
 
     kind: str
 
@@ -79,31 +79,31 @@ class Renderer(ABC):
         self._tail = '],"usage":null' if include_usage else "]"
 
     def opening(self, index: int, *, refused: bool = False) -> bytes:
-        """Before a choice's first text. refused: none will come, but a refusal."""
+        """Returns the chunk before a choice's first text. refused: a refusal follows instead of text."""
         return b""
 
     @abstractmethod
     def piece(self, piece: Piece) -> bytes:
-        """Some text as it comes."""
+        """Returns the chunk of one piece of text."""
 
     @abstractmethod
     def replacement(self, answer: Answer, separator: str) -> bytes:
-        """The text in place of a withheld answer. separator: what sets it off from text sent before."""
+        """Returns the chunk that replaces a withheld answer. separator: stands before it, after text sent already."""
 
     @abstractmethod
     def _last_choice(self, answer: Answer) -> dict[str, Any]:
-        """The choice of the chunk that carries finish_reason."""
+        """Returns the choice of the chunk that carries finish_reason."""
 
     @abstractmethod
     def body(self, answers: Sequence[Answer]) -> bytes:
-        """The whole response, not streamed."""
+        """Returns the whole response as one JSON body."""
 
     def finish(self, answer: Answer) -> bytes:
-        """The end of a choice, with its verdict."""
+        """Returns the last chunk of a choice, with its verdict."""
         return self._chunk(_dumps(self._last_choice(answer)), self._reliability_json([answer]))
 
     def closing(self, answers: Sequence[Answer]) -> bytes:
-        """After the last choice."""
+        """Returns the end of the stream: the usage if it was asked for, and [DONE]."""
         usage = b""
         if self._include_usage:
             figures = _dumps(self._usage(answers).model_dump())
@@ -119,7 +119,7 @@ class Renderer(ABC):
         return Usage(prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written)
 
     def _common(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """Fields of a whole response beside its choices."""
+        """Returns the fields of a whole response beside its choices."""
         return {
             "id": self.envelope.id,
             "created": self.envelope.created,
@@ -138,7 +138,7 @@ class ChatRenderer(Renderer):
     kind = "chat.completion.chunk"
 
     def opening(self, index: int, *, refused: bool = False) -> bytes:
-        # Clients add up content: from "" on it would never be null again.
+        # Clients concatenate content: after "" it could not become null again.
         content = "null" if refused else '""'
         return self._delta(index, f'"role":"assistant","content":{content}', "null")
 
@@ -236,7 +236,7 @@ def _message(answer: Answer) -> AssistantMessage:
 
 
 def _shows_logprobs(answer: Answer) -> bool:
-    # A withheld answer's log-probabilities would spell it out.
+    # The log-probabilities of a withheld answer would reveal it.
     return bool(answer.generation.logprobs) and answer.replacement is None
 
 
@@ -250,7 +250,7 @@ def _json(response: ChatCompletion | Completion) -> bytes:
 
 
 def reliability(answers: Iterable[Answer]) -> ReliabilityObject | None:
-    """The top-level object of these answers; None in mode off."""
+    """Returns the `reliability` object of these answers; None in mode off."""
     results = [
         verdict_result(answer.index, answer.judged, answer.attempts) for answer in answers if answer.judged
     ]
@@ -261,7 +261,7 @@ _UNMEASURED: dict[str, Any] = {field.name: None for field in fields(Figures)}
 
 
 def verdict_result(index: int, judged: Judged, attempts: int = 1) -> ReliabilityResult:
-    """A verdict as a client sees it, for the choice of that index."""
+    """Returns the verdict on the choice at `index` in the form that a client gets."""
     verdict = judged.verdict
     certificate = verdict.certificate
     return ReliabilityResult(

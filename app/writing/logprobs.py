@@ -1,4 +1,4 @@
-"""Log-probabilities of an answer's tokens in OpenAI's two shapes, chat's and the older one of completions."""
+"""Log-probabilities of an answer's tokens in OpenAI's two formats: chat and the older completions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from candor.app.edge.schemas.responses import ChatLogprobs, ChatTokenLogprob, Co
 from candor.engine.base import TokenLogprob
 
 _LEAST = -9999.0
-"""In place of -inf and nan, which JSON does not have."""
+"""It replaces -inf and nan, which JSON lacks."""
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob], alternatives: int) -> ChatLogprobs:
-    """alternatives: how many a token has at most; engines may know more than was asked for."""
+    """alternatives: maximum per token; an engine may return more than the request asked for."""
     return ChatLogprobs(
         content=[
             ChatTokenLogprob(
@@ -31,7 +31,7 @@ def chat_logprobs(tokens: Sequence[TokenLogprob], alternatives: int) -> ChatLogp
 def completion_logprobs(
     tokens: Sequence[TokenLogprob], alternatives: int, offset: int = 0
 ) -> CompletionLogprobs:
-    """offset: where the first token starts in the text. alternatives: how many a token has at most."""
+    """offset: where the first token starts in the text, in characters. alternatives: maximum per token."""
     offsets = [offset]
     for token in tokens[:-1]:
         offsets.append(offsets[-1] + len(token.token))
