@@ -1,1 +1,1 @@
-"""The edge: who may ask, what a request must look like, and how errors become HTTP."""
+"""The HTTP edge: keys and limits, routes, schemas of requests and responses, and errors."""

@@ -31,7 +31,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class KeyFileError(Exception):
-    """A file of keys that cannot be used; the message says where and why."""
+    """The file of keys cannot be used; the message says where and why."""
 
 
 class Unauthorized(Exception):

@@ -1,1 +1,1 @@
-"""The process: settings, start, self-test and end."""
+"""The server process: settings, start, self-test and shutdown."""
