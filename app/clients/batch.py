@@ -66,7 +66,7 @@ def batch(
 
 
 def check_requests(path: Path) -> set[str]:
-    """Returns the custom_ids of a file of requests. Raises BatchError with the line of the first fault."""
+    """Returns all custom_ids. Raises BatchError, which names the faulty line, before any request is sent."""
     lines: dict[str, int] = {}
     for number, line in _lines(path):
         one = _parsed(line, f"{path}, line {number}")
