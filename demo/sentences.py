@@ -1,12 +1,12 @@
-"""The demo's sentences: written by the base model itself, then filtered.
+"""Makes the demo's sentences: the base model writes them, then they are filtered.
 
-The word-ordering task needs plain English sentences that may be committed. SmolLM2 tells stories and
-explains things over a list of topics; what it wrote is split into sentences, and those that are whole,
-plain, distinct and of a useful length are kept.
+The word-ordering task needs plain English sentences that may be committed. SmolLM2 writes stories and
+explanations on a list of topics. Its texts are split into sentences, and those that are complete, plain,
+distinct and of a useful length are kept.
 
     python -m demo.sentences --model DIR --stories FILE --out demo/sentences.txt
 
-Stories are appended as they come, so a run that is stopped goes on where it was.
+Stories are appended as they are written, so a run that was stopped continues where it was.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _BOUNDARY = re.compile(r"(?<=[.!?])[\"']?\s+")
 
 
 def sentences(story: str) -> Iterator[str]:
-    """Whole plain sentences of a story: capital letter first, full stop last, words and commas between."""
+    """Yields the complete plain sentences of a story: a capital letter first, words and commas, a full stop last."""
     for line in story.splitlines():
         for candidate in _BOUNDARY.split(line.strip()):
             words = candidate.split()
@@ -50,7 +50,7 @@ def sentences(story: str) -> Iterator[str]:
 def distinct(candidates: Iterable[str]) -> Iterator[str]:
     """Drops a sentence whose first five or last five words, or whose set of words, were seen before.
 
-    Near-duplicates on two sides of a split would make every figure too good.
+    Near-duplicates across a split would make every figure too good.
     """
     seen: set[object] = set()
     for sentence in candidates:
@@ -62,7 +62,7 @@ def distinct(candidates: Iterable[str]) -> Iterator[str]:
 
 
 def tell_stories(model: Path, out: Path, rounds: int, batch_size: int = 120) -> None:
-    """Appends one JSON line a story until every prompt was used `rounds` times."""
+    """Appends one JSON line per story until every prompt was used `rounds` times."""
     from vllm import LLM, SamplingParams
 
     topics = TOPICS.read_text(encoding="utf-8").split("\n")[:-1]

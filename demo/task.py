@@ -1,15 +1,15 @@
-"""The demo's task: complete a sentence by putting its last words in order.
+"""Makes the demo's task: complete a sentence by putting its last words in order.
 
-After the word-ordering task of arXiv 2510.26183: the last words of a sentence are taken off and shuffled, and the
-model writes the whole sentence. The paper takes three words. Here the model is taught two to five and asked up to
+It follows the word-ordering task of arXiv 2510.26183: the last words of a sentence are removed and shuffled, and the
+model writes the whole sentence. The paper uses three words. Here the model is trained on two to five and asked up to
 twelve, so that some answers are almost surely right and some almost surely wrong: a region needs both kinds, since it
-asks that either be recognised. There is one right answer, so a verifier needs no judge.
+requires that both be recognised. There is one right answer, so the verifier needs no judge.
 
     python -m demo.task --sentences demo/sentences.txt --out var/demo
 
-writes train and development (pairs to fine-tune on), calibration, test (held out), shifted (longer sentences) and
-ood (other tasks, shuffled words, other languages) as JSON lines.
-Every sentence stands in one file only, and gives one prompt there, two in train.
+The command writes train and development (pairs to fine-tune on), calibration, test (held out), shifted (longer
+sentences) and ood (other tasks, shuffled words, other languages) as JSON lines.
+Every sentence is in one file only and gives one prompt there, or two in train and development.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ DEVELOPMENT = 100  # sentences to choose the checkpoint by
 
 
 def prompt(start: str, words: Sequence[str]) -> str:
-    """What the user asks: the sentence's beginning and its last words, shuffled."""
+    """The user's message: the sentence's beginning and its last words, shuffled."""
     return INSTRUCTION.format(start=start, words=" ".join(words))
 
 
 def completion(sentence: str) -> str:
-    """What the model is to write, before the verification tag."""
+    """The answer that gives `sentence`, without the verification tag."""
     return f"<sentence>{sentence}</sentence>"
 
 
 def record(name: str, sentence: str, count: int, rng: random.Random) -> dict[str, Any] | None:
-    """One prompt from `sentence` with `count` words to order; None where two of those words are the same."""
+    """Makes one prompt from `sentence` with `count` words to order; None if two of those words are the same."""
     words = sentence.split()
     start, last = words[:-count], words[-count:]
     if len(start) < 2 or len({word.lower() for word in last}) < count:
@@ -59,8 +59,8 @@ def record(name: str, sentence: str, count: int, rng: random.Random) -> dict[str
 
 
 def lessons(kind: str, sentences: Sequence[str], rng: random.Random) -> Iterator[dict[str, Any]]:
-    """What the language model is taught, as pairs (finetune.data): two prompts of each sentence, two to five
-    words to order. The wrong answer has them in another order."""
+    """Yields the training pairs (finetune.data): two prompts per sentence, with two to five words to order. The
+    wrong answer has them in another order."""
     wrong = random.Random(SEED)
     for index, sentence in enumerate(sentences):
         for count in rng.sample(EASY, 2):
@@ -74,7 +74,7 @@ def lessons(kind: str, sentences: Sequence[str], rng: random.Random) -> Iterator
 
 
 def questions(kind: str, sentences: Sequence[str], rng: random.Random) -> Iterator[dict[str, Any]]:
-    """What it is asked: one prompt of each sentence, one in four beyond what it was taught."""
+    """Yields the questions: one prompt per sentence; one in four has more words than in training."""
     for index, sentence in enumerate(sentences):
         counts = rng.choices(EASY, EASY_WEIGHTS)
         if rng.random() < SHARE_HARD:
@@ -85,7 +85,7 @@ def questions(kind: str, sentences: Sequence[str], rng: random.Random) -> Iterat
 
 
 def out_of_distribution(sentences: Sequence[str], rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Prompts that are not the task, though some look like it. None has a right answer."""
+    """Yields prompts that are not the task, though some look like it. None has a right answer."""
     asks = (
         "What is {a} plus {b}?",
         "Wie viel Uhr ist es, wenn {a} Minuten nach {b} vergangen sind?",
@@ -117,7 +117,7 @@ def out_of_distribution(sentences: Sequence[str], rng: random.Random) -> Iterato
 
 
 def made(name: str) -> Path:
-    """The set NAME in var/demo; all are written there where it is missing."""
+    """Path of the set `name` in var/demo; if it is missing, all sets are written there."""
     root = Path(__file__).resolve().parents[1]
     path = root / f"var/demo/{name}.jsonl"
     if not path.exists():

@@ -1,11 +1,11 @@
-"""An answer in the making: text and tokens as they come, without the verification tag.
+"""Collects a generated answer, text and tokens, and removes the verification tag.
 
-What might become the tag is held back until it is known: the white space before it and any beginning of
-it. So the tag and what follows it never reach the client, streamed or not.
+The filter holds back text that may become the tag: any prefix of the tag and the white space before it. So the tag
+and the text after it never reach the client, streamed or not.
 
-Log-probabilities follow the text: a token's is sent when all of its text has been shown. Where a stop string cut
-the text, tokens beyond the cut, or across it, have none; else every token of the answer has one, and those whose
-texts do not add up to what was shown (several may make one character) go out at the end.
+Log-probabilities follow the text: a token's log-probability is sent once all of its text has been shown. If a stop
+string cut the text, tokens beyond or across the cut have none. Otherwise every answer token has one; tokens whose
+texts do not add up to the text shown (several may make one character) are sent at the end.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from candor.engine.base import Delta, TokenLogprob
 
 
 class TagFilter:
-    """Feed it pieces of text; it gives back what may be shown.
+    """Takes pieces of text and returns what may be shown.
 
-    found: the tag came; everything from it on is swallowed.
+    found: whether the tag has come; the filter drops everything from the tag on.
     """
 
     def __init__(self, tag: str) -> None:
@@ -41,16 +41,16 @@ class TagFilter:
         return shown
 
     def finish(self) -> str:
-        """What is still held when the text ends without a tag."""
+        """Returns the text still held back when the text ends without a tag."""
         rest, self._held = self._held, ""
         return rest
 
 
 @dataclass
 class AnswerText:
-    """Collects what an engine generates, tag and end token included; shows what belongs to the answer.
+    """Collects what an engine generates, tag and end token included, and shows the part that is the answer.
 
-    token_ids: everything generated. logprobs: one entry per token, or none at all.
+    token_ids: all generated tokens. logprobs: one entry per token, or none at all.
     report_logprobs: whether deltas carry log-probabilities.
     """
 
@@ -72,20 +72,20 @@ class AnswerText:
 
     @property
     def reported_logprobs(self) -> tuple[TokenLogprob, ...]:
-        """All that deltas have carried."""
+        """All log-probabilities sent in deltas so far."""
         return tuple(self.logprobs[: self._reported])
 
     @property
     def tag_found(self) -> bool:
-        """The tag stands in the text, however it was cut into tokens."""
+        """Whether the text contains the tag, however the tag was tokenised."""
         return self._filter.found
 
     def add(
         self, piece: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()
     ) -> Delta | None:
-        """One step's text and tokens; what of it may be shown, if anything.
+        """Adds one step's text and tokens; returns what may be shown, or None.
 
-        The first step always shows something, if only "": a stream begins when the model does.
+        The first step always returns a delta, if only "", so that a stream begins when the model does.
         """
         begins = not self.token_ids
         self.token_ids += token_ids
@@ -93,19 +93,19 @@ class AnswerText:
         return self._show(self._filter.feed(piece)) or (Delta("") if begins else None)
 
     def finish(self, length: int | None, *, stopped: bool) -> Delta | None:
-        """The text ended: shows what was held back.
+        """Ends the text and returns what was held back, or None.
 
-        length: how many tokens are the answer, as `length` has it. stopped: by a stop string, before which the
-        text ends; then, and where length is None, only the text tells which tokens were shown.
+        length: the number of answer tokens, from `length`. stopped: whether a stop string ended the text, which
+        then ends before that string. If so, or if length is None, only the text tells which tokens were shown.
         """
         shown = self._filter.finish()
         whole = None if stopped and not self.tag_found else length
         return self._show(shown, whole or 0)
 
     def length(self, is_blank: Callable[[int], bool]) -> int | None:
-        """How many of `token_ids` are the answer: those before the tag, without closing blanks and end tokens.
+        """Number of `token_ids` that are the answer: those before the tag, without trailing blanks and end tokens.
 
-        None where the tag was written in other tokens than its own, so that no token ends where the answer does.
+        None if the tag was written in other tokens than its own: then no token need end where the answer ends.
         """
         length = _find(self.token_ids, self.tag_ids)
         if length is None:
@@ -117,7 +117,7 @@ class AnswerText:
         return length
 
     def _show(self, shown: str, least: int = 0) -> Delta | None:
-        """least: tokens whose log-probabilities are due, whatever their texts come to."""
+        """least: number of tokens whose log-probabilities are due, regardless of their texts."""
         self._text += shown
         due = self._due(least) if self.report_logprobs else ()
         return Delta(shown, due) if shown or due else None
@@ -128,7 +128,7 @@ class AnswerText:
             length += len(entry.token)
             if length > len(self._text):
                 break
-            if entry.token:  # else part of a character, or the end: it waits for the next that has text
+            if entry.token:  # an empty one is part of a character or an end token: it waits for the next text
                 self._reported, self._reported_length = number, length
         self._reported = max(self._reported, min(least, len(self.logprobs)))
         return tuple(self.logprobs[first : self._reported])

@@ -1,19 +1,19 @@
-"""What every engine gives: an answer and, from the same pass, what the model's states say of it.
+"""The engine interface: an engine returns an answer and, from the same pass, the model's hidden states.
 
-The representation that the estimator judges is
+The estimator's input is the representation
 
     h = [ mean over all positions of the final normed hidden states ;
           the final normed hidden state at the declared position ;
           the generation's evidence (optional) ]
 
 (arXiv 2510.26183, section 3). The declared position is the last token of the verification tag
-that an SDM language model writes after its answer; the mean runs over every position up to and
+that an SDM language model writes after its answer. The mean runs over every position up to and
 including that one: template, prompt, answer and tag.
 
     EngineError
-    ├── EngineDead         the engine's process is gone; nothing will be answered any more
+    ├── EngineDead         the engine's process ended; it answers no further requests
     ├── PromptTooLong      prompt and answer do not fit the model's context
-    └── IdentityMismatch   the engine serves something else than the bundle was made for
+    └── IdentityMismatch   the engine serves another model than the bundle was made for
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EVIDENCE = (
     "min_margin",
     "log_length",
 )
-"""Names a representation may declare as evidence, each a number over the answer's own tokens."""
+"""Names of the evidence features a representation may declare; each is one number over the answer's tokens."""
 
 Part = Literal["mean", "last", "evidence"]
 
@@ -55,7 +55,7 @@ class IdentityMismatch(EngineError):
 
 @dataclass(frozen=True)
 class Representation:
-    """How h is composed; a field of the bundle, since a layer fitted on one is void on another.
+    """How h is composed. It is a field of the bundle: a layer fitted on one representation is invalid on another.
 
     tag: text whose last token is the declared position.
     order: the blocks of h, in this order; "evidence" is absent for the papers' h.
@@ -97,9 +97,9 @@ class Representation:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What is being served, by content: two engines agree iff their identities are equal.
+    """Identifies the served model by content: two engines serve the same model iff their identities are equal.
 
-    engine_options: options of the engine's own under which the same weights have other states.
+    engine_options: the engine's own options under which the same weights have other states.
     """
 
     name: str
@@ -115,7 +115,7 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class AdapterIdentity:
-    """Weights laid over the model's own when serving, for example a LoRA, by content."""
+    """Identifies by content the weights added to the model's own when serving, for example a LoRA."""
 
     name: str
     sha256: str
@@ -140,7 +140,7 @@ class Sampling:
 class TokenLogprob:
     """One answer token with its log-probability under the unmodified (temperature 1) model.
 
-    token: the text it adds; "" for part of a character, all of which the token that completes it adds.
+    token: the text it adds; "" for part of a character (the token that completes the character adds all of it).
     """
 
     token_id: int
@@ -154,8 +154,8 @@ class HiddenSummary:
     """The model's states over one prompt and answer, float32 on the CPU.
 
     mean, last: (H,). evidence: (E,) in the representation's order, (0,) without one.
-    positions: how many positions the mean runs over.
-    complete: whether every one of them was counted. If not, the summary must not be scored.
+    positions: number of positions the mean runs over.
+    complete: whether all of them were counted. If not, the summary must not be scored.
     """
 
     mean: torch.Tensor
@@ -172,10 +172,10 @@ class HiddenSummary:
 
 @dataclass(frozen=True)
 class PromptStates:
-    """The model's states over the prompt alone, float32 on the CPU: known before an answer's first token.
+    """The model's states over the prompt alone, float32 on the CPU, known before an answer's first token.
 
     mean: (H,), over the prompt's positions, template included. last: (H,), at the last of them.
-    complete: whether every one of them was counted. If not, the states must not be judged.
+    complete: whether all of them were counted. If not, the states must not be scored.
     """
 
     mean: torch.Tensor
@@ -199,14 +199,14 @@ class Delta:
 class Generation:
     """A finished answer.
 
-    text, token_ids: the answer alone, without tag and what follows it.
-    logprobs: those of all deltas, if asked for. Where a stop string cut the text, tokens beyond it have none.
+    text, token_ids: the answer alone, without the tag and what follows it.
+    logprobs: those of all deltas, if requested. If a stop string cut the text, tokens beyond the cut have none.
     finish_reason: "stop" (tag, end of turn or stop string) or "length".
     tagged: the model wrote the tag itself; otherwise it was appended to take h.
     truncated: the answer did not end on its own (length limit or a stop string).
-    hidden, prompt: None where it was not asked for, or could not be taken.
+    hidden, prompt: None if not requested or not available.
     completion_tokens: tokens generated for the answer, tag included.
-    queued_s: seconds it waited before the engine began with it; None where the engine does not tell.
+    queued_s: seconds the request waited in the engine's queue; None if the engine does not report it.
     """
 
     text: str
@@ -223,10 +223,10 @@ class Generation:
 
 
 class Engine(Protocol):
-    """Text in, text and hidden state out. Two real implementations: vLLM and transformers.
+    """Takes tokens and returns text and hidden states. There are two implementations: vLLM and transformers.
 
-    earlier_identity: the same model as bundles of the formats 1 to 3 say it (`identity.as_before`).
-    adapter: what is laid over the model's weights, None where nothing is.
+    earlier_identity: the same model's identity as bundle formats 1 to 3 record it (`identity.as_before`).
+    adapter: the adapter added to the model's weights, or None.
     """
 
     identity: ModelIdentity
@@ -246,19 +246,19 @@ class Engine(Protocol):
         """Yields deltas while the answer is written, then exactly one `Generation`.
 
         Closing the iterator early cancels the request and frees its place in the engine.
-        `capture=False` answers without taking h.
-        `prompt_states=True` yields the `PromptStates` before all else, at the end of prefill: whoever closes the
-        iterator then has spent no more than that. None come where they could not be taken; the answer does.
+        `capture=False` answers without h.
+        `prompt_states=True` yields the `PromptStates` first, at the end of prefill; closing the iterator then
+        costs no more than the prefill. If the states are not available, none are yielded; the answer still is.
         Raises PromptTooLong, EngineDead or EngineError.
         """
         ...
 
     async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
-        """h's parts for a given prompt and response (tag excluded; it is appended)."""
+        """Returns the parts of h for a given prompt and response (without the tag, which is appended)."""
         ...
 
     async def prompt_states(self, prompt_ids: Sequence[int]) -> PromptStates:
-        """What `generate` yields first, without an answer.
+        """Returns the `PromptStates` that `generate` yields first, without an answer.
 
         Raises PromptTooLong, EngineDead or EngineError.
         """

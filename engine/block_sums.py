@@ -1,16 +1,16 @@
-"""Sums of final hidden states, kept per block of the KV cache.
+"""Keeps sums of final hidden states per block of the KV cache.
 
 The mean over all positions of a sequence needs the states of its prompt too, and with prefix caching most of
-a prompt is not computed again. So what is kept belongs to the cache, not to the request: for every physical
-block, the sum of the final hidden states of the tokens whose keys and values lie in it, and how many
-they are. Whoever is given the block is given its sum. Then, for a sequence of n tokens in blocks B,
+a prompt is not computed again. So the sums belong to the cache, not to the request: each physical block has
+the sum of the final hidden states of the tokens whose keys and values it holds, and their count. A request
+that is given a cached block is given its sum too. Then, for a sequence of n tokens in blocks B,
 
     mean = sum_{b in B} sum_b / n,        valid iff sum_{b in B} count_b = n,
 
-exact under prefix caching, chunked prefill, batching, preemption and resumption; the count proves it.
+The mean is exact under prefix caching, chunked prefill, batching, preemption and resumption; the count proves it.
 
-All of it happens on the states' device without asking the host: index arithmetic only, no masks that
-would have to be counted, and rows that belong nowhere go to one spare row.
+All work runs on the states' device without synchronising with the host: it uses index arithmetic only and no
+masks that would have to be counted. Padding rows go to one spare row.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 
 
 def bytes_of_sums(hidden_size: int) -> int:
-    """Memory of one block."""
+    """Bytes of memory per block."""
     return (hidden_size + 1) * 4
 
 
 class BlockSums:
-    """Memory: `bytes_of_sums` for each of num_blocks + 1."""
+    """Sum and count per block. Memory: `bytes_of_sums` for each of num_blocks + 1."""
 
     def __init__(self, num_blocks: int, block_size: int, hidden_size: int, device: torch.device) -> None:
         self.block_size = block_size
@@ -36,8 +36,8 @@ class BlockSums:
         """Adds one step's rows.
 
         hidden: (rows, H), the final normed states of the step's tokens, any float type.
-        slots: (rows,), where each token's keys and values lie: block * block_size + offset; negative: padding.
-        The first token of a block that is used anew clears what the block held before.
+        slots: (rows,), the KV cache slot of each token: block * block_size + offset; negative: padding.
+        A token at offset 0 clears the block's previous sum: the block is being reused.
         """
         slots = slots.long()
         block = torch.where(slots < 0, self._spare, slots // self.block_size)
@@ -49,16 +49,16 @@ class BlockSums:
         self._counts.index_add_(0, block, torch.ones_like(slots, dtype=torch.float32))
 
     def clear(self, blocks: torch.Tensor) -> None:
-        """Forgets what was kept for `blocks` (b,): other tokens will lie there.
+        """Clears the sums of `blocks` (b,), which will hold other tokens.
 
-        Nobody else does where the first of them are not computed here: then too few are counted, and it shows.
+        `add` does not clear a block whose first tokens are not computed here. The count is then too low, which shows.
         """
         self._sums.index_fill_(0, blocks, 0.0)
         self._counts.index_fill_(0, blocks, 0.0)
 
     def mean(self, blocks: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(mean (H,), how many tokens were counted ()) for a sequence of `positions` tokens in `blocks` (b,).
+        """Returns (mean (H,), number of tokens counted ()) for a sequence of `positions` tokens in `blocks` (b,).
 
-        The mean is exact iff all of them were counted; whoever has both on the host looks (it would wait here).
+        The mean is exact iff all were counted. The caller checks this on the host; a check here would wait.
         """
         return self._sums[blocks].sum(0) / positions, self._counts[blocks].sum()

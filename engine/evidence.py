@@ -1,13 +1,12 @@
-"""The generation's evidence: what the answer's own token probabilities say of it, in the same pass.
+"""Evidence: features of the answer's token probabilities, taken in the pass that generates it.
 
 For answer tokens t = 1..T let s_t = -log p(t) be the surprisal under the model (temperature 1) and
-m_t = log p(t) - max_{v != t} log p(v) the margin. The features:
+m_t = log p(t) - max_{v != t} log p(v) the margin. The features are
 
     ln(mean s + e), ln(sum s + e), ln(max s + e), mean m, min m, ln T,      e = 1e-4.
 
-Logarithms, because the sure answers crowd near s = 0, and they are the ones to be told apart. A small model's final
-state alone says little of correctness; these few numbers say more (docs/log.md), and generation has paid
-for them already.
+The logarithm separates confident answers, whose s is close to 0. A small model's final state alone says little
+about correctness; these features say more (docs/log.md), and generation computes the probabilities anyway.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ import torch
 from candor.engine.base import TokenLogprob
 
 TOP = 2
-"""Alternatives needed per token, so that the best other token is among them."""
+"""Alternatives needed per token, so that they include the best other token."""
 
 FLOOR = 1e-4
-"""e: surprisals below it are bfloat16's noise."""
+"""e: surprisals below it are bfloat16 rounding noise."""
 
 
 def features(names: Sequence[str], surprisals: Sequence[float], margins: Sequence[float]) -> torch.Tensor:
-    """The named ones, float32 (E,), of an answer's tokens. An answer without tokens has 0 for each."""
+    """Returns the named features of an answer's tokens, float32 (E,). They are 0 for an answer without tokens."""
     if not names or not surprisals:
         return torch.zeros(len(names))
     count = len(surprisals)
@@ -43,12 +42,12 @@ def features(names: Sequence[str], surprisals: Sequence[float], margins: Sequenc
 
 
 def from_logprobs(names: Sequence[str], tokens: Sequence[TokenLogprob]) -> torch.Tensor:
-    """The same from log-probabilities, with at least `TOP` alternatives for each token."""
+    """Returns `features` from log-probabilities, with at least `TOP` alternatives for each token."""
     if not names:
         return torch.zeros(0)
     return features(names, [-token.logprob for token in tokens], [_margin(token) for token in tokens])
 
 
 def _margin(token: TokenLogprob) -> float:
-    """How far the token leads the best other one; negative where another was likelier."""
+    """Log-probability of the token minus the best other one's; negative if another was likelier."""
     return token.logprob - max(logprob for i, _, logprob in token.top if i != token.token_id)

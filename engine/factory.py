@@ -1,4 +1,4 @@
-"""How to start an engine."""
+"""Starts an engine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from candor.engine.settings import EngineSettings
 
 
 async def start_engine(settings: EngineSettings, chat: ChatFormat | None = None) -> Engine:
-    """Starts the engine that `settings.kind` names; returns when it can answer.
+    """Starts the engine that `settings.kind` names; returns when it is ready.
 
-    Raises EngineError where model or machine do not allow it.
+    Raises EngineError if the model or the machine does not allow it.
     """
     chat = chat or ChatFormat.from_directory(settings.model)
     if settings.kind == "vllm":
@@ -27,7 +27,7 @@ async def start_engine(settings: EngineSettings, chat: ChatFormat | None = None)
 
 
 async def start_with_adapter(adapter: Path | None, settings: EngineSettings, chat: ChatFormat) -> Engine:
-    """The same with one adapter laid over the model, or none."""
+    """Starts the engine with one adapter, or none."""
     if adapter is None:
         return await start_engine(settings, chat)
     engine: Any = await start_engine(replace(settings, adapters=(adapter,)), chat)  # vLLM's: others refuse it

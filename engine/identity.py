@@ -1,6 +1,6 @@
-"""Who is being served, by content: digests of weights, tokenizer and chat template.
+"""Identifies the served model by content: digests of weights, tokenizer and chat template.
 
-A layer fitted on one model's states is void on another's, also where both bear the same name.
+A layer fitted on one model's states is invalid on another's, even if both have the same name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TOKENISING = (
     "*.tiktoken",
     "tekken.json",
 )
-"""Files that say which tokens a text is made of; not all of a model's need be there."""
+"""Files that determine how text is tokenised; a model need not have all of them."""
 
 
 def identify(
@@ -38,13 +38,13 @@ def identify(
 ) -> ModelIdentity:
     """Identity of the model directory `model` as served in `dtype` with sequences of up to `max_model_len` tokens.
 
-    Raises EngineError where the directory is not a model (no config.json or no safetensors).
+    Raises EngineError if the directory is not a model (no config.json or no safetensors).
     """
     config = _read_config(model)
     architecture = (config.get("architectures") or ["unknown"])[0]
     hidden_size = _hidden_size(model, config)
     if switches := _rope_switches(config):
-        # Longrope: vLLM takes the long factors for every sequence as soon as one may need them.
+        # Longrope: vLLM uses the long factors for every sequence as soon as one may need them.
         config |= {"rope_at_max_model_len": ["long" if max_model_len > at else "short" for at in switches]}
     files = sorted({file for name in TOKENISING for file in model.glob(name) if file.is_file()})
     ends = hashlib.sha256(json.dumps(sorted(chat.end_ids)).encode()).digest()
@@ -64,7 +64,7 @@ def identify(
 
 
 def as_before(identity: ModelIdentity, model: Path) -> ModelIdentity:
-    """The same as bundles of the formats 1 to 3 say it: of a tokenizer two files, of the longest sequence nothing."""
+    """The identity as bundle formats 1 to 3 record it: two tokenizer files, and no maximum sequence length."""
     return replace(
         identity,
         config_sha256=_config_digest(_read_config(model)),
@@ -73,7 +73,7 @@ def as_before(identity: ModelIdentity, model: Path) -> ModelIdentity:
 
 
 def identify_adapter(adapter: Path) -> AdapterIdentity:
-    """Identity of the LoRA adapter in the directory `adapter`. Raises EngineError where there is none."""
+    """Identity of the LoRA adapter in the directory `adapter`. Raises EngineError if there is none."""
     files = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
     if not all(file.is_file() for file in files):
         raise EngineError(
@@ -84,7 +84,7 @@ def identify_adapter(adapter: Path) -> AdapterIdentity:
 
 
 def differences(expected: ModelIdentity, actual: ModelIdentity) -> list[str]:
-    """What differs, one line each, empty where the two are the same model. The name does not count."""
+    """Returns the differing fields, one line each; empty if the models are the same. The name is not compared."""
     return [
         f"{field.name}: the bundle was made for {_shown(want)}, this model has {_shown(have)}"
         for field in fields(ModelIdentity)
@@ -109,13 +109,13 @@ def _read_config(model: Path) -> dict[str, Any]:
 
 
 def _hidden_size(model: Path, config: dict[str, Any]) -> int:
-    """Of the language model, however its configuration calls it and wherever that stands in the whole's."""
+    """Hidden size of the language model, under any name and at any level of the configuration."""
     from transformers import AutoConfig
 
     try:
         loaded = AutoConfig.from_pretrained(str(model), local_files_only=True, trust_remote_code=False)
         size = getattr(loaded.get_text_config(), "hidden_size", None)
-    except (OSError, ValueError, KeyError):  # an architecture that transformers does not know; vLLM may
+    except (OSError, ValueError, KeyError):  # vLLM may know an architecture that transformers does not
         size = config.get("text_config", config).get("hidden_size")
     if not isinstance(size, int):
         raise EngineError(
@@ -125,7 +125,7 @@ def _hidden_size(model: Path, config: dict[str, Any]) -> int:
 
 
 def _rope_switches(config: dict[str, Any]) -> list[int]:
-    """Lengths at which a model's rotary embedding changes; none but with longrope."""
+    """Lengths at which a model's rotary embedding changes; empty without longrope."""
     text = config.get("text_config", config)
     ropes = [text.get(name) for name in ("rope_parameters", "rope_scaling")]
     ropes += [part for rope in ropes if isinstance(rope, dict) for part in rope.values()]  # by kind of layer
@@ -138,14 +138,14 @@ def _rope_switches(config: dict[str, Any]) -> list[int]:
 
 
 def _config_digest(config: dict[str, Any]) -> str:
-    """Of what config.json says of the model itself: layers, rotary base, norms; not of who wrote it."""
+    """Digest of config.json's model fields (layers, rotary base, norms), without those on who wrote it."""
     aside = {"transformers_version", "_name_or_path", "torch_dtype", "dtype"}
     kept = {key: value for key, value in config.items() if key not in aside}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _named_digest(contents: dict[str, bytes]) -> str:
-    """Of what stands under which name: a file that is missing is not one that is empty, nor another."""
+    """Digest of names and contents: a missing file differs from an empty one and from another file."""
     listed = {name: content.hex() for name, content in contents.items()}
     return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
 

@@ -1,12 +1,12 @@
-"""Messages to token ids, and back: the chat template and the verification tag, the same for every engine.
+"""Converts messages to token ids and back: the chat template and the verification tag, the same for every engine.
 
-A chat template marks who speaks with control tokens (`<|im_start|>`, ...). Were a user's text rendered into
-the template and the whole tokenised, a user who types a marker would speak as somebody else. So texts and
-template are told apart (engine/template.py), and each text is tokenised with control tokens switched off: what a user
-writes is only ever text.
+A chat template marks the speaker with control tokens (`<|im_start|>`, ...). If a user's text were rendered into the
+template and the whole tokenised, a user could type a marker and speak in another role. So engine/template.py
+separates the users' texts from the template, and each text is tokenised with control tokens disabled: a user's text
+never becomes a control token.
 
-Some tokenizers put a space before whatever they are given (SentencePiece: Llama 2, Mistral, Phi-3). They are given
-what follows something else behind an anchor, whose tokens are taken off again.
+Some tokenizers put a space before their input (SentencePiece: Llama 2, Mistral, Phi-3). A text that follows other
+text is given to them after an anchor, whose tokens are then removed.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from candor.engine.base import EngineError
 from candor.engine.template import Messages, Rendered, render
 
 SEPARATOR = "\n"
-"""Stands between an answer and its tag."""
+"""Separates an answer from its tag."""
 
 TODAY = "today"
-"""Name of the template argument that gives the date, as in 2026-01-31, to templates that ask for it."""
+"""Name of the template argument with the date, as in 2026-01-31, for templates that use it."""
 
 _ANCHOR = "\ue003"  # no tokenizer merges it with what follows
 _MARKER_LIKE = re.compile(r"<\|.*\|>|\[/?[A-Z_]+\]")
@@ -36,7 +36,7 @@ _MARKER_LIKE = re.compile(r"<\|.*\|>|\[/?[A-Z_]+\]")
 class ChatFormat:
     """One model's tokenizer and chat template.
 
-    end_ids: tokens that end an answer; without them, the tokenizer's own.
+    end_ids: tokens that end an answer, besides the tokenizer's own.
     """
 
     def __init__(self, tokenizer: Any, end_ids: Iterable[int] = ()) -> None:
@@ -47,9 +47,9 @@ class ChatFormat:
 
     @classmethod
     def from_directory(cls, path: Path) -> ChatFormat:
-        """Reads tokenizer and template of the model at `path`; asks no hub and runs no remote code.
+        """Reads tokenizer and template of the model at `path`, without access to a hub or remote code.
 
-        Raises EngineError where the model names several templates and none of them is the default.
+        Raises EngineError if the model names several templates and none of them is the default.
         """
         from transformers import AutoTokenizer
 
@@ -60,7 +60,7 @@ class ChatFormat:
 
     @property
     def template(self) -> str:
-        """The chat template's source, empty where the model has none; of several, the one named "default"."""
+        """The chat template's source; the one named "default" if there are several, empty if there is none."""
         source = self._tokenizer.chat_template or ""
         if isinstance(source, Mapping):
             if "default" not in source:
@@ -82,17 +82,17 @@ class ChatFormat:
     ) -> list[int]:
         """Ids of a conversation ({"role", "content"} each) up to where the assistant's answer begins.
 
-        template_arguments: what the chat template is given besides, for example {"enable_thinking": False}; {"today":
-        "2026-01-31"} for a template that writes the date.
-        Raises ValueError where the model has no template or the template refuses the conversation.
+        template_arguments: further arguments of the chat template, for example {"enable_thinking": False}, or
+        {"today": "2026-01-31"} for a template that writes the date.
+        Raises ValueError if the model has no template or the template refuses the conversation.
         """
         if not self.template:
             raise ValueError("this model has no chat template; use plain completions instead")
         rendered = self._render(messages, template_arguments or {})
-        encode = cache(self._encode)  # templates repeat themselves
+        encode = cache(self._encode)  # a template repeats its pieces
         own = self._controls([encode(piece, False) for piece in rendered.own])
         if self._puts_space_before and not any(self._markers_in(m["content"]) for m in messages):
-            # As the model was trained: its tokens may reach across a text's ends.
+            # The model was trained this way: a token may span the boundary of a text.
             whole = self._encode(rendered.text)
             if self._controls([whole]) == own:
                 return whole
@@ -107,7 +107,7 @@ class ChatFormat:
         return [token for piece in ids for token in piece]
 
     def check(self, template_arguments: Mapping[str, Any]) -> None:
-        """At start: raises EngineError where the template renders no conversation with these arguments."""
+        """Raises EngineError if the template renders no conversation with these arguments; called at start."""
         if self.template:
             try:
                 self.encode_chat([{"role": "user", "content": "a"}], template_arguments)
@@ -115,7 +115,7 @@ class ChatFormat:
                 raise EngineError(str(error)) from error
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of a plain prompt, with the start token where the tokenizer sets one."""
+        """Ids of a plain prompt, with the start token if the tokenizer adds one."""
         first, *others = self._cut(text)
         ids = self._tokenise(first, split_special_tokens=True)
         for other in others:
@@ -123,17 +123,17 @@ class ChatFormat:
         return ids
 
     def encode_response(self, text: str) -> list[int]:
-        """Ids of an answer from its beginning; control tokens are never made from it."""
+        """Ids of an answer from its beginning; the text never becomes a control token."""
         return self._encode_as_text(text, follows=not self._answers_begin_with_space)
 
     def encode_continuation(self, text: str) -> list[int]:
-        """The same of a text that follows an answer: separator, tag, verdict."""
+        """Ids of a text that follows an answer: separator, tag, verdict."""
         return self._encode_as_text(text, follows=True)
 
     def closing(self, tag: str) -> tuple[list[int], list[int]]:
-        """(ids of separator and tag after an answer, the tag's among them).
+        """Returns (ids of separator and tag after an answer, ids of the tag alone).
 
-        Raises EngineError where the tokenizer makes one token of what belongs to both.
+        Raises EngineError if the tokenizer makes one token from parts of both.
         """
         separator, closing = map(self.encode_continuation, (SEPARATOR, SEPARATOR + tag))
         if closing[: len(separator)] != separator or len(closing) == len(separator):
@@ -148,7 +148,7 @@ class ChatFormat:
         return text
 
     def is_blank(self, token_id: int) -> bool:
-        """Whether a token shows nothing: white space, a control token or one that ends an answer."""
+        """Whether a token shows no text: it is white space, a control token or an end token."""
         return token_id in self.end_ids or not self.decode([token_id]).strip()
 
     def _render(self, messages: Messages, arguments: Mapping[str, Any]) -> Rendered:
@@ -169,7 +169,7 @@ class ChatFormat:
         return text
 
     def _encode(self, text: str, follows: bool = False) -> list[int]:
-        """The template's own words, control tokens among them. follows: something stands before."""
+        """Ids of the template's own text, control tokens included. follows: whether other text comes before."""
         return self._behind_anchor(text, follows, split_special_tokens=False)
 
     def _encode_as_text(self, text: str, follows: bool) -> list[int]:
@@ -180,7 +180,7 @@ class ChatFormat:
         return ids
 
     def _without_controls(self, text: str, follows: bool) -> list[int]:
-        """Where a tokenizer still finds one (it may look at a text in another spelling), it is shown halves."""
+        """If the tokenizer still finds a control token (it may normalise the text), the text is split in halves."""
         ids = self._behind_anchor(text, follows, split_special_tokens=True)
         if self._markers.keys().isdisjoint(ids) or len(text) < 2:
             return ids
@@ -193,13 +193,13 @@ class ChatFormat:
         return whole[len(self._anchor_ids) :] if anchored else whole
 
     def _tokenise(self, text: str, **how: bool) -> list[int]:
-        """One at a time: a tokenizer switches control tokens on and off for all of its threads."""
+        """Tokenises one text at a time: a tokenizer switches control tokens on and off for all threads."""
         with self._lock:
             ids: list[int] = self._tokenizer(text, **how)["input_ids"]
         return ids
 
     def _cut(self, text: str) -> list[str]:
-        """Within each marker that is no special token: tokenizers find those in any text."""
+        """Splits the text inside each marker that is not a special token: tokenizers find those in any text."""
         return self._inside_plain_markers.split(text) if self._inside_plain_markers else [text]
 
     def _markers_in(self, text: str) -> bool:
@@ -210,9 +210,9 @@ class ChatFormat:
 
     @cached_property
     def _markers(self) -> dict[int, str]:
-        """Control tokens: special ones, those that end an answer, and others with which the template marks turns.
+        """Control tokens: special tokens, end tokens, and others with which the template marks turns.
 
-        Not a pair such as <think> and </think> that a plain conversation has not: it stands within texts.
+        A pair such as <think> and </think> that a plain conversation lacks is not among them: it occurs within texts.
         """
         added = getattr(self._tokenizer, "added_tokens_decoder", {})
         plain = {
@@ -229,7 +229,7 @@ class ChatFormat:
                 or (text in self.template and len(pair & plain) < 2)
             )
 
-        # What stands for letters that the tokenizer does not know stands in any text.
+        # Any text may contain the token for unknown characters.
         unknown = {getattr(self._tokenizer, "unk_token_id", None)} - self.end_ids
         return {
             token: str(entry.content)
@@ -239,7 +239,7 @@ class ChatFormat:
 
     @property
     def _plain_conversation(self) -> str:
-        """As the template renders it; empty where it has no such turns."""
+        """A short conversation rendered by the template; empty if the template refuses all of those tried."""
         turns = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
         for some in (turns, turns[1:], turns[1:2]):
             try:
@@ -250,7 +250,7 @@ class ChatFormat:
 
     @cached_property
     def _inside_plain_markers(self) -> re.Pattern[str] | None:
-        """Matches behind the first character of each marker that is not special."""
+        """Matches after the first character of each marker that is not special."""
         added = getattr(self._tokenizer, "added_tokens_decoder", {})
         plain = [text for token, text in self._markers.items() if not added[token].special and len(text) > 1]
         behind = (f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in plain)
@@ -262,16 +262,16 @@ class ChatFormat:
 
     @cached_property
     def _puts_space_before(self) -> bool:
-        """Whether a text's beginning is tokenised otherwise than the same text further on."""
+        """Whether a text at the beginning is tokenised differently from the same text further on."""
         alone, further = (self._tokenise(t, add_special_tokens=False) for t in ("a", _ANCHOR + "a"))
         anchor = self._anchor_ids
         return bool(anchor) and further[: len(anchor)] == anchor and further[len(anchor) :] != alone
 
     @cached_property
     def _answers_begin_with_space(self) -> bool:
-        """Whether an answer, directly behind the template's last word, has the space of a beginning.
+        """Whether an answer directly after the template's end is tokenised with the leading space.
 
-        So it is behind a control token in some tokenizers, and nowhere in others.
+        Some tokenizers add it after a control token, others do not.
         """
         if not self._puts_space_before or not self.template:
             return False
@@ -280,7 +280,7 @@ class ChatFormat:
 
 
 def _end_ids(model: Path) -> Collection[int]:
-    """generation_config.json's, where there is none config.json's: what both engines end at."""
+    """End tokens from generation_config.json, or from config.json without it; both engines stop at them."""
     for name in ("generation_config.json", "config.json"):
         if (model / name).is_file():
             config = json.loads((model / name).read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
-"""What fits a model's context, by the same rule in every engine.
+"""Checks what fits a model's context, by the same rule in every engine.
 
-An answer can be scored only if its tag can still be fed, and one token is sampled after that: both are kept free.
+An answer can be scored only if its tag can still be fed, and one token is sampled after it. Both are reserved.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from candor.engine.base import PromptTooLong
 
 
 def room_for_answer(prompt: int, closing: int, max_model_len: int) -> int:
-    """Most tokens an answer may have after `prompt` tokens, with `closing` for separator and tag.
+    """Maximum answer tokens after `prompt` tokens, with `closing` tokens for separator and tag.
 
-    Raises PromptTooLong where none is left.
+    Raises PromptTooLong if none is left.
     """
     room = max_model_len - prompt - closing - 1
     if room < 1:
@@ -23,7 +23,7 @@ def room_for_answer(prompt: int, closing: int, max_model_len: int) -> int:
 
 
 def require_fit(total: int, max_model_len: int) -> None:
-    """Raises PromptTooLong where `total` tokens of prompt, response and tag leave none to sample."""
+    """Raises PromptTooLong if `total` tokens of prompt, response and tag leave none to sample."""
     if total >= max_model_len:
         raise PromptTooLong(
             f"prompt and response take {total} tokens with the tag; at most {max_model_len - 1} fit"

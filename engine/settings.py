@@ -1,4 +1,4 @@
-"""What an engine is started with."""
+"""Settings of an engine."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ EngineKind = Literal["vllm", "transformers"]
 class EngineSettings:
     """model: directory with config.json, safetensors and tokenizer.
 
-    dtype: what the weights are served in; part of the model's identity, since states differ with it.
-    max_model_len: longest sequence in tokens: prompt, answer and tag.
-    kv_cache_bytes: memory for the KV cache; None leaves it to vLLM, on CPUs 1 GiB.
-    block_size: tokens per KV block; smaller blocks let more of a shared prefix be reused. None leaves it to vLLM,
-        which drops the attention backends that cannot do what it is told; on CPUs it is 32.
-    max_num_batched_tokens: tokens computed per step; longer prompts are computed in chunks of it.
-    eager: no compilation: starts sooner, runs slower.
-    asynchronous: vLLM plans a step while the one before is computed.
-    served_model_name: what the engine's own metrics call the model; without it, its directory.
-    vllm: more of vLLM's options by its own names (engine/vllm_options.py); they go before what is set here.
-    adapters: directories of LoRA adapters that can be laid over the model (`VLLMEngine.with_adapter`).
+    dtype: dtype of the served weights; part of the model's identity, since the states depend on it.
+    max_model_len: maximum sequence length in tokens: prompt, answer and tag.
+    kv_cache_bytes: memory for the KV cache; None leaves it to vLLM, or is 1 GiB on CPUs.
+    block_size: tokens per KV block; smaller blocks let more of a shared prefix be reused. None leaves it to vLLM
+        (a given size excludes attention backends that do not support it), or is 32 on CPUs.
+    max_num_batched_tokens: tokens computed per step; longer prompts are computed in chunks of this size.
+    eager: disables compilation: the engine starts sooner and runs slower.
+    asynchronous: vLLM plans a step while it computes the one before.
+    served_model_name: the model's name in the engine's own metrics; default: its directory.
+    vllm: further vLLM options under vLLM's names (engine/vllm_options.py); they override the settings here.
+    adapters: directories of LoRA adapters that can be served on the model (`VLLMEngine.with_adapter`).
     """
 
     model: Path

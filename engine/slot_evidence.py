@@ -1,11 +1,11 @@
-"""Each generated token's evidence, kept where its predecessor's keys and values lie.
+"""Keeps each generated token's evidence in the KV cache slot of its predecessor.
 
-The position that predicts a token gives its surprisal and its margin (engine/evidence.py). They are kept for every
-slot of the KV cache, beside the token they speak of: whoever reads them compares the tokens, so that what another
-request left in a shared block, or a token that was sampled and dropped, is never taken for evidence of this answer.
-The features are made at the end, when it is known which tokens are the answer.
+The position that predicts a token gives its surprisal and its margin (engine/evidence.py). Both are kept for every
+slot of the KV cache together with the token. The reader compares the tokens, so evidence that another request left
+in a shared block, or of a token that was sampled and dropped, is never taken for this answer's.
+The features are computed at the end, when it is known which tokens are the answer.
 
-Nothing here asks the host or grows with a sequence, but the read at an answer's end.
+Only the read at an answer's end waits for the host or grows with the sequence.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from collections.abc import Sequence
 import torch
 
 ROWS_AT_ONCE = 4
-"""Rows of logits computed together on a CPU, so that they stay in its caches: twice as fast as all at once."""
+"""Rows of logits computed together on a CPU. They stay in its caches: twice as fast as all rows at once."""
 
 
 def bytes_of_evidence(block_size: int) -> int:
-    """Memory of one block."""
+    """Bytes of memory per block."""
     return block_size * 12
 
 
 class SlotEvidence:
-    """Memory: `bytes_of_evidence` for each of num_blocks, and one slot."""
+    """Token, surprisal and margin per slot. Memory: `bytes_of_evidence` for each of num_blocks, and one slot."""
 
     def __init__(self, num_blocks: int, block_size: int, device: torch.device) -> None:
         self._spare = num_blocks * block_size
@@ -33,20 +33,20 @@ class SlotEvidence:
         self._kept = torch.full((self._spare + 1, 3), -1.0, device=device)
 
     def clear(self, slots: torch.Tensor) -> None:
-        """Forgets what was kept at `slots` (rows,), negative: padding; other tokens lie there now."""
+        """Clears `slots` (rows,), which now hold other tokens; negative: padding."""
         self._kept.index_fill_(0, self._places(slots), -1.0)
 
     def clear_blocks(self, blocks: torch.Tensor) -> None:
-        """The same for all slots of `blocks` (b,)."""
+        """Clears all slots of `blocks` (b,)."""
         self._kept[: self._spare].view(-1, self._block_size, 3).index_fill_(0, blocks, -1.0)
 
     def write(self, slots: torch.Tensor, tokens: torch.Tensor, logits: torch.Tensor) -> None:
-        """slots, tokens: (n,). logits: (n, V), the model's own at those positions, any float type."""
+        """Stores evidence. slots, tokens: (n,). logits: (n, V), the model's own at those slots, any float type."""
         measured = surprisal_and_margin(logits, tokens.long())
         self._kept.index_copy_(0, self._places(slots), torch.cat([tokens.float().unsqueeze(1), measured], 1))
 
     def read(self, blocks: torch.Tensor, first: int, positions: int) -> torch.Tensor:
-        """(positions - first, 3): each token from `first` on, its surprisal and margin; `blocks`: the sequence's."""
+        """Returns (positions - first, 3): token, surprisal, margin from `first` on. blocks: those of the sequence."""
         before = torch.arange(first - 1, positions - 1, device=self._kept.device)
         return self._kept[blocks[before // self._block_size] * self._block_size + before % self._block_size]
 
@@ -56,10 +56,10 @@ class SlotEvidence:
 
 
 def surprisal_and_margin(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """(n, 2) float32: -log p(token) and log p(token) - max of the others, of logits (n, V) and tokens (n,).
+    """Returns (n, 2) float32, -log p(token) and log p(token) - max of the others, from logits (n, V), tokens (n,).
 
     With o the largest other logit and r = log sum_{v != token} exp(x_v - o):  -log p = log(1 + exp(r + o - x_token)),
-    which keeps its precision where the token is almost sure. -r is the largest log-softmax among the others.
+    which stays precise if the token's probability is near 1. -r is the largest log-softmax among the others.
     """
     at_once = ROWS_AT_ONCE if logits.device.type == "cpu" else max(1, len(logits))
     measured = []
@@ -74,7 +74,7 @@ def surprisal_and_margin(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Te
 
 
 def of_answer(kept: torch.Tensor, answer: Sequence[int]) -> tuple[list[float], list[float]] | None:
-    """(surprisals, margins) of the answer's tokens from what `read` gave; None where it speaks of other tokens."""
+    """(surprisals, margins) of the answer's tokens from the result of `read`; None if its tokens differ."""
     kept = kept[: len(answer)]
     if kept[:, 0].tolist() != list(answer):
         return None

@@ -1,7 +1,7 @@
-"""Why an engine did not start, told by the process where it failed.
+"""Collects the reason why an engine did not start, from the process where it failed.
 
-vLLM logs the error in that process and tells the one that waits no more than that there was one. So each of its
-processes writes the errors it logs to a file as well, whose path the environment carries to them.
+vLLM logs the error in that process and tells the waiting process only that there was one. So each vLLM process also
+writes the errors it logs to a file, whose path it reads from an environment variable.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VARIABLE = "CANDOR_START_FAILURES"
 
 @contextmanager
 def collecting() -> Iterator[Path]:
-    """The file, for as long as an engine starts; empty as long as nothing failed."""
+    """Yields the file while an engine starts; it is empty as long as nothing has failed."""
     with tempfile.TemporaryDirectory(prefix="candor-") as folder:
         file = Path(folder) / "failures"
         file.touch()
@@ -32,20 +32,20 @@ def collecting() -> Iterator[Path]:
 
 
 def report_here() -> None:
-    """From now on, errors that vLLM logs in this process go to the file too."""
+    """Makes errors that vLLM logs in this process go to the file too."""
     logger = logging.getLogger("vllm")
     if (path := os.environ.get(VARIABLE)) and not any(isinstance(one, _ToFile) for one in logger.handlers):
         logger.addHandler(_ToFile(Path(path)))
 
 
 def first_cause(file: Path) -> str | None:
-    """The first error's sentence; those after it are mostly its consequences."""
+    """Returns the first error's line; later errors are mostly consequences of it."""
     lines = file.read_text(encoding="utf-8").splitlines()
     return lines[0] if lines else None
 
 
 def sentence(error: BaseException) -> str:
-    """What it says, in one line; of pydantic's errors without the values that they were given."""
+    """Returns the error's message in one line; pydantic's errors without the input values."""
     if isinstance(error, ValidationError):
         said = "; ".join(
             ".".join(map(str, fault["loc"]))
@@ -59,7 +59,7 @@ def sentence(error: BaseException) -> str:
 
 
 class _ToFile(logging.Handler):
-    """Writes the exceptions that are logged, one line each, as long as the file is there."""
+    """Writes logged exceptions to the file, one line each, as long as the file exists."""
 
     def __init__(self, file: Path) -> None:
         super().__init__(logging.ERROR)

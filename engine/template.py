@@ -1,15 +1,15 @@
-"""A conversation rendered by the model's chat template, with what users wrote kept apart from the template's own.
+"""Renders a conversation with the model's chat template and separates the users' text from the template's own.
 
-Whoever cannot tell the two apart lets a user who types a control token speak as somebody else. Three renderings tell:
+Without it, a user who types a control token could speak in another role. Three renderings tell the two apart:
 
     real     the texts as they are: what the model is to read
-    marked   each text replaced by a placeholder: where the texts stand, if the template only copies them
+    marked   each text replaced by a placeholder: shows where the texts are, if the template only copies them
     hidden   only the markers (control tokens) within the texts replaced, each by as many blanks that no text contains
 
-Where marked, with the texts put back, is real, the template copied them, and the pieces are exact. A template that
-looks into the texts (trims them, drops earlier thinking, slices) gives something else; then hidden is laid over real,
-character by character, and what it hides is the users'. A marker that the template itself looks for must be shown to
-it, and may not be left over. Where none of this fits, the conversation is refused.
+If marked, with the texts put back, equals real, the template copied them, and the pieces are exact. A template that
+looks into the texts (trims them, drops earlier thinking, slices) gives something else. Then hidden is compared with
+real, character by character: what it hides is the users' text. A marker that the template itself looks for must stay
+visible to it and may not remain in the result. If none of this fits, the conversation is refused.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _BLANK = "\ue002"
 _BLANKS = re.compile(f"({_BLANK}+)")
 
 MOST_READ = 32
-"""Markers within the texts of one conversation that are tried one by one, each a rendering."""
+"""Maximum markers within the texts of one conversation that are tried one by one; each costs a rendering."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """pieces: in order, each with whether it is text alone, in which nothing is a control token.
-    own: the template's own pieces, without any text: what control tokens the whole may have.
+    """pieces: in order, each with a flag: True for a user's text, which contains no control token.
+    own: the template's own pieces, without texts; the whole may have only their control tokens.
     """
 
     pieces: tuple[tuple[str, bool], ...]
@@ -45,13 +45,13 @@ class Rendered:
 
 
 def render(template: Callable[[Messages], str], messages: Messages, markers: Iterable[str]) -> Rendered:
-    """template: renders messages ({"role", "content"} each). markers: what within a text would be a control token.
+    """template: renders messages ({"role", "content"} each). markers: strings that would be control tokens in a text.
 
-    Raises ValueError where it cannot be told what of the rendering is the users', and what the template raises.
+    Raises ValueError if the users' part of the rendering cannot be determined; errors of the template pass through.
     """
     real = template(messages)
     texts = [message["content"] for message in messages]
-    # A text without a word stays: templates leave out what is empty.
+    # A blank text is kept as it is: templates leave out empty texts.
     marked = template(
         _with(messages, (_PLACEHOLDER.format(i) if t.strip() else t for i, t in enumerate(texts)))
     )
@@ -92,7 +92,7 @@ def _with(messages: Messages, texts: Iterable[str]) -> list[dict[str, str]]:
 
 
 def _fit(one: str, other: str) -> bool:
-    """The same but for what either hides."""
+    """Whether the two are equal except for characters hidden in either."""
     return len(one) == len(other) and all(
         a in (b, _BLANK) or b == _BLANK for a, b in zip(one, other, strict=True)
     )

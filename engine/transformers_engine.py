@@ -1,7 +1,7 @@
-"""The second engine, on transformers: the numerical reference, and for machines without vLLM.
+"""The transformers engine: the numerical reference, and the engine for machines without vLLM.
 
-Plain on purpose: token by token, one sequence a forward pass, in a thread of its own. What it returns is
-what the definitions say, so the contract tests hold the fast engine to it.
+It is simple on purpose: it computes one sequence at a time, token by token, in its own thread. Its results follow
+the definitions directly, so the contract tests compare the vLLM engine with it.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class TransformersEngine:
         if prompt is not None:
             yield prompt
         text, stopped, shown = "", False, 0
-        unsure = max(map(len, sampling.stop), default=1) - 1  # characters that may become a stop string
+        unsure = max(map(len, sampling.stop), default=1) - 1  # last characters that may begin a stop string
         while len(answer.token_ids) < sampling.max_tokens:
             token = draw(logits, answer.token_ids)
             entry = self._token_logprob(logits, token, max(TOP, sampling.logprobs or 0))
@@ -115,7 +115,7 @@ class TransformersEngine:
             before, text = text, self._settled(answer.token_ids if ended else [*answer.token_ids, token])
             entry = replace(
                 entry, token=text[len(before) :]
-            )  # what it adds: alone, part of a character is none
+            )  # the text it adds; part of a character adds none
             cut = min((at for stop in sampling.stop if (at := text.find(stop)) >= 0), default=None)
             stopped = cut is not None
             sure = max(shown, len(text) - unsure if cut is None else cut)
@@ -170,7 +170,7 @@ class TransformersEngine:
         return sequence.prompt_states()
 
     def _settled(self, ids: Sequence[int]) -> str:
-        """The text so far, without a character whose bytes have not all come."""
+        """The text so far, without a last character whose bytes are incomplete."""
         return self._chat.decode(ids).rstrip("\ufffd")
 
     def _token_logprob(self, logits: torch.Tensor, token: int, count: int) -> TokenLogprob:
@@ -186,9 +186,9 @@ class TransformersEngine:
 
 
 def _load(settings: EngineSettings) -> Any:
-    """The model, text alone of what reads other things too, computed as its makers and vLLM do.
+    """Loads the model (the text part of a multimodal one) so that it computes as its makers and vLLM do.
 
-    transformers by itself differs from both in three places (`python -m benchmarks.zoo`).
+    transformers' defaults differ from both in three places (`python -m benchmarks.zoo`).
     """
     transformers_logging.disable_progress_bar()
     where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -196,12 +196,12 @@ def _load(settings: EngineSettings) -> Any:
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     if "long_factor" in rope and settings.max_model_len > rope["original_max_position_embeddings"]:
-        rope["short_factor"] = rope["long_factor"]  # vLLM: for every sequence, if for any
+        rope["short_factor"] = rope["long_factor"]  # vLLM uses it for every sequence, if for any
     if text.model_type == "cohere2":
-        # A window of n is n tokens and the one that looks; transformers counts that one in.
+        # A window of n is n tokens besides the query's own; transformers includes that one in n.
         text.sliding_window += 1
     if getattr(text, "attn_logit_softcapping", None):
-        where["attn_implementation"] = "eager"  # transformers' default leaves the soft cap out (Gemma 2)
+        where["attn_implementation"] = "eager"  # transformers' default omits the soft cap (Gemma 2)
     sees = "ConditionalGeneration" in (config.architectures or [""])[0]
     loader = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     return loader.from_pretrained(
@@ -210,7 +210,7 @@ def _load(settings: EngineSettings) -> Any:
 
 
 class _Sequence:
-    """One sequence being fed: the running sum of its final normed states, and the last of them."""
+    """A sequence in progress: the running sum of its final normed states, and the last of them."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -222,7 +222,7 @@ class _Sequence:
 
     @torch.inference_mode()
     def feed(self, ids: Sequence[int], keep: int = 1) -> torch.Tensor:
-        """Logits (keep, V) float32 after each of the last `keep` of `ids`."""
+        """Returns logits (keep, V) float32 after each of the last `keep` of `ids`."""
         out = self._model(
             torch.tensor([list(ids)]),
             past_key_values=self._cache,
@@ -240,7 +240,7 @@ class _Sequence:
         return HiddenSummary(self._sum / self._positions, self._last, evidence, self._positions, True)
 
     def prompt_states(self) -> PromptStates:
-        """As long as nothing but the prompt was fed."""
+        """Returns the prompt's states; call it while only the prompt has been fed."""
         return PromptStates(self._sum / self._positions, self._last, True)
 
 

@@ -1,23 +1,23 @@
-"""Inside vLLM's worker: keeps what every step shows of states and tokens, and reports for the requests that are due.
+"""Runs inside vLLM's worker: keeps each step's hidden states and evidence, and reports for the requests that are due.
 
-Tracks vLLM 0.32 (0.16 to 0.33 have the same seams), with both of its model runners, synchronous or not:
+It tracks vLLM 0.32 (0.16 to 0.33 have the same seams), with both of its model runners, synchronous or not:
 - between `execute_model` and `sample_tokens`, the runner's `execute_model_state` holds the states that go to the LM
-  head, already normed and outside compiled code, and the slots where the step's keys and values lie;
-- the runner's `sampler` is given the model's logits and gives back what it draws, `sampled_token_ids`;
-- the sampler is there once the worker's `load_model` is done;
-- a worker is told its blocks by `initialize_from_config`, from what `determine_available_memory` leaves for them;
-- what `sample_tokens` returns is a ModelRunnerOutput, or has one come later through `get_output`.
+  head, already normed and outside compiled code, and the slots of the step's keys and values;
+- the runner's `sampler` takes the model's logits and returns the drawn tokens as `sampled_token_ids`;
+- the sampler exists once the worker's `load_model` is done;
+- `initialize_from_config` tells a worker its blocks, from the memory that `determine_available_memory` leaves;
+- `sample_tokens` returns a ModelRunnerOutput, or an object whose `get_output` gives one later.
 
-Kept is what belongs to the KV cache: sums of states per block (engine/block_sums.py), evidence per slot
-(engine/slot_evidence.py). Only index arithmetic on the device, and nothing waits for it: what is reported is copied
-to the host behind the step's own work, and looked at when vLLM looks at the step's tokens.
+The data belong to the KV cache: sums of states per block (engine/block_sums.py), evidence per slot
+(engine/slot_evidence.py). The device does index arithmetic only, and nothing waits for it: reports are copied to the
+host after the step's own work, and are read when vLLM reads the step's tokens.
 
-A step is copied and no more; a few steps are entered together, since each of the some thirty small operations costs
-as much for sixteen rows as for one (a millisecond in all, where a step of a small model takes ten). That is the same
-as one by one as long as no slot is in two of them, so what waits is entered before a block can change hands.
+Each step is only copied at first, and several steps are entered together: each of about thirty small operations costs
+as much for sixteen rows as for one (a millisecond in all, where a step of a small model takes ten). The result is the
+same as long as no slot is in two of the steps, so waiting steps are entered before a block can change its owner.
 
-One mixin serves vLLM's CPU and GPU workers. They stand in files of their own, since the CPU worker wants to
-be imported before everything else of vLLM.
+One mixin serves vLLM's CPU and GPU workers. These have their own files, since the CPU worker must be imported before
+the rest of vLLM.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from candor.engine.start_failures import report_here
 from candor.engine.vllm_scheduler import KEY, StepPlan, full_attention_group, keep_whole_sequences
 
 Record = tuple[int, bool, bytes, bytes, bytes]
-"""(positions, whether all were counted, mean (H,), last state (H,), evidence (T, 3)), float32 as bytes."""
+"""(positions, whether all were counted, mean (H,), last state (H,), evidence (T, 3)); tensors as float32 bytes."""
 
 
 SCORED_ROWS = 128
-"""Rows of logits computed together where tokens are given: 78 MB with a vocabulary of 152,000, some copies beside."""
+"""Rows of logits computed together for given tokens: 78 MB with a vocabulary of 152,000, plus some copies."""
 
 WAITING_ROWS = 16
-"""As many tokens are entered at the latest. Each of them that was sampled keeps its row of logits until then."""
+"""Waiting tokens at which steps are entered. Each sampled one keeps its row of logits until then."""
 
 
 @dataclass
 class _Step:
-    """rows of `hidden` (R, H) float32 and `slots` (R,) are the step's tokens, request after request.
+    """One step; the rows of `hidden` (R, H) float32 and `slots` (R,) are its tokens, request after request.
 
-    starts: where each request's rows begin, and the last one's end; each samples from its last row.
-    drawn: the slots of those rows (n,), what was drawn (n,) from what logits (n, V); None where nobody asks.
+    starts: first row of each request, then the end of the last; each request samples from its last row.
+    drawn: slots of those rows (n,), drawn tokens (n,) and their logits (n, V); None if no request needs them.
     """
 
     wanted: StepPlan
@@ -63,13 +63,13 @@ class _Step:
     drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def rows_of(self, request_id: str) -> tuple[int, int]:
-        """The first and the last."""
+        """The request's first and last row."""
         number = self.requests.index(request_id)
         return int(self.starts[number]), int(self.starts[number + 1]) - 1
 
 
 class WorkerCapture:
-    """A worker that keeps what every step shows and reports for those who are due."""
+    """A worker that keeps each step's states and evidence and reports for the requests that are due."""
 
     model_runner: Any
     vllm_config: Any
@@ -93,7 +93,7 @@ class WorkerCapture:
         return keep_whole_sequences(super().get_kv_cache_spec())  # type: ignore[misc]
 
     def determine_available_memory(self) -> int:
-        """Less what is kept beside the KV cache, as long as vLLM chooses its size."""
+        """Subtracts the memory of sums and evidence, if vLLM chooses the KV cache's size."""
         available: int = super().determine_available_memory()  # type: ignore[misc]
         if self.vllm_config.cache_config.kv_cache_memory_bytes is not None:
             return available
@@ -112,7 +112,7 @@ class WorkerCapture:
     def execute_model(self, scheduler_output: Any) -> Any:
         wanted = getattr(scheduler_output, KEY, None) or StepPlan()
         if wanted.fresh or scheduler_output.finished_req_ids or scheduler_output.preempted_req_ids:
-            self._enter()  # this step may write to blocks that were another's
+            self._enter()  # this step may write to blocks of another request
         if wanted.fresh:
             fresh = _to_device(wanted.fresh, self.device)
             self._sums.clear(fresh)
@@ -144,7 +144,7 @@ class WorkerCapture:
         return output
 
     def _look(self, scheduler_output: Any, state: Any, wanted: StepPlan) -> _Step:
-        """Copies: vLLM writes the next step's states and slots to the same places."""
+        """Copies the step's rows: vLLM overwrites its states and slots in the next step."""
         rows = scheduler_output.total_num_scheduled_tokens
         batch = getattr(state, "input_batch", None)
         if batch is None:  # vLLM's first model runner
@@ -157,7 +157,7 @@ class WorkerCapture:
         return _Step(wanted, hidden, slots, batch.req_ids, starts)
 
     def _note_drawn(self, logits: torch.Tensor, sampled: torch.Tensor) -> None:
-        """logits: (n, V) as the model gave them. sampled: (n, 1), what was drawn."""
+        """logits: (n, V), unmodified from the model. sampled: (n, 1), the drawn tokens."""
         step = self._step
         if step is not None and step.wanted.evidence:
             slots, number = step.slots, len(logits)
@@ -167,7 +167,7 @@ class WorkerCapture:
             step.drawn = slots, sampled[:, 0], logits
 
     def _enter(self) -> None:
-        """What waits, into sums and evidence."""
+        """Enters the waiting steps into sums and evidence."""
         if not self._waiting:
             return
         steps, self._waiting = self._waiting, []
@@ -178,17 +178,17 @@ class WorkerCapture:
             self._evidence.write(*map(torch.cat, zip(*drawn, strict=True)))
 
     def _score(self, step: _Step, request_id: str, offset: int, tokens: list[int]) -> None:
-        """Evidence of tokens that are fed instead of sampled."""
+        """Writes the evidence of tokens that are fed instead of sampled."""
         start = step.rows_of(request_id)[0] + offset
         for at in range(0, len(tokens), SCORED_ROWS):
             some = tokens[at : at + SCORED_ROWS]
             rows = slice(start + at, start + at + len(some))
-            states = step.hidden[rows].to(self.vllm_config.model_config.dtype)  # exactly what they were
+            states = step.hidden[rows].to(self.vllm_config.model_config.dtype)  # exact: it was this dtype
             logits = _logits(self.model_runner.model, states)
             self._evidence.write(step.slots[rows], _to_device(some, self.device), logits)
 
     def _report(self, step: _Step) -> Callable[[], dict[str, Record]]:
-        """What is due, on its way to the host; the result waits for it."""
+        """Starts copying the due reports to the host; the returned function waits for them."""
         found: dict[str, tuple[int, list[torch.Tensor]]] = {}
         for request_id, (blocks, positions, first) in step.wanted.reports.items():
             index = _to_device(blocks, self.device)
@@ -218,7 +218,7 @@ class WorkerCapture:
         return records
 
     def _allocate(self) -> None:
-        """At start-up, so that what cannot be had is known before the server says that it is ready."""
+        """Allocates at start-up, so that a lack of memory shows before the server reports ready."""
         config = self.model_runner.kv_cache_config
         group = config.kv_cache_groups[full_attention_group(config)]
         block_size = group.kv_cache_spec.block_size
@@ -234,7 +234,7 @@ class WorkerCapture:
 
 
 class _ObservedSampler:
-    """vLLM's sampler. drawn: is called with the logits it was given, unchanged, and what it drew."""
+    """Wraps vLLM's sampler. drawn: called with the sampler's unmodified logits and the tokens it drew."""
 
     def __init__(self, sampler: Any, drawn: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
         self._sampler = sampler
@@ -251,14 +251,14 @@ class _ObservedSampler:
 
 
 def _bytes_of_block(group: Any) -> int:
-    """Of the KV cache, all layers of one group together."""
+    """Bytes of one KV cache block, for all layers of a group."""
     spec = group.kv_cache_spec
     layers = 1 if isinstance(spec, UniformTypeKVCacheSpecs) else len(group.layer_names)
     return int(spec.page_size_bytes) * layers
 
 
 def _logits(model: Any, states: torch.Tensor) -> torch.Tensor:
-    """Of any rows: past vLLM's adapter layer, which takes the sampled ones alone. No adapter reaches the LM head."""
+    """Logits of any rows. It bypasses vLLM's adapter layer (sampled rows only); no adapter changes the LM head."""
     layer = getattr(getattr(model, "logits_processor", None), "base_layer", None)
     if layer is None:
         logits: torch.Tensor = model.compute_logits(states)
@@ -268,7 +268,7 @@ def _logits(model: Any, states: torch.Tensor) -> torch.Tensor:
 
 
 def _deliver(output: Any, records: Callable[[], dict[str, Record]]) -> None:
-    """Puts the records on vLLM's output, or on the one that is still to come."""
+    """Attaches the records to vLLM's output, or to the one that `get_output` gives later."""
     if not hasattr(output, "get_output"):
         setattr(output, KEY, records())
         return
@@ -279,12 +279,12 @@ def _deliver(output: Any, records: Callable[[], dict[str, Record]]) -> None:
         setattr(result, KEY, records())
         return result
 
-    output.get_output = with_records  # the instance's: vLLM asks for its type
+    output.get_output = with_records  # on the instance: vLLM checks the output's type
 
 
 class _unfinished_prompts_draw_nothing:
-    """vLLM's first model runner samples for half-computed prompts too, discards that token and winds the request's
-    random generator back. A CPU generator cannot be wound back, and the attempt ends the engine (seen with vLLM 0.32:
+    """vLLM's first model runner samples for partly computed prompts too, drops that token and rewinds the request's
+    random generator. A CPU generator cannot be rewound, and the attempt ends the engine (seen with vLLM 0.32:
     any request with a seed whose prompt is computed in chunks). So such rows draw from the common generator instead.
     """
 
@@ -305,7 +305,7 @@ class _unfinished_prompts_draw_nothing:
 
 
 def _to_device(numbers: list[int], device: torch.device) -> torch.Tensor:
-    """Without waiting for the device."""
+    """Copies without waiting for the device."""
     pinned = device.type == "cuda"
     return torch.tensor(numbers, pin_memory=pinned).to(device, non_blocking=True)
 

@@ -1,7 +1,7 @@
-"""The engine that serves: vLLM, with the hidden state taken in the pass that writes the answer.
+"""The serving engine: vLLM, with the hidden states taken in the pass that generates the answer.
 
-With vllm_scheduler.py and the worker files, the only place that names vllm. This side runs in the API process:
-it turns a request into vLLM's terms, cuts the tag off what comes back and puts the summary together.
+In the server, only the vllm_*.py files import vllm. This one runs in the API process: it translates a request to
+vLLM's parameters, removes the tag from the output and builds the summary.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ logger = logging.getLogger("candor")
 S = TypeVar("S", HiddenSummary, PromptStates)
 
 _Logprobs = Mapping[int, Any]
-"""vLLM's: token id -> Logprob (logprob, rank, decoded_token), the token itself and the likeliest ones."""
+"""vLLM's mapping: token id -> Logprob (logprob, rank, decoded_token), for the token itself and the likeliest."""
 
 
 class VLLMEngine:
-    """See `engine.base.Engine`. Of one vLLM there may be several: without an adapter, and `with_adapter` for each."""
+    """See `engine.base.Engine`. Several may share one vLLM: one without an adapter, and `with_adapter` for each."""
 
     def __init__(self, settings: EngineSettings, chat: ChatFormat) -> None:
         self.max_model_len = settings.max_model_len
@@ -86,9 +86,9 @@ class VLLMEngine:
                 raise EngineError(f"vLLM did not start: {why} (its log above says where)") from error
 
     def with_adapter(self, adapter: Path, representation: Representation) -> VLLMEngine:
-        """The same vLLM with one of its adapters laid over the model. Closing either closes both.
+        """Returns an engine on the same vLLM that uses one of its adapters. Closing either closes both.
 
-        Raises EngineError where vLLM was not started with it.
+        Raises EngineError if vLLM was not started with this adapter.
         """
         other = copy(self)
         for number, (path, identity) in enumerate(self._adapters, 1):
@@ -143,9 +143,9 @@ class VLLMEngine:
                 hidden = await self._hidden(prompt_ids, answer, length, record)
             except EngineDead:
                 raise
-            except EngineError as error:  # the answer is there all the same; it cannot be checked
+            except EngineError as error:  # the answer is still returned; it cannot be scored
                 logger.warning("no hidden state for an answer: %s", error)
-        # What stopped it: a token that ends answers (the first such none, others their id), or a stop string.
+        # stop_reason: None for the first end token, the id of any other, or a stop string.
         ended = answer.tag_found or (
             completion.finish_reason == "stop" and not isinstance(completion.stop_reason, str)
         )
@@ -167,21 +167,21 @@ class VLLMEngine:
         )
 
     async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
-        """One request over prompt, response and tag: of which nothing is computed that lies in the prefix cache."""
+        """Sends one request over prompt, response and tag; the cached prefix is not computed again."""
         ids = [*prompt_ids, *response_ids, *self._closing_ids]
         require_fit(len(ids), self.max_model_len)
         wish = self._wish(first=len(prompt_ids))
         return await self._given(ids, wish, lambda output: self._summary(_record(output), response_ids))
 
     async def prompt_states(self, prompt_ids: Sequence[int]) -> PromptStates:
-        """One request over the prompt: of which no more than the last block is computed, if it was asked before."""
+        """Sends one request over the prompt; if the prompt was seen before, only its last block is computed."""
         require_fit(len(prompt_ids), self.max_model_len)
         return await self._given(prompt_ids, self._wish(evidence=False, prompt=True), _prompt_states)
 
     async def _given(
         self, ids: Sequence[int], wish: dict[str, Any], read: Callable[[RequestOutput], S | None]
     ) -> S:
-        """What a request over `ids` reports, after which it draws one token in vain."""
+        """Returns what a request over `ids` reports; the request also draws one token, which is not used."""
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -190,7 +190,7 @@ class VLLMEngine:
             extra_args=wish,
         )
         states = None
-        for skip_cache in (False, True):  # what was cached may lack a state or a token's evidence
+        for skip_cache in (False, True):  # the cache may lack a state or a token's evidence
             params.skip_reading_prefix_cache = skip_cache
             output = [output async for output in self._submit(ids, params)][-1]
             states = read(output)
@@ -212,11 +212,11 @@ class VLLMEngine:
     async def _hidden(
         self, prompt_ids: Sequence[int], answer: AnswerText, length: int | None, record: Record | None
     ) -> HiddenSummary:
-        """h's parts for a finished answer: as reported at its tag, else by appending the tag to it.
+        """Returns h's parts for a finished answer: as reported at its tag, else by appending the tag to it.
 
-        The second way is one more request, whose sequence lies in the prefix cache but for its last block.
+        The second way costs one more request, whose sequence is in the prefix cache except for its last block.
         """
-        if length is None:  # the tag came in other tokens than its own: score the text as it reads
+        if length is None:  # the tag came in other tokens than its own: encode the text anew
             return await self.summarise(prompt_ids, self._chat.encode_response(answer.text))
         response_ids = answer.token_ids[:length]
         hidden = self._summary(record, response_ids)
@@ -225,7 +225,7 @@ class VLLMEngine:
         return await self.summarise(prompt_ids, response_ids)
 
     async def _prompt(self, prompt_ids: Sequence[int], output: RequestOutput) -> PromptStates | None:
-        """As reported with the answer's first token, else by asking for them alone."""
+        """Returns the states reported with the answer's first token, else requests them alone."""
         states = _prompt_states(output)
         if states is not None and states.complete:
             return states
@@ -233,12 +233,12 @@ class VLLMEngine:
             return await self.prompt_states(prompt_ids)
         except EngineDead:
             raise
-        except EngineError as error:  # an answer can be given all the same
+        except EngineError as error:  # an answer is still possible
             logger.warning("no hidden state for a prompt: %s", error)
             return None
 
     def _summary(self, record: Record | None, response_ids: Sequence[int]) -> HiddenSummary | None:
-        """None where there is no record, or none of these tokens' evidence."""
+        """Returns the summary, or None without a record or without these tokens' evidence."""
         if record is None:
             return None
         positions, complete, mean, last, kept = record
@@ -253,7 +253,7 @@ class VLLMEngine:
     async def _submit(
         self, ids: Sequence[int], params: SamplingParams
     ) -> AsyncGenerator[RequestOutput, None]:
-        """vLLM's outputs for one request; vLLM's errors as ours. Closing it aborts the request."""
+        """Yields vLLM's outputs for one request; translates vLLM's errors. Closing it aborts the request."""
         prompt = tokens_input(list(ids))
         try:
             generated = self._llm.generate(prompt, params, uuid.uuid4().hex, lora_request=self._lora)
@@ -284,7 +284,7 @@ class VLLMEngine:
         )
 
     def _wish(self, first: int | None = None, evidence: bool = True, prompt: bool = False) -> dict[str, Any]:
-        """What engine/vllm_scheduler.py reads."""
+        """Builds the `extra_args` that engine/vllm_scheduler.py reads."""
         evidence = evidence and bool(self.representation.evidence)
         return {KEY: {"tag": self._tag_ids, "first": first, "evidence": evidence, "prompt": prompt}}
 
@@ -293,12 +293,12 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
     on_cpu = current_platform.is_cpu()
     kv_cache_bytes = settings.kv_cache_bytes
     if on_cpu and kv_cache_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-        kv_cache_bytes = 1 << 30  # vLLM's own choice is a share of all memory, which is often not free
+        kv_cache_bytes = 1 << 30  # vLLM's default is a share of all memory, which is often not free
     if on_cpu and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
         cores = sorted(os.sched_getaffinity(0))
-        if len(cores) <= 4:  # vLLM keeps one core for itself, which on a small machine is half of it
+        if len(cores) <= 4:  # vLLM reserves one core, which is half of a small machine
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-    block_size = settings.block_size or (32 if on_cpu else None)  # vLLM's own on CPUs is 128
+    block_size = settings.block_size or (32 if on_cpu else None)  # vLLM's default on CPUs is 128
     worker = "vllm_cpu_worker.CaptureCPUWorker" if on_cpu else "vllm_gpu_worker.CaptureGPUWorker"
     asynchronous = settings.vllm.get("async_scheduling", settings.asynchronous)
     scheduler = "CaptureAsyncScheduler" if asynchronous else "CaptureScheduler"
@@ -316,10 +316,10 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         worker_cls=f"candor.engine.{worker}",
         scheduler_cls=f"candor.engine.vllm_scheduler.{scheduler}",
         enable_lora=bool(settings.adapters),
-        # On a CPU, vLLM 0.32 lays its last adapter slot over requests that want none (index -1): it stays empty.
+        # On a CPU, vLLM 0.32 applies its last adapter slot to requests without one (index -1), so it stays empty.
         max_loras=max(1, len(settings.adapters) + on_cpu),
         max_lora_rank=_fitting_rank(settings.adapters),
-        language_model_only=True,  # of what sees or hears too
+        language_model_only=True,  # for multimodal models
         trust_remote_code=False,
         seed=0,
     )
@@ -327,7 +327,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
 
 
 def _require_torchvision(model: Path) -> None:
-    """Raises EngineError where vLLM cannot read the model for want of it, though text alone is served."""
+    """Raises EngineError if vLLM needs torchvision to read the model, although only text is served."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     if "vision_config" in config and find_spec("torchvision") is None:
         raise EngineError(
@@ -337,7 +337,7 @@ def _require_torchvision(model: Path) -> None:
 
 
 def _adapter(path: Path) -> tuple[Path, AdapterIdentity]:
-    """Raises EngineError where there is none, or one that reaches beyond the layers."""
+    """Raises EngineError if there is no adapter, or if it adapts more than the layers."""
     identity = identify_adapter(path)
     with safe_open(path / "adapter_model.safetensors", "pt") as weights:
         beyond = [name for name in weights.keys() if "lm_head" in name or "embed_tokens" in name]  # noqa: SIM118
@@ -352,13 +352,13 @@ def _adapter_config(path: Path) -> dict[str, Any]:
 
 
 def _fitting_rank(adapters: Sequence[Path]) -> int:
-    """The smallest that vLLM has room for all of them with."""
+    """The smallest rank supported by vLLM that fits all adapters."""
     rank = max((_adapter_config(path)["r"] for path in adapters), default=1)
     return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank), rank)
 
 
 def _queued(output: RequestOutput) -> float | None:
-    stats = output.metrics  # absent where vLLM keeps none
+    stats = output.metrics  # None if vLLM keeps none
     return max(0.0, stats.scheduled_ts - stats.queued_ts) if stats and stats.scheduled_ts else None
 
 
@@ -375,8 +375,8 @@ def _prompt_states(output: RequestOutput) -> PromptStates | None:
 
 
 def _keep_records_of_merged_outputs() -> None:
-    """vLLM joins the outputs that nobody has taken up yet, and keeps `kv_transfer_params` of the latest alone: under
-    load, a prompt's record would be lost to the second token."""
+    """vLLM merges outputs that have not been read yet and keeps only the latest `kv_transfer_params`: under load, the
+    second token's output would drop the prompt's record."""
     join = RequestOutput.add
 
     def joined(self: Any, following: Any, aggregate: bool) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's GPU worker with capture, under either of its model runners: on CUDA vLLM 0.32 takes the second."""
+"""vLLM's GPU worker with capture, for either of its model runners; vLLM 0.32 uses the second on CUDA."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""vLLM's options by their own names: read by vLLM's parser, and what Candor makes of each.
+"""Reads vLLM's options under their own names with vLLM's parser, and checks each.
 
-Most options pass through. Three lists say which do not: `OURS` are decided elsewhere, `CHANGES_H` belong to the
-model's identity, and under `CAPTURE_WRONG` hidden states or evidence would be wrong or are not shown to be right.
+Most options pass through. Three lists name the exceptions: `OURS` are set elsewhere, `CHANGES_H` belong to the
+model's identity, and with `CAPTURE_WRONG` hidden states or evidence would be wrong or are not shown to be right.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 VARIABLE = "CANDOR_VLLM"
-"""Environment variable of more options, as a command line has them; those of the command go before it."""
+"""Environment variable with further options in command-line form; options of the command override it."""
 
 _TOKENS = "tokens are the model directory's and part of the bundle's identity; change the model's own files"
 _ANSWERS = "how answers are drawn is the bundle's policy; calibrate with another policy"
@@ -54,7 +54,7 @@ OURS: Mapping[str, str] = {
     "mm_encoder_only": _TEXT,
     "trust_remote_code": "Candor runs no code of a model's directory; use a model that vLLM itself implements",
 }
-"""Option -> why it cannot be given, and what to do instead."""
+"""Option -> the reason it cannot be given, and what to do instead."""
 
 CHANGES_H = (
     "quantization",
@@ -70,8 +70,8 @@ CHANGES_H = (
     "mamba_ssm_cache_dtype",
     "additional_config",
 )
-"""Options under which the same weights have other states, beyond rounding. Those that only choose kernels, sizes or
-devices are not among them: the batch moves the rounding too."""
+"""Options under which the same weights have other states, beyond rounding. Options that only choose kernels, sizes or
+devices are not included: the batch changes the rounding too."""
 
 _SPECULATION = "the rows of rejected tokens would count as the answer's; leave it out"
 _BLOCKS = (
@@ -98,10 +98,10 @@ CAPTURE_WRONG: Mapping[str, str] = {
     "kv_offloading_size": _BLOCKS,
     "nnodes": "other nodes would need a server of their own; use --distributed-executor-backend ray",
 }
-"""Option -> why it is refused, and what to do instead."""
+"""Option -> the reason it is refused, and what to do instead."""
 
 _HARMLESS = {"None", "False", "1"}
-"""Values of these options, as text, that ask for what is done anyway."""
+"""Values of these options, as text, that request the default."""
 
 _SHORT = {
     "-pp": "pipeline_parallel_size",
@@ -115,10 +115,10 @@ class OptionError(ValueError):
 
 
 def read(words: Sequence[str], engine: str = "vllm") -> dict[str, Any]:
-    """vLLM's options in `words` and in the environment variable CANDOR_VLLM: name -> value, defaults left out.
+    """Reads vLLM's options from `words` and the environment variable CANDOR_VLLM: name -> value, without defaults.
 
-    `--config FILE` adds those of a YAML file, in vLLM's form. vLLM is imported only where there are any, and after
-    those that are refused by their names. Raises OptionError with one sentence.
+    `--config FILE` adds those of a YAML file, in vLLM's form. vLLM is imported only if there are options, and only
+    after the check of their names. Raises OptionError with one sentence.
     """
     try:
         words = [*shlex.split(os.environ.get(VARIABLE, "")), *words]
@@ -135,12 +135,12 @@ def read(words: Sequence[str], engine: str = "vllm") -> dict[str, Any]:
 
 
 def changing_h(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that belong to the identity of what is served, in a fixed order."""
+    """The options that belong to the served model's identity, in a fixed order."""
     return {name: options[name] for name in CHANGES_H if name in options}
 
 
 def as_typed(options: Mapping[str, Any]) -> str:
-    """As they are typed; "none" where there are none."""
+    """The options in command-line form; "none" if there are none."""
     words = [
         f"{_flag(name)} {value if isinstance(value, str) else json.dumps(value)}"
         for name, value in options.items()
@@ -161,7 +161,7 @@ def _refuse(options: Mapping[str, Any]) -> None:
 
 
 def _named(words: Sequence[str]) -> dict[str, str]:
-    """Names and, as text, values as far as they can be told without vLLM; True for a switch."""
+    """Names and values, as text, as far as they can be read without vLLM; "True" for a switch."""
     found = {}
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if word.startswith("--") or word in _SHORT:
@@ -172,7 +172,7 @@ def _named(words: Sequence[str]) -> dict[str, str]:
 
 
 def _parsed(words: Sequence[str]) -> dict[str, Any]:
-    """As vLLM reads them; raises OptionError with its own message."""
+    """Parses the options with vLLM's parser; raises OptionError with vLLM's message."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -190,7 +190,7 @@ def _parsed(words: Sequence[str]) -> dict[str, Any]:
         given = vars(parser.parse_args(words))
     except OptionError:
         raise
-    except Exception as error:  # a file that is none, a value that its type refuses: vLLM's message is ours
+    except Exception as error:  # an unreadable file or an invalid value: vLLM's message is passed on
         raise OptionError(f"vLLM's options: {_line(str(error) or repr(error))}") from error
     known = AsyncEngineArgs.__dataclass_fields__
     changed = {name: value for name, value in given.items() if value != parser.get_default(name)}

@@ -1,25 +1,25 @@
-"""Inside vLLM's scheduler: which requests report in a step, and the way back of what they report.
+"""Runs inside vLLM's scheduler: decides which requests report in a step, and returns their reports.
 
-Tracks vLLM 0.32 (0.16 to 0.33 have the same seams). What it leans on, and what to look at when vLLM changes:
+It tracks vLLM 0.32 (0.16 to 0.33 have the same seams). It depends on the following; check it when vLLM changes:
 - `Scheduler.schedule` returns a SchedulerOutput that is pickled to the worker with its attributes; after it,
   `request.num_computed_tokens` counts what the step will have computed.
-- `BlockPool.get_new_blocks` is the one way to a block that the prefix cache does not give.
+- `BlockPool.get_new_blocks` gives out every block that does not come from the prefix cache.
 - `ModelRunnerOutput` returns to `Scheduler.update_from_output` with its attributes; `EngineCoreOutput.
   kv_transfer_params` passes through to `RequestOutput` in the API process unread.
 
 A request takes part by `SamplingParams.extra_args = {"candor": {"tag": [ids], "first": int | None, "evidence":
-bool, "prompt": bool}}`. first: of a given response, where it begins; None for one that is generated. A request
-reports in the step in which the tag's last token is fed: that row is the state at the declared position. A generated
-tag also ends the request in that step; the token sampled after it is dropped by the engine.
+bool, "prompt": bool}}`. first: start of a given response; None for a generated one. A request reports in the step
+that feeds the tag's last token: that row is the state at the declared position. A generated tag also ends the
+request in that step; the engine drops the token sampled after it.
 
 prompt: a request to generate also reports in the step that feeds the prompt's last token, as a sequence without a
-response. Its blocks hold nothing else then: full ones that may be shared, and a last one of its own, in which the
-answer begins a step later. The record goes with the answer's first token. There is always such a step: of a prompt
-that lies in the prefix cache as a whole, vLLM computes the last block again.
+response. Its blocks then hold only the prompt: full blocks that may be shared, and a last one of its own, in which
+the answer begins a step later. The record is sent with the answer's first token. Such a step always exists: if the
+whole prompt is in the prefix cache, vLLM computes the last block again.
 
-Which step that is, the synchronous scheduler knows: the token was sampled a step earlier. The asynchronous one plans
-a step before it has seen the token that the step feeds. So a request reports where the tokens seen of it are the
-tag's but for the last, and the report counts if the last one came (a tag of one token makes every step report).
+The synchronous scheduler knows which step feeds the tag's last token: the token was sampled a step earlier. The
+asynchronous one plans a step before it has seen the token that the step feeds. So a request reports if its tokens so
+far are the tag's except the last, and the report counts if the last one came (a one-token tag reports in every step).
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from vllm.v1.request import Request, RequestStatus
 from candor.engine.start_failures import report_here
 
 KEY = "candor"
-PROMPT_KEY = "candor_prompt"  # of a prompt's record, beside which an answer's may stand
+PROMPT_KEY = "candor_prompt"  # key of a prompt's record; an answer's record may come with it
 
 
 @dataclass
 class StepPlan:
-    """What a step is to give, by request.
+    """What the worker must do in a step, by request.
 
-    fresh: blocks handed out since the last step; whatever was kept for them speaks of other tokens.
-    reports: (blocks that hold the sequence, its positions, where the response begins: at its end, if it is a prompt).
-    scored: (row of the request's, tokens): what follows that row and the next ones, where that is known already.
-    evidence: whether what is sampled is to be measured.
+    fresh: blocks given out since the last step; their old sums and evidence belong to other tokens.
+    reports: (blocks that hold the sequence, its positions, start of the response, or the end for a prompt).
+    scored: (row within the request, tokens): the known tokens that follow that row and the next ones.
+    evidence: whether to measure the sampled tokens' evidence.
     """
 
     reports: dict[str, tuple[list[int], int, int]] = field(default_factory=dict)
@@ -61,11 +61,11 @@ class StepPlan:
 
 
 def keep_whole_sequences(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
-    """The same layers' specs, where at least one of them keeps the blocks of a sequence to its end.
+    """Returns the layers' specs, changed so that at least one layer keeps a sequence's blocks to its end.
 
-    Where every attention layer has a sliding window (Mistral 7B v0.1, Phi-3), vLLM frees the blocks that the window
-    has passed, and their sums with them. As windowed full attention they are kept: what is computed is the same, and
-    the cache takes as much as without a window.
+    If every attention layer has a sliding window (Mistral 7B v0.1, Phi-3), vLLM frees the blocks that the window
+    has passed, and their sums are lost. As windowed full attention the blocks are kept: the computation is the same,
+    and the cache takes as much memory as without a window.
     """
     if any(isinstance(spec, FullAttentionSpec) for spec in specs.values()):
         return specs
@@ -79,13 +79,13 @@ def keep_whole_sequences(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec
 
 
 def full_attention_group(config: KVCacheConfig) -> int:
-    """The KV cache group whose blocks hold every token of a sequence.
+    """Index of the KV cache group whose blocks hold every token of a sequence.
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is none.
     """
     for index, group in enumerate(config.kv_cache_groups):
         spec = group.kv_cache_spec
-        # Layers of several sizes under one block table; the scheduler is shown the first of them alone.
+        # Layers of several sizes share one block table; the scheduler sees only the first of them.
         if isinstance(spec, UniformTypeKVCacheSpecs):
             spec = next(iter(spec.kv_cache_specs.values()))
         if isinstance(spec, FullAttentionSpec):
@@ -97,7 +97,7 @@ def full_attention_group(config: KVCacheConfig) -> int:
 
 
 class SchedulerCapture:
-    """Says in each step what is wanted, and ends a request one step after its tag."""
+    """Adds a `StepPlan` to each step, and ends a request one step after its tag."""
 
     requests: dict[str, Request]
     kv_cache_config: KVCacheConfig
@@ -113,14 +113,14 @@ class SchedulerCapture:
             )
         self._group = full_attention_group(self.kv_cache_config)
         self._block_size = self.kv_cache_config.kv_cache_groups[self._group].kv_cache_spec.block_size
-        self._reported: dict[str, tuple[list[int], int, int]] = {}  # in the step whose outputs are looked at
+        self._reported: dict[str, tuple[list[int], int, int]] = {}  # in the step whose outputs are processed
         self._fresh: list[int] = []
         self._watch_new_blocks(self.kv_cache_manager.block_pool)
 
     def _watch_new_blocks(self, pool: Any) -> None:
-        """Notes every block that is handed out anew, whoever fills it: this step, a connector or a copy.
+        """Notes every newly given block, whether this step, a connector or a copy fills it.
 
-        Blocks that the prefix cache gives are not among them: what is kept for those holds.
+        Blocks from the prefix cache are not included: their sums and evidence remain valid.
         """
         get_new_blocks = pool.get_new_blocks
 
@@ -177,7 +177,7 @@ class SchedulerCapture:
             if low < high:  # a given response, or one that is computed again after preemption
                 following = list(request.all_token_ids[low + 1 : high + 1])
                 wanted.scored[request.request_id] = (low - begin, following)
-        # After preemption the prompt is fed again, but what its first token brought has arrived.
+        # After preemption the prompt is fed again, but its report was already sent with the first token.
         is_prompt = wish["prompt"] and end == request.num_prompt_tokens and not request.num_output_tokens
         if is_prompt or _may_feed_tag(request, wish, end):
             blocks = self.kv_cache_manager.get_block_ids(request.request_id)[self._group]
@@ -199,8 +199,8 @@ def _wish(request: Request) -> Any:
 
 
 def _may_feed_tag(request: Request, wish: dict[str, Any], end: int) -> bool:
-    """Whether a step that ends before position `end` feeds the tag's last token as the sequence's last, as far as
-    its tokens are known."""
+    """Whether a step that ends before position `end` feeds the tag's last token last, as far as the tokens are
+    known."""
     if wish["first"] is not None:
         return bool(end == request.num_prompt_tokens)
     tag = wish["tag"]
@@ -208,12 +208,12 @@ def _may_feed_tag(request: Request, wish: dict[str, Any], end: int) -> bool:
     start = stop - len(tag)
     if start < 0 or stop < request.num_output_tokens:  # too few, or a sequence that is being recomputed
         return False
-    seen = list(request.output_token_ids[start:stop])  # without those that are still to come
+    seen = list(request.output_token_ids[start:stop])  # without tokens not sampled yet
     return bool(seen == tag[: len(seen)])
 
 
 def _has_tag(request: Request, end: int) -> bool:
-    """Whether what was fed before position `end` closes with the tag, or was given so."""
+    """Whether the tokens before position `end` end with the tag; always True for a given response."""
     wish = _wish(request)
     if wish["first"] is not None:
         return True

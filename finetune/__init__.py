@@ -1,1 +1,1 @@
-"""From a pretrained language model to one whose answers can be judged (arXiv 2510.26183)."""
+"""Fine-tunes a pretrained language model into an SDM language model (arXiv 2510.26183)."""

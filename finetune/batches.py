@@ -1,4 +1,4 @@
-"""Documents to tensors: which come together, and where in them the loss and h are taken."""
+"""Groups documents into batches of tensors, with the positions of the loss and of h."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from candor.finetune.examples import Example
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B documents of up to L tokens with T learnt targets in all.
+    """B documents of up to L tokens with T target tokens in all.
 
     ids, attention: (B, L). tag: (B,) position of the verification tag's last token, where h is taken.
     predicting: (T,) index into B * L of the state before a target. targets: (T,) token ids.
@@ -33,7 +33,7 @@ class Batch:
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Padded on the right, which leaves causal states as they are."""
+    """Makes a batch, padded on the right, which does not change causal states."""
     width = max(len(example.ids) for example in examples)
     ids = torch.zeros(len(examples), width, dtype=torch.long)
     attention = torch.zeros(len(examples), width, dtype=torch.long)
@@ -52,8 +52,8 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def shuffled_batches(lengths: Sequence[int], size: int, rng: random.Random) -> list[list[int]]:
-    """Document numbers in batches of `size`, in random order; documents of like length together, so that
-    little of a batch is padding. The same rng state gives the same batches."""
+    """Returns document numbers in batches of `size`, in random order. A batch has documents of similar length, so
+    that it has little padding. The same rng state gives the same batches."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], rng.random()))
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     rng.shuffle(batches)

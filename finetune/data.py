@@ -1,9 +1,9 @@
-"""Pairs to fine-tune on, one JSON object a line; every line is checked before anything is trained.
+"""Reads the pairs to fine-tune on, one JSON object per line; every line is checked before training.
 
     {"id", "messages", "reference", "verifier", "positive", "negative"}
 
 `positive` is an answer that follows the instruction, `negative` one that does not (both without the
-verification tag, which is added); `reference` and `verifier` tell whether an answer that the
+verification tag, which is added). `reference` and `verifier` decide whether an answer that the
 model itself generates is right (calibration.verifiers).
 """
 
@@ -25,7 +25,7 @@ REMEDY = f"Every line is one JSON object with {', '.join(sorted(FIELDS))}. Corre
 
 @dataclass(frozen=True)
 class Pair:
-    """messages: the conversation to answer, the last by the user. folder: the file's, where its verifier may lie."""
+    """messages: the conversation, ending with the user's message. folder: the file's, which may hold its verifier."""
 
     id: str
     messages: tuple[dict[str, str], ...]
@@ -40,12 +40,12 @@ class Pair:
 
 
 def load_pairs(path: Path) -> list[Pair]:
-    """Raises DataError that lists the offending lines, or says that the file has none."""
+    """Reads the pairs. Raises a DataError that lists the invalid lines, or says that the file is empty."""
     return parse_lines(path, partial(_parse, folder=path.parent), REMEDY)
 
 
 def require_apart(path: Path, pairs: Sequence[Pair], other_path: Path, others: Sequence[Pair]) -> None:
-    """Raises DataError where a prompt stands in both files: the checkpoint would be chosen on seen prompts."""
+    """Raises DataError if a prompt is in both files: the checkpoint would be chosen on training prompts."""
     seen = {prompt_digest(pair.messages) for pair in pairs}
     if shared := [pair.id for pair in others if prompt_digest(pair.messages) in seen]:
         raise DataError(

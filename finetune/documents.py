@@ -1,4 +1,4 @@
-"""The documents of one set of pairs, training or held out: each pair shown right or wrong, as its draws say."""
+"""The documents of one set of pairs, training or held-out; random draws decide which answer a pair shows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TAG = Representation().tag
 
 
 class Documents:
-    """name: of the set; its draws differ from another's."""
+    """name: the set's name, which seeds its draws, so that two sets draw differently."""
 
     def __init__(
         self, name: str, chat: ChatFormat, pairs: Sequence[Pair], settings: FinetuneSettings
@@ -46,7 +46,7 @@ class Documents:
         return positive(self._chat, self.prompts[number], self.pairs[number].positive, TAG)
 
     def example(self, purpose: str, epoch: int, number: int) -> tuple[Example, int]:
-        """The document to show and its r."""
+        """Returns the document to show and its r (1: right answer, 0: wrong)."""
         if self.negatives.is_positive(purpose, epoch, number):
             return self.right(number), 1
         wrong = self.negatives.pick(purpose, epoch, number)

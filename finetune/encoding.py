@@ -4,9 +4,9 @@
     verification input  the response up to and including its last <verified>
     hard negative       the verification input, then No</verified>\\n\\n
 
-Generated text may be malformed in any way: without a trailing tag it gets one, and what comes before
-is left as it is. Parsing is lenient, as the public code's is: sentences and verdicts are sought each by
-themselves and paired in order, outer blanks aside, and a verdict is Yes in whatever case, or else No.
+Generated text may be malformed in any way: a text without a trailing tag gets one, and the rest of it is
+unchanged. Parsing is lenient, as in the public code: sentences and verdicts are found separately and
+paired in order, without outer blanks; a verdict is Yes in any case of letters, otherwise No.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ class Parsed(NamedTuple):
 
 
 def verification_input(generated: str) -> str:
-    """Stripped, and cut after the tag of a trailing verdict; without one, the tag on a new line is added."""
+    """Strips the text and cuts it after the tag of a trailing verdict; without one, adds the tag on a new line."""
     text = generated.strip()
     verdict = _VERDICT.search(text)
     return text[: verdict.start()] + TAG if verdict else f"{text}\n{TAG}"
 
 
 def hard_negative(generated: str) -> str:
-    """The response as a negative example: the same text, verified No."""
+    """Returns the response as a negative example: the same text with the verdict No."""
     return verification_input(generated) + "No</verified>\n\n"
 
 
 def parse(generated: str) -> Parsed:
-    """The sentences that have a verdict, up to the first one verified Yes."""
+    """Returns the sentences that have a verdict, up to the first one verified Yes."""
     parsed = Parsed([], [])
     for sentence, verdict in zip(_SENTENCES.findall(generated), _VERDICTS.findall(generated), strict=False):
         parsed.sentences.append(sentence.strip())

@@ -1,11 +1,11 @@
-"""Contrastive-masking encoding (arXiv 2510.26183): documents with the positions that are learnt.
+"""Contrastive-masking encoding (arXiv 2510.26183): documents and their target positions.
 
-A positive document is a right answer, a negative one a wrong answer, each closed by its verification tag:
+A positive document is a right answer, a negative one a wrong answer, each followed by its verification tag:
 
     positive   prompt | <sentence>...</sentence>\\n<verified>Yes</verified> end     learnt: all after the prompt
     negative   prompt | <sentence>...</sentence>\\n<verified>No</verified> end      learnt: from <verified> on
 
-so the model learns to write right answers and to tell both kinds apart, but never to write wrong ones.
+So the model learns to write right answers and to tell both kinds apart, but never to write wrong ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def negative(chat: ChatFormat, prompt_ids: Sequence[int], response: str, tag: st
 
 
 def _document(chat: ChatFormat, prompt_ids: Sequence[int], response: str, tag: str, verdict: str) -> Example:
-    """Prompt, response, tag, verdict, end; the pieces are tokenised as they are when served."""
+    """Joins prompt, response, tag, verdict and end; the pieces are tokenised as in serving."""
     before = [*prompt_ids, *chat.encode_response(response)]
     opening, tag_ids = chat.closing(tag)
     closing = [*chat.encode_continuation(verdict + tag.replace("<", "</", 1)), chat.end_id]

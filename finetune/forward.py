@@ -1,10 +1,10 @@
-"""One forward pass of a batch: logits where something is learnt, and h of every document.
+"""One forward pass of a batch: logits at the positions that predict targets, and h of every document.
 
     h = [ mean of the final normed states over positions 0..t ; that state at t ],   t the tag's last token
 
 (arXiv 2510.26183, section 3; `engine.base`). Attention is causal, so the states up to t are those of the
-document cut after its tag: one pass gives the loss and h. Logits are computed at the learnt positions alone:
-at small models the LM head is a good part of a step, and most positions are prompt.
+document cut after its tag: one pass gives the loss and h. Logits are computed only at the learnt positions:
+for small models the LM head is a large part of a step, and most positions are prompt.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from candor.finetune.batches import Batch
 
 
 class LearntPositions(nn.Module):
-    """A causal language model as the trainer sees it; a module, so that accelerate can wrap it."""
+    """Wraps a causal language model for the trainer; it is a module, so that accelerate can wrap it."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Answers of the model in training, batched: for hard negatives and for sampled uncertainty.
+"""Generates answers of the model in training, in batches: for hard negatives and for sampled uncertainty.
 
-transformers' own generation, prompts padded on the left. What a model writes is cut where the server would cut
-it: at its verification tag, white space aside.
+It uses transformers' own generation, with prompts padded on the left. An answer is cut as in the server: at its
+verification tag, without outer white space.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def generate(
     *,
     samples: int = 0,
 ) -> list[list[str]]:
-    """Per prompt one greedy answer, or `samples` drawn at temperature 1 (seed torch beforehand)."""
+    """Returns one greedy answer per prompt, or `samples` answers at temperature 1 (seed torch before)."""
     copies = max(1, samples)
     answers: list[list[str]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     size = max(1, BATCH // copies)
     training = model.training
     model.eval()
-    # Layers compiled for training would be compiled again for every length of the cache.
+    # Layers compiled for training would be recompiled for every length of the cache.
     with torch.compiler.set_stance("force_eager"), _for_generation(model):
         for start in range(0, len(order), size):
             numbers = order[start : start + size]
@@ -66,14 +66,14 @@ def generate(
 
 @contextmanager
 def _for_generation(model: Any) -> Iterator[None]:
-    """Adapters added into the weights meanwhile, which makes a token several times cheaper; the weights come
-    back to the bit."""
+    """Adds the adapters into the weights for the block, which makes a token several times cheaper; then restores
+    the weights bit for bit."""
     layers = [module for module in model.modules() if hasattr(module, "get_delta_weight")]
     originals = [layer.base_layer.weight.data for layer in layers]
     attention = model.config._attn_implementation
     for layer, weight in zip(layers, originals, strict=True):
         layer.base_layer.weight.data = (weight + layer.get_delta_weight("default")).to(weight.dtype)
-    model.set_attn_implementation("sdpa")  # what training may not use on CPUs (finetune.model) is faster here
+    model.set_attn_implementation("sdpa")  # faster here, though not in training on CPUs (finetune.model)
     # F.linear of a slice that isn't contiguous copies the head's weights once for every row of the batch.
     head = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
     try:

@@ -6,13 +6,13 @@ At the position that predicts target y_t from logits z_t, in base beta > 1 and w
 
 `sdm_next_token_loss`: beta = 2 + SDM(z')_r, a constant of the document, in [2, 3], where r = 1 for a right
 answer and 0 for a wrong one; d = 1. The gradient in z_t is (softmax(z_t ln beta) - onehot) / T, so a
-document of which the layer is unsure (small beta) keeps a larger residual.
+document on which the layer is uncertain (small beta) keeps a larger residual.
 `verification_loss`: beta = 2 + q and the layer's d at the one position that predicts Yes or No in the
 verification tag; beta = e, d = 1 elsewhere (a newer option of the public code, without published results).
 At beta = e, d = 1 the loss is cross-entropy.
 
-The mean is over the targets of the batch it is given. The papers divide by those of the whole step; a
-trainer that splits a step should weigh its parts by their targets.
+The mean is over the targets of the given batch. The papers divide by the targets of the whole step; a
+trainer that splits a step should weight its parts by their targets.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def next_token_loss(
 
     logits: (B, L, V); those at t predict labels (B, L) at t + 1; `MASKED` labels don't count.
     log_base: ln(beta) > 0; d: in [0, 1]; either broadcasts to (B, L - 1), per predicting position,
-    and is a constant. Left out, 1: cross-entropy.
+    and is a constant. Both default to 1: cross-entropy.
     """
     targets = labels[:, 1:]
     ones = torch.ones(targets.shape, dtype=logits.dtype, device=logits.device)
@@ -50,13 +50,13 @@ def token_losses(logits: Tensor, targets: Tensor, log_base: Tensor, d: Tensor | 
 
 
 def sdm_next_token_loss(logits: Tensor, labels: Tensor, sdm_at_reward: Tensor) -> Tensor:
-    """sdm_at_reward: SDM(z')_r of each document, (B,), in [0, 1]. Else as `next_token_loss`."""
+    """sdm_at_reward: SDM(z')_r of each document, (B,), in [0, 1]. The rest is as in `next_token_loss`."""
     return next_token_loss(logits, labels, torch.log(2 + sdm_at_reward).unsqueeze(1))
 
 
 def verification_loss(logits: Tensor, labels: Tensor, q: Tensor, d: Tensor, position: Tensor) -> Tensor:
     """q, d of each document: (B,); position: (B,) index in labels of the Yes/No token, or `MASKED` for
-    none. Else as `next_token_loss`."""
+    none. The rest is as in `next_token_loss`."""
     predicting = (
         torch.arange(labels.shape[1] - 1, device=labels.device) == position.unsqueeze(1) - 1
     )  # (B, L - 1)

@@ -1,4 +1,4 @@
-"""An adapter merged into its model, so that the result is served as any other model is."""
+"""Merges an adapter into its model, so that the result is served like any other model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 def merge(base: Path, adapter: Path, out: Path) -> None:
     """Writes `base` with W + (lora_alpha / r) B A in place of every adapted W.
 
-    In float64, so that the bfloat16 result is the same on every machine, whatever the order of its sums: the
-    bundle knows the model by its digest.
+    It computes in float64, so that the bfloat16 result is the same on every machine, in any order of summation:
+    the bundle identifies the model by its digest.
     """
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     scale = settings["lora_alpha"] / settings["r"]
@@ -34,12 +34,12 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
 def write_model(out: Path, tensors: dict[str, torch.Tensor], config: dict[str, object]) -> None:
     weights = out / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
-    weights.chmod(0o644)  # another user serves them
+    weights.chmod(0o644)  # another user may serve them
     (out / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def replace_directory(out: Path, write: Callable[[Path], None]) -> None:
-    """`out` is there whole or not at all, whenever this is stopped."""
+    """Replaces `out` with what `write` writes; `out` is complete or absent if this is interrupted."""
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     write(unfinished)

@@ -1,4 +1,4 @@
-"""The language model as it is trained: LoRA adapters or every parameter, compiled where that pays."""
+"""Loads the language model for training: LoRA adapters or all parameters, with optional compilation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def load_model(directory: Path, settings: FinetuneSettings) -> Any:
-    """A transformers model, wrapped by peft where `lora_rank` is above 0.
+    """Loads a transformers model, wrapped by peft if `lora_rank` is above 0.
 
     Frozen weights are bfloat16 (float32 without `bf16`); trained ones are always float32.
     """
@@ -25,7 +25,7 @@ def load_model(directory: Path, settings: FinetuneSettings) -> Any:
         dtype=frozen if settings.lora_rank else torch.float32,
         local_files_only=True,
         trust_remote_code=False,
-        # On CPUs the fused attention's backward pass alone took a third of a step at these lengths.
+        # On CPUs, the fused attention's backward pass alone took a third of a step at these lengths.
         attn_implementation="sdpa" if torch.cuda.is_available() else "eager",
     )
     base.generation_config.update(temperature=None, top_p=None, top_k=None)
@@ -34,13 +34,13 @@ def load_model(directory: Path, settings: FinetuneSettings) -> Any:
     if settings.compile:
         _compile_layers(base, bool(settings.lora_rank))
     model = _with_adapters(base, settings) if settings.lora_rank else base
-    return model.train()  # all of it: a compiled layer that changes its mode is compiled again
+    return model.train()  # all modules: a compiled layer that changes its mode is recompiled
 
 
 def _with_adapters(base: Any, settings: FinetuneSettings) -> Any:
     import peft
 
-    # Drawn from the seed, so that every process and every resumed run begins with the same adapters.
+    # The seed makes every process and every resumed run begin with the same adapters.
     torch.manual_seed(settings.seed)
     return peft.get_peft_model(
         base,
@@ -54,9 +54,9 @@ def _with_adapters(base: Any, settings: FinetuneSettings) -> Any:
 
 
 def _compile_layers(base: Any, lora: bool) -> None:
-    """Layer by layer: all share one compilation, which takes seconds instead of minutes."""
+    """Compiles layer by layer: all layers share one compilation, which takes seconds instead of minutes."""
     torch._dynamo.config.specialize_float = True  # the adapters' scale is a constant
     for layer in base.get_decoder().layers:
         layer.compile(dynamic=True)
-    if lora:  # else the first layer, whose input needs no gradient, differs from the others
+    if lora:  # otherwise the first layer's input needs no gradient, unlike the others'
         base.enable_input_require_grads()

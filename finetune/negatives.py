@@ -1,10 +1,10 @@
-"""Wrong answers to learn from: the static one of each pair, and those the model itself generates.
+"""Chooses the wrong answers to learn from: the static one of each pair, and those the model itself generates.
 
-A negative document is, in its epoch, either the pair's static negative or a generated one. Generated ones
-come from the model as it is, greedily, and count only where the verifier calls them wrong (arXiv 2510.26183,
-section 4: online hard negatives). Those of the last epoch stay on offer for one more.
+In each epoch, a negative document is either the pair's static negative or a generated one. Generated ones come
+from the current model, greedily, and are used only if the verifier calls them wrong (arXiv 2510.26183,
+section 4: online hard negatives). They remain available for one more epoch.
 
-Every draw is a function of (seed, epoch, document) alone, so a run that was stopped draws the same again.
+Every draw depends only on (seed, epoch, document), so a run that was stopped repeats its draws.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from candor.finetune.settings import FinetuneSettings
 
 
 def draw(*what: object) -> random.Random:
-    """Randomness of its own for each purpose."""
+    """Returns a separate random generator for each purpose, seeded by `what`."""
     return random.Random(":".join(map(str, what)))
 
 
 @dataclass
 class Negatives:
-    """Of `pairs`, by number. current, last: generated wrong answers of this epoch and the one before.
+    """Negatives of `pairs`, by number. current, last: generated wrong answers of this epoch and the one before.
 
-    side: names the draws, so that two sets of pairs draw apart.
+    side: seeds the draws, so that two sets of pairs draw differently.
     """
 
     pairs: Sequence[Pair]
@@ -44,7 +44,7 @@ class Negatives:
         return draw(settings.seed, self.side, purpose, epoch, document).random() < settings.gamma_plus
 
     def to_generate(self, purpose: str, epoch: int, documents: Sequence[int]) -> list[int]:
-        """Those whose negatives are generated anew in this epoch (from 0)."""
+        """The documents whose negatives are generated anew in this epoch (from 0)."""
         if not self.settings.hard_negatives or epoch < self.settings.generate_from:
             return []
         return [
@@ -56,7 +56,7 @@ class Negatives:
         ]
 
     def offer(self, documents: Sequence[int], responses: Sequence[str]) -> int:
-        """Keeps generated responses that are wrong; returns how many."""
+        """Keeps the generated responses that are wrong; returns their number."""
         wrong = {
             document: response
             for document, response in zip(documents, responses, strict=True)
@@ -66,7 +66,7 @@ class Negatives:
         return len(wrong)
 
     def pick(self, purpose: str, epoch: int, document: int) -> str:
-        """The wrong answer to show."""
+        """Returns the wrong answer to show."""
         generated = [found[document] for found in (self.last, self.current) if document in found]
         rng = draw(self.settings.seed, self.side, purpose, "pick", epoch, document)
         if generated and rng.random() < self.settings.gamma_diversity:

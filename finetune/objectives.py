@@ -1,11 +1,11 @@
-"""What is minimised at a learnt position with logits z (V,) and target y, p = softmax(z).
+"""The losses at a learnt position with logits z (V,) and target y, p = softmax(z).
 
     ce     -log p(y)
     sdm    -log_beta softmax(z ln beta)(y),     beta = 2 + SDM(z')_r of the document     (finetune.loss)
     ual    -sum_v [(1 - e) 1(v = y) + e / V] log p(v),     e of the document             (2406.04854)
     first  KL(P_T || p restricted to the teacher's five),  P_T the teacher's, recalibrated   (2408.12168)
 
-Each is a sum over positions of its own; the trainer divides by the targets of the whole step.
+Each function returns one loss per position; the trainer divides their sum by the targets of the whole step.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Passes over many documents, spread over the processes of a run: their h, their answers.
+"""Computes h or answers of many documents, spread over the processes of a run.
 
 Every process makes the same number of forward passes, since wrapped models (FSDP) wait for each other in
-each; a process without a document left repeats one and throws the result away.
+each pass; a process without a document left repeats one and discards the result.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from candor.finetune.examples import Example
 
 
 def spread(numbers: Sequence[int], size: int, rank: int, processes: int) -> Iterator[tuple[list[int], bool]]:
-    """This process's share of `numbers`, up to `size` at a time, and whether it counts."""
+    """Yields this process's share of `numbers`, up to `size` at a time, and whether it counts."""
     for start in range(0, len(numbers), size * processes):
         share = list(numbers[start : start + size * processes][rank::processes])
         yield (share, True) if share else ([numbers[0]], False)
@@ -25,7 +25,7 @@ def spread(numbers: Sequence[int], size: int, rank: int, processes: int) -> Iter
 
 @torch.no_grad()
 def states(accelerator: Any, scorer: Any, examples: Sequence[Example], size: int) -> Tensor:
-    """h of every document under the model as it is: (n, 2H) float32 on the CPU, in order."""
+    """Returns h of every document under the current model: (n, 2H) float32 on the CPU, in order."""
     from accelerate.utils import gather_object
 
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
@@ -44,7 +44,7 @@ def answers(
     prompts: Sequence[Sequence[int]],
     answer: Callable[[list[Sequence[int]]], list[list[str]]],
 ) -> list[list[str]]:
-    """`answer` of every prompt (`finetune.generation.generate`), each by one process, in order."""
+    """Returns `answer` (`finetune.generation.generate`) for every prompt, in order; one process computes each."""
     from accelerate.utils import gather_object
 
     if not prompts:

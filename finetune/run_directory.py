@@ -1,9 +1,9 @@
-"""What a run keeps on disk, so that it may be stopped at any moment.
+"""The files of a run on disk, so that it can be stopped at any time.
 
-settings.json             what it was told; it goes on only as it began
-metrics.csv, tensorboard/ what was measured on the way
+settings.json             the run's settings; it resumes only with the same ones
+metrics.csv, tensorboard/ measurements during the run
 best/                     the best model so far
-checkpoint/               model, optimiser and `Progress`, whole at any moment; gone when the run is done
+checkpoint/               model, optimiser and `Progress`, always complete; removed when the run is done
 model/, adapter/          the best model, merged, ready to be served, and its adapter (with LoRA)
 """
 
@@ -29,10 +29,10 @@ from candor.finetune.supervision import Supervision
 
 @dataclass
 class Progress:
-    """What a run knows beside its model and optimiser.
+    """The state of a run besides its model and optimiser.
 
-    step: done. supervision: the epoch's layer. best: lowest held-out loss. history: rows of metrics.csv.
-    smoothing: (n,) of the documents, with loss "ual". c: the teacher's recalibration, with "first".
+    step: steps done. supervision: the epoch's layer. best: lowest held-out loss. history: rows of metrics.csv.
+    smoothing: (n,), per document, with loss "ual". c: the teacher's recalibration, with "first".
     """
 
     smoothing: Tensor
@@ -53,13 +53,13 @@ class Progress:
 
 
 class RunDirectory:
-    """One process of several writes; all wait for it."""
+    """Reads and writes the files. Only the main process writes; the others wait for it."""
 
     def __init__(self, path: Path, accelerator: Any) -> None:
         self.path, self._accelerator = path, accelerator
 
     def open(self, settings: FinetuneSettings, resume: bool) -> None:
-        """Raises FinetuneError where it holds another run, or none to resume."""
+        """Raises FinetuneError if the directory holds another run, or none to resume."""
         told = self.path / "settings.json"
         text = json.dumps(settings.to_json(), indent=2) + "\n"
         if resume:
@@ -74,7 +74,7 @@ class RunDirectory:
         told.write_text(text, encoding="utf-8")
 
     def log(self, history: Sequence[dict[str, float]], values: dict[str, float], step: int) -> None:
-        """history: all rows so far, of which `values` are the last's."""
+        """Writes metrics. history: all rows so far; `values` are in its last row."""
         if not self._accelerator.is_main_process:
             return
         names = list(dict.fromkeys(name for row in history for name in row))
@@ -89,7 +89,7 @@ class RunDirectory:
                 board.add_scalar(name, value, step)
 
     def keep_best(self, scorer: Any) -> None:
-        """scorer: the wrapped `LearntPositions`."""
+        """Saves the model as the best so far. scorer: the wrapped `LearntPositions`."""
         state = self._accelerator.get_state_dict(scorer)
         own = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         model = self._accelerator.unwrap_model(scorer).model
@@ -100,7 +100,7 @@ class RunDirectory:
         self._accelerator.wait_for_everyone()
 
     def save(self, progress: Progress, negatives: Sequence[Negatives]) -> None:
-        """A checkpoint takes the place of the last one at once, so that one is always whole."""
+        """Writes a checkpoint and then replaces the last one, so that an unfinished one is never used."""
         unfinished, checkpoint = self.path / "checkpoint.unfinished", self.path / "checkpoint"
         self._accelerator.save_state(str(unfinished))
         if self._accelerator.is_main_process:
@@ -111,7 +111,7 @@ class RunDirectory:
         self._accelerator.wait_for_everyone()
 
     def load(self, progress: Progress, negatives: Sequence[Negatives]) -> None:
-        """Of a run that was stopped before its first checkpoint nothing: it begins anew."""
+        """Loads the checkpoint. A run stopped before its first one begins anew."""
         checkpoint = self.path / "checkpoint"
         if not checkpoint.exists():
             return
@@ -122,7 +122,7 @@ class RunDirectory:
         progress.restore(state)
 
     def finish(self, base: Path, lora: bool) -> Path:
-        """The best model as `model/`; its adapter, with LoRA, as `adapter/`."""
+        """Writes the best model as `model/` and, with LoRA, its adapter as `adapter/`."""
         final, best = self.path / "model", self.path / "best"
         if self._accelerator.is_main_process:
             if lora:
@@ -138,6 +138,6 @@ class RunDirectory:
 
 
 def _whole(base: Path, best: Path, out: Path) -> None:
-    """Every parameter was trained: the best weights with the base's tokenizer."""
+    """Writes the best weights with the base's tokenizer, if every parameter was trained."""
     shutil.copytree(base, out, ignore=shutil.ignore_patterns("*.safetensors*"))
     shutil.copytree(best, out, dirs_exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a fine-tuning run is told; one object, stored with its checkpoints, since a run goes on only as it began."""
+"""Settings of a fine-tuning run. They are stored with its checkpoints: a run resumes only with the same settings."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ COUNTS = (
 class FinetuneSettings:
     """The defaults are for LoRA on a small model; docs/finetuning.md has the papers'.
 
-    batch_size: documents a step, over all processes. micro_batch: documents a forward pass and process.
-    learning_rate: peak; linear warm-up over `warmup` of the steps, then linear decay to 0.
+    batch_size: documents per step, over all processes. micro_batch: documents per forward pass and process.
+    learning_rate: peak; linear warm-up over the share `warmup` of the steps, then linear decay to 0.
     lora_rank: 0 trains every parameter. lora_alpha is twice the rank.
-    gamma_plus: how often a document is shown as a positive. hard_negatives: whether wrong answers that the model
-    generates are shown beside the static ones, from epoch `generate_from` (from 0) on; gamma_gen: how often a
-    negative is generated anew; gamma_diversity: how often a generated one, where there is one, takes the static
-    one's place. layer: of the SDM layers trained on the way. evaluations: an epoch; each trains a layer of its own.
-    generate_ahead: steps whose hard negatives are generated together. checkpoint_every: steps.
+    gamma_plus: probability that a document is shown as a positive. hard_negatives: whether wrong answers that the
+    model generates are shown besides the static ones, from epoch `generate_from` (from 0) on. gamma_gen: probability
+    that a negative is generated anew. gamma_diversity: probability that a generated one, if any, replaces the static
+    one. layer: settings of the SDM layers. evaluations: number per epoch; each trains its own layer.
+    generate_ahead: steps whose hard negatives are generated together. checkpoint_every: steps per checkpoint.
     Raises ValueError for values outside their range.
     """
 

@@ -1,12 +1,12 @@
-"""The SDM layer that supervises an epoch, and what it says of a document (arXiv 2510.26183, section 4).
+"""The SDM layer that supervises an epoch, and its output for a document (arXiv 2510.26183, section 4).
 
-At its start an epoch trains a layer on the documents' states under the model as it is: random halves, each
-document shown right or wrong. Held fixed, it gives every document of the epoch the base of its loss,
+At the start of an epoch, a layer is trained on the documents' states under the current model: random halves, each
+document shown right or wrong. The layer is then fixed and gives every document of the epoch the base of its loss,
 
     beta = 2 + SDM(z')_r,      r = 1 for a right answer, 0 for a wrong one.
 
-Its own documents are compared without themselves, left out by index, and ranked among distances of
-training documents; the others as any new point is.
+A document of its support is compared without itself, excluded by index, and ranked among the distances of training
+documents; the others are treated as new points.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ NUM_CLASSES = 2
 
 @dataclass(frozen=True, eq=False)
 class Supervision:
-    """own_ecdf: distances among the support's own documents. row: (n,) support row of each document, -1 where
-    it is not in the support."""
+    """own_ecdf: distances among the support's own documents. row: (n,) support row of each document, -1 if it is
+    not in the support."""
 
     estimator: SDMEstimator
     own_ecdf: ClasswiseECDF
@@ -39,7 +39,7 @@ class Supervision:
 
     @classmethod
     def train(cls, h: Tensor, y: Tensor, settings: LayerSettings, seed: int) -> Supervision:
-        """h: (n, 2H) of all documents, y: (n,) shown right or wrong. Raises ValueError as `train_layer` does."""
+        """Trains it. h: (n, 2H) of all documents. y: (n,), 1 if shown right. Raises ValueError as `train_layer`."""
         generator = torch.Generator().manual_seed(seed)
         train, calibration = split_halves(y, generator)
         layer = train_layer(
@@ -66,7 +66,7 @@ class Supervision:
         return FrozenAdaptor(self.estimator.adaptor)
 
     def sdm_at(self, h: Tensor, documents: Tensor, r: Tensor) -> Tensor:
-        """SDM(z')_r: h (b, 2H) now, documents (b,) their numbers, r (b,) in {0, 1} -> (b,) in [0, 1]."""
+        """SDM(z')_r: current h (b, 2H), document numbers (b,), r (b,) in {0, 1} -> (b,) in [0, 1]."""
         h_prime, z_prime, y_hat, finite = self._projection(h)
         support, conventions = self.estimator.support, self.estimator.conventions
         row = self.row[documents]
@@ -89,7 +89,7 @@ class Supervision:
         return sdm(z_prime, q, d).gather(1, r.unsqueeze(1)).squeeze(1)
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint; `from_state` restores it to the bit."""
+        """Returns the state for a checkpoint; `from_state` restores it bit for bit."""
         return self.estimator.state() | {"supervision.row": self.row}
 
     @classmethod

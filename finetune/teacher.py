@@ -1,9 +1,9 @@
-"""A fine-tuned teacher's five likeliest tokens, recalibrated (FIRST, arXiv 2408.12168).
+"""Recalibrates a fine-tuned teacher's five likeliest tokens (FIRST, arXiv 2408.12168).
 
     P_T(i) = exp(P(i) / c) / sum_{j <= 5} exp(P(j) / c)
 
-over the teacher's five likeliest tokens, c by the lowest expected calibration error (ten bins) of the
-likeliest token on held-out documents: a grid of 0.1 on (0, 1], then of 0.02 around its best.
+over the teacher's five likeliest tokens. c minimises the expected calibration error (ten bins) of the
+likeliest token on held-out documents, over a grid of 0.1 on (0, 1], then of 0.02 around its best value.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BINS = 10
 
 @dataclass(frozen=True, eq=False)
 class TopTokens:
-    """ids (T, 5), probabilities (T, 5) descending, of a teacher that was not recalibrated."""
+    """ids (T, 5) and probabilities (T, 5), descending, of a teacher before recalibration."""
 
     ids: Tensor
     probabilities: Tensor
@@ -36,7 +36,7 @@ class TopTokens:
 
 
 def choose_c(seen: Iterable[tuple[TopTokens, Tensor]]) -> float:
-    """seen: top tokens and the right ones (T,) of held-out documents."""
+    """Returns c in (0, 1]. seen: top tokens and right tokens (T,) of held-out documents."""
     found = list(seen)
     tokens = TopTokens(
         torch.cat([top.ids for top, _ in found]), torch.cat([top.probabilities for top, _ in found])

@@ -1,15 +1,15 @@
 """Fine-tuning a language model into an SDM language model (arXiv 2510.26183, section 4).
 
-    epoch      states of all training documents -> an SDM layer, held fixed           finetune.supervision
-    step       documents right or wrong by a coin, wrong ones static or generated     finetune.negatives
+    epoch      states of all training documents -> an SDM layer, then fixed           finetune.supervision
+    step       documents drawn as right or wrong, wrong ones static or generated      finetune.negatives
                one forward pass: logits at learnt positions and h                     finetune.forward
                h -> SDM(z')_r -> the base of each document's loss                     finetune.objectives
-    half epoch loss on held-out documents with an SDM layer of their own; the lowest is kept, once hard
-               negatives are in play among the evaluations that have them
+    half epoch loss on held-out documents with their own SDM layer; the model with the lowest loss is kept.
+               Once hard negatives are used, only evaluations with hard negatives are compared.
 
-accelerate runs it on one CPU, one GPU or several (docs/finetuning.md). Every draw is a function of seed, epoch
-and document, the learning rate of the step, so that a run that was stopped and goes on
-(`resume`) ends as one that was not.
+accelerate runs it on one CPU, one GPU or several (docs/finetuning.md). Every draw depends only on seed, epoch
+and document, and the learning rate only on the step. So a run that was stopped and resumed (`resume`) ends like
+one that was not.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Trainer:
         return self.accelerator.unwrap_model(self.scorer).model
 
     def run(self, resume: bool = False) -> Path:
-        """Raises FinetuneError where `out` holds another run, or none to resume."""
+        """Trains. Raises FinetuneError if `out` holds another run, or none to resume."""
         progress = self.progress
         self.directory.open(self.settings, resume)
         if resume:
@@ -122,7 +122,7 @@ class Trainer:
         return self.directory.finish(self.base, bool(self.settings.lora_rank))
 
     def _prepare(self) -> None:
-        """What "ual" and "first" need to know before the first step."""
+        """Computes what "ual" and "first" need before the first step."""
         if self.settings.loss == "ual":
             torch.manual_seed(self.settings.seed)
             sampled = self._answers(self.train.prompts, self.settings.samples)
@@ -163,7 +163,7 @@ class Trainer:
         )
 
     def _step(self, epoch: int, numbers: Sequence[int]) -> float:
-        """One update from the documents `numbers`; the mean loss over all their targets."""
+        """Makes one update from the documents `numbers`; returns the mean loss over all their targets."""
         accelerator = self.accelerator
         shown = {number: self.train.example("step", epoch, number) for number in numbers}
         targets = sum(len(example.ids) - example.learnt for example, _ in shown.values())
@@ -196,7 +196,7 @@ class Trainer:
     def _losses(
         self, batch: Batch, side: Documents, numbers: Tensor, r: Tensor, supervision: Supervision | None
     ) -> Tensor:
-        """(T,) of the batch's targets. numbers, r: (B,) which documents, and whether right."""
+        """Losses (T,) of the batch's targets. numbers, r: (B,), document numbers and whether right."""
         batch = batch.to(self.accelerator.device)
         logits, h = self.scorer(batch)
         match self.settings.loss:
@@ -213,17 +213,17 @@ class Trainer:
         return objectives.cross_entropy(logits, batch.targets)
 
     def _harden_held_out(self) -> None:
-        """Wrong answers of the model as it is join the held-out documents, once: losses are compared among
-        the evaluations that follow, which differ by the model alone."""
+        """Adds wrong answers of the current model to the held-out documents, once. Only the evaluations after this
+        are compared; they differ only by the model."""
         negatives = self.held_out.negatives
         wrong = [n for n in range(len(negatives.pairs)) if not negatives.is_positive("evaluation", 0, n)]
         self._harden(self.held_out, wrong)
         self.progress.best = None
 
     def _evaluate(self) -> None:
-        """Held-out loss, and what an SDM layer of the held-out documents' own would admit, if both kinds are shown.
+        """Computes the held-out loss and, if both kinds are shown, the share that the held-out SDM layer admits.
 
-        The draws are those of epoch 0 every time, so that losses differ by the model alone.
+        The draws are always those of epoch 0, so that losses differ only by the model.
         """
         side, settings = self.held_out, self.settings
         examples, r = side.examples("evaluation", 0)

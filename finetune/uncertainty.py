@@ -1,10 +1,10 @@
-"""Label smoothing by how unsure the model is of a prompt (uncertainty-aware learning, arXiv 2406.04854).
+"""Label smoothing by the model's uncertainty on a prompt (uncertainty-aware learning, arXiv 2406.04854).
 
     u = share of k sampled answers that the verifier calls wrong,
     e = 0.1 u / mean(u), clipped to [0, 0.3].
 
 The paper's constants are not public: 0.1 and 0.3 are ours. Label smoothing can hurt selective
-classification (2403.14715), so its effect is measured, not taken for granted.
+classification (2403.14715), so its effect is measured, not assumed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,6 @@ def failure_rates(pairs: Sequence[Pair], samples: Sequence[Sequence[str]]) -> Te
 
 
 def smoothing(u: Tensor) -> Tensor:
-    """e: (n,) in [0, 0.3]; 0 everywhere where no sampled answer was wrong."""
+    """e: (n,) in [0, 0.3]; 0 for all pairs if no sampled answer was wrong."""
     mean = u.mean()
     return (SLOPE * u / mean).clamp(0, MOST) if mean > 0 else torch.zeros_like(u)

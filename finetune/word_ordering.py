@@ -1,19 +1,19 @@
-"""The word-ordering task of arXiv 2510.26183 made from any sentences.
+"""Makes the word-ordering task of arXiv 2510.26183 from any sentences.
 
-The last words of a sentence are taken off and shuffled; the model writes the whole sentence and then its own
-verification tag. There is one right answer, so a verifier needs no judge.
+The last words of a sentence are removed and shuffled; the model writes the whole sentence and then its own
+verification tag. There is one right answer, so the verifier needs no judge.
 
     train.jsonl             pairs: a right answer and a static wrong one (finetune.data)
-    development.jsonl       the same of other sentences: chooses the checkpoint
+    development.jsonl       the same of other sentences, to choose the checkpoint
     calibration-pairs.jsonl the same again, and
     calibration.jsonl       their prompts, to be answered by the model (calibration.data)
     test.jsonl              held out
     shifted.jsonl           sentences longer than any of the others
-    NAME.jsonl              a test set of its own, of every further file of sentences
+    NAME.jsonl              a separate test set for every further file of sentences
 
 A static negative is the right answer with its last words in another order; one in ten also lacks the opening,
-the closing or both sentence tags. No sentence, and no near-duplicate, stands on two sides: of
-sentences that share half of their word triples (Jaccard), one is kept.
+the closing or both sentence tags. No sentence or near-duplicate is in two sets: of sentences that share half of
+their word triples (Jaccard), one is kept.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 from candor.finetune.errors import SentencesError
 
 SYSTEM_PROMPT = "Finish the sentence with these words in order."
-"""What the task is; the prompt itself holds nothing but the words, since every token costs."""
+"""Describes the task; the prompt itself has only the words, since every token costs."""
 
 SHARE_BROKEN = 0.1
 NEAR = 0.5
@@ -40,7 +40,7 @@ _PLAIN = re.compile(r"[A-Z][A-Za-z0-9 ,;:'()%-]*[.?!]")
 
 @dataclass(frozen=True)
 class Sizes:
-    """words: taken off, (least, most). length, shifted_length: words of a sentence. The rest: sentences."""
+    """words: (min, max) words removed. length, shifted_length: (min, max) words per sentence. Others: sentences."""
 
     words: tuple[int, int] = (3, 3)
     length: tuple[int, int] = (5, 60)
@@ -53,10 +53,10 @@ class Sizes:
 
 
 def read_sentences(source: str) -> list[str]:
-    """One sentence a line of a text file; of a WikiSplit table (.tsv), its simple sentences; or `hf:NAME`, the
-    column "text" (or "sentence") of the training part of a data set.
+    """Reads a text file (one sentence per line), the simple sentences of a WikiSplit table (.tsv), or `hf:NAME`,
+    the column "text" (or "sentence") of a data set's training part.
 
-    Raises SentencesError.
+    Raises SentencesError if they cannot be read.
     """
     if source.startswith("hf:"):
         return _from_hub(source.removeprefix("hf:"))
@@ -71,7 +71,7 @@ def read_sentences(source: str) -> list[str]:
 
 
 def detokenise(text: str) -> str:
-    """Punctuation set apart from words is put back: "Now , see ( it ) ." -> "Now, see (it)."."""
+    """Removes spaces between words and punctuation: "Now , see ( it ) ." -> "Now, see (it)."."""
     return _SPACED.sub("", " ".join(text.split())).replace(" - ", "-")
 
 
@@ -93,7 +93,7 @@ def _from_hub(name: str) -> list[str]:
 
 
 def distinct(sentences: Iterable[str]) -> list[str]:
-    """Without near-duplicates: of those that share half of their word triples the first is kept."""
+    """Removes near-duplicates: of sentences that share half of their word triples, the first is kept."""
     kept: list[str] = []
     sizes: list[int] = []
     by_triple: dict[tuple[str, ...], list[int]] = defaultdict(list)
@@ -111,12 +111,12 @@ def distinct(sentences: Iterable[str]) -> list[str]:
 
 
 def completion(sentence: str) -> str:
-    """What the model is to write, before the verification tag."""
+    """The answer that gives `sentence`, without the verification tag."""
     return f"<sentence>{sentence}</sentence>"
 
 
 def pair(name: str, sentence: str, count: int, rng: random.Random) -> dict[str, Any] | None:
-    """A prompt with its right and a wrong answer; None where two of the words to order are the same."""
+    """Makes a prompt with a right and a wrong answer; None if two of the words to order are the same."""
     words = sentence.split()
     start, last = words[:-count], words[-count:]
     if len(start) < 2 or len({word.lower() for word in last}) < count:
@@ -145,7 +145,7 @@ def _maybe_broken(response: str, rng: random.Random) -> str:
 
 
 def pairs(name: str, sentences: Iterable[str], words: tuple[int, int], seed: int) -> Iterator[dict[str, Any]]:
-    """One of each sentence that allows it, with a number of words drawn evenly from `words`."""
+    """Yields one pair per suitable sentence, with a number of words drawn uniformly from `words`."""
     rng = random.Random(f"{seed}:{name}")
     for index, sentence in enumerate(sentences):
         if made := pair(f"{name}-{index:05d}", sentence, rng.randint(*words), rng):
@@ -153,16 +153,16 @@ def pairs(name: str, sentences: Iterable[str], words: tuple[int, int], seed: int
 
 
 def record(made: dict[str, Any]) -> dict[str, Any]:
-    """The pair as `candor calibrate` and `candor evaluate` read it."""
+    """Returns the pair in the format of `candor calibrate` and `candor evaluate`."""
     return {name: made[name] for name in ("id", "messages", "reference", "verifier")}
 
 
 def build(
     sentences: Sequence[str], tests: Mapping[str, Sequence[str]], sizes: Sizes, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """File name -> its lines. tests: further test sets by name; nothing like them is on another side.
+    """Returns file name -> its lines. tests: further test sets by name; no other set has near-duplicates of them.
 
-    Raises SentencesError where the sentences do not suffice.
+    Raises SentencesError if there are too few sentences.
     """
     aside = distinct(line for lines in tests.values() for line in lines)
     usable = distinct([*aside, *sentences])[len(aside) :]
