@@ -1,19 +1,19 @@
-"""Candor: language model answers that say whether they can be relied on.
+"""Candor: language model answers with a calibrated verdict on their reliability.
 
     load_bundle, Bundle       a calibrated model, from its directory
     judge, Verdicts           verdicts on many answers, from their states
-    Model                     a language model in this process: texts to states, and the verdict on one answer
+    Model                     a language model in this process: states of texts, and the verdict on one answer
     calibrate, Calibrated     a bundle from states and labels
     Verdict                   the verdict on one answer
-    Region, Certificate       where answers are admitted, and what was certified of them
+    Region, Certificate       the region where answers are admitted, and its certified accuracy
     Policy, Conversations     what was calibrated: how answers are drawn, and to which conversations
-    Representation            what a state is made of
+    Representation            the parts that make up a state
     BundleError, CalibrationError, EngineError
 
-These names are the public API; docs/python.md has an example of each. Whatever else lies in this package
+These names are the public API; docs/python.md has an example of each. Everything else in this package
 (`candor.app`, `candor.sdm`, ...) is internal and may change with any release.
 
-Importing `candor` imports nothing heavy: a name is loaded when it is first used.
+Importing `candor` loads no heavy module: each name is loaded when it is first used.
 """
 
 from importlib import import_module
@@ -52,7 +52,7 @@ _HOMES = {
     "candor.policy.policy": ("Policy",),
     "candor.sdm.region": ("Region",),
 }
-"""The module of each name, once more for when the program runs (PEP 562)."""
+"""The module of each name, repeated for lazy loading at run time (PEP 562)."""
 
 if TYPE_CHECKING:
     from candor.calibrating import Calibrated, calibrate
@@ -76,7 +76,7 @@ else:
                 f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}"
             )
         value: object = getattr(import_module(home), name)
-        globals()[name] = value  # found at once the next time
+        globals()[name] = value  # the next access finds it without this function
         return value
 
 

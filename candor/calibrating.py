@@ -1,4 +1,4 @@
-"""A bundle from states and labels: the way of `candor calibrate`, from the arrays on."""
+"""Makes a bundle from states and labels, as `candor calibrate` does once it has the arrays."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Calibrated:
-    """What `calibrate` made: judge by it, read it, save it. Printed, it shows its figures on held-out rows."""
+    """The result of `calibrate`. You can judge by it and save it. Printing it shows its figures on held-out rows."""
 
     _outcome: Outcome
     _model: Model | None
@@ -51,17 +51,17 @@ class Calibrated:
 
     @property
     def regions(self) -> Mapping[float, Region]:
-        """By alpha; one that was not found admits nothing."""
+        """The regions by alpha. A region that was not found admits nothing."""
         return self.estimator.regions
 
     @property
     def certificates(self) -> tuple[Certificate, ...]:
-        """Empty where none was asked for, or none could be shown."""
+        """The certificates; empty if none was requested or none could be issued."""
         return self._outcome.certificates
 
     @property
     def evaluation(self) -> Evaluation:
-        """Of the held-out rows: shares answered and right, `lower[alpha]` and `plain[alpha]`, with 95 % intervals."""
+        """Held-out figures: shares answered and right, `lower[alpha]`, `plain[alpha]`, with 95 % intervals."""
         return self._outcome.evaluation
 
     def __str__(self) -> str:
@@ -78,9 +78,9 @@ class Calibrated:
     def save(self, path: str | Path, name: str | None = None) -> Bundle:
         """Publishes a bundle that a server of the model can use, and loads it.
 
-        path: where nothing stands yet. name: the bundle's; None: its folder's.
+        path: free, or an empty directory. name: the bundle's; None: the folder's name.
 
-        Raises CalibrationError where `calibrate` was not given the model; BundleError or OSError where nothing can be
+        Raises CalibrationError if `calibrate` was not given the model; BundleError or OSError if the bundle cannot be
         written.
         """
         path = Path(path)
@@ -121,19 +121,20 @@ def calibrate(
     seed: int = 0,
     progress: Callable[[int], object] = lambda epochs: None,
 ) -> Calibrated:
-    """Fits an SDM layer, finds its regions, certifies and evaluates them, each on rows of its own.
+    """Fits an SDM layer, finds its regions, certifies and evaluates them, each on separate rows.
 
-    states (n, D): one row an answer; one that is not finite is left out of fitting and counts as not answered.
-    labels (n,): 1 where the answer follows its instruction, 0 where it does not.
+    states (n, D): one row an answer. A row that is not finite is left out of fitting and counts as not answered.
+    labels (n,): 1 if the answer follows its instruction, else 0.
     alphas: target accuracies, each in (0.5, 1). certify: accuracy in (0, 1) to certify among the answered, on
     `certify_share` of the prompts, with confidence 1 - delta; None: nothing is certified.
-    prompts: one a row, a text or a list of {"role", "content"}. Rows of one prompt stay together, so that none is
-    recognised where it should be judged; without prompts, each row is a prompt of its own.
-    model, with prompts and responses: what gave the states, so that a bundle can be saved.
+    prompts: one a row, a text or a list of {"role", "content"}. Rows of one prompt stay in one split, so that no
+    split contains a prompt seen in another; without prompts, each row counts as its own prompt.
+    model, with prompts and responses: the model that gave the states; needed to save a bundle.
     rounds, epochs, exemplar_dim, learning_rate, seed: as in `candor calibrate`; the defaults suit thousands of a
-    model's states. progress: called with the number of epochs done since, from other threads, one at a time.
+    model's states. progress: called with the number of epochs done since the last call, from other threads, one call
+    at a time.
 
-    Raises CalibrationError for data that nothing can be calibrated on, ValueError for wrong shapes and settings.
+    Raises CalibrationError for data that cannot be calibrated on, ValueError for wrong shapes and settings.
 
     >>> import numpy, candor
     >>> states = numpy.random.default_rng(0).normal(size=(400, 3)) + [[0], [4]] * 200
@@ -151,7 +152,7 @@ def calibrate(
     certifying = None if certify is None else Certifying(Claim(certify, delta), certify_share)
     h = as_states(states)
     answers = _answers(h, labels, prompts, responses, model)
-    blocks: tuple[Block, ...] = ((h.shape[1], "scalar"),)  # as in the papers: two scalars for all of it
+    blocks: tuple[Block, ...] = ((h.shape[1], "scalar"),)  # as in the papers: one mean and scale for all
     if model is not None:
         if prompts is None or responses is None:
             raise ValueError(
@@ -175,7 +176,7 @@ def _answers(
     responses: Sequence[str] | None,
     model: Model | None,
 ) -> list[Labelled]:
-    """One for each row of h (n, D). Raises ValueError for lengths, DataError for labels other than 0 and 1."""
+    """Returns one record a row of h (n, D). Raises ValueError for lengths, DataError for labels not 0 or 1."""
     y = to_tensor("labels", labels)
     if y.shape != (len(h),):
         raise ValueError(f"labels must be ({len(h)},), one for each row of states; got {tuple(y.shape)}")
@@ -215,7 +216,7 @@ def _turns(prompt: Prompt, row: int) -> tuple[Turn, ...]:
 
 
 def _require_given_by(model: Model, answers: Sequence[Labelled]) -> None:
-    """Raises ValueError or DataError for states and answers that cannot be this model's."""
+    """Raises ValueError or DataError if the states or answers cannot come from this model."""
     width = sum(model.representation.block_sizes(model.identity.hidden_size))
     if any(len(answer.h) != width for answer in answers):
         raise ValueError(f"states of this model are {width} wide; got {len(answers[0].h)}")

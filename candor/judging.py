@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 _ROWS = 1024
-"""Measured at once; bounds the memory of a large call."""
+"""Maximum rows measured at once. It bounds the memory of a large call."""
 
 _REGIONS = ["high" if reason is None else REGION_OF[reason] for reason in REASONS]
 
 
 class Judges(Protocol):
-    """What states can be judged by: a `Bundle`, or what `calibrate` returns."""
+    """An object that can judge states: a `Bundle`, or the result of `calibrate`."""
 
     @property
     def estimator(self) -> SDMEstimator: ...
@@ -39,13 +39,13 @@ class Judges(Protocol):
 class Verdicts:
     """n verdicts as columns, each (n,); `verdicts[i]` is one of them as a `Verdict`, with all its figures.
 
-    region: "high", "low", "ood" or "unavailable". reason: why it abstained, None where it did not.
-    abstained: bool. prediction: 1 the answer follows its instruction, 0 it does not.
+    region: "high", "low", "ood" or "unavailable". reason: why the verdict abstains, None if it does not.
+    abstained: bool. prediction: 1 if the answer follows its instruction, else 0.
     probability: SDM(z') of the prediction, in [0, 1]. similarity: q, at least 0. rescaled_similarity: q', in [0, q].
     distance_quantile: d, in [0, 1]. certified: bool, whether `certificate` covers the answer.
-    certificate: of the region at alpha under the estimator that judged; None where there is none.
+    certificate: of the region at alpha under the estimator that judged; None if there is none.
 
-    Where nothing could be measured, prediction and similarity are -1 and the other figures nan.
+    If nothing could be measured, prediction and similarity are -1 and the other figures are nan.
 
     >>> import numpy, candor
     >>> states = numpy.random.default_rng(0).normal(size=(400, 3)) + [[0], [4]] * 200
@@ -78,7 +78,7 @@ class Verdicts:
         return len(self.abstained)
 
     def __getitem__(self, row: int) -> Verdict:
-        return self._judgement.verdict(range(len(self))[row])  # from the end, too; raises IndexError
+        return self._judgement.verdict(range(len(self))[row])  # accepts negative rows; raises IndexError
 
     def __iter__(self) -> Iterator[Verdict]:
         return map(self._judgement.verdict, range(len(self)))
@@ -93,15 +93,15 @@ def judge(
     calibrated: ArrayLike | torch.Tensor | None = None,
     certified_only: bool = False,
 ) -> Verdicts:
-    """The verdict on each of n answers, as a server with this bundle gives it.
+    """Returns the verdict on each of n answers, as a server with this bundle gives it.
 
-    states (n, D): one row an answer, of any float type, as its representation says (`Model.states`). A row that is
-    not finite is `scoring_unavailable`. alpha: one of the bundle's; None: the lowest.
-    estimator: "lower" counts how few calibration points stand behind a verdict, "plain" does not.
-    calibrated: bool, for all or (n,), whether answers were made as the bundle's policy says; None: they were. States
-    cannot tell. certified_only: abstain from what no certificate covers.
+    states (n, D): one row an answer, of any float type, in the bundle's representation (`Model.states`). A row that
+    is not finite is `scoring_unavailable`. alpha: one of the bundle's; None: the lowest.
+    estimator: "lower" allows for the number of calibration points behind a verdict, "plain" does not.
+    calibrated: bool, for all or (n,), whether answers were made as the bundle's policy says; None: they were. The
+    states do not show this. certified_only: abstain from answers that no certificate covers.
 
-    Raises ValueError for a shape, alpha or estimator that the bundle does not know, and for `certified_only` where
+    Raises ValueError for a shape, alpha or estimator that the bundle does not have, and for `certified_only` if
     nothing is certified.
 
     >>> import numpy, candor
@@ -148,7 +148,7 @@ def judge(
 
 
 def as_states(states: ArrayLike | torch.Tensor, width: int | None = None) -> torch.Tensor:
-    """(n, D) float32 on the CPU. Raises ValueError for another shape, or a width D other than the one given."""
+    """Returns (n, D) float32 on the CPU. Raises ValueError for another shape, or a D other than `width`."""
     found = to_tensor("states", states)
     if found.dim() != 2 or (width is not None and found.shape[1] != width):
         raise ValueError(f"states must be (n, {width or 'D'}), one row an answer; got {tuple(found.shape)}")
@@ -156,17 +156,17 @@ def as_states(states: ArrayLike | torch.Tensor, width: int | None = None) -> tor
 
 
 def to_tensor(name: str, values: ArrayLike | torch.Tensor) -> torch.Tensor:
-    """On the CPU. Raises ValueError for what is no array of numbers."""
+    """Returns the values on the CPU. Raises ValueError if they are not an array of numbers."""
     if isinstance(values, torch.Tensor):
         return values.detach().cpu()
     try:
-        return torch.from_numpy(numpy.array(values))  # a copy: PyTorch wants arrays that can be written to
+        return torch.from_numpy(numpy.array(values))  # a copy, since PyTorch needs writable arrays
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be an array of numbers: {error}") from None
 
 
 def _measure(estimator: SDMEstimator, h: torch.Tensor) -> Measurement:
-    """Of any number of rows. Every row is a function of itself alone, so parts make no difference."""
+    """Measures any number of rows, in parts. A row's values depend on that row alone, so the split has no effect."""
     parts = [estimator.measure(part) for part in h.split(_ROWS)]
     names = [one.name for one in fields(Measurement)]
     return Measurement(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
@@ -175,7 +175,7 @@ def _measure(estimator: SDMEstimator, h: torch.Tensor) -> Measurement:
 def _columns(judgement: Judgement) -> Verdicts:
     estimate, reason = judgement.estimate, judgement.decisions.reason
     measured = reason != REASONS.index("scoring_unavailable")  # (n,)
-    codes = reason.numpy()  # NumPy takes a tensor of one number for that number
+    codes = reason.numpy()  # NumPy would treat a one-element tensor as a scalar
 
     def figure(values: torch.Tensor) -> NDArray[Any]:
         return values.where(measured, torch.nan if values.is_floating_point() else -1).numpy()

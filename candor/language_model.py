@@ -1,4 +1,4 @@
-"""A language model in this process: texts to states, and the verdict on one answer."""
+"""A language model in this process: computes states of texts and gives the verdict on one answer."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ Prompt = str | Sequence[Turn]
 
 
 def turns_of(prompt: Prompt) -> tuple[Turn, ...]:
-    """Raises ValueError with what is wrong."""
+    """Returns the prompt's turns. Raises ValueError, which says what is wrong."""
     return read_messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt))
 
 
 class Model:
-    """Reads answers: what the model's states say of a prompt and its response. Use it in a `with` statement.
+    """Computes the model's states for a prompt and its response. Use it in a `with` statement.
 
-    directory: config.json, safetensors, tokenizer. bundle: one that was calibrated for it; then representation,
-    policy and dtype are the bundle's. Else they are as given: representation None is mean, last and all evidence,
-    policy None is greedy answers to one user turn. engine: "transformers", or "vllm" as a server has it, in processes
-    of its own. max_model_len: longest sequence in tokens.
+    directory: config.json, safetensors, tokenizer. bundle: one that was calibrated for the model; it then sets
+    representation, policy and dtype. Without a bundle, representation None is mean, last and all evidence, and policy
+    None is greedy answers to one user turn. engine: "transformers", or "vllm" as in the server, in separate
+    processes. max_model_len: longest sequence in tokens.
 
-    Raises EngineError where the directory holds no model, or not the bundle's.
+    Raises EngineError if the directory holds no model, or not the bundle's.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Model:
             dtype = cast(Any, bundle.manifest.model.dtype)
         settings = EngineSettings(Path(directory), engine, self.representation, dtype, max_model_len)
         self.chat = ChatFormat.from_directory(settings.model)
-        # A loop in a thread of its own: notebooks have one that runs already.
+        # The loop has its own thread, since notebooks already run a loop.
         self._loop = asyncio.new_event_loop()
         thread = Thread(target=self._loop.run_forever, name="candor-model", daemon=True)
         thread.start()
@@ -90,9 +90,9 @@ class Model:
         self.identity = self._engine.identity
 
     def states(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> NDArray[numpy.float32]:
-        """h (n, D) of n answers; nan where not every position could be counted.
+        """Returns h (n, D) of n answers; a row is nan if the engine did not count every position.
 
-        Raises PromptTooLong, ValueError where the chat template refuses a conversation, EngineError.
+        Raises PromptTooLong, EngineError, and ValueError if the chat template refuses a conversation.
         """
         if isinstance(prompts, str) or isinstance(responses, str) or len(prompts) != len(responses):
             raise ValueError("states takes a list of prompts and one of as many responses")
@@ -108,7 +108,7 @@ class Model:
         return cast("NDArray[numpy.float32]", h.numpy())
 
     def departure(self, prompt: Prompt, response: str) -> str | None:
-        """Why the policy could not have led to this answer, so that nothing is known of it; None if it could."""
+        """Returns why the policy could not give this answer, which is then not calibrated; None if it could."""
         departure = self._conversation(prompt).departure
         ids = self.chat.encode_response(response)
         return departure or self.policy.given(response, ids, self.representation.tag)
@@ -122,9 +122,9 @@ class Model:
         estimator: EstimatorKind = "lower",
         certified_only: bool = False,
     ) -> Verdict:
-        """The verdict on one answer, as `POST /v1/reliability` gives it; options as in `candor.judge`.
+        """Returns the verdict on one answer, as `POST /v1/reliability` does; options as in `candor.judge`.
 
-        Raises ValueError where the model was opened without a bundle, and what `states` and `candor.judge` raise.
+        Raises ValueError if the model was opened without a bundle, and what `states` and `candor.judge` raise.
         """
         if self.bundle is None:
             raise ValueError("a model judges by a bundle: open it with Model(directory, bundle)")
@@ -139,7 +139,7 @@ class Model:
         return verdict
 
     def close(self) -> None:
-        """Ends the engine and gives its memory back."""
+        """Stops the engine and frees its memory."""
         self._started.close()
 
     def __enter__(self) -> Self:
@@ -154,7 +154,7 @@ class Model:
         return self.policy.conversations.resolve(turns_of(prompt))
 
     async def _read(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[HiddenSummary]:
-        async with asyncio.TaskGroup() as group:  # the first that fails ends the others
+        async with asyncio.TaskGroup() as group:  # the first failure cancels the others
             tasks = [group.create_task(self._engine.summarise(*pair)) for pair in pairs]
         return [task.result() for task in tasks]
 
@@ -168,4 +168,4 @@ class Model:
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors
         finally:
-            future.cancel()  # where the caller was interrupted
+            future.cancel()  # if the caller was interrupted

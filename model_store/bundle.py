@@ -1,10 +1,10 @@
-"""A bundle in memory: manifest, estimator, the exemplars' texts, the calibration report.
+"""A bundle in memory: manifest, estimator, the exemplars' texts and the calibration report.
 
     {estimator.safetensors, exemplars.jsonl, report.json, manifest.json and its seal}  <->  Bundle
 
-That the files are the published ones says nothing of whether they fit together, so loading also
-compares them with each other: the adaptor's input is the representation's width, the support's rows
-are the exemplars, the regions are the manifest's alphas.
+The digests show that the files are the published ones, but not that they fit together. Loading therefore also
+checks that the adaptor's input has the representation's width, that each support row has an exemplar, and that the
+regions are at the manifest's alphas.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from candor.sdm.conventions import DEFAULT, Conventions
 from candor.sdm.estimator import SDMEstimator
 from candor.sdm.region import Region
 
-_MOST_LINES = 10  # of a file of which every line may be wrong
+_MOST_LINES = 10  # maximum faulty lines that a message lists
 
 
 @dataclass(frozen=True)
 class Exemplar:
-    """What stands behind one support row. label: -1 unlabelled, -99 out of distribution, else a class.
+    """The record behind one support row. label: -1 unlabelled, -99 out of distribution, else a class.
 
-    messages: the conversation as its record had it, {"role", "content"} each.
+    messages: the conversation as the record had it, {"role", "content"} each.
     """
 
     id: str
@@ -62,13 +62,13 @@ class Exemplar:
 
     @property
     def prompt(self) -> str:
-        """The conversation as one text to show."""
+        """The conversation as one readable text."""
         return shown(self.messages)
 
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """exemplars: one per support row, in that order. digest: SHA-256 of manifest.json, hexadecimal."""
+    """A loaded bundle. exemplars: one per support row, in order. digest: SHA-256 of manifest.json, hexadecimal."""
 
     manifest: Manifest
     estimator: SDMEstimator
@@ -78,22 +78,22 @@ class Bundle:
 
     @property
     def regions(self) -> Mapping[float, Region]:
-        """By alpha."""
+        """The regions by alpha."""
         return self.estimator.regions
 
     @property
     def certificates(self) -> tuple[Certificate, ...]:
-        """What was certified of the answers let through; at most one for each alpha and estimator."""
+        """The certificates of the answers let through; at most one for each alpha and estimator."""
         return self.manifest.certificates
 
     @property
     def policy(self) -> Policy:
-        """How answers were made; those that were made otherwise are not calibrated."""
+        """How calibration made its answers. Answers made differently are not calibrated."""
         return self.manifest.policy
 
 
 def load_bundle(path: str | os.PathLike[str]) -> Bundle:
-    """The bundle in a directory, every byte of it verified.
+    """Loads the bundle in a directory and verifies every byte of it.
 
     Raises BundleError: BundleNotFound, BundleDamaged, ManifestError or ContentError.
     """
@@ -116,15 +116,15 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
 def encode(
     manifest: Manifest, estimator: SDMEstimator, exemplars: Sequence[Exemplar], report: dict[str, Any]
 ) -> dict[str, bytes]:
-    """Every file of a bundle; `manifest.files` is filled in here.
+    """Returns the bytes of every file of a bundle and fills in `manifest.files`.
 
-    The same content gives the same bytes. Raises ContentError or ManifestError for what no file can
-    hold; whether the parts fit together is seen on loading.
+    The same content gives the same bytes. Raises ContentError or ManifestError for values that no file can hold.
+    Whether the parts fit together is checked on loading.
     """
     if estimator.conventions != (served := _conventions(manifest)):
         expected = Difference("conventions", str(served), str(estimator.conventions))
         raise ContentError("only an estimator of the manifest's conventions can be served", [expected])
-    # Copies, since safetensors refuses tensors that share memory.
+    # These are copies, since safetensors refuses tensors that share memory.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in estimator.state().items()}
     data = {
         ESTIMATOR: save(tensors),
@@ -156,9 +156,9 @@ def _dump(name: str, value: dict[str, Any], indent: int | None = None) -> bytes:
 def _read_tensors(data: bytes) -> dict[str, Tensor]:
     try:
         tensors = load(data)
-        # safetensors keeps the last of two tensors of one name.
+        # safetensors keeps the last of two tensors with one name.
         strict_json.parse(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:  # KeyError: a type torch lacks
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:  # KeyError: unknown dtype
         raise _inconsistent([Difference(ESTIMATOR, "tensors in safetensors", str(error))]) from None
     return tensors
 
@@ -194,7 +194,7 @@ def _read_report(data: bytes) -> dict[str, Any]:
 
 
 def _check(manifest: Manifest, tensors: dict[str, Tensor], exemplars: Sequence[Exemplar]) -> None:
-    """Raises ContentError unless manifest, tensors and exemplars speak of the same estimator."""
+    """Raises ContentError unless manifest, tensors and exemplars describe the same estimator."""
     width = sum(manifest.representation.block_sizes(manifest.model.hidden_size))
     faults = layout.check(
         tensors, d=width, c=len(manifest.class_names), a=len(manifest.alphas), n=len(exemplars)

@@ -1,10 +1,10 @@
-"""Reading a bundle's directory so that what was verified is what is parsed.
+"""Reads a bundle's directory so that the verified bytes are the parsed bytes.
 
     seal  --SHA-256-->  manifest  --size, SHA-256-->  every other file
 
-Each file is opened once, beneath an open handle of the directory, never through a symbolic link; it
-is measured before it is read, read once into memory and hashed there. Nobody who changes the
-directory in between can have other bytes parsed than those that were verified.
+Each file is opened once, beneath an open handle of the directory and never through a symbolic link. Its size is
+checked before it is read; then it is read once into memory and hashed there. A change to the directory meanwhile
+cannot make the parser see bytes that were not verified.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from candor.model_store.manifest import LIMITS, LISTED, MANIFEST, NAMES, SEAL, F
 
 @dataclass(frozen=True)
 class VerifiedFiles:
-    """digest: SHA-256 of manifest.json, hexadecimal. data: the bytes of each name in `LISTED`."""
+    """Verified files. digest: SHA-256 of manifest.json, hexadecimal. data: bytes of each name in `LISTED`."""
 
     manifest: Manifest
     digest: str
@@ -28,9 +28,9 @@ class VerifiedFiles:
 
 
 def read_directory(path: Path) -> VerifiedFiles:
-    """All files of the bundle at `path`, verified.
+    """Reads and verifies all files of the bundle at `path`.
 
-    A bundle that is being replaced is read whole, either the old or the new one.
+    While a bundle is being replaced, this reads either the old or the new one, whole.
     Raises BundleNotFound, BundleDamaged (every file at fault is listed) or ManifestError.
     """
     while True:
@@ -45,7 +45,7 @@ def read_directory(path: Path) -> VerifiedFiles:
 
 
 def read_manifest(path: Path) -> tuple[Manifest, str]:
-    """The manifest at `path` and its digest, verified; the other files are not looked at.
+    """Reads and verifies the manifest at `path` and its digest. It does not read the other files.
 
     Raises BundleNotFound, BundleDamaged or ManifestError.
     """
@@ -64,12 +64,12 @@ def _read_files(folder: int, path: Path) -> VerifiedFiles:
     faults: list[Difference] = []
     present = set(os.listdir(folder))
     sealed = _read_sealed_manifest(folder, faults)
-    manifest = Manifest.from_bytes(sealed) if sealed is not None else None  # the format before its files
+    manifest = Manifest.from_bytes(sealed) if sealed is not None else None  # format before files
     for name in sorted(present - NAMES):
         faults.append(Difference(repr(name), "no such file", _kind_of(folder, name)))
     data: dict[str, bytes] = {}
     for name in LISTED:
-        if manifest is None:  # without it, only what is missing can be said
+        if manifest is None:  # without it, only missing files can be reported
             if name not in present:
                 faults.append(Difference(name, "a file", "nothing"))
             continue
@@ -86,7 +86,7 @@ def _read_files(folder: int, path: Path) -> VerifiedFiles:
 
 
 def _read_sealed_manifest(folder: int, faults: list[Difference]) -> bytes | None:
-    """manifest.json if its seal vouches for it."""
+    """Returns the bytes of manifest.json if they match its seal, else None."""
     data = _read(folder, MANIFEST, LIMITS[MANIFEST], faults)
     found = _read(folder, SEAL, len(seal(b"")), faults, exact=True)
     if data is None or found is None:
@@ -101,9 +101,9 @@ def _read_sealed_manifest(folder: int, faults: list[Difference]) -> bytes | None
 def _read(
     folder: int, name: str, size: int, faults: list[Difference], *, exact: bool = False
 ) -> bytes | None:
-    """The bytes of a regular file of `size` bytes (at most, or exactly), or a fault noted."""
+    """Returns the bytes of a regular file of `size` bytes (at most, or exactly), or None and adds a fault."""
     try:
-        # Non-blocking: opening a named pipe would wait for a writer.
+        # O_NONBLOCK, since opening a named pipe would wait for a writer.
         handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     except FileNotFoundError:
         faults.append(Difference(name, "a file", "nothing"))
@@ -121,7 +121,7 @@ def _read(
             faults.append(Difference(name, expected, f"{status.st_size} bytes"))
             return None
         with open(handle, "rb", closefd=False) as file:
-            return file.read(size)  # what is cut off or added meanwhile is the digest's business
+            return file.read(size)  # the digest finds bytes cut off or added meanwhile
     except OSError as error:
         faults.append(Difference(name, "a file that can be read", str(error.strerror)))
         return None
@@ -130,7 +130,7 @@ def _read(
 
 
 def _kind_of(folder: int, name: str, otherwise: str = "a file") -> str:
-    """What stands there, in words; `otherwise` for a regular file."""
+    """Returns the kind of the entry in words; `otherwise` for a regular file."""
     try:
         kind = stat.S_IFMT(os.lstat(name, dir_fd=folder).st_mode)
     except OSError as error:

@@ -1,13 +1,13 @@
-"""What can be wrong with a bundle, and how it is said: expected, actual, what to do.
+"""The errors of a bundle. Each message says what was expected, what was found and what to do.
 
     BundleError
-    ├── BundleNotFound   no bundle is meant by that path, name or digest, or more than one is
-    ├── BundleExists     something stands where a bundle shall be published
+    ├── BundleNotFound   no bundle, or more than one, matches the path, name or digest
+    ├── BundleExists     the path to publish a bundle at is taken
     ├── BundleDamaged    files are missing, extra, changed, too large, unreadable or no regular files
-    ├── ManifestError    the manifest is not one that this program understands
-    └── ContentError     every file is as it was published, yet they do not fit together
+    ├── ManifestError    this program does not understand the manifest
+    └── ContentError     every file is as it was published, but the files do not fit together
 
-All that differs is listed at once, so that one run is enough to know the whole damage.
+A message lists all differences at once, so that one run shows the whole damage.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that is not as it should be. `where`: a file, a field or a tensor."""
+    """One difference between expected and actual. `where`: a file, a field or a tensor."""
 
     where: str
     expected: str
@@ -40,11 +40,11 @@ class BundleError(Exception):
 
 
 class BundleNotFound(BundleError):
-    """No bundle is meant by that path, name or digest prefix, or more than one is."""
+    """No bundle, or more than one, matches the path, name or digest prefix."""
 
 
 class BundleExists(BundleError):
-    """Something stands where a bundle shall be published, and it was not said to be replaced."""
+    """The path to publish a bundle at is taken, and the caller did not ask to replace what is there."""
 
 
 class BundleDamaged(BundleError):
@@ -52,8 +52,8 @@ class BundleDamaged(BundleError):
 
 
 class ManifestError(BundleError):
-    """The manifest is not one that this program understands."""
+    """This program does not understand the manifest."""
 
 
 class ContentError(BundleError):
-    """Every file is as it was published, yet they do not fit together."""
+    """Every file is as it was published, but the files do not fit together."""

@@ -1,13 +1,12 @@
-"""Bundles of older formats, read as what they say today.
+"""Converts bundles of older formats to the latest one.
 
-    1   knew neither certificates nor resampling: it has none, and the first answer is served
-    2   knew q as the papers define it alone
-    3   kept a prompt as one text, and a system prompt or null: null means what its exemplars say;
-        of a model no engine's options: none that change its states were given
+    1   had neither certificates nor resampling: there are none, and the first answer is served
+    2   had only q as the papers define it
+    3   kept a prompt as one text, and a system prompt or null: null means that the exemplars tell;
+        kept no engine options of the model: no option that changes its states was given
 
-The texts of format 3 can be taken apart into turns but for contents that look like turns themselves. What they say of
-the calibrated conversations is then too little, never too much: a conversation that is none of them is not
-calibrated.
+The texts of format 3 can be split into turns, except where a content itself looks like turns. The bundle then covers
+too few conversations, never too many: a conversation that it does not cover is not calibrated.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from candor.policy.policy import Policy
 FIRST, LATEST = 1, 4
 
 _TURNS = 4
-"""The first format that keeps conversations as turns, and a model's identity over all files that make tokens and
-the engine's options."""
+"""The first format that keeps conversations as turns, and whose model identity covers all files that determine
+tokens, and the engine's options."""
 
 
 def manifest_as_latest(value: dict[str, Any], version: int, faults: list[Difference]) -> dict[str, Any]:
-    """manifest.json's object with the fields of the latest format; a field that its own lacks is a fault."""
+    """Converts manifest.json's object to the latest format. A field that its own format lacks is a fault."""
 
     def added(where: dict[str, Any], name: str, meaning: Any, prefix: str = "") -> None:
         if name in where:
@@ -61,7 +60,7 @@ def manifest_as_latest(value: dict[str, Any], version: int, faults: list[Differe
             "digests": [],
             "optional": False,
         }
-        # No turns: until the exemplars have told (`with_conversations`), nothing is calibrated.
+        # Without turns nothing is calibrated; `with_conversations` adds them from the exemplars.
         added(
             policy,
             "conversations",
@@ -72,7 +71,7 @@ def manifest_as_latest(value: dict[str, Any], version: int, faults: list[Differe
 
 
 def exemplar_as_latest(value: Any, version: int) -> Any:
-    """An exemplar's object; what does not fit stays, and is found when it is decoded."""
+    """Converts an exemplar's object. A value that does not fit is kept, and decoding reports it."""
     if version >= _TURNS or not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
         return value
     rest = {name: field for name, field in value.items() if name != "prompt"}
@@ -80,7 +79,7 @@ def exemplar_as_latest(value: Any, version: int) -> Any:
 
 
 def with_conversations(policy: Policy, version: int, prompts: Sequence[Sequence[Turn]]) -> Policy:
-    """The policy of a bundle of that format, with the conversations that its exemplars tell of."""
+    """Returns the policy of a bundle of that format, with conversations taken from its exemplars."""
     if version >= _TURNS:
         return policy
     text = policy.conversations.system_prompt.text
@@ -88,10 +87,10 @@ def with_conversations(policy: Policy, version: int, prompts: Sequence[Sequence[
 
 
 def knows_turns(version: int) -> bool:
-    """Whether a bundle of that format holds its exemplars' conversations as they were put to the model."""
+    """Returns whether bundles of that format hold their exemplars' conversations as the model got them."""
     return version >= _TURNS
 
 
 def identifies_as_before(version: int) -> bool:
-    """Whether a bundle of that format knows its model by `engine.identity.as_before`."""
+    """Returns whether bundles of that format identify their model by `engine.identity.as_before`."""
     return version < _TURNS

@@ -1,12 +1,11 @@
-"""Which tensors an estimator's file holds: type, shape and range of each, checked before use.
+"""The tensors of an estimator's file. The type, shape and range of each is checked before use.
 
     D  width of h, from the representation      C  classes           A  alphas
     M  width of the exemplar vectors h'         N  support rows      K  calibration rows
     E  distances in the classwise eCDFs
 
-D, C, A and N are known from manifest and exemplars; M, K and E are what the first tensor that has
-them says, and every other must agree. Infinity is a value only of thresholds: that no region was
-found at an alpha. NaN is never one.
+Manifest and exemplars give D, C, A and N. The first tensor that has M, K or E gives its size, and all others must
+agree. Only thresholds may be infinite, which means that no region was found at that alpha. NaN is never allowed.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _LEAST_SCALE = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Spec:
-    """dtype; shape in the letters above; every value in [least, most]."""
+    """One tensor's dtype, its shape in the letters above, and the range [least, most] of its values."""
 
     dtype: torch.dtype
     shape: tuple[str, ...]
@@ -35,7 +34,7 @@ class Spec:
 
 
 def layout(num_classes: int) -> dict[str, Spec]:
-    """The tensors of estimator.safetensors by name (`SDMEstimator.state`)."""
+    """Returns the specs of the tensors of estimator.safetensors by name (`SDMEstimator.state`)."""
     single, double, integer = torch.float32, torch.float64, torch.int64
     last = num_classes - 1
     inf = float("inf")
@@ -61,7 +60,7 @@ def layout(num_classes: int) -> dict[str, Spec]:
 
 
 def check(tensors: Mapping[str, Tensor], *, d: int, c: int, a: int, n: int) -> list[Difference]:
-    """What does not fit, [] if all does. d, c, a, n: the sizes D, C, A and N."""
+    """Returns the differences, [] if there are none. d, c, a, n: the sizes D, C, A and N."""
     specs = layout(c)
     faults = [
         Difference(name, "no such tensor", _describe(tensors[name])) for name in tensors.keys() - specs.keys()
@@ -81,7 +80,7 @@ def check(tensors: Mapping[str, Tensor], *, d: int, c: int, a: int, n: int) -> l
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != shape:
             known = ", ".join(f"{letter} = {sizes[letter]}" for letter in spec.shape if letter in sizes)
             faults.append(Difference(name, f"{_describe_spec(spec)}, {known}", _describe(tensor)))
-        # Written so that a NaN, which is in no range, does not pass.
+        # This form refuses NaN, which is in no range.
         elif not bool(((tensor >= spec.least) & (tensor <= spec.most)).all()):
             faults.append(Difference(name, f"values in [{spec.least:g}, {spec.most:g}]", _extremes(tensor)))
     return sorted(faults, key=lambda one: one.where) or _check_ecdf(tensors)

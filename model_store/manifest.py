@@ -1,14 +1,13 @@
-"""The manifest: what a bundle is, and the digest of every file in it.
+"""The manifest describes a bundle and lists the digest of every file in it.
 
-Its life: calibration describes what it calibrated (`Manifest`, `files` still empty); publishing adds
-size and SHA-256 of each file and writes manifest.json, then manifest.json.sha256 beside it.
-Loading goes the same way in reverse: the digest vouches for the manifest, the manifest for the files.
+Calibration makes the `Manifest`, with `files` still empty. Publishing adds size and SHA-256 of each file and writes
+manifest.json, then manifest.json.sha256 beside it. Loading checks in reverse order: the digest verifies the manifest,
+and the manifest verifies the files.
 
     digest(bundle) = SHA-256(manifest.json)
 
-so two bundles have the same digest exactly if they are the same in every byte. The digests find
-damage and mix-ups. They do not prove who made a bundle: for that, compare the digest with one that
-came by another way.
+Two bundles therefore have the same digest exactly if they are the same in every byte. The digests find damage and
+mix-ups. They do not prove who made a bundle: for that, compare the digest with one from another source.
 
 docs/bundle-format.md specifies every field.
 """
@@ -37,13 +36,13 @@ EXEMPLARS = "exemplars.jsonl"
 REPORT = "report.json"
 
 LIMITS = {MANIFEST: 2**20, ESTIMATOR: 4 * 2**30, EXEMPLARS: 2**30, REPORT: 64 * 2**20}
-"""Most bytes a file may have, checked before it is read: it is held in memory as a whole."""
+"""Maximum bytes of a file, checked before it is read, since it is held in memory as a whole."""
 
 LISTED = (ESTIMATOR, EXEMPLARS, REPORT)
-"""Files that the manifest vouches for."""
+"""Files whose size and digest the manifest lists."""
 
 NAMES = frozenset({MANIFEST, SEAL, *LISTED})
-"""Every file of a bundle; there are no others, and no folders."""
+"""All files of a bundle. It has no others and no folders."""
 
 
 @dataclass(frozen=True)
@@ -60,20 +59,20 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What manifest.json says.
+    """The content of manifest.json.
 
-    format_version: that it was written in; what is published has the latest.
-    name: by which the bundle is chosen and served.
+    format_version: the format that it was written in. Publishing writes the latest.
+    name: the name by which the bundle is chosen and served.
     created: ISO 8601 in UTC, such as 2026-01-31T12:00:00Z.
-    adapter: None where the model's weights are served as they are.
+    adapter: None if the model's weights are served unchanged.
     alphas: target accuracies, ascending, each in (0.5, 1]; the estimator has one region for each.
     class_names: name of class 0, 1, ...
-    passed_over: invalid neighbours that do not end q yet, at least 0 (`sdm.similarity`).
-    certificates: what was certified of the answers let through; at most one for each alpha and estimator.
+    passed_over: number of invalid neighbours that do not end q, at least 0 (`sdm.similarity`).
+    certificates: those of the answers let through; at most one for each alpha and estimator.
     provenance: where the data came from and how the bundle was made (digests, counts, seeds, settings).
-    files: entry of each name in `LISTED`; empty until published.
+    files: the entry of each name in `LISTED`; empty until published.
 
-    Raises ManifestError that lists every field out of its range.
+    Raises ManifestError, which lists every field out of its range.
     """
 
     format_version: int = FORMAT_VERSION
@@ -129,7 +128,7 @@ class Manifest:
             f"at most one for each estimator and alpha of {list(alphas)}",
             certified,
         )
-        # Exactly these names, so that no path can leave the directory.
+        # Only these names are allowed, so that no path can leave the directory.
         if self.files and set(self.files) != set(LISTED):
             require(False, "files", f"exactly {', '.join(LISTED)}", sorted(self.files))
         for name in (one for one in LISTED if one in self.files):
@@ -141,7 +140,7 @@ class Manifest:
             raise _invalid(faults)
 
     def to_bytes(self) -> bytes:
-        """manifest.json. Raises ManifestError where provenance is not JSON."""
+        """Returns the bytes of manifest.json. Raises ManifestError if provenance is not JSON."""
         try:
             return strict_json.dump(asdict(self), indent=2) + b"\n"
         except (ValueError, TypeError) as error:
@@ -153,14 +152,14 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
-        """The manifest in manifest.json's bytes. Raises ManifestError."""
+        """Returns the manifest in manifest.json's bytes. Raises ManifestError."""
         faults: list[Difference] = []
         try:
             value = strict_json.parse(data)
         except ValueError as error:
             raise _invalid([Difference(MANIFEST, "a JSON object", str(error))]) from None
         version = value.get("format_version") if isinstance(value, dict) else None
-        if type(version) is int:  # first: another version has other fields
+        if type(version) is int:  # first, since another version has other fields
             if not formats.FIRST <= version <= formats.LATEST:
                 raise ManifestError(
                     "the bundle has another format",
@@ -183,7 +182,7 @@ def _invalid(faults: list[Difference]) -> ManifestError:
 
 
 def seal(manifest: bytes) -> bytes:
-    """manifest.json.sha256 for manifest.json's bytes, in the form that `sha256sum -c` checks."""
+    """Returns manifest.json.sha256 for manifest.json's bytes, in the form that `sha256sum -c` checks."""
     return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
 
 

@@ -1,14 +1,14 @@
-"""A folder of bundles: list them, find the one that is meant, publish one atomically.
+"""A folder of bundles: lists them, resolves a reference to one, and publishes one atomically.
 
-Publishing goes
+Publishing takes these steps:
 
     write .tmp-bundle-*  ->  fsync  ->  load it, as a server would  ->  rename  ->  fsync the folder
 
-so that whatever stands at the path loads: the old bundle, the new one, or nothing where nothing was.
+At any time the path therefore holds the old bundle, the new one, or nothing if there was none before.
 To replace a bundle, the new and the old directory change places in one system call (Linux,
 renameat2 with RENAME_EXCHANGE), since removing the old one first would leave a gap.
 
-A process that dies on the way leaves at most a `.tmp-bundle-*` beside the path; the next publishing
+A process that dies on the way leaves at most a `.tmp-bundle-*` beside the path. The next publisher
 into the same folder removes it. Publishers into one folder wait for each other.
 """
 
@@ -40,7 +40,7 @@ _RENAME_EXCHANGE = 2  # from linux/fs.h
 
 @dataclass(frozen=True)
 class Listed:
-    """A bundle in a folder. Only its manifest was verified so far."""
+    """A bundle in a folder. Only its manifest has been verified."""
 
     path: Path
     digest: str
@@ -48,7 +48,7 @@ class Listed:
 
 
 def list_bundles(root: Path) -> tuple[list[Listed], list[BundleError]]:
-    """The bundles directly beneath `root`, by path; and, of those without a sound manifest, what is wrong."""
+    """Returns the bundles directly beneath `root`, by path, and the errors of those with a faulty manifest."""
     listed: list[Listed] = []
     faults: list[BundleError] = []
     for found in sorted(root.glob(f"*/{MANIFEST}")):
@@ -64,10 +64,10 @@ def list_bundles(root: Path) -> tuple[list[Listed], list[BundleError]]:
 
 
 def resolve(reference: str, root: Path) -> Path:
-    """The directory of the bundle that `reference` means: a path, or a name or digest in `root`.
+    """Returns the directory of the bundle that `reference` names: a path, or a name or digest in `root`.
 
-    Tried in this order: a path to a bundle, as given and beneath `root`; the name in a manifest, or
-    the first 6 or more digits of a digest. Raises BundleNotFound where none fits, or more than one.
+    It tries in this order: a path to a bundle, as given and beneath `root`; the name in a manifest, or
+    the first 6 or more digits of a digest. Raises BundleNotFound if none matches, or more than one.
     """
     for path in (Path(reference), root / reference):
         if (path / MANIFEST).exists():
@@ -102,19 +102,19 @@ def publish(
 ) -> str:
     """Writes a bundle to `path`, atomically and durably, and returns its digest.
 
-    manifest: its `files` are filled in here. exemplars: one per support row, in that order.
-    replace: whether a bundle that stands at `path` may be replaced; an empty directory always may.
-    on_step: told what was done, after each step, for a progress display.
+    manifest: this function fills in its `files`. exemplars: one per support row, in that order.
+    replace: whether a bundle at `path` may be replaced; an empty directory always may.
+    on_step: called after each step with what was done, for a progress display.
 
-    Raises BundleExists, ContentError or ManifestError where the parts do not fit together, OSError
-    where the disk is full or not writable. Then nothing has changed at `path`.
+    Raises BundleExists; ContentError or ManifestError if the parts do not fit together; OSError if the disk is full
+    or not writable. After an error, `path` is unchanged.
     """
     files = encode(manifest, estimator, exemplars, report)
     path = Path(os.path.abspath(path))
     _make_folder(path.parent)
     with _sole_publisher(path.parent):
         for left in path.parent.glob(_STAGED + "*"):
-            if _holds_only_bundle_files(left):  # of a publisher that died: a living one would hold the lock
+            if _holds_only_bundle_files(left):  # of a dead publisher: a live one would hold the lock
                 _remove(left)
         occupied = _is_occupied(path, replace)
         staged = path.parent / f"{_STAGED}{secrets.token_hex(8)}"
@@ -130,13 +130,13 @@ def publish(
             if occupied:
                 _exchange(staged, path)
             else:
-                os.rename(staged, path)  # fails on anything but an empty directory
+                os.rename(staged, path)  # fails unless the path is free or an empty directory
             on_step("put in place")
             _sync_folder(path.parent)
             on_step("made durable")
         finally:
             if staged.exists():
-                _remove(staged)  # the old bundle, or the new one that did not get there
+                _remove(staged)  # the old bundle, or the new one if publishing failed
     return digest
 
 
@@ -144,14 +144,14 @@ def publish(
 def _sole_publisher(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # ends with the process, however it ends
+        fcntl.flock(handle, fcntl.LOCK_EX)  # the lock ends with the process, however it ends
         yield
     finally:
         os.close(handle)
 
 
 def _is_occupied(path: Path, replace: bool) -> bool:
-    """Whether a bundle stands at `path`. Raises BundleExists if it must not be replaced."""
+    """Returns whether a bundle is at `path`. Raises BundleExists if it must not be replaced."""
     if not os.path.lexists(path):
         return False
     if path.is_symlink() or not path.is_dir():
@@ -168,7 +168,7 @@ def _is_occupied(path: Path, replace: bool) -> bool:
 
 
 def _holds_only_bundle_files(folder: Path) -> bool:
-    """Whether removing the directory loses nothing but a bundle, whole or not."""
+    """Returns whether the directory holds nothing but a bundle, whole or partial, so that it may be removed."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     with os.scandir(folder) as entries:
@@ -204,7 +204,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Two directories change places, in one step for every observer. Python has no function for it."""
+    """Swaps two directories atomically. Python has no function for it."""
     libc = ctypes.CDLL(None, use_errno=True)
     failed = libc.renameat2(
         _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)

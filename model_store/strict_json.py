@@ -1,11 +1,11 @@
-"""JSON in which one text has one meaning, and JSON objects as frozen dataclasses.
+"""Strict JSON, in which a text has only one meaning, and decoding of JSON objects to frozen dataclasses.
 
-Python's parser takes NaN, Infinity and 1e999, and keeps the last of two equal keys, so that two
+Python's parser accepts NaN, Infinity and 1e999, and keeps the last of two equal keys, so that two
 readers of one file may see different values. Here all of these are errors. Numbers are written in
 the shortest form that reads back to the same float64.
 
-`decode` follows the type hints of a dataclass: each field must be there, none besides, each of its
-type. A default in the dataclass does not make a field optional in the file.
+`decode` follows the type hints of a dataclass: the file must have each field, no others, and each must have
+its type. A default in the dataclass does not make a field optional in the file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _INT64 = range(-(2**63), 2**63)
 
 
 def parse(data: bytes) -> Any:
-    """The value of a JSON text in UTF-8. Raises ValueError that says what is wrong with it."""
+    """Returns the value of a JSON text in UTF-8. Raises ValueError, which says what is wrong with it."""
     try:
         value = json.loads(
             data.decode("utf-8"),
@@ -31,7 +31,7 @@ def parse(data: bytes) -> Any:
             parse_float=_finite,
             parse_int=_int64,
         )
-        # An escaped lone surrogate parses, but no UTF-8 can carry it on to a client.
+        # An escaped lone surrogate parses, but UTF-8 cannot encode it for a client.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise ValueError("nested too deeply") from None
@@ -39,12 +39,12 @@ def parse(data: bytes) -> Any:
 
 
 def dump(value: Any, *, indent: int | None = None) -> bytes:
-    """The JSON text of a value, UTF-8, keys in their order. Raises ValueError or TypeError."""
+    """Returns the JSON text of a value in UTF-8, with keys in their order. Raises ValueError or TypeError."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent).encode("utf-8")
 
 
 def decode(kind: Any, value: Any, where: str, faults: list[Difference]) -> Any:
-    """`value` as the type `kind`; what does not fit is appended to `faults` and comes back as None.
+    """Returns `value` as the type `kind`. For a value that does not fit, it adds to `faults` and returns None.
 
     kind: str, int, float, bool, Any, a Literal of strings, a dataclass, or tuple[T, ...],
     dict[str, T] or T | None of these. where: the value's name in messages, "" for the whole.
@@ -65,14 +65,14 @@ def decode(kind: Any, value: Any, where: str, faults: list[Difference]) -> Any:
         return value
     if kind is float and type(value) is int:  # JSON has one type of number
         return float(value)
-    if type(value) is kind:  # not isinstance: True is no number here
+    if type(value) is kind:  # not isinstance, since True must not count as a number
         return value
     faults.append(Difference(where or "it", _name(kind), show(value)))
     return None
 
 
 def show(value: Any) -> str:
-    """A value in a message: as JSON, cut where it is long."""
+    """Returns a value as JSON for a message, cut if it is long."""
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -137,7 +137,7 @@ def _finite(text: str) -> float:
 
 
 def _int64(text: str) -> int:
-    # The length first: int() of very many digits is refused by Python with a message of its own.
+    # Checks the length first: Python refuses int() of very many digits with a message of its own.
     if len(text) > 20 or int(text) not in _INT64:
         raise ValueError(f"the integer {text[:24]} does not fit 64 bits")
     return int(text)

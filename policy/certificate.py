@@ -1,11 +1,11 @@
-"""What was shown of the answers that a bundle lets through, on records set aside for nothing else.
+"""The certificate of the answers that a bundle lets through, from records that were used for nothing else.
 
     answered   admitted by `estimator` in the region at `alpha`, judged right, q' >= rescaled_similarity_min
     shown      P(right | answered) >= accuracy
 
-With probability `confidence` at least, over draws of the certification records, a certificate that was issued
-is true. It speaks of prompts drawn as those records were, one by one, and of each certificate by itself.
-How it is found: `calibration.certificate`.
+With probability at least `confidence`, over draws of the certification records, an issued certificate is true.
+It holds for prompts drawn one by one as those records were, and for each certificate by itself.
+`calibration.certificate` computes it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ EstimatorKind = Literal["lower", "plain"]
 
 @dataclass(frozen=True)
 class Certificate:
-    """alpha, estimator: which region. accuracy: what is certified. confidence: 1 - delta.
+    """A certified accuracy. alpha, estimator: its region. accuracy: the certified value. confidence: 1 - delta.
 
-    rescaled_similarity_min: q' from which answers are covered, >= 1; of the lower estimator, q' at d_lower.
-    records: prompts set aside. answered: those answered within the certified region. right: those of them
-    answered rightly. lower_bound: exact one-sided bound for P(right | answered) at `confidence`.
+    rescaled_similarity_min: lowest q' that is covered, >= 1; for the lower estimator, q' at d_lower.
+    records: prompts set aside. answered: those answered within the certified region. right: number of these
+    with a right answer. lower_bound: exact one-sided bound for P(right | answered) at `confidence`.
 
-    Raises ValueError where counts, bound and claim do not agree.
+    Raises ValueError if counts, bound and accuracy do not agree.
     """
 
     alpha: float
@@ -58,5 +58,5 @@ class Certificate:
             raise ValueError(f"the bound {self.lower_bound} does not show an accuracy of {self.accuracy}")
 
     def covers(self, rescaled_similarity: Tensor) -> Tensor:
-        """(n,) bool: which answers of the region, with this q' (n,), are among those that were certified."""
+        """Returns (n,) bool: which answers of the region, with this q' (n,), the certificate covers."""
         return rescaled_similarity >= self.rescaled_similarity_min

@@ -1,12 +1,12 @@
-"""Conversations as they are put to the model: who speaks in which order, and what leads them.
+"""Conversations as they are put to the model: the system prompt, the order of roles and the template's arguments.
 
-A layer knows the conversations that it was calibrated on. So the policy holds them as far as they can be told apart
-without their content: the system prompt, the order of the turns and the template's arguments. Every other
-conversation departs from the policy, whatever makes it another.
+A layer knows only the kinds of conversation that it was calibrated on. The policy therefore stores the three
+properties above, which do not depend on the content of the turns. A conversation in which any of them differs departs
+from the policy.
 
     system prompt   none      no record had one
-                    fixed     one text leads every conversation, also where a request brings none
-                    records   the records brought their own: these texts, by digest
+                    fixed     one text leads every conversation, also if a request brings none
+                    records   the records brought their own; the policy stores the digests of these texts
     turns           the roles after the system prompt, such as "user" or "user assistant user"
 """
 
@@ -30,9 +30,9 @@ _ROLE = re.compile(r"(?:^|\n)(system|user|assistant): ")
 
 @dataclass(frozen=True)
 class SystemPrompt:
-    """text: of kind "fixed" alone. digests: of kind "records" alone, `digest` of each text, sorted.
+    """text: only for kind "fixed". digests: only for kind "records", the `digest` of each text, sorted.
 
-    optional: some of those records had none. Raises ValueError where the fields disagree.
+    optional: some of those records had none. Raises ValueError if the fields disagree.
     """
 
     kind: Literal["none", "fixed", "records"] = "none"
@@ -52,24 +52,24 @@ class SystemPrompt:
 
     @classmethod
     def fixed(cls, text: str | None) -> SystemPrompt:
-        """Of that text, or none."""
+        """Returns the fixed system prompt with that text; None means no system prompt."""
         return cls() if text is None else cls("fixed", text)
 
     @classmethod
     def of_records(cls, conversations: Iterable[Sequence[Turn]]) -> SystemPrompt:
-        """What these conversations bring."""
+        """Returns the system prompts that these conversations bring."""
         texts = {_leading(turns) for turns in conversations}
         found = {digest(text) for text in texts if text is not None}
         return cls("records", None, tuple(sorted(found)), None in texts) if found else cls()
 
     def lead(self, turns: Sequence[Turn]) -> list[Turn]:
-        """The conversation with the fixed system prompt before it, where it has none of its own."""
+        """Returns the turns with the fixed system prompt in front, unless they have their own."""
         if self.text is None or any(turn["role"] == _SYSTEM for turn in turns):
             return list(turns)
         return [{"role": _SYSTEM, "content": self.text}, *turns]
 
     def departure(self, turns: Sequence[Turn]) -> str | None:
-        """Why the system prompt of these turns, led already, is none that was calibrated."""
+        """Returns why the system prompt of these turns, after `lead`, was not calibrated; None if it was."""
         text = _leading(turns)
         match self.kind:
             case "none":
@@ -92,7 +92,7 @@ class SystemPrompt:
 
 @dataclass(frozen=True)
 class Conversations:
-    """Those that were calibrated. turns: orders of roles (`order`). template_arguments: of the chat template."""
+    """The calibrated conversations. turns: orders of roles (`order`). template_arguments: for the chat template."""
 
     system_prompt: SystemPrompt = SystemPrompt()
     turns: tuple[str, ...] = ("user",)
@@ -105,7 +105,7 @@ class Conversations:
         system_prompt: str | None = None,
         template_arguments: Mapping[str, Any] | None = None,
     ) -> Conversations:
-        """Those of calibration records. system_prompt: leads each of them, where it is not None."""
+        """Returns those of calibration records. system_prompt: if not None, it leads each of them."""
         system = SystemPrompt.fixed(system_prompt)
         if system_prompt is None:
             system = SystemPrompt.of_records(conversations)
@@ -115,7 +115,7 @@ class Conversations:
     def resolve(
         self, turns: Sequence[Turn], template_arguments: Mapping[str, Any] | None = None
     ) -> Conversation:
-        """The conversation as it is put to the model. template_arguments: None takes the calibrated ones."""
+        """Returns the conversation as the model gets it. template_arguments: None takes the calibrated ones."""
         led = self.system_prompt.lead(turns)
         arguments = self.template_arguments if template_arguments is None else dict(template_arguments)
         departure = self.system_prompt.departure(led)
@@ -130,37 +130,37 @@ class Conversations:
 
 @dataclass(frozen=True)
 class Conversation:
-    """turns: all that is put to the model. departure: why it is none that was calibrated, None if it is one."""
+    """turns: all turns that the model gets. departure: why they were not calibrated; None if they were."""
 
     turns: tuple[Turn, ...]
     template_arguments: dict[str, Any]
     departure: str | None
 
     def encode(self, chat: ChatFormat) -> list[int]:
-        """Its token ids, up to where the answer begins. Raises ValueError where the template refuses it."""
+        """Returns its token ids, up to where the answer begins. Raises ValueError if the template refuses it."""
         return chat.encode_chat(self.turns, self.template_arguments)
 
 
 def order(turns: Sequence[Turn]) -> str:
-    """The roles in their order, without a leading system prompt: "user assistant user"."""
+    """Returns the roles in order, without a leading system prompt: "user assistant user"."""
     roles = [turn["role"] for turn in turns]
     return " ".join(roles[1:] if roles[:1] == [_SYSTEM] else roles)
 
 
 def digest(text: str) -> str:
-    """Of a system prompt: 64 hexadecimal digits."""
+    """Returns the digest of a system prompt: 64 hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def shown(turns: Sequence[Turn]) -> str:
-    """A conversation as one text for people: a single user turn's content alone, else "role: content" lines."""
+    """Returns a conversation as readable text: the content of a single user turn, else "role: content" lines."""
     if len(turns) == 1 and turns[0]["role"] == "user":
         return turns[0]["content"]
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
 def taken_apart(text: str) -> tuple[Turn, ...]:
-    """The turns behind `shown`'s text, as far as they can be told: a content may itself look like turns."""
+    """Returns the turns of a text made by `shown`. It can split wrongly where a content itself looks like turns."""
     parts = _ROLE.split(text)
     if parts[0]:
         return ({"role": "user", "content": text},)
@@ -168,5 +168,5 @@ def taken_apart(text: str) -> tuple[Turn, ...]:
 
 
 def _leading(turns: Sequence[Turn]) -> str | None:
-    """The leading system prompt; further ones are turns."""
+    """Returns the leading system prompt. Later system prompts count as turns."""
     return turns[0]["content"] if turns and turns[0]["role"] == _SYSTEM else None

@@ -1,20 +1,20 @@
-"""From what the estimator measured to the verdict: for one answer as for many, the same lines.
+"""The decision: from the estimator's measurement to the verdict. One answer and many use the same code.
 
-An answer is let through unless something stands against it. The first line that holds is the reason:
+An answer is let through unless a line of this table holds. The first line that holds is the reason:
 
     reason                       region        holds where
-    scoring_unavailable          unavailable   nothing was measured, or nothing finite
-    out_of_distribution          ood           the estimator knows nothing like it: floor(q') = 0 or d = 0
+    scoring_unavailable          unavailable   there is no measurement, or it is not finite
+    out_of_distribution          ood           the estimator knows no similar point: floor(q') = 0 or d = 0
     uncalibrated_request         low           the request or its answer left the calibrated policy
     no_region_at_alpha           low           Algorithm 1 found none
     below_similarity_threshold   low           q' < q'_min
-    below_class_threshold        low           not admitted all the same: the class thresholds psi
+    below_class_threshold        low           the class thresholds psi do not admit it
     predicted_not_following      high          y_hat is not FOLLOWS
     not_certified                high          only certified answers count, and no certificate covers q'
     none: let through            high
 
-The order matters: an answer that could not be checked is never reported as checked, and one that was drawn in another
-way than the calibration's is never reported as reliable.
+The order matters: an answer that could not be checked is never reported as checked, and an answer that was drawn
+differently from calibration is never reported as reliable.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ REGION_OF: dict[Reason, RegionName] = {
 """In the order of precedence."""
 
 REASONS: tuple[Reason | None, ...] = (None, *REGION_OF)
-"""By the code that stands for each in `Decisions.reason`."""
+"""The reasons, indexed by their code in `Decisions.reason`."""
 
 FOLLOWS = 1
 """The class of answers that follow their instruction."""
@@ -64,8 +64,8 @@ class Decisions:
     """n rows decided. All (n,).
 
     reason: int64, index into `REASONS`; 0: let through. admitted: by the estimator, within the policy.
-    follows: admitted and judged right, so that a policy that resamples ends with it. covered: let through, certified.
-    similarity: q' as the threshold is compared with it, so at d_lower for the lower estimator.
+    follows: admitted and judged right; a policy that resamples stops at it. covered: let through and certified.
+    similarity: the q' that is compared with the threshold; for the lower estimator, q' at d_lower.
     """
 
     reason: Tensor
@@ -76,7 +76,7 @@ class Decisions:
 
     @property
     def answered(self) -> Tensor:
-        """(n,) bool: what a client in mode abstain gets to see."""
+        """Returns (n,) bool: which answers a client in mode abstain gets."""
         return self.reason == 0
 
 
@@ -90,11 +90,11 @@ def decide(
     certificate: Certificate | None = None,
     certified_only: Tensor | None = None,
 ) -> Decisions:
-    """The decision on each row of an estimate at `region`'s alpha.
+    """Returns the decision on each row of an estimate at `region`'s alpha.
 
     finite, calibrated (n,) bool: whether the row could be measured, and whether request and answer kept to the
-    policy. certificate: of this region under this estimator. certified_only (n,) bool: abstain from what it does not
-    cover.
+    policy. certificate: of this region under this estimator. certified_only (n,) bool: abstain from rows that it does
+    not cover.
     """
     lower = estimator == "lower"
     similarity = estimate.q_prime_lower if lower else estimate.q_prime
@@ -112,7 +112,7 @@ def decide(
         "not_certified": wanted & ~shown,
     }
     reason = torch.zeros(len(admits), dtype=torch.int64)
-    for code in range(len(REASONS) - 1, 0, -1):  # from the last to the first: the first has the last word
+    for code in range(len(REASONS) - 1, 0, -1):  # backwards, so that the first reason wins
         name = REASONS[code]
         assert name is not None
         reason = torch.where(against[name], code, reason)
@@ -129,7 +129,7 @@ def decide(
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured of one answer, in plain numbers.
+    """The measured figures of one answer, as plain numbers.
 
     prediction: y_hat. probability, probability_lower, probability_upper: SDM(z') of y_hat with d, d_lower, d_upper.
     similarity: q. rescaled_similarity: q' with d. distance_quantile: d.
@@ -149,10 +149,10 @@ class Figures:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The decision on one answer, with what it rests on.
+    """The decision on one answer, with its grounds.
 
-    abstained: it is not to be relied on. reason: why not, None where it is. settles: a policy that resamples ends
-    with it. certificate: what was certified of answers like this one. figures: None where nothing was measured.
+    abstained: the answer is not to be relied on. reason: why not; None if it is. settles: a policy that resamples
+    stops at it. certificate: the one that covers the answer. figures: None if nothing was measured.
     """
 
     region: RegionName
@@ -173,7 +173,7 @@ def verdict_of(
     calibrated: Tensor,
     certificate: Certificate | None,
 ) -> Verdict:
-    """Of one row. calibrated (n,), certificate: as `decide` was given them."""
+    """Returns the verdict on one row. calibrated (n,), certificate: those that `decide` was given."""
     reason = REASONS[int(decisions.reason[row])]
     return Verdict(
         region="high" if reason is None else REGION_OF[reason],
@@ -188,7 +188,7 @@ def verdict_of(
 
 
 def unavailable(alpha: float, *, calibrated: bool) -> Verdict:
-    """Of an answer that could not be scored."""
+    """Returns the verdict on an answer that could not be scored."""
     return Verdict("unavailable", True, "scoring_unavailable", alpha, calibrated)
 
 

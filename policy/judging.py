@@ -1,7 +1,7 @@
-"""Measured rows judged at one alpha: estimate, decision and verdicts of the same rows, kept together.
+"""Judges measured rows at one alpha and keeps estimate, decision and verdicts of the same rows together.
 
-The server, calibration and the Python API all judge here, so that a region, its certificate and the rows they are
-applied to cannot be mixed up.
+The server, calibration and the Python API all judge here, so that a region, its certificate and the rows that they
+apply to cannot be mixed up.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from candor.sdm.outputs import Estimate, Measurement
 class Judgement:
     """n rows judged at alpha. calibrated (n,) bool: whether request and answer kept to the policy.
 
-    certificate: of the region under the estimator that judged; None where nothing was certified.
+    certificate: of the region under the estimator that judged; None if nothing was certified.
     """
 
     alpha: float
@@ -31,7 +31,7 @@ class Judgement:
     certificate: Certificate | None
 
     def verdict(self, row: int) -> Verdict:
-        """Of one row, from 0."""
+        """Returns the verdict on one row, counted from 0."""
         return verdict_of(row, self.estimate, self.decisions, self.alpha, self.calibrated, self.certificate)
 
 
@@ -45,10 +45,10 @@ def judge(
     certificates: Sequence[Certificate] = (),
     certified_only: Tensor | None = None,
 ) -> Judgement:
-    """What `estimator` measured, judged at one of its alphas.
+    """Judges a measurement by `estimator` at one of its alphas.
 
     calibrated, certified_only: (n,) bool, as `decide` takes them. certificates: the bundle's; the one of this region
-    under `kind` counts. Raises ValueError for an alpha without a region.
+    under `kind` is used. Raises ValueError for an alpha without a region.
     """
     estimate = estimator.judge(seen, alpha)
     certificate = certificate_at(certificates, alpha, kind)
@@ -67,5 +67,5 @@ def judge(
 def certificate_at(
     certificates: Sequence[Certificate], alpha: float, kind: EstimatorKind
 ) -> Certificate | None:
-    """What was certified of the region at alpha under that estimator."""
+    """Returns the certificate of the region at alpha under that estimator; None if there is none."""
     return next((one for one in certificates if (one.alpha, one.estimator) == (alpha, kind)), None)

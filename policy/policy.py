@@ -1,7 +1,7 @@
 """How answers were drawn for calibration, and which of them were complete.
 
-Whatever an answer could be drawn with is a field of `Sampling`. Those that the policy does not name must be as it
-draws itself, so a field that is new tomorrow departs from the policy without a line here.
+Every sampling parameter is a field of `Sampling`. A field that the policy does not name must have its default value,
+so a parameter added later departs from the policy without a change here.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from candor.policy.conversation import Conversations
 
 @dataclass(frozen=True)
 class Policy:
-    """A request that leaves it is answered, and never called calibrated.
+    """How answers are drawn. A request that departs from it is answered, but never called calibrated.
 
     temperature in [0, 2], top_p in (0, 1], top_k >= 0 (0: all), max_tokens >= 1.
-    resample: most answers written for one prompt, until one lies in the region and is judged right; 1: the
-    first is served. Above 1 only with a temperature above 0.
+    resample: maximum answers written for one prompt until one lies in the region and is judged right; 1: the
+    first is served. A value above 1 needs a temperature above 0.
     """
 
     temperature: float = 0.0
@@ -45,17 +45,17 @@ class Policy:
             )
 
     def sampling(self, **wishes: Any) -> Sampling:
-        """As the policy draws, but for what is wished otherwise: fields of `Sampling`, None where it is left open."""
+        """Returns the policy's sampling with these fields of `Sampling` replaced; None keeps the policy's value."""
         drawn = Sampling(
             max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k
         )
         return replace(drawn, **{name: wish for name, wish in wishes.items() if wish is not None})
 
     def draws(self, sampling: Sampling) -> bool:
-        """Whether answers drawn so come from the distribution that was calibrated.
+        """Returns whether answers drawn with `sampling` come from the calibrated distribution.
 
-        A seed picks a draw and does not change what is drawn from; log-probabilities are told of it; length and stop
-        strings count once they have cut an answer (`completed`). At temperature 0 there is one draw.
+        A seed picks a draw and does not change the distribution. Log-probabilities only report it. Length and stop
+        strings count only if they cut an answer (`completed`). At temperature 0, top_p and top_k have no effect.
         """
         kept = replace(sampling, seed=None, logprobs=None, stop=(), max_tokens=self.max_tokens)
         if sampling.temperature == 0:
@@ -63,11 +63,11 @@ class Policy:
         return kept == self.sampling()
 
     def completed(self, tokens: int, *, ended: bool) -> bool:
-        """Whether an answer of so many tokens is one that calibration could have seen. ended: on its own."""
+        """Returns whether calibration could have seen an answer of so many tokens. ended: it ended on its own."""
         return ended and tokens <= self.max_tokens
 
     def given(self, response: str, response_ids: Sequence[int], tag: str) -> str | None:
-        """Why a response that somebody brings could be no answer of the served model; None if it could."""
+        """Returns why the served model could not have written a given response; None if it could."""
         if tag in response:
             return f"it holds the tag {tag}, where an answer of the model ends"
         if not self.completed(len(response_ids), ended=True):

@@ -1,6 +1,6 @@
 """Similarity-Distance-Magnitude activations and estimators (arXiv 2509.12760), in torch alone.
 
-The mathematics and nothing else: no paths, no logging, no clock, no environment. Read in this order:
+This package holds only mathematics: no paths, no logging, no clock, no environment. Read it in this order:
 
     adaptor        h -> h', z'
     arithmetic     sums that do not depend on the batch

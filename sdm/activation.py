@@ -1,4 +1,4 @@
-"""The SDM activation: a softmax whose temperature is what the training data knows about the point.
+"""The SDM activation: a softmax whose temperature depends on how well the training data covers the point.
 
     SDM(z')_i = exp(d ln(2 + q) z'_i) / sum_c exp(d ln(2 + q) z'_c)          (2509.12760, eq. 4)
     loss      = mean over rows of -log_{2+q} SDM(z')_y                       (2509.12760, eq. 7)

@@ -1,4 +1,4 @@
-"""The exemplar adaptor: frozen states h to exemplar vectors h' and logits z'.
+"""The exemplar adaptor maps frozen states h to exemplar vectors h' and logits z'.
 
     x  = (h - mean) / scale
     h' = W x + b        in R^M
@@ -26,9 +26,9 @@ def fit_standardisation(h: Tensor, blocks: Sequence[Block] | None = None) -> tup
 
     h: (n, D), n >= 2. blocks: widths that sum to D. A "scalar" block has one mean and one standard
     deviation over all its entries (the papers' standardisation, and the default over the whole of
-    h); a "feature" block has them per dimension and is stretched until it varies as much in all as
-    the widest block does, so that six numbers beside a thousand have a say in distances. Standard
-    deviations divide by n - 1; a constant block keeps scale 1.
+    h). A "feature" block has them per dimension and is scaled until its total variance equals that of
+    the widest block, so that six numbers beside a thousand still influence distances. Standard
+    deviations divide by n - 1. A constant block keeps scale 1.
     """
     blocks = [(h.shape[1], "scalar")] if blocks is None else blocks
     widths = [width for width, _ in blocks]
@@ -101,10 +101,10 @@ class ExemplarAdaptor(nn.Module):
 
 
 class FrozenAdaptor:
-    """An adaptor's map as of construction, every row correctly rounded, whatever batch it comes in.
+    """An adaptor's map as of construction. Every row is correctly rounded, whatever its batch.
 
-    Decided here: a row is finite iff h and z' are and no entry of h' exceeds `arithmetic.LARGEST`; one that
-    isn't has h' = z' = 0.
+    Decided here: a row is finite iff h and z' are and no entry of h' exceeds `arithmetic.LARGEST`. A row that
+    isn't finite has h' = z' = 0.
     """
 
     def __init__(self, adaptor: ExemplarAdaptor) -> None:

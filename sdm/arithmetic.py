@@ -1,8 +1,8 @@
-"""Sums whose value cannot depend on the batch, the thread count or the instruction set.
+"""Sums whose value does not depend on the batch, the thread count or the instruction set.
 
-A calibration row scored again must get its own distance back, to the last bit: a distance one
-rounding above its own entry moves d by 1/n_c and can empty a verdict. BLAS promises no such thing:
-its order of summation follows the shape of the call. Two remedies, both independent of order:
+A calibration row that is scored again must get the same distance, to the last bit: a distance one
+rounding above its own entry moves d by 1/n_c and can change a verdict. BLAS does not guarantee this,
+since its order of summation follows the shape of the call. Two remedies here do not depend on order:
 
 * `RoundedLinear` returns the *correctly rounded* value of an affine map,
 
@@ -17,8 +17,8 @@ its order of summation follows the shape of the call. Two remedies, both indepen
   entries where it is not (about one in 10^3) are summed exactly: products of two float32 are exact
   in float64, and `math.fsum` rounds their sum once.
 
-* `pair_distances` sums float64 squares by halving, elementwise operations alone, which IEEE 754
-  defines to the bit; the order is a function of the width only.
+* `pair_distances` sums float64 squares by halving. It uses only elementwise operations, which IEEE
+  754 defines to the bit, and its order depends on the width only.
 """
 
 from __future__ import annotations

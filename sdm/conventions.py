@@ -1,7 +1,7 @@
 """The choices on which the papers, the public code and this project differ, in one object.
 
 `DEFAULT` is what this project holds to be right. `RECORDED` reproduces the public implementation,
-faults included, and exists so that its recorded vectors can be compared (benchmarks/conformance).
+including its faults, so that its recorded vectors can be compared (benchmarks/conformance).
 Every function that depends on such a choice takes the object; there are no other switches.
 """
 
@@ -16,10 +16,10 @@ class Conventions:
     """One field a choice; docs/notation.md gives the reason for each.
 
     max_q: cap on q, or None for the exact count. A self-excluded row's cap is one lower.
-    passed_over: how many invalid neighbours do not end q yet (the papers: none); see `sdm.similarity`. Training's own
-        q ends at the first, whatever this says.
-    self_exclusion: what a support row scored against its own support leaves out: itself ("index"),
-        or whichever row comes first ("first match": under duplicates perhaps its twin).
+    passed_over: number of invalid neighbours that do not end q (the papers: 0); see `sdm.similarity`. In training, q
+        always ends at the first.
+    self_exclusion: the row that a support row leaves out when scored against its own support: itself
+        ("index"), or the nearest row ("first match", which can be a duplicate of it).
     empty_class: d of a class without distances: left out of the minimum ("skip"), or 0, which makes
         d = 0 for every point and freezes training ("zero").
     quantile_index: floor((1 - alpha) n) over the decimal that alpha was written as ("exact"), or in

@@ -1,4 +1,4 @@
-"""Distance: how a point's nearest distance ranks among those of calibration points, per true class.
+"""Distance: the rank of a point's nearest distance among those of calibration points, per true class.
 
     d_c = 1 - #{e in E_c : e < d_nearest} / |E_c|,        d = min over c,
 
@@ -7,9 +7,9 @@ not (arXiv 2509.12760, section 3). Strict counts: d = 1 at distance 0, 1/|E_c| a
 calibration distance, 0 beyond it. Distances are squared L2, as in the public code; ranks are the
 same as those of the papers' L2.
 
-Decided here: a class without such points (see `Conventions.empty_class`) says nothing about distance
-and is left out of the minimum; no region is then found, since it has no points above any threshold.
-With no points at all, d = 0.
+Decided here: a class without such points gives no information about distance and is left out of the
+minimum (see `Conventions.empty_class`). No region is then found, since the class has no points above
+any threshold. With no points at all, d = 0.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""J models, one verdict: unanimous to admit, the most doubtful voter to speak (2509.12760, A.7).
+"""An ensemble of J models: all must admit; the least certain voter gives the values (2509.12760, A.7).
 
     y_hat    = the class most models predict
     admitted = all models predict it and all admit;  the same for the lower estimator
     is_ood   = any model finds the point out of distribution
     SDM, q'  = those of the model that, among those predicting y_hat, has the smallest SDM_y_hat
 
-Decided here: a tied vote goes to the lowest class (the public code draws; it can't be admitted
-anyway), and of equal SDM the first model speaks.
+Decided here: a tied vote goes to the lowest class (the public code draws at random; a tied point can't
+be admitted anyway). Among models with equal SDM, the first gives the values.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def combine(estimates: Sequence[Estimate]) -> EnsembleEstimate:
     agreed = (votes == y_hat).all(dim=0)
 
     def speak(sdm: Tensor, q_prime: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(J, n, C), (J, n) -> the most doubtful voter, its SDM and its q'."""
+        """(J, n, C), (J, n) -> the least certain voter, its SDM and its q'."""
         top = sdm.gather(2, y_hat.expand(len(estimates), -1).unsqueeze(2)).squeeze(2)  # (J, n)
         speaker = top.masked_fill(votes != y_hat, torch.inf).argmin(dim=0)
         rows = torch.arange(len(y_hat))

@@ -1,4 +1,4 @@
-"""The SDM estimator: h in, everything that is known of its reliability out.
+"""The SDM estimator: computes all reliability figures of a state h.
 
     h -> h', z', y_hat          adaptor
       -> q, d_nearest           comparison with the support       (costly: `measure`, free of alpha)
@@ -89,7 +89,7 @@ class SDMEstimator:
         return FrozenAdaptor(self.adaptor)
 
     def measure(self, h: Tensor) -> Measurement:
-        """h (n, D), any float dtype -> what the support says of each row."""
+        """h (n, D), any float dtype -> each row compared with the support."""
         if h.dim() != 2 or h.shape[1] != self.adaptor.input_dim:
             raise ValueError(f"h must be (n, {self.adaptor.input_dim}), got {tuple(h.shape)}")
         h_prime, z_prime, y_hat, finite = self._projection(h)

@@ -1,5 +1,4 @@
-"""The first gate: is a prompt of the kind that was calibrated on? Known at the end of prefill, before a word is
-written.
+"""The first gate: is a prompt of the kind that was calibrated on? The end of prefill decides it, before decoding.
 
     s     = [ mean state over the prompt's positions ; state at its last position ]                  in R^P
     x     = (s - mean) / scale          mean per dimension, scale per block (its overall standard deviation)
@@ -12,8 +11,8 @@ D is, up to constants, minus twice the log-likelihood of a Gaussian whose k larg
 share one variance (probabilistic PCA, Tipping and Bishop 1999). The reference holds D of m records that fitted
 nothing, so p is uniform over its steps for a record that is drawn as they were, and the rate at which such records
 are refused is, over draws of the reference, Beta(l, m + 1 - l) at most (Bates et al. 2023, 2104.08279):
-`calibration.rule.rank_cut` picks l by it. It is not supervised: what training does for the verdict makes states
-forget what strangers look like.
+`calibration.rule.rank_cut` picks l by it. The gate is unsupervised, because training for the verdict makes states
+lose what tells unfamiliar prompts apart.
 
 Every value of a row is a function of that row alone (sdm/arithmetic.py). A row that isn't finite is at D = inf and
 never known.
@@ -32,7 +31,7 @@ from candor.sdm.adaptor import fit_standardisation
 from candor.sdm.arithmetic import LARGEST, RoundedLinear, pair_distances
 
 ROWS_PER_COMPONENT = 4
-"""Fewer rows than this for each component, and there are fewer components."""
+"""Minimum rows for each component; fewer rows give fewer components."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""What is known of scored rows: tensors in, nothing computed, except the calibration q' sorted by class."""
+"""The results for scored rows, as tensors. Nothing is computed here but the calibration q' sorted by class."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from candor.sdm.distance import ClasswiseECDF
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What the calibration half scored, and its true labels: sdm (n, C) and q_prime (n,) float32, labels (n,).
+    """The scores of the calibration half and its true labels: sdm (n, C) and q_prime (n,) float32, labels (n,).
 
     Regions at any alpha come from it (`SDMEstimator.with_regions`).
     """

@@ -1,4 +1,4 @@
-"""The high-reliability region: thresholds found once on calibration points, and who is admitted.
+"""The high-reliability region: thresholds found once on calibration points, and the admission rule.
 
     q'    = min(q, (2 + q)^SDM(z')_y_hat)
     Algorithm 1 (2509.12760, section 4.2): over the calibration points with q' > 0, the smallest
@@ -67,7 +67,7 @@ def quantile_index(n: Tensor, alpha: float, conventions: Conventions = DEFAULT) 
 def minimum_points(alpha: float, conventions: Conventions = DEFAULT) -> float:
     """Points that every class must have above q'_min: ceil(1 / (1 - alpha)), inf at alpha = 1.
 
-    With fewer, the quantile's index is 0 and the threshold is whatever the single lowest point says.
+    With fewer, the quantile's index is 0 and the threshold is that of the single lowest point.
     """
     if not conventions.minimum_per_class:
         return 1

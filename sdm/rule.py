@@ -2,7 +2,7 @@
 
     answered  iff  G (`sdm.gate`, at the end of prefill)  and  S >= t (`sdm.score`, at the answer's end)
 
-The pair with its threshold is what a certificate speaks of (`calibration.rule_certificate`).
+A certificate covers this pair with its threshold (`calibration.rule_certificate`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RuleEstimate:
 
 @dataclass(frozen=True, eq=False)
 class AnswerRule:
-    """threshold: t, inf where nothing may be answered."""
+    """A prompt gate and an answer score. threshold: t, inf if nothing may be answered."""
 
     gate: PromptGate
     score: AnswerScore

@@ -1,11 +1,11 @@
-"""How far d may be off, given how many calibration points lie below this one: bands around d.
+"""Bands around d: its possible error, given the number of calibration points below this one.
 
     n_c   = min(#{calibration q' of class c < q'}, N_c - 1)
     eps_c = sqrt(ln(2 / (1 - alpha)) / (2 n_c)),   1 if n_c = 0 or alpha = 1        (DKW inequality)
     d_lower, d_upper = clip(d -+ max_c eps_c, 0, 1)
 
 (2509.12760, section 4.3.) The band holds with probability alpha. All calibration points of the class
-count, those with q' = 0 too; the cap at N_c - 1 is the public code's, and the more cautious.
+count, including those with q' = 0. The cap at N_c - 1 is the public code's, and more cautious.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""The second gate: how surely is an answer right? One linear function of what is known of it.
+"""The second gate: the score of an answer, one linear function of its states and figures.
 
-    S = weight . [prompt states ; h ; figures] + bias          figures: what the SDM layer says, `sdm_figures`
+    S = weight . [prompt states ; h ; figures] + bias          figures: those of the SDM layer, `sdm_figures`
     P(y = 1) = sigmoid(slope S + intercept)
 
-However many logistic regressions a score is made of, their weighted sum is linear again, so one row of weights is all
-that a bundle keeps and all that an answer costs: `calibration.rule` says where it comes from. S is correctly rounded
-(sdm/arithmetic.py), so one answer has the same score alone and in a batch. A row that isn't finite has S = -inf and P
-= 0.
+A weighted sum of several logistic regressions is linear again. A bundle therefore keeps, and an answer costs, only
+one row of weights; `calibration.rule` finds it. S is correctly rounded (sdm/arithmetic.py), so an answer has the same
+score alone and in a batch. A row that isn't finite has S = -inf and P = 0.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ FIGURES = ("margin", "similarity", "distance_quantile", "logit")
 
 
 def sdm_figures(seen: Measurement, d: Tensor) -> Tensor:
-    """What a two-class layer says of n rows, d (n,): (n, 4) float32.
+    """The figures of a two-class layer for n rows, d (n,): (n, 4) float32.
 
     margin               z'_1 - z'_0
     similarity           ln(2 + q), negative where the verdict is 0

@@ -1,4 +1,4 @@
-"""Similarity: how many training points of the predicted class come before the first that disagrees.
+"""Similarity: the number of training points of the predicted class before the first that disagrees.
 
     q = #{support rows valid for y_hat that are nearer than the nearest row that isn't},
 
@@ -7,7 +7,7 @@ the length of the leading run of valid rows when the support is ordered by dista
 cap unless `max_q` gives one; a row compared with a support it belongs to is left out by its index
 (`exclude`). No top-k search: the nearest invalid row bounds the count, and counting needs no order.
 
-A sturdier count passes over t invalid rows and charges for them (`passed_over`, not in the papers):
+A more robust count passes over t invalid rows and subtracts t (`passed_over`, not in the papers):
 
     q = max(0, #{valid rows nearer than the (t + 1)-th invalid one} - t)
 """
@@ -53,7 +53,7 @@ def neighbourhood(
     q = torch.empty(len(queries), dtype=torch.int64)
     d_nearest = torch.empty(len(queries))
     nearest = torch.empty(len(queries), dtype=torch.int64)
-    order = predictions.argsort(stable=True)  # class after class, so that the support is read once for all
+    order = predictions.argsort(stable=True)  # by class, so that one read of the support serves all
     valid = {c: support.valid(c) for c in predictions.unique().tolist()}
     for block in _rough(queries[order], support):
         members = order[block.rows]
@@ -92,7 +92,7 @@ def _passing_over(
                 continue
             exact = support.exact(block.queries, torch.full_like(indices, row), indices)
             exact, order = exact.sort(stable=True)
-            invalid = against[indices[order]].cumsum(0)  # so many up to here
+            invalid = against[indices[order]].cumsum(0)  # number of invalid rows up to here
             before = int((invalid <= passed_over).sum())
             q[number] = max(0, before - min(int(invalid[-1]), passed_over) - passed_over)
             d_nearest[number], nearest[number] = exact[0].float(), indices[order[0]]
@@ -111,7 +111,7 @@ def support_neighbourhood(support: Support, conventions: Conventions = DEFAULT) 
 
 @dataclass(frozen=True, eq=False)
 class _Pairs:
-    """What is left to decide of some queries.
+    """The pairs that are still undecided for some queries.
 
     q (b,): valid rows that surely come before any invalid one. Pairs (queries[i], indices[i]), by position among the
     queries and in the support: they hold each query's nearest row, its nearest invalid row, and every valid row that
@@ -135,8 +135,8 @@ def _rough(queries: Tensor, support: Support) -> Iterator[Rough]:
 
 
 def _doubtful_pairs(rough: Rough, valid: Tensor, support: Support) -> _Pairs:
-    """Of queries of one class; what a sketch leaves in doubt is looked at again by each row's own error, then in
-    float32."""
+    """Returns the undecided pairs of queries of one class. After a sketch, it narrows them by each row's own error,
+    then in float32."""
     pairs = _Pairs(*_sift(rough.distances, rough.slack, valid))
     if support.sketch is None or rough.lengths is None:
         return pairs
@@ -148,7 +148,7 @@ def _doubtful_pairs(rough: Rough, valid: Tensor, support: Support) -> _Pairs:
 
 
 def _narrow(pairs: _Pairs, distances: Tensor, slack: Tensor, valid: Tensor) -> _Pairs:
-    """What is left of pairs (p,) by distances that are each within a slack (p,) of the truth."""
+    """Returns the pairs (p,) still undecided, given distances that are each within a slack (p,) of the exact."""
     who, indices, count = pairs.queries, pairs.indices, len(pairs.q)
     lower, upper = distances.double() - slack, distances.double() + slack
     against = ~valid[indices]
@@ -161,12 +161,12 @@ def _narrow(pairs: _Pairs, distances: Tensor, slack: Tensor, valid: Tensor) -> _
 
 
 def _sift(distances: Tensor, slack: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What distances (b, k) within a slack (b,) of the truth tell: as `_Pairs`.
+    """Returns the fields of `_Pairs`, given distances (b, k) within a slack (b,) of the exact ones.
 
     valid: (k,). The nearest row lies within twice the slack of the smallest distance, and likewise the
     nearest invalid row; a valid row further than that below the latter is surely nearer.
     """
-    # Finite bounds, so that a left-out row (at infinity) is in no one's doubt.
+    # Finite bounds, so that a left-out row (at infinity) is never undecided.
     largest = torch.finfo(torch.float32).max
     doubt = 2 * slack.double()
     boundary = least(distances + torch.where(valid, torch.inf, 0.0)).double()

@@ -1,6 +1,6 @@
-"""A quarter of the support's bytes, enough to tell most rows from the decisive ones.
+"""The sketch: an int8 copy of the support, a quarter of its bytes, that rules out most rows for a query.
 
-Each centred exemplar s~ = s - centre and each centred query a~ is written as small integers and what is left:
+Each centred exemplar s~ = s - centre and each centred query a~ is written as scaled small integers plus a remainder:
 
     s~ = sigma k + r,   a~ = alpha l + t,      k, l in -127..127, sigma, alpha > 0
 
@@ -8,13 +8,13 @@ The product of integers is exact, and by Cauchy-Schwarz
 
     D(a, s) - |a~|^2 = |s~|^2 - 2 sigma alpha (k . l) + e,    |e| <= 2 (|r| |a~ - t| + |s~| |t|) + rounding,
 
-so that a row further than 2 max |e| from a decision can't change it. Of the others each row's own |e| rules out more
-than half; what is left is looked at again in float32, and what that leaves in doubt exactly (`sdm.similarity`):
-decisions are the same to the bit, a query reads a byte an entry instead of four, and processors multiply bytes
+so that a row further than 2 max |e| from a decision can't change it. Each row's own |e| rules out more than half of
+the others. The rest is computed in float32, and exactly where float32 does not decide (`sdm.similarity`). Decisions
+are therefore the same to the bit, a query reads one byte an entry instead of four, and processors multiply bytes
 several times as fast.
 
-The product is oneDNN's, through the operator that quantised models run on. Whether it is there and exact is tried out
-(`multiplies_exactly`); where it isn't, there is no sketch and float32 products serve.
+oneDNN computes the product, through the operator for quantised models. `multiplies_exactly` tests whether it exists
+and is exact; if not, there is no sketch and float32 products are used.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from candor.sdm.arithmetic import UNIT_32
 
 LARGEST_CODE = 127
 ZERO = 128
-"""Of the query's codes as bytes without a sign."""
+"""Offset of the query's codes as unsigned bytes."""
 SMALLEST = 2**22
-"""Entries of a support from which a sketch pays: smaller ones stay in the processor's caches."""
+"""Minimum entries of a support for a sketch. Smaller supports fit in the processor's caches and gain nothing."""
 
 
 class Sketch:
-    """Of exemplars h' (N, M), finite, about centre (M,). nbytes: what it takes beside them."""
+    """The sketch of finite exemplars h' (N, M) about centre (M,). nbytes: its memory in addition to theirs."""
 
     def __init__(self, h_prime: Tensor, centre: Tensor) -> None:
         self._centre = centre.double()
@@ -60,8 +60,8 @@ class Sketch:
         return sum(part.numel() * part.element_size() for part in parts)
 
     def distances(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Of finite queries (b, M): (b, N) float32, each D(a, s) up to a constant a query and an error; and what
-        `slack` and `pair_slack` want of them: |a~ - t|, |t| (b, 2) float64."""
+        """Finite queries (b, M) -> (b, N) float32, each D(a, s) up to a constant a query and an error; and the
+        lengths |a~ - t|, |t| (b, 2) float64 for `slack` and `pair_slack`."""
         centred = queries.double() - self._centre
         code, scale = _quantise(centred, together=True)
         written = scale.double() * code
@@ -69,11 +69,11 @@ class Sketch:
         return _multiply(code, float(scale), self._codes, self._scales, self._norms), lengths
 
     def slack(self, lengths: Tensor) -> Tensor:
-        """What the error is at most, whichever the row: (b,) float64."""
+        """Upper bound on the error, over all rows: (b,) float64."""
         return self._bound(lengths, self._rest, self._longest)
 
     def pair_slack(self, lengths: Tensor, indices: Tensor) -> Tensor:
-        """What it is at most for pairs with support rows indices (p,), each with its query's lengths (p, 2)."""
+        """Upper bound on it for pairs with support rows indices (p,), each with its query's lengths (p, 2)."""
         return self._bound(lengths, self._rests[indices], self._norms[indices].sqrt())
 
     def _bound(self, lengths: Tensor, rest: Tensor | float, norm: Tensor | float) -> Tensor:
@@ -99,7 +99,7 @@ def _pack(codes: Tensor) -> Tensor:
 def _multiply(left: Tensor, scale: float, packed: Tensor, scales: Tensor, bias: Tensor) -> Tensor:
     """bias + scale * scales * (left . right), float32 (b, N)."""
     zeros = torch.zeros(len(scales), dtype=torch.int64)
-    # No signs on the left: without AMX, oneDNN multiplies signed bytes hundreds of times as slowly.
+    # The left side is unsigned: without AMX, oneDNN multiplies signed bytes hundreds of times as slowly.
     unsigned = (left.short() + ZERO).to(torch.uint8)
     product: Tensor = torch.ops.onednn.qlinear_pointwise(
         unsigned, scale, ZERO, packed, scales, zeros, bias, 1.0, 0, torch.float32, "none", [], ""
@@ -109,7 +109,7 @@ def _multiply(left: Tensor, scale: float, packed: Tensor, scales: Tensor, bias: 
 
 @cache
 def multiplies_exactly(width: int) -> bool:
-    """Whether integer products of this width are there, and right where sums of pairs would overflow 16 bits."""
+    """Returns whether integer products of this width exist, and are right where sums of pairs overflow 16 bits."""
     alternating = torch.tensor([1, -1]).repeat((width + 1) // 2)[:width]
     extremes = (LARGEST_CODE * torch.stack([torch.ones_like(alternating), alternating])).to(torch.int8)
     extremes = torch.cat([extremes, -extremes])

@@ -1,4 +1,4 @@
-"""An estimator as flat tensors, and back: what a bundle keeps in its safetensors files.
+"""Converts an estimator to flat tensors, as a bundle's safetensors file keeps them, and back.
 
     adaptor.*  support.*  ecdf.*  calibration.*  regions.alpha (A,)  regions.q_prime_min (A,)  regions.psi (A, C)
 

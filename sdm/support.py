@@ -1,16 +1,16 @@
-"""The support: training exemplars a point is compared with, and exact nearest search over them.
+"""The support: the training exemplars that a point is compared with, and exact nearest search over them.
 
     D(a, s) = |a - s|^2        squared L2, as in the public code (the papers: L2; the order is the same)
 
-One distance arithmetic. The distance of a pair is `arithmetic.pair_distances`, a function of the two
-rows alone, so a row has the same distances alone and in any batch. Computing all of them that way would
-take long, so a matrix product finds the few that matter. With s~ = s - centre, a~ = a - centre,
+The distance of a pair is always `arithmetic.pair_distances`, a function of the two rows alone, so a row
+has the same distances alone and in any batch. Computing all of them that way would take long, so a
+matrix product finds the few that matter. With s~ = s - centre, a~ = a - centre,
 
     D(a, s) = |s~|^2 + |a~|^2 - 2 (s . a~) + 2 (centre . a~),
 
-the product s . a~ in float32 differs from the truth by at most gamma |s| |a~|, gamma = M 2^-24 whatever
-the order of summation (Higham, eq. 3.5), and so the rough distance from the exact one by a known
-`slack`. A row whose rough distance is more than twice the slack from a decision can't change it; the
+the product s . a~ in float32 differs from the exact one by at most gamma |s| |a~|, gamma = M 2^-24, in
+any order of summation (Higham, eq. 3.5). The rough distance thus differs from the exact one by at most a
+known `slack`. A row whose rough distance is more than twice the slack from a decision can't change it; the
 others are computed exactly. Centring one side suffices to keep the slack small where exemplars
 share a large common offset. Reading the support once is nearly the whole cost of a query; a large support
 is therefore read through a sketch of it first (`sdm.sketch`).
@@ -36,10 +36,10 @@ BLOCK = 2**23
 
 @dataclass(frozen=True, eq=False)
 class Rough:
-    """Rough distances of some queries: each is, up to a constant a query, off by at most the slack.
+    """Rough distances of some queries. Up to a constant a query, the error of each is at most the slack.
 
-    rows: the queries' positions; queries (b, M); distances (b, N) float32; slack (b,); lengths (b, 2): where a sketch
-    gave them, for its `pair_slack`.
+    rows: the queries' positions; queries (b, M); distances (b, N) float32; slack (b,); lengths (b, 2): set if a
+    sketch gave the distances, for its `pair_slack`.
     """
 
     rows: slice
@@ -93,7 +93,7 @@ class Support:
 
     @cached_property
     def sketch(self) -> Sketch | None:
-        """Of a large support; else None."""
+        """The sketch of a large support; None for a small one."""
         if self.h_prime.numel() < SMALLEST or not multiplies_exactly(self.h_prime.shape[1]):
             return None
         return Sketch(self.h_prime, self._centre)
@@ -125,7 +125,7 @@ class Support:
     def rough_pairs(self, queries: Tensor, rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Rough distances (p,) of pairs (queries[rows[i]], support row indices[i]), rows ascending; slack (b,)."""
         centred = queries - self._centre
-        # A product with all rows, read in order, is quicker than gathering many; it costs more the more queries.
+        # A product with all rows, read in order, is faster than gathering many; its cost grows with the queries.
         if 2 * len(rows) > len(self) * min(len(queries), 8):
             products = (centred @ self.h_prime.T)[rows, indices]
         else:

@@ -1,7 +1,7 @@
-"""Work that costs little more for many than for one, done off the event loop and in batches.
+"""Micro-batching: work that costs little more for many items than for one runs in batches, off the event loop.
 
-Whatever arrives while a batch is being worked on forms the next one. Nobody waits for a batch to fill: an
-item that arrives when nothing runs starts at once.
+Items that arrive while a batch runs form the next batch. No item waits for a batch to fill: an item that arrives
+when nothing runs starts at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class MicroBatcher(Generic[Item, Result]):
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="candor-scoring")
 
     def put(self, item: Item) -> asyncio.Future[Result]:
-        """Queues it at once. The future has its result, or what `work` raised on its batch."""
+        """Queues the item at once. The future gets its result, or the exception that `work` raised on its batch."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
         if self._runner is None:
@@ -38,11 +38,11 @@ class MicroBatcher(Generic[Item, Result]):
         return future
 
     async def submit(self, item: Item) -> Result:
-        """The item's result; raises what `work` raised on its batch. Cancelling gives the item up."""
+        """Returns the item's result, or raises what `work` raised on its batch. Cancelling drops the item."""
         return await self.put(item)
 
     def close(self) -> None:
-        """Takes no more work; what is waiting is dropped."""
+        """Stops taking work and drops the items that wait."""
         if self._runner is not None:
             self._runner.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -58,7 +58,7 @@ class MicroBatcher(Generic[Item, Result]):
         batch: list[tuple[Item, asyncio.Future[Result]]] = []
         while self._waiting and len(batch) < self._largest:
             item, future = self._waiting.popleft()
-            if not future.done():  # else it was given up
+            if not future.done():  # a future that is done was cancelled
                 batch.append((item, future))
         return batch
 

@@ -1,7 +1,7 @@
-"""A request's body, resolved against what is served: what the engine is given, and what is done with its answer.
+"""Resolves a request's body against the served bundle: the engine's input, and what happens to the answer.
 
-What a request leaves open is filled in from the bundle's policy, so a stock client that sets nothing gets calibrated
-answers. What departs from the policy (`candor.policy`) is answered all the same, but not called calibrated.
+The bundle's policy fills in what a request leaves open, so a stock client that sets nothing gets calibrated answers.
+A request that departs from the policy (`candor.policy`) is answered too, but its answer is not called calibrated.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ Mode = Literal["annotate", "abstain", "off"]
 _STRICTNESS: dict[Mode, int] = {"off": 0, "annotate": 1, "abstain": 2}
 
 _APART = 2**32
-"""Between the seeds of one choice's attempts, so that they meet no other choice's."""
+"""Step between the seeds of one choice's attempts, so that they never equal those of another choice."""
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """What a client gets in place of a withheld answer."""
+    """The text that a client gets in place of a withheld answer."""
 
     text: str
     as_refusal: bool
@@ -45,10 +45,10 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Reliability:
-    """A request's reliability options, resolved. replacement: None where nothing is withheld.
+    """A request's resolved reliability options. replacement: None if nothing is withheld.
 
-    certified_only: whether answers that no certificate covers are abstained from. buffered: of streams, whether the
-    text is held back until the decision.
+    certified_only: whether to abstain from answers that no certificate covers. buffered: whether a stream holds its
+    text back until the decision.
     """
 
     mode: Mode
@@ -61,13 +61,13 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Choice:
-    """One answer to write: what the engine is given."""
+    """The engine's input for one answer."""
 
     prompt_ids: tuple[int, ...]
     sampling: Sampling
 
     def attempt(self, number: int) -> Choice:
-        """The same, drawn anew: attempts from 0 on differ, and repeat where the first is seeded."""
+        """Returns the choice for attempt `number`, from 0. Attempts differ; with a seed, they are reproducible."""
         seed = self.sampling.seed
         if seed is None or number == 0:
             return self
@@ -76,10 +76,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class AnswerRequest:
-    """choices: in index order. prompt_tokens: each prompt counted once.
+    """A resolved request. choices: in index order. prompt_tokens: each prompt counted once.
 
     calibrated: whether the request keeps to the policy, as far as that is known before the answer.
-    attempts: most answers written for one choice, until one is reliable; 1 outside the policy.
+    attempts: maximum answers written for one choice until one is reliable; 1 outside the policy.
     """
 
     choices: tuple[Choice, ...]
@@ -90,7 +90,7 @@ class AnswerRequest:
 
     @property
     def tokens(self) -> int:
-        """The most it may come to: each answer at its longest, beside its prompt."""
+        """Maximum tokens of the request: for each choice, its prompt and its longest answer."""
         return sum(len(choice.prompt_ids) + choice.sampling.max_tokens for choice in self.choices)
 
 
@@ -141,7 +141,7 @@ class RequestResolver:
         )
 
     def completion(self, body: CompletionRequest) -> AnswerRequest:
-        """Plain prompts leave the chat format that was calibrated, so their answers are never calibrated."""
+        """Resolves plain prompts. They lack the calibrated chat format, so their answers are never calibrated."""
         prompts = [self._encode_text(text) for text in body.prompt]
         return self._answers(
             body,
@@ -200,7 +200,7 @@ class RequestResolver:
             left = self._room - len(prompt_ids)
             length = max_tokens or min(self._policy.max_tokens, self._limits.output_tokens, left)
             for _ in range(n):
-                seed = None if body.seed is None else _wrapped(body.seed + len(choices))  # choices differ
+                seed = None if body.seed is None else _wrapped(body.seed + len(choices))  # one seed a choice
                 choices.append(Choice(prompt_ids, replace(sampling, max_tokens=length, seed=seed)))
         calibrated = calibrated and self._policy.draws(sampling)
         reliability = self._reliability(body.reliability or ReliabilityOptions(), streamed=body.wants_stream)
@@ -213,7 +213,7 @@ class RequestResolver:
         )
 
     def _reliability(self, asked: ReliabilityOptions, *, streamed: bool) -> Reliability:
-        """The operator's least mode goes before the request's; then nothing leaves a stream before its decision."""
+        """Takes the stricter of the operator's and the request's mode. The operator's abstain buffers all streams."""
         at_most(self._limits.exemplars, asked.exemplars, "exemplars", "reliability.exemplars")
         mode = max(asked.mode, self._least_mode, key=_STRICTNESS.__getitem__)
         withholds = mode == "abstain"
@@ -243,7 +243,7 @@ class RequestResolver:
         return self.default_alpha if asked is None else _calibrated(asked, self.alphas, param)
 
     def _certified(self, asked: bool | None, alpha: float, param: str) -> bool:
-        """Whether only certified answers count: where the server or the request says so."""
+        """Returns whether only certified answers count, because the server or the request says so."""
         wanted = self._certified_only or bool(asked)
         if wanted:
             _require_certified(alpha, self._certified_alphas, param)
@@ -252,7 +252,7 @@ class RequestResolver:
     def _encode_chat(
         self, messages: Sequence[ChatMessage], template_arguments: dict[str, Any] | None = None
     ) -> tuple[tuple[int, ...], bool]:
-        """The prompt's ids, and whether it is a conversation that was calibrated."""
+        """Returns the prompt's token ids, and whether calibration covered such conversations."""
         turns = [message.to_template() for message in messages]
         conversation = self._policy.conversations.resolve(turns, template_arguments)
         try:
@@ -277,17 +277,17 @@ class RequestResolver:
 
 
 def default_alpha(wanted: float | None, alphas: Sequence[float]) -> float:
-    """What requests that name none are judged at: the operator's, or the lowest of the bundle's ascending.
+    """Returns the alpha of requests that name none: the operator's, else the lowest. alphas: ascending.
 
-    Raises Refused where the bundle does not have the operator's.
+    Raises Refused if the bundle does not have the operator's alpha.
     """
     return alphas[0] if wanted is None else _calibrated(wanted, alphas, "CANDOR_ALPHA")
 
 
 def certified_alphas(manifest: Manifest, settings: Settings) -> list[float]:
-    """Where answers are certified under the operator's estimator.
+    """Returns the alphas that have a certificate under the operator's estimator.
 
-    Raises Refused where only certified answers count and the default alpha has no certificate.
+    Raises Refused if only certified answers count and the default alpha has no certificate.
     """
     found = [one.alpha for one in manifest.certificates if one.estimator == settings.estimator]
     if settings.certified_only:
@@ -315,5 +315,5 @@ def _calibrated(alpha: float, alphas: Sequence[float], param: str) -> float:
 
 
 def _wrapped(seed: int) -> int:
-    """Within 64 bits with a sign."""
+    """Wraps the seed into the signed 64-bit range."""
     return (seed + INT64) % (2 * INT64) - INT64

@@ -1,7 +1,7 @@
-"""From an engine's hidden state to a verdict: batched, off the event loop, within a time limit.
+"""Scoring: from an engine's hidden state to a verdict, in batches, off the event loop, within a time limit.
 
-h of every answer that finished meanwhile is measured at once, `measure((n, D))`; the cheap part, the decision
-at alpha (`policy.judging`), is made once for each alpha asked for.
+One call `measure((n, D))` measures h of all answers that finished while the last batch ran. The decision at alpha
+(`policy.judging`) is cheap; it is made once for each alpha in the batch.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from candor.policy.judging import judge
 Cause = Literal["not_captured", "incomplete", "non_finite", "timeout", "error"]
 
 LARGEST_BATCH = 64
-"""Rows measured at once; bounds the memory of the distances, rows x support."""
+"""Maximum rows measured at once. It bounds the memory of the distances, rows x support."""
 
 
 class ScoringFailed(Exception):
-    """An answer could not be scored; it must be called unavailable."""
+    """An answer could not be scored; its verdict must be `unavailable`."""
 
     def __init__(self, cause: Cause, detail: str) -> None:
         super().__init__(f"{cause}: {detail}")
@@ -44,7 +44,7 @@ class NearExemplar:
 
 @dataclass(frozen=True)
 class Judged:
-    """exemplars: nearest first, as many as were asked for."""
+    """A verdict with the nearest exemplars. exemplars: nearest first, as many as the request asked for."""
 
     verdict: Verdict
     exemplars: tuple[NearExemplar, ...] = ()
@@ -52,7 +52,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class ScoringRequest:
-    """What is asked of an answer's state. calibrated: whether request and answer kept to the policy."""
+    """One answer's state and how to judge it. calibrated: whether request and answer kept to the policy."""
 
     hidden: HiddenSummary | None
     alpha: float
@@ -71,15 +71,15 @@ class Scorer:
         self._batcher = MicroBatcher(self._judge_batch, LARGEST_BATCH)
 
     async def warm_up(self) -> None:
-        """Judges nothing in particular, so that what is made at the first comparison, for a large support in
-        seconds, is there before the first answer."""
+        """Judges an empty state at every alpha. The first comparison builds caches, which takes seconds for a large
+        support; this way they are ready before the first answer."""
         none = torch.zeros(0)
         nothing = HiddenSummary(none, none, none, positions=1, complete=True)
         for alpha in self._bundle.estimator.regions:
             await self._batcher.submit(ScoringRequest(nothing, alpha, calibrated=True, exemplars=1))
 
     async def judge(self, request: ScoringRequest) -> Judged:
-        """The verdict on one answer. Raises ScoringFailed, whatever the reason."""
+        """Returns the verdict on one answer. Raises ScoringFailed for every kind of failure."""
         if request.hidden is None:
             raise ScoringFailed("not_captured", "the engine gave no hidden state")
         if not request.hidden.complete:
@@ -122,8 +122,8 @@ class Scorer:
         return [found[row] for row in range(len(requests))]
 
     def _vector(self, request: ScoringRequest) -> torch.Tensor:
-        """h (D,). One of another size is no state of this model: it is judged like one that is not finite."""
-        assert request.hidden is not None  # seen before it was queued
+        """Returns h (D,). A vector of another size is no state of this model, so it is replaced by NaN."""
+        assert request.hidden is not None  # `judge` checks this before it queues the request
         h = request.hidden.vector(self._bundle.manifest.representation)
         expected = self._bundle.estimator.adaptor.mean  # (D,)
         return h if h.shape == expected.shape else torch.full_like(expected, math.nan)
@@ -138,5 +138,5 @@ class Scorer:
         return tuple(
             NearExemplar(self._bundle.exemplars[row], math.sqrt(distance))
             for distance, row in zip(squared[0].tolist(), rows[0].tolist(), strict=True)
-            if row >= 0  # a state that is not finite has no neighbours
+            if row >= 0  # a state that is not finite has no neighbours: row -1
         )

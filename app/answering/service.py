@@ -1,9 +1,9 @@
-"""One answer's path: generate, judge, decide.
+"""The path of one answer: generate, judge, decide.
 
     AnswerRequest -> for each choice: Engine.generate -> Piece ...           while it is written
                                       hidden state -> Scorer.judge -> Answer once, at its end
 
-Closing the iterator of `events` cancels what the engine still does for it.
+Closing the iterator of `events` cancels the work that the engine still does for it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Piece:
-    """Some of the text of the choice `index`, as it comes."""
+    """A part of the text of the choice `index`, sent as soon as the engine gives it."""
 
     index: int
     text: str
@@ -52,9 +52,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished choice. judged: None in mode off. replacement: shown instead where it is withheld.
+    """A finished choice. judged: None in mode off. replacement: shown to the client if the answer is withheld.
 
-    attempts: how many answers were written, of which this is the last. discarded_tokens: of those before it.
+    attempts: number of answers written; this is the last. discarded_tokens: completion tokens of the earlier ones.
     """
 
     index: int
@@ -66,14 +66,14 @@ class Answer:
 
     @property
     def completion_tokens(self) -> int:
-        """What it cost."""
+        """Completion tokens of all attempts."""
         return self.generation.completion_tokens + self.discarded_tokens
 
 
 class AnswerService:
     """Answers requests. Raises Overloaded, PromptTooLong, EngineDead or EngineError from its iterators.
 
-    tracer: None where nobody traces.
+    tracer: None if tracing is off.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class AnswerService:
         self._tracer = tracer
 
     async def events(self, request: AnswerRequest) -> AsyncGenerator[Piece | Answer, None]:
-        """Pieces of all choices as they come, and each choice's Answer at its end."""
+        """Yields the pieces of all choices as they arrive, and each choice's Answer when it is finished."""
         with self._admission.admit(len(request.choices), request.tokens):
             choices = [self._choice(index, choice, request) for index, choice in enumerate(request.choices)]
             async with aclosing(merged(choices)) as events:
@@ -103,13 +103,13 @@ class AnswerService:
                     yield event
 
     async def answers(self, request: AnswerRequest) -> list[Answer]:
-        """All choices, finished, in index order."""
+        """Returns all finished choices in index order."""
         async with aclosing(self.events(request)) as events:
             found = [event async for event in events if isinstance(event, Answer)]
         return sorted(found, key=lambda answer: answer.index)
 
     async def judge_pair(self, request: PairRequest) -> Judged:
-        """The verdict on a given response."""
+        """Returns the verdict on a given response."""
         with self._admission.admit(1, request.tokens):
             hidden: HiddenSummary | None = None
             try:
@@ -124,7 +124,7 @@ class AnswerService:
     async def _choice(
         self, index: int, choice: Choice, request: AnswerRequest
     ) -> AsyncGenerator[Piece | Answer, None]:
-        """By the policy: of several attempts nothing is told until one is reliable, or the last is written."""
+        """Writes attempts as the policy says. With several, it yields only the first reliable one, or the last."""
         answer: Answer | None = None
         discarded = 0
         for number in range(request.attempts):
@@ -137,7 +137,7 @@ class AnswerService:
                         yield event
             if answer and answer.judged and answer.judged.verdict.settles:
                 break
-        assert answer is not None  # an attempt ends with its answer, or raises
+        assert answer is not None  # every attempt yields an answer or raises
         if answer.judged is not None:
             self._metrics.count(answer.judged.verdict)
         if request.attempts > 1:
@@ -194,13 +194,13 @@ class AnswerService:
 
 
 async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """Items of all sources as they come; the first error of one ends all. Closes what it was given."""
+    """Yields the items of all sources as they arrive. The first error ends all of them. It closes the sources."""
     if len(sources) == 1:
         async with aclosing(sources[0]) as source:
             async for item in source:
                 yield item
         return
-    queue: asyncio.Queue[tuple[T] | Exception | None] = asyncio.Queue()  # None: a source's end
+    queue: asyncio.Queue[tuple[T] | Exception | None] = asyncio.Queue()  # None: a source has ended
 
     async def drain(source: AsyncGenerator[T, None]) -> None:
         try:

@@ -1,13 +1,13 @@
-"""Waiting for the engine, and when waiting ends: the engine dies or gets stuck, the client leaves, time is up.
+"""Waiting for the engine. It ends early if the engine dies or gets stuck, the client leaves, or time is up.
 
-When the engine dies or gets stuck, nothing is answered any more and the process has to end:
+A process whose engine is dead or stuck can answer nothing, so it has to end:
 
-    dead    its check says so, fails, or does not come back
-    stuck   somebody waits for it, and for `stall_s` it has said nothing to anybody;
-            then it is given one token to write, and does not within another `stall_s`
+    dead    the engine's check reports death, fails, or does not return within `stall_s`
+    stuck   a request waits, and the engine has given no output to any request for `stall_s`;
+            it is then asked for one token, and does not write it within another `stall_s`
 
-The second question keeps an engine alive whose clients all leave before their first token: that looks the same
-from here, and anybody could do it on purpose.
+The one-token probe is needed because clients that all leave before their first token look the same from here as a
+stuck engine, and anybody could do that on purpose.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ logger = logging.getLogger("candor")
 T = TypeVar("T")
 
 _ANY_PROMPT = (0,)
-"""A token every vocabulary has."""
+"""The prompt of the probe: token 0, which every vocabulary has."""
 
 
 HEADER = "x-request-timeout"
-"""With it a client asks for less time than the server would give, in seconds."""
+"""Header by which a client asks for a shorter time limit than the server's, in seconds."""
 
 
 _CANCEL_S = 5.0
-"""How long work that was given up may take to end: in an engine that is stuck it never would."""
+"""Maximum seconds to wait for cancelled work to end. In a stuck engine it never ends."""
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has disconnected."""
 
 
 class DeadlineExceeded(Exception):
-    """The answer was not finished in the time it had."""
+    """The answer was not finished within its time limit."""
 
 
 class EngineWatch:
-    """death: done, with the reason, once the engine is known to be dead."""
+    """Watches whether the engine lives. death: a future, done with the reason once the engine is known to be dead."""
 
     def __init__(
         self, engine: Engine, interval_s: float, stall_s: float, on_death: Callable[[], None]
@@ -58,8 +58,8 @@ class EngineWatch:
         self._interval_s = interval_s
         self._stall_s = stall_s
         self._on_death = on_death
-        self._waiting = 0  # those who wait for the engine's next word
-        self._silence_s = 0.0  # how long, in looks of `interval_s`, somebody waited and nobody heard anything
+        self._waiting = 0  # number of requests that wait for the engine's next output
+        self._silence_s = 0.0  # seconds of waiting without output, in steps of `interval_s`
 
     @property
     def alive(self) -> bool:
@@ -73,7 +73,7 @@ class EngineWatch:
             await asyncio.sleep(self._interval_s)
 
     async def check(self) -> None:
-        """One look. A check that fails in any way counts as death: the engine did not say that it lives."""
+        """Checks once. A check that fails in any way counts as death, since the engine did not say that it lives."""
         try:
             await asyncio.wait_for(self._engine.check(), self._stall_s)
         except Exception as error:
@@ -82,7 +82,7 @@ class EngineWatch:
             )
 
     def report(self, death: EngineDead) -> None:
-        """Also for whoever learns of the death first."""
+        """Records the engine's death, once. Other code that learns of the death first calls this too."""
         if self.alive:
             logger.error("the engine died, ending: %s", death)
             self.death.set_result(death)
@@ -90,7 +90,7 @@ class EngineWatch:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around every wait for the engine's next word; time in which nobody takes it up is not the engine's."""
+        """Wraps each wait for the engine's next output. Time in which no request waits does not count as a stall."""
         self._waiting += 1
         try:
             yield
@@ -99,7 +99,7 @@ class EngineWatch:
             self._waiting -= 1
 
     async def watched(self, outputs: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-        """What the engine says, noting that it does."""
+        """Yields the engine's outputs and resets the stall time at each."""
         async with aclosing(outputs):
             while True:
                 with self.waiting():
@@ -116,8 +116,8 @@ class EngineWatch:
         probe = asyncio.create_task(self._one_token())
         await asyncio.wait({probe}, timeout=self._stall_s)
         if not probe.done():
-            probe.cancel()  # not waited for: what is stuck may not even be cancelled
-            if self._silence_s:  # nobody else heard anything either
+            probe.cancel()  # not awaited: a stuck engine may not even react to cancelling
+            if self._silence_s:  # no other request got output meanwhile
                 self.report(EngineDead(f"it is stuck: no token within {self._stall_s:g} s"))
         elif error := probe.exception():
             self.report(EngineDead(f"it could not write one token: {error!r}"))
@@ -132,7 +132,7 @@ class EngineWatch:
 
 
 def seconds_for(request: Request, most: float) -> float:
-    """How long the request may take: what its header asks for, and at most `most`. Raises Refused."""
+    """Returns the request's time limit: its header's value, at most `most`, in seconds. Raises Refused."""
     asked = request.headers.get(HEADER)
     if asked is None:
         return most
@@ -140,7 +140,7 @@ def seconds_for(request: Request, most: float) -> float:
         seconds = float(asked)
     except ValueError:
         seconds = 0.0
-    if not seconds > 0:  # nan too
+    if not seconds > 0:  # this form refuses nan too
         raise Refused(f"{HEADER}: expected a number of seconds above 0, got {asked[:40]!a}", HEADER)
     return min(seconds, most)
 
@@ -148,9 +148,9 @@ def seconds_for(request: Request, most: float) -> float:
 async def unless_interrupted(
     work: Coroutine[Any, Any, T], receive: Receive, watch: EngineWatch, within_s: float
 ) -> T:
-    """The result of `work`; it is cancelled, and waited for, where it is not needed any more.
+    """Returns the result of `work`. If the result is no longer needed, it cancels `work` and waits for it to end.
 
-    receive: the request's channel, its body read already.
+    receive: the request's channel, after its body was read.
     Raises ClientGone, DeadlineExceeded, EngineDead, or what `work` raises.
     """
     task = asyncio.create_task(work)
@@ -170,7 +170,7 @@ async def unless_interrupted(
         gone.cancel()
         ended, _ = await asyncio.wait({task, gone}, timeout=_CANCEL_S)
         for one in ended:
-            one.cancelled() or one.exception()  # looked at, so that nobody misses it
+            one.cancelled() or one.exception()  # read, so that asyncio does not log it as never retrieved
 
 
 async def _disconnected(receive: Receive) -> None:

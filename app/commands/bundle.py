@@ -1,4 +1,4 @@
-"""`candor bundle`: what a bundle is, and whether it is whole. Neither command starts a model."""
+"""`candor bundle`: shows what a bundle holds, and verifies it. Neither command starts a model."""
 
 from __future__ import annotations
 

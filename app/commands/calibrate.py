@@ -1,6 +1,6 @@
-"""`candor calibrate`: labelled data to a bundle. Its options and manners are `candor evaluate`'s too.
+"""`candor calibrate`: makes a bundle from labelled data. `candor evaluate` shares its options and its error handling.
 
-Files are read and checked before the engine starts. Progress goes to the error stream, results to the
+Files are read and checked before the engine starts. Progress goes to standard error and results go to standard
 output, so that `--json` gives one JSON object alone.
 """
 
@@ -119,7 +119,7 @@ def calibrate(
     A run that was stopped goes on from its cache when the same command is given again. vLLM's options are taken by
     their own names (docs/settings.md).
     """
-    vllm = vllm_options(context, engine.value)  # first: what is refused is refused at once
+    vllm = vllm_options(context, engine.value)  # first, so that a wrong option is refused at once
     from candor.calibration.base_rates import base_rate_table
     from candor.calibration.certificate import Claim, summary
     from candor.calibration.fit import FitSettings
@@ -185,7 +185,7 @@ async def _answer(
     policy: Policy,
     asking: AnsweringOptions,
 ) -> Answers:
-    """Closes the engine when all is answered: training needs its memory and cores."""
+    """Answers all inputs, then closes the engine, since training needs its memory and cores."""
     from candor.calibration.run import answer_inputs, require_inputs_calibrated
     from candor.engine.factory import start_with_adapter
     from candor.engine.prompt import ChatFormat
@@ -215,7 +215,7 @@ def _by_commas(text: str) -> tuple[str, ...]:
 
 
 def beside(bundle: Path, suffix: str = ".cache") -> Path:
-    """Where answers are cached unless told: a bundle's own folder holds its verified files alone."""
+    """Returns the default cache path, beside the bundle: the bundle's own folder may hold its verified files only."""
     bundle = bundle.resolve()
     return bundle.with_name(bundle.name + suffix)
 
@@ -225,8 +225,8 @@ def reporting_errors(
     *more: type[Exception],
     stopped: str = "Finished answers are kept: the same command goes on from here.",
 ) -> Iterator[None]:
-    """What is wrong with input, engine or bundle, or one of `more`, is said in one message, exit code 1, without a
-    traceback. stopped: what to say on Ctrl-C."""
+    """Reports errors of input, engine and bundle, and those in `more`, as one message without a traceback; exit
+    code 1. stopped: the message on Ctrl-C."""
     from candor.calibration.errors import CalibrationError
     from candor.engine.base import EngineError
     from candor.model_store.errors import BundleError

@@ -1,6 +1,6 @@
-"""`candor evaluate`: a bundle to its figures on records that it was not made from, alone or beside other methods.
+"""`candor evaluate`: measures a bundle on records that it was not made from, alone or beside other methods.
 
-Files are read and checked before the engine starts. Progress goes to the error stream, results to the
+Files are read and checked before the engine starts. Progress goes to standard error and results go to standard
 output, so that `--json` gives one JSON object alone.
 """
 
@@ -83,7 +83,7 @@ def evaluate(
     With --compare, other methods judge the same answers from the same hidden states, and a report is written. vLLM's
     options are taken by their own names (docs/settings.md).
     """
-    vllm = vllm_options(context, engine.value)  # first: what is refused is refused at once
+    vllm = vllm_options(context, engine.value)  # first, so that a wrong option is refused at once
     from candor.app.process.backend import check_options
     from candor.calibration.run import AnsweringOptions, DataFile, require_unseen
     from candor.engine.settings import EngineSettings
@@ -102,7 +102,7 @@ def evaluate(
             model=model,
             kind=engine.value,
             representation=loaded.manifest.representation,
-            dtype=loaded.manifest.model.dtype,  # type: ignore[arg-type]  # any other is refused by the engine
+            dtype=loaded.manifest.model.dtype,  # type: ignore[arg-type]  # the engine refuses any other
             max_model_len=max_model_len,
             eager=eager,
             vllm=vllm,
@@ -126,7 +126,7 @@ def evaluate(
 def _compare_settings(
     compare: str | None, calibration: Path | None, ensemble: int, asked: int, seed: int
 ) -> CompareSettings | None:
-    """None without --compare."""
+    """Returns the comparison's settings; None without --compare."""
     if compare is None:
         return None
     try:
@@ -154,7 +154,7 @@ async def _ask(
     settings: CompareSettings | None,
     asking: AnsweringOptions,
 ) -> tuple[dict[str, Evaluation], ComparisonData | None]:
-    """Closes the engine when all is answered: comparators need its memory and cores."""
+    """Answers all records, then closes the engine, since comparators need its memory and cores."""
     from candor.app.process.backend import check_identity
     from candor.calibration.run import run_evaluation
     from candor.engine.factory import start_with_adapter
@@ -177,7 +177,7 @@ async def _ask(
 def _compare(
     bundle: Bundle, material: ComparisonData, settings: CompareSettings, folder: Path, as_json: bool
 ) -> dict[str, Any]:
-    """Writes the report; prints its tables unless JSON was asked for, and returns that JSON's part."""
+    """Writes the report and prints its tables, except with --json. Returns the comparison's part of the JSON."""
     from candor.comparison.run import run_comparison, write
     from candor.comparison.tables import as_text, cost_table, heading, tables
 

@@ -1,6 +1,7 @@
-"""`candor finetune` and `candor data word-ordering`: a language model that can be judged, and data to make one.
+"""`candor finetune` trains an SDM language model; `candor data word-ordering` makes training data for it.
 
-Several processes or devices: `accelerate launch --config_file finetune/configs/... -m candor.app.cli finetune ...`.
+With several processes or devices:
+`accelerate launch --config_file finetune/configs/... -m candor.app.cli finetune ...`.
 """
 
 from __future__ import annotations

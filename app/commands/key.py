@@ -1,4 +1,4 @@
-"""`candor key`: makes an API key, shows it once and keeps its hash."""
+"""`candor key`: makes an API key, prints it once and stores its hash."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def key(
     """Make an API key. It is printed once, on standard output; the file keeps its hash alone."""
     from candor.app.edge.keys import KeyFileError, Scope, make_key, read_keys
 
-    scopes: list[Scope] = scope or ["answer"]  # type: ignore[assignment]  # make_key refuses others
+    scopes: list[Scope] = scope or ["answer"]  # type: ignore[assignment]  # make_key refuses other values
     try:
         secret, made = make_key(name, scopes)
         if file.exists() and file.stat().st_size and any(other.name == name for other in read_keys(file)):
@@ -43,6 +43,6 @@ def _append(file: Path, line: str) -> None:
     with open(handle, "r+b", buffering=0) as keys:
         keys.seek(0)
         before = keys.read()
-        # Whoever edited the file by hand may have left off its last line feed.
+        # A file edited by hand may lack its last line feed.
         keys.write((b"" if before.endswith(b"\n") or not before else b"\n") + line.encode())
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""`candor serve`: the server. What has no option here is set by its environment variable."""
+"""`candor serve`: starts the server. Settings without an option here are set by environment variables."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def serve(
 
     logs.configure(settings.log_format)
     from candor.app.process.backend import (
-        start_backend,  # reads torch: only once the settings are known to be good
+        start_backend,  # imports torch, so only after the settings were checked
     )
     from candor.app.process.server import run
 
@@ -87,7 +87,7 @@ def serve(
 
 
 def vllm_options(context: typer.Context, engine: str) -> dict[str, Any]:
-    """What the command does not know itself. Exit code 2, and one line, where that cannot be served with."""
+    """Returns the options meant for vLLM. Prints one line and exits with code 2 if an option is invalid."""
     from candor.engine.vllm_options import VARIABLE, OptionError, read
 
     if not context.args and not os.environ.get(VARIABLE):
