@@ -92,7 +92,7 @@ class Inputs:
 
     @classmethod
     def load(cls, fitting: Path, held_out: Sequence[Path], certification: Path | None = None) -> Inputs:
-        """Raises DataError, also where a prompt stands in files with different purposes."""
+        """Raises DataError, also where a prompt is in files with different purposes."""
         inputs = cls(
             DataFile.load(fitting),
             tuple(map(DataFile.load, held_out)),
