@@ -7,7 +7,7 @@ lacks its labels the most:
 
     part = argmax_p sum_y count_y(group) * (share_p * n_y - have_{p,y})
 
-When every group is one record, each part has its exact share of every class, to within one record.
+When every group is one record, each part has its exact share of every class, up to less than one record.
 """
 
 from __future__ import annotations
