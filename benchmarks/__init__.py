@@ -1,1 +1,1 @@
-"""What the project claims, measured: each module runs as `python -m benchmarks.NAME`."""
+"""Measures what the project claims. Each module runs as `python -m benchmarks.NAME`."""

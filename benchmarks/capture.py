@@ -42,7 +42,7 @@ from candor.model_store.bundle import Bundle, load_bundle
 from candor.sdm.adaptor import FrozenAdaptor
 
 Way = Callable[[Sequence[Sequence[int]], int], Coroutine[Any, Any, int]]
-"""Answers prompts, so many in flight; returns how many tokens were decoded."""
+"""Answers prompts with this many in flight; returns the number of decoded tokens."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class AsItIs:
 
 
 class PapersWay:
-    """In a process of its own, begun before vLLM binds this one to its cores."""
+    """Runs in its own process, started before vLLM binds this one to its cores."""
 
     def __init__(self, model: Path, bundle: Path) -> None:
         self._pool = ProcessPoolExecutor(
@@ -148,7 +148,7 @@ class _Transformers:
     def _region(self, ids: Sequence[int]) -> None:
         states = self._model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0].float()
         h = torch.cat([states.mean(0), states[-1]])[: self._width]
-        padded = torch.nn.functional.pad(h, (0, self._width - len(h)))  # what evidence the layer has besides
+        padded = torch.nn.functional.pad(h, (0, self._width - len(h)))  # zeros for evidence features
         h_prime, _, y_hat, _ = self._project(padded.unsqueeze(0))
         self._index.compare(h_prime, y_hat)
 

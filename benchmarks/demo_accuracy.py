@@ -1,10 +1,10 @@
-"""What the demo's bundle promises, held against prompts that it has not seen.
+"""Checks the promises of the demo's bundle on prompts that it has not seen.
 
     python -m benchmarks.demo_accuracy [--json]
 
-Three sets, made from `demo/sentences.txt` by `demo.task`: *test* of the same kind as the calibration's,
-*shifted* with longer sentences, *ood* of other tasks and noise. For each alpha: the share answered, and the accuracy
-among the answered. Answers are kept in var/demo, so a second run only scores.
+`demo.task` makes three sets from `demo/sentences.txt`: *test* of the same kind as the calibration's, *shifted*
+with longer sentences, *ood* of other tasks and noise. The table shows, for each alpha, the share answered and the
+accuracy among the answered. Answers are kept in var/demo, so a second run only scores.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The public implementation's way of comparing points with the support, written afresh to be measured beside ours.
+"""The public implementation's way to compare points with the support, written anew as a reference for timing ours.
 
     a flat index of squared L2 distances, its top k = min(2048, N) rows for every point;
     q = the leading run of valid rows among them, by a cumulative product over the n x k matches.
 
-What it does is known from its recorded behaviour (docs/notation.md lists where we differ). Bookkeeping that it does
-beside (lists rebuilt into tensors, files written at every best epoch, printed metrics) is left out, in its favour.
+Its behaviour is known from recordings (docs/notation.md lists where we differ). Its additional bookkeeping (lists
+rebuilt into tensors, files written at every best epoch, printed metrics) is left out, in its favour.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FlatSupport:
     def compare(self, h_prime: Tensor, y_hat: Tensor, *, own_rows: bool = False) -> tuple[Tensor, Tensor]:
         """q (n,) int64 and d_nearest (n,) float32 of points h' (n, M) with predictions (n,).
 
-        own_rows: the points are the support's rows; the first match of each is dropped.
+        own_rows: the points are the support's rows, so the first match of each is dropped.
         """
         found, rows = self.index.search(h_prime.numpy(), min(CAP, len(self.labels)))
         first = int(own_rows)

@@ -1,13 +1,13 @@
-"""Certificates of two-gate rules against a known truth, beside today's: how many are false, how many are issued.
+"""Checks certificates of two-gate rules, and today's, against a known truth: how many are false, how many issued.
 
     python -m benchmarks.rule_certificates [--redraws 500] [--today 0] [--only NAME] [--json]
 
-Every redraw is the whole way with new data: records dealt into fitting and certification, gate and score fitted,
-order and start from cross-validated scores, a certificate sought, and the accuracy among those let through taken over
-10,000 further ones of a world in which it is known. A redraw *fails* where a certificate was issued and the true
-accuracy is below it; at most delta of them may, give or take what so many redraws vary. Today's way has the same
-records: a layer on four fifths, its region certified on one fifth (`calibration.certificate`); it takes longer, so
-`--today` redraws of it are made. Exit code 1 where failures exceed delta beyond chance.
+Every redraw repeats the whole procedure with new data: records are dealt into fitting and certification, gate and
+score fitted, order and start taken from cross-validated scores, and a certificate sought. The accuracy among those
+let through is taken over 10,000 further records of a world in which it is known. A redraw *fails* where a certificate
+was issued and the true accuracy is below it. At most a share delta may fail, up to sampling error. Today's way uses
+the same records: a layer on four fifths, its region certified on one fifth (`calibration.certificate`). It takes
+longer, so only `--today` redraws of it are made. The exit code is 1 where failures exceed delta beyond chance.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor, Tensor]]
 
 
 def top_not_rightest(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Right with 0.985 where the first coordinate lies in (0, 1.5), with 0.85 beyond, with 0.2 below."""
+    """P(right) is 0.985 where the first coordinate is in (0, 1.5), 0.85 above, 0.2 below."""
     h = torch.randn(n, WIDTH, generator=generator)
     truth = torch.where(h[:, 0] > 1.5, 0.85, torch.where(h[:, 0] > 0, 0.985, 0.2)).double()
     return h, (torch.rand(n, generator=generator) < truth).long(), truth
 
 
 def near_ties(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Four distinct states, each by a quarter of all, two within a hair; right with 0.99, 0.96, 0.955 and 0.3."""
+    """Four distinct states of equal frequency, two of them 1e-6 apart; P(right) is 0.99, 0.96, 0.955 and 0.3."""
     level = torch.randint(4, (n,), generator=generator)
     h = torch.zeros(n, WIDTH)
     h[:, 0] = torch.tensor([2.0, 1.0, 1.0 - 1e-6, -1.0])[level]
@@ -58,7 +58,7 @@ def near_ties(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tenso
 
 @dataclass(frozen=True)
 class Draws:
-    """records: in all, to fit and certify on. alpha: of today's region."""
+    """records: total to fit and certify on. alpha: of today's region."""
 
     name: str
     draw: Draw
@@ -71,7 +71,7 @@ SCENARIOS = (
     Draws("balanced", World(0.5, 2.2).draw, 1_000, Claim(0.95, 0.05), 0.8),
     Draws("few wrong", World(0.85, 4.0, noise=0.01).draw, 1_000, Claim(0.97, 0.05), 0.7),
     Draws("few right", World(0.25, 4.0, noise=0.02).draw, 1_000, Claim(0.95, 0.05), 0.7),
-    # No answer is right with more than 1 - noise, so every certificate is false, by a hair.
+    # No answer is right with probability above 1 - noise, so every certificate is just false.
     Draws("none true", World(0.85, 4.0, noise=0.03).draw, 1_000, Claim(0.97, 0.05), 0.7),
     Draws("top not rightest", top_not_rightest, 1_000, Claim(0.92, 0.05), 0.7),
     Draws("near-ties", near_ties, 1_000, Claim(0.96, 0.05), 0.7),
@@ -81,7 +81,7 @@ SCENARIOS = (
 
 @dataclass(frozen=True)
 class RedrawCounts:
-    """Of one redraw: was a certificate issued, is it false, and the share let through by it."""
+    """One redraw: whether a certificate was issued, whether it is false, and the share it lets through."""
 
     issued: bool
     false: bool
@@ -92,7 +92,7 @@ NOTHING = RedrawCounts(False, False, 0.0)
 
 
 def redraw(scenario: Draws, seed: int) -> RedrawCounts:
-    """By a two-gate rule; its h is one block, and prompts are as far off as chance makes them."""
+    """One redraw of a two-gate rule; its h is one block, and prompts differ only by chance."""
     generator = torch.Generator().manual_seed(seed)
     rows, _ = _rows(scenario, scenario.records, generator)
     rest, apart = draw(rows.digests, 0.4, seed)
@@ -116,7 +116,7 @@ def redraw(scenario: Draws, seed: int) -> RedrawCounts:
 
 
 def today(scenario: Draws, seed: int) -> RedrawCounts:
-    """By today's region, under the lower estimator."""
+    """One redraw of today's region, under the lower estimator."""
     generator = torch.Generator().manual_seed(seed)
     pool = as_answers(*scenario.draw(scenario.records, generator)[:2], "record")
     rest, apart = set_aside_for_certification(pool, 0.2, seed)
@@ -170,7 +170,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Scenarios by name; all without.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    torch.set_num_threads(1)  # small matrices: more threads only wait for each other
+    torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
     rows = []
     ways = [("rule", redraw, redraws), ("today", today, today_redraws)]
     for scenario, (way, function, count) in product(SCENARIOS, ways):

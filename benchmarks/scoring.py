@@ -1,15 +1,15 @@
-"""What the comparison of one answer, or of 64, with the support costs: beside the public way, and beside the limit.
+"""Times the comparison of one answer, or of 64, with the support, against the public way and against the limit.
 
     python -m benchmarks.scoring [--rows 20000] [--rounds 7]
 
-Three ways in alternation on the same support: ours (`sdm.similarity.neighbourhood`: q, d_nearest, nearest
+Three ways run in turn on the same support: ours (`sdm.similarity.neighbourhood`: q, d_nearest, nearest
 row), the public implementation's (`benchmarks.public_way`: flat index, top 2,048, then q), and the limit,
-which reads every number of the support once in order (the sum of it). Seconds are the process's own, one
-thread, so that a busy machine counts as little as can be. q must agree on every row (the public way's is
-capped), d_nearest up to rounding.
+which reads every number of the support once in order (by summing it). Seconds are CPU time of the process on
+one thread, so that other load matters little. q must agree on every row (the public way's is capped),
+d_nearest up to rounding.
 
-Exemplars are drawn as an adaptor makes them: 256 directions of falling variance, classes a little apart, mixed by a
-random map into M = 1000.
+Exemplars are drawn as an adaptor makes them: 256 directions of falling variance with classes slightly apart, mixed by
+a random map into M = 1000.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SIZES = (2_500, 20_000, 120_000, 1_000_000)
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. Ratios as (median, lowest, highest) over the rounds; seconds as medians."""
+    """One line of the table. Ratios are (median, lowest, highest) over the rounds; seconds are medians."""
 
     support: int
     queries: int
@@ -58,7 +58,7 @@ class Row:
 
 
 def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """h' (n, 1000), labels (n,), predictions (n,); the same generator state gives the same map."""
+    """Draws h' (n, 1000), labels (n,), predictions (n,); the same generator state gives the same map."""
     mixing = torch.randn(LATENT, WIDTH, generator=generator) / WIDTH**0.5
     spread = torch.arange(1, LATENT + 1) ** -0.4
     h_prime = torch.empty(n, WIDTH)
@@ -145,7 +145,7 @@ def main(
 
 
 def _cached() -> int:
-    """Bytes that Linux would give up for us."""
+    """Bytes of cache that Linux would free on demand."""
     for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("Cached:"):
             return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""Servers of a benchmark's own, Candor and plain vLLM, ended afterwards with everything they started."""
+"""Starts servers for a benchmark, Candor and plain vLLM, and ends them afterwards with all their processes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import httpx
 
 @dataclass(frozen=True)
 class Serving:
-    """A server that answers. pid: of the process that serves HTTP, which leads a session of its own (Linux).
+    """A running server. pid: of the process that serves HTTP, which leads its own session (Linux).
 
-    start_s: from the process's start until it was ready.
+    start_s: seconds from the process's start until it was ready.
     """
 
     url: str
@@ -33,12 +33,12 @@ class Serving:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     def memory(self) -> int:
-        """Resident bytes of it and of its engine's processes."""
+        """Resident bytes of the server and of its engine's processes."""
         pages = sum(int(fields[1]) for fields in self._read("statm").values())
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def cpu_s(self) -> dict[str, float]:
-        """Seconds of CPU used so far: by the process that serves HTTP, and by the engine's together."""
+        """Seconds of CPU used so far, by the process that serves HTTP and by the engine's processes together."""
         used = {"http": 0, "engine": 0}
         for pid, fields in self._read("stat").items():
             after_name = fields[next(i for i, field in enumerate(fields) if field.endswith(")")) + 1 :]
@@ -46,17 +46,17 @@ class Serving:
         return {part: ticks / os.sysconf("SC_CLK_TCK") for part, ticks in used.items()}
 
     def _read(self, name: str) -> dict[int, list[str]]:
-        """/proc/PID/name of each of the server's processes, at white space."""
+        """/proc/PID/name of each of the server's processes, split at white space."""
         found: dict[int, list[str]] = {}
         for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
-            with suppress(ProcessLookupError, FileNotFoundError):  # ended meanwhile
+            with suppress(ProcessLookupError, FileNotFoundError):  # the process ended meanwhile
                 if os.getsid(pid) == self.pid:
                     found[pid] = Path(f"/proc/{pid}/{name}").read_text().split()
         return found
 
 
 def bind_all_cores() -> None:
-    """Of every vLLM that is started from here: left to itself, it gives one core of a small machine no work."""
+    """Binds every vLLM started from here to all cores; by default it leaves one core of a small machine idle."""
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
 
@@ -65,7 +65,7 @@ def bind_all_cores() -> None:
 def serving(
     model: Path, bundle: Path, settings: Mapping[str, str] | None = None, within_s: float = 900
 ) -> Iterator[Serving]:
-    """Candor. settings: CANDOR_ variables. Raises RuntimeError with the log's end where it does not start."""
+    """Starts Candor. settings: CANDOR_ variables. Raises RuntimeError with the log's end if it does not start."""
     command = ["-c", "from candor.app.cli import main; main()", "serve"]
     command += ["--model", str(model), "--bundle", str(bundle)]
     with _started(command, "/readyz", within_s, settings or {}) as server:
@@ -74,7 +74,7 @@ def serving(
 
 @contextmanager
 def plain_vllm(model: Path, arguments: Sequence[str], within_s: float = 900) -> Iterator[Serving]:
-    """vLLM's own OpenAI server. Raises RuntimeError with the log's end where it does not start."""
+    """Starts vLLM's own OpenAI server. Raises RuntimeError with the log's end if it does not start."""
     command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *arguments]
     with _started(
         command, "/health", within_s, {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -86,7 +86,7 @@ def plain_vllm(model: Path, arguments: Sequence[str], within_s: float = 900) -> 
 def _started(
     command: Sequence[str], ready: str, within_s: float, environment: Mapping[str, str]
 ) -> Iterator[Serving]:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the server would outlive a benchmark
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the server would outlive the benchmark
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     with tempfile.TemporaryFile() as log:
@@ -119,7 +119,7 @@ class _NotStarted(Exception):
 
 def _await(process: subprocess.Popen[bytes], url: str, within_s: float) -> None:
     deadline = time.monotonic() + within_s
-    with httpx.Client(timeout=30, verify=False) as client:  # one for all tries: making one costs 50 ms of CPU
+    with httpx.Client(timeout=30, verify=False) as client:  # one for all tries: each costs 50 ms of CPU
         while process.poll() is None and time.monotonic() < deadline:
             with suppress(httpx.TransportError):
                 if client.get(url).is_success:

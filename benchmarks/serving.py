@@ -69,7 +69,7 @@ class Workload:
 
     @property
     def requests(self) -> int:
-        """Enough for the pipeline to fill three times."""
+        """The number of requests: enough to fill the pipeline three times."""
         return max(6, 3 * self.concurrency)
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ class Workload:
 
 
 class Prompts:
-    """Word-ordering questions after solved examples. No sentence comes twice until all were used."""
+    """Word-ordering questions after solved examples. No sentence is repeated until all were used."""
 
     def __init__(self, sentences: Path, seed: int) -> None:
         self._random = random.Random(seed)
@@ -107,7 +107,7 @@ class Prompts:
 def drive(
     server: Serving, model: Path, prompts: Sequence[str], concurrency: int, stop: str | None = None
 ) -> dict[str, float]:
-    """One cell through `vllm bench serve`. stop: text at which answers end. Raises RuntimeError where a request
+    """Runs one cell through `vllm bench serve`. stop: text at which answers end. Raises RuntimeError if a request
     failed."""
     from vllm.benchmarks.serve import add_cli_args, main_async
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -141,7 +141,7 @@ def drive(
 
 
 def counters(server: Serving) -> dict[str, float]:
-    """What the server has counted since its start: tokens and requests of its engine, and scored answers."""
+    """The server's counters since its start: tokens and requests of its engine, and scored answers."""
     found: dict[str, float] = defaultdict(float)
     for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=60).text):
         for sample in family.samples:
@@ -166,7 +166,7 @@ def require_scored(figures: dict[str, float], prompts: int) -> None:
 
 @contextlib.contextmanager
 def both(model: Path, bundle: Path, eager: bool) -> Iterator[tuple[Serving, Serving]]:
-    """Candor and plain vLLM with the same settings, threads included, which would be to Candor's credit otherwise."""
+    """Starts Candor and plain vLLM with the same settings and threads; vLLM's default threads would favour Candor."""
     bind_all_cores()
     settings = {f"CANDOR_{name.upper()}": str(value) for name, value in LIMITS.items()}
     settings |= {"CANDOR_KV_CACHE_BYTES": str(KV_CACHE), "CANDOR_SERVED_MODEL_NAME": NAME}
@@ -192,7 +192,7 @@ def measure(
     prompts: Prompts,
     minutes: float,
 ) -> Rounds:
-    """Whole rounds while there is time for another one as long as the longest; at least one."""
+    """Runs whole rounds while there is time for another as long as the longest; at least one."""
     rounds: Rounds = defaultdict(list)
     stops = {candor.pid: None, plain.pid: tag}
     for server in (candor, plain):

@@ -36,7 +36,7 @@ from demo.task import made
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXED = 8
-"""Prompts whose verdicts are watched."""
+"""Number of prompts whose verdicts are watched."""
 
 KINDS = ("whole", "stream", "abstain", "choices", "pair", "wrong", "left early", "left amid")
 WEIGHTS = (6, 6, 3, 1, 2, 1, 2, 3)
@@ -46,9 +46,9 @@ Verdict = tuple[float, str, int, str]
 
 @dataclass
 class Exchange:
-    """What happened. asked: by kind and outcome. samples: (seconds, resident bytes, open files).
+    """The record of a soak. asked: counts by kind and outcome. samples: (seconds, resident bytes, open files).
 
-    verdicts: of each fixed prompt, every (seconds, region, prediction, answer). answered_at: seconds.
+    verdicts: for each fixed prompt, every (seconds, region, prediction, answer). answered_at: seconds.
     """
 
     asked: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -58,7 +58,7 @@ class Exchange:
 
 
 def slope_per_hour(samples: Sequence[tuple[float, int, int]]) -> float:
-    """Bytes an hour, least squares over the last two thirds; 0 for fewer than two samples."""
+    """Bytes per hour, by least squares over the last two thirds; 0 for fewer than two samples."""
     late = samples[len(samples) // 3 :]
     if len(late) < 2:
         return 0.0
@@ -181,7 +181,7 @@ class Soak:
 
 
 def by_thirds(seen: Sequence[Verdict], seconds: float) -> dict[tuple[str, int, str], list[int]]:
-    """How often each (region, prediction, answer) came in the first, the second and the last third."""
+    """The count of each (region, prediction, answer) in the first, the second and the last third."""
     counts: dict[tuple[str, int, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     for at, region, prediction, text in seen:
         counts[region, prediction, text][min(2, int(3 * at / seconds))] += 1
@@ -189,13 +189,13 @@ def by_thirds(seen: Sequence[Verdict], seconds: float) -> dict[tuple[str, int, s
 
 
 def usual(seen: Sequence[Verdict]) -> tuple[str, int] | None:
-    """The commonest (region, prediction)."""
+    """The most frequent (region, prediction)."""
     counts = Counter((region, prediction) for _, region, prediction, _ in seen)
     return counts.most_common(1)[0][0] if counts else None
 
 
 def summary(record: Exchange, seconds: float) -> tuple[dict[str, Any], list[str]]:
-    """Figures, and what is wrong with them."""
+    """The figures, and a list of failures."""
     third = seconds / 3
     early, late = (
         sum(low <= at < low + third for at in record.answered_at) / third for low in (0.0, 2 * third)

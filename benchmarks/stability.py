@@ -50,7 +50,7 @@ async def ask(client: httpx.AsyncClient, model: str, prompt: str, *, stream: boo
 
 
 async def ask_all(url: str, prompts: Sequence[str], at_once: int, *, stream: bool = False) -> list[Row]:
-    """In batches: the next begins when all of the last are answered."""
+    """Asks in batches; the next begins when all of the last are answered."""
     rows: list[Row] = []
     began = time.monotonic()
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
@@ -64,7 +64,7 @@ async def ask_all(url: str, prompts: Sequence[str], at_once: int, *, stream: boo
 
 
 def differences(yardstick: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
-    """How many verdicts differ, and each that does."""
+    """The number of verdicts that differ, and each of them."""
     differing = [
         {
             "prompt": index,

@@ -1,10 +1,10 @@
-"""The files that one chat request walks through, from the socket to the body.
+"""Lists the files that one chat request runs through, from the socket to the body.
 
     python -m benchmarks.walk
 
-A real server answers over HTTP; in the engine's place stands the script of tests/app. Counted are the project's files
-in which a function runs on the event loop's thread while one request is answered, its first one not counted. What is
-computed beside the loop (the mathematics, in a thread) is told apart.
+A real server answers over HTTP; the scripted engine of tests/app replaces the engine. The benchmark counts the
+project's files in which a function runs on the event loop's thread while one request is answered; a first request is
+not counted. Files that run in other threads (the mathematics) are listed separately.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""From labelled data to a bundle, and how good it is."""
+"""Makes a bundle from labelled data, and measures how good it is."""

@@ -1,8 +1,8 @@
-"""What a shift in the share of right answers does to the accuracy among the answered.
+"""How the accuracy among the answered depends on the share of right answers (the base rate).
 
-Class thresholds are quantiles within each class, so Algorithm 1 does not see the base rate; what is let through
-does. If a kind of traffic differs in nothing but its base rate pi = P(y = 1) (label shift: answers of one class
-look the same), then with r_c = P(answered | y = c), which stay,
+Class thresholds are quantiles within each class, so Algorithm 1 does not depend on the base rate; the accuracy among
+the answered does. Under label shift, only the base rate pi = P(y = 1) changes and the answers of one class look the
+same. Then r_c = P(answered | y = c) stays, and
 
     accuracy(pi) = pi r_1 / (pi r_1 + (1 - pi) r_0).
 
@@ -22,7 +22,7 @@ BASE_RATES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 @dataclass(frozen=True)
 class Shifted:
-    """Accuracy among the answered at a base rate, with its interval; value: None where nothing is answered."""
+    """Accuracy among the answered at a base rate, with its interval. value is None where nothing is answered."""
 
     base_rate: float
     value: float | None
@@ -31,7 +31,7 @@ class Shifted:
 
 
 def shifted(reading: RegionFigures, base_rate: float) -> Shifted:
-    """base_rate in [0, 1]: the share of right answers that is supposed."""
+    """base_rate: the assumed share of right answers, in [0, 1]."""
     wrong, right = reading.answered_of_class
     (low_0, high_0), (low_1, high_1) = _interval(wrong), _interval(right)
     value = None
@@ -46,7 +46,7 @@ def shifted(reading: RegionFigures, base_rate: float) -> Shifted:
 
 
 def least_base_rate(reading: RegionFigures, accuracy: float) -> float:
-    """From which share of right answers on the lower end of `shifted` keeps the accuracy, in (0, 1]; 1: at none."""
+    """The least base rate, in (0, 1], from which the lower end of `shifted` is at least `accuracy`; 1 if none is."""
     wrong, right = reading.answered_of_class
     r_0, r_1 = _interval(wrong)[1], _interval(right)[0]
     if r_1 == 0:
@@ -55,7 +55,7 @@ def least_base_rate(reading: RegionFigures, accuracy: float) -> float:
 
 
 def base_rate_report(evaluation: Evaluation) -> dict[str, Any]:
-    """For the report: under which base rate the figures are, and what they were under others."""
+    """For the report: the base rate of the figures, and what they would be at other base rates."""
 
     def of(reading: RegionFigures, alpha: float) -> dict[str, Any]:
         wrong, right = reading.answered_of_class
@@ -79,7 +79,7 @@ def base_rate_report(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def base_rate_table(evaluation: Evaluation) -> str:
-    """As text: accuracy among the answered at the natural base rate and at others, a line for each region."""
+    """A text table of accuracy among the answered at the natural base rate and at others, one line a region."""
     natural = evaluation.correct.value
     head = f"right if answered, were another share of answers right (natural: {_percent(natural)})"
     rates = "".join(f"{f'at {_percent(rate)}':<20}" for rate in BASE_RATES)
@@ -97,7 +97,7 @@ def base_rate_table(evaluation: Evaluation) -> str:
 
 
 def _interval(share: Share) -> tuple[float, float]:
-    """Of one of two shares that must both be covered."""
+    """The interval of one of two shares that must both be covered."""
     if share.of == 0:
         return 0.0, 1.0
     return clopper_pearson(share.hits, share.of, confidence=1 - (1 - CONFIDENCE) / 2)

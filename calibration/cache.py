@@ -1,11 +1,11 @@
-"""Finished answers, kept so that a killed run goes on where it was.
+"""A cache of finished answers, from which a killed run resumes.
 
-An answer costs a generation; a label, a split and a layer cost little. So what the engine gave for one
-record (the response and its h) is committed as soon as it is there, under a key that digests everything
-the answer depends on. Labels are not kept: a changed verifier needs no new generation.
+An answer costs a generation; a label, a split and a layer cost little. So the response and its h are
+committed as soon as the engine returns them, under a key that digests everything the answer depends on.
+Labels are not cached: a changed verifier needs no new generation.
 
 The file is one SQLite database in write-ahead mode. A process that dies by any signal leaves the answers
-committed so far and nothing torn; several runs may share a cache.
+committed so far intact. Several runs may share a cache.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FILE_NAME = "answers.sqlite"
 
 @dataclass(frozen=True)
 class CachedAnswer:
-    """What the engine gave for one record. h: (D,) float32, as the representation orders it."""
+    """What the engine returned for one record. h: (D,) float32, in the representation's order."""
 
     response: str
     truncated: bool
@@ -36,7 +36,7 @@ class CachedAnswer:
 
 
 def cache_key(**depends_on: Any) -> str:
-    """SHA-256 of all that an answer depends on, as JSON with sorted keys."""
+    """SHA-256 of everything that an answer depends on, as JSON with sorted keys."""
     text = json.dumps(depends_on, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -44,7 +44,7 @@ def cache_key(**depends_on: Any) -> str:
 class AnswerCache:
     """A map from key to answer on disk; a context manager.
 
-    Raises CacheError, here and in every method, where the file is not such a cache, is locked or full.
+    The constructor and every method raise CacheError where the file is not such a cache, is locked or full.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -75,7 +75,7 @@ class AnswerCache:
         return CachedAnswer(response, bool(truncated), torch.from_numpy(np.frombuffer(h, "<f4").copy()))
 
     def put(self, key: str, answer: CachedAnswer) -> None:
-        """Durable against the death of this process once it returns."""
+        """Stores an answer; once this returns, the answer survives the death of this process."""
         h = answer.h.to(torch.float32).numpy().astype("<f4").tobytes()
         try:
             self._database.execute(

@@ -1,26 +1,26 @@
-"""Certificates: what holds of the answers let through, with a confidence, for finitely many records.
+"""Certificates: finite-sample lower bounds, at a stated confidence, on the accuracy among the answered.
 
-A region is estimated on the half that also chose the model, so nothing holds of it for sure. A third part, which
-training, selection and Algorithm 1 never saw, can certify it: of prompts drawn at random, the right ones among the n
-that are answered are Binomial(n, p), p = P(right | answered), and
+A region is estimated on the half that also chose the model, so nothing is guaranteed of it. A third part, which
+training, selection and Algorithm 1 never saw, can certify it. For prompts drawn at random, the number of right
+answers among the n answered is Binomial(n, p), p = P(right | answered), and
 
-    p >= accuracy   is shown with confidence 1 - delta   iff   P(as many right | p = accuracy) <= delta,
+    p >= accuracy   is shown with confidence 1 - delta   iff   P(at least as many right | p = accuracy) <= delta,
 
-which is: iff the exact lower bound for p (Clopper-Pearson) reaches the accuracy.
+equivalently, iff the exact lower bound for p (Clopper-Pearson) reaches the accuracy.
 
 A region that fails is tightened along q': only answers with q' >= t count. Trying many t until one passes would
-break the promise, so they are tested in an order fixed beforehand, each at the full delta, and the first failure ends
-it (fixed-sequence testing: Learn then Test, arXiv 2110.01052; regions with guaranteed risk, 1705.08500). The t that
-passed last is certified: some false t would have had to be the first false one tested, which passes with
-probability delta at most.
+invalidate the confidence. So the t are tested in an order fixed beforehand, each at the full delta, and the first
+failure ends the test (fixed-sequence testing: Learn then Test, arXiv 2110.01052; regions with guaranteed risk,
+1705.08500). The last t that passed is certified. To certify a false t, the first false t tested must pass, which has
+probability at most delta.
 
-    order     on the calibration half, cut the answered at CUTS quantiles of q', strictest first,
-    start     at the strictest that passes with probability START_POWER, were the calibration half's
-              accuracy there the true one; else at the likeliest. Stricter ones leave too few answers to
+    order     cut the answered of the calibration half at CUTS quantiles of q', strictest first
+    start     at the strictest that passes with probability START_POWER if the calibration half's accuracy
+              there is the true one; else at the likeliest to pass. Stricter ones leave too few answers to
               show anything, and their failure would end the test for nothing.
     end       at the region as it is
 
-Two attempts at one prompt, or one prompt twice, are no independent draws: each prompt counts once.
+Each prompt counts once: repeated attempts at a prompt, or repeated prompts, are not independent draws.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from candor.sdm.region import Region
 CUTS = 20
 START_POWER = 0.9
 ENOUGH_POWER = 0.8
-"""Of the number of records that is named where nothing could be certified."""
+"""The power at which `records_needed` is computed where nothing could be certified."""
 MOST_RECORDS = 100_000
-"""Beyond which none is named."""
+"""The largest number of records that is named as needed."""
 
 KINDS: tuple[EstimatorKind, ...] = ("lower", "plain")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """accuracy: to certify, among the answered. delta: chance that a certificate is false, at most.
+    """accuracy: to certify, among the answered. delta: the largest probability of a false certificate.
 
     Raises ValueError out of range.
     """
@@ -71,8 +71,8 @@ class Claim:
 
 @dataclass(frozen=True)
 class Step:
-    """One threshold on q', tested: of those answered from it on, how many were right, and the probability of as
-    many or more, were the true accuracy only what is wanted."""
+    """One tested threshold on q': how many were answered at or above it, how many of those were right, and the
+    probability of at least as many if the true accuracy were only the wanted one."""
 
     threshold: float
     answered: int
@@ -83,10 +83,10 @@ class Step:
 
 @dataclass(frozen=True)
 class CertificateSearch:
-    """A certificate, sought for one region under one estimator. steps: in their order, the last one perhaps failed.
+    """The search for a certificate of one region under one estimator. steps: in test order; the last may have failed.
 
-    certificate: None where the first test failed. records_needed: set aside in all, for ENOUGH_POWER, if the
-    accuracy measured is the true one; None where there is a certificate, or MOST_RECORDS would not do.
+    certificate: None where the first test failed. records_needed: total records to set aside for ENOUGH_POWER, if
+    the measured accuracy is the true one; None where there is a certificate, or MOST_RECORDS are not enough.
     """
 
     alpha: float
@@ -98,7 +98,7 @@ class CertificateSearch:
 
 @dataclass(frozen=True)
 class Certification:
-    """What was asked, of which prompts (their digests; each counted once), and what came of it."""
+    """The claim, the digests of the prompts (each counted once), and the searches."""
 
     wanted: Claim
     prompts: frozenset[str]
@@ -119,11 +119,11 @@ def certify(
     certification: Sequence[Labelled],
     wanted: Claim,
 ) -> Certification:
-    """For every region that was found, and both estimators; each certificate holds by itself.
+    """Seeks a certificate for every region found, under both estimators; each certificate holds by itself.
 
-    calibration: the half that gave the regions; it fixes the order of tests. certification: answers that
-    nothing was fitted, chosen or ordered on, to prompts drawn as they will come. Raises CalibrationError
-    without any.
+    calibration: the half that gave the regions; it fixes the order of tests. certification: answers not used
+    to fit, choose or order anything, to prompts drawn as traffic will be. Raises CalibrationError if there
+    are none.
     """
     if not certification:
         raise CalibrationError("no record is left to certify on: add records, or name a file of its own")
@@ -159,39 +159,39 @@ def _seek(
         records=len(drawn.y),
         answered=last.answered,
         right=last.right,
-        # The bound and the test say the same but for the bound's own 1e-12.
+        # The bound and the test agree up to the bound's own 1e-12.
         lower_bound=max(wanted.accuracy, lower_bound(last.right, last.answered, wanted.delta)),
     )
     return CertificateSearch(region.alpha, kind, steps, certificate, None)
 
 
 def thresholds(seen: ServedRows, floor: float) -> tuple[float, ...]:
-    """q' at CUTS quantiles of the answered, descending, the last one the region's own threshold."""
+    """q' at CUTS quantiles of the answered, descending; the last is the region's own threshold."""
     q_prime = seen.q_prime[seen.answered].sort(descending=True).values
     cuts = [float(q_prime[ceil(len(q_prime) * step / CUTS) - 1]) for step in range(1, CUTS) if len(q_prime)]
     return tuple(sorted({floor, *cuts}, reverse=True))
 
 
 def start(seen: ServedRows, order: Sequence[float], records: int, wanted: Claim) -> int:
-    """Where in `order` to begin, from what the calibration half `seen` lets expect of so many records."""
+    """The index in `order` to begin at, from what the calibration half `seen` predicts for this many records."""
     powers = []
     for threshold in order:
         answered, right = _count(seen, threshold)
         expected = round(records * answered / len(seen.y))
-        # Add-one: a handful of right answers is no sure sign.
+        # Add-one smoothing, since a few right answers are weak evidence.
         powers.append(power(expected, (right + 1) / (answered + 2), wanted))
     enough = [index for index, value in enumerate(powers) if value >= START_POWER]
     return enough[0] if enough else powers.index(max(powers))
 
 
 def power(answered: int, accuracy: float, wanted: Claim) -> float:
-    """Probability that so many answered certify, with this as their true accuracy in (0, 1)."""
+    """Probability that the test passes with this many answered and this true accuracy, in (0, 1)."""
     least_right = int((binomial_tails(answered, wanted.accuracy) > wanted.delta).sum())
     return float(binomial_tails(answered, accuracy)[least_right])
 
 
 def walk(drawn: ServedRows, order: Sequence[float], wanted: Claim) -> tuple[Step, ...]:
-    """Thresholds in their order until one fails."""
+    """Tests the thresholds in order until one fails."""
     steps: list[Step] = []
     for threshold in order:
         answered, right = _count(drawn, threshold)
@@ -203,7 +203,7 @@ def walk(drawn: ServedRows, order: Sequence[float], wanted: Claim) -> tuple[Step
 
 
 def records_needed(drawn: ServedRows, order: Sequence[float], wanted: Claim) -> int | None:
-    """About the fewest records with which some threshold passes with ENOUGH_POWER, if what was measured is true."""
+    """About the fewest records for some threshold to pass with ENOUGH_POWER, if the measured figures are true."""
     fewest = MOST_RECORDS + 1
     for threshold in order:
         answered, right = _count(drawn, threshold)
@@ -215,13 +215,13 @@ def records_needed(drawn: ServedRows, order: Sequence[float], wanted: Claim) -> 
             return power(round(records * share), accuracy, wanted) >= ENOUGH_POWER
 
         if enough(fewest - 1):
-            # As if power only rose with the number, which it does but for small steps.
+            # The search assumes that power rises with the number; it does, up to small steps.
             fewest = bisect_left(range(fewest), True, key=enough)
     return fewest if fewest <= MOST_RECORDS else None
 
 
 def summary(found: Certification) -> str:
-    """For people: a line for each region and estimator."""
+    """A summary for people, one line for each region and estimator."""
     if not found.sought:
         return "No certificate: no region was found at any alpha."
     wanted, records = found.wanted, len(found.prompts)
@@ -246,6 +246,6 @@ def summary(found: Certification) -> str:
 
 
 def _count(served: ServedRows, threshold: float) -> tuple[int, int]:
-    """(answered with q' from the threshold on, right among them)."""
+    """(number answered with q' >= threshold, number right among them)."""
     answered: Tensor = served.answered & (served.q_prime >= threshold)
     return int(answered.sum()), int((served.y[answered] == 1).sum())

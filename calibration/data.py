@@ -1,4 +1,4 @@
-"""Labelled data, one JSON object a line: nothing is generated before every line has been checked.
+"""Labelled data, one JSON object a line. Every line is checked before anything is generated.
 
 Two kinds of record, freely mixed:
 
@@ -6,7 +6,7 @@ Two kinds of record, freely mixed:
     {"id", "messages", "response", "label"}       the answer and its label (1 correct, 0 not) are given
 
 Two prompts are *the same* when their messages agree in role and, after `verifiers.normalise` (Unicode
-NFC, case folded, white space collapsed), in content. The same prompt never stands on two sides of a
+NFC, case folded, white space collapsed), in content. The same prompt never stands on both sides of a
 split, and the same prompt with the same response has one label.
 """
 
@@ -45,7 +45,7 @@ class Record:
     """One labelled example; either reference and verifier are set, or response and label.
 
     messages: the conversation to answer, each {"role", "content"}, the last by the user.
-    line: where it stands in its file, from 1. folder: the file's, where its verifier may lie.
+    line: its line number in the file, from 1. folder: the file's folder, where its verifier may be.
     """
 
     id: str
@@ -74,11 +74,11 @@ def prompt_digest(messages: Sequence[dict[str, str]]) -> str:
 
 
 def load_records(path: Path) -> list[Record]:
-    """Every record of a JSON Lines file, blank lines skipped.
+    """Reads every record of a JSON Lines file; blank lines are skipped.
 
     Raises DataError that lists the offending lines: not UTF-8, not JSON, unknown or missing fields,
-    wrong types, an unusable verifier or reference, a repeated id, one answer with two labels; or no
-    record at all.
+    wrong types, an unusable verifier or reference, a repeated id, one answer with two labels; also
+    where there is no record.
     """
     parse = partial(_record, folder=path.parent)
     return parse_lines(path, parse, REMEDY, lambda records: _repeated_ids(records) + _given_twice(records))
@@ -90,9 +90,9 @@ def parse_lines(
     remedy: str,
     check: Callable[[list[T]], list[str]] = lambda _: [],
 ) -> list[T]:
-    """Every line of a JSON Lines file through `parse` (object, line number from 1), blank lines skipped.
+    """Applies `parse` (object, line number from 1) to every line of a JSON Lines file; blank lines are skipped.
 
-    parse: raises ValueError with what is wrong. check: problems among all of them.
+    parse: raises ValueError with what is wrong. check: returns problems across all of them.
     Raises DataError.
     """
     try:
@@ -119,7 +119,7 @@ def parse_lines(
 def require_disjoint(
     path: Path, records: Sequence[Record], other_path: Path, others: Sequence[Record]
 ) -> None:
-    """Raises DataError if a prompt stands in both files: a held-out figure would be about seen prompts."""
+    """Raises DataError if a prompt is in both files, since held-out figures must be about unseen prompts."""
     seen = {record.prompt_digest: record.line for record in records}
     shared = [other for other in others if other.prompt_digest in seen]
     if shared:
@@ -153,7 +153,7 @@ def _record(fields: dict[str, Any], number: int, folder: Path) -> Record:
     if "response" in fields:
         if not isinstance(fields["response"], str):
             raise ValueError(f'"response" must be a string, not {_kind(fields["response"])}')
-        if type(fields["label"]) is not int or fields["label"] not in (0, 1):  # neither true nor 1.0
+        if type(fields["label"]) is not int or fields["label"] not in (0, 1):  # refuses true and 1.0
             raise ValueError(f'"label" must be 0 or 1, not {json.dumps(fields["label"])}')
         label: Label = 1 if fields["label"] == 1 else 0
         return Record(fields["id"], messages, number, response=fields["response"], label=label)

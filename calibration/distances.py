@@ -1,22 +1,22 @@
-"""Both halves compared with the support after every epoch: distances are kept, and corrected for what W changed by.
+"""Compares both halves with the support after every epoch; distances are kept and corrected for the change in W.
 
     q, d_nearest of training rows against the others, of calibration rows against all training rows
 
-(arXiv 2509.12760, section 3.) The adaptor's offset cancels in distances, D_ij = |W (x_i - x_j)|^2. What an epoch adds
-to W is nearly of low rank, for the gradient of a batch is of rank C and Adam only rescales it. With W + Q B, where
+(arXiv 2509.12760, section 3.) The adaptor's offset cancels in distances, D_ij = |W (x_i - x_j)|^2. The change of W in
+an epoch is nearly of low rank: the gradient of a batch has rank C and Adam only rescales it. With W + Q B, where
 Q (M x R) is orthonormal, and S = W' Q + B' / 2,
 
     W' W  becomes  W' W + S B + B' S',
     D_ij  becomes  D_ij + e_i + e_j - 2 (S' x_i . B x_j + B x_i . S' x_j),    e_i = 2 S' x_i . B x_i,
 
-a product of width 2 R + 2 in place of M. Q and B come from a range finder (Halko et al., 0909.4061). What they leave
-of the change is measured, not assumed: above `TOLERANCE` a larger R is tried, and then all distances are computed
-anew; below it, it is part of the next epoch's change, so nothing adds up. Every `RENEWED` epochs distances are
-computed anew for their roundings' sake.
+a product of width 2 R + 2 in place of M. Q and B come from a range finder (Halko et al., 0909.4061). The remainder of
+the change is measured, not assumed. Above `TOLERANCE`, a larger R is tried, and in the end all distances are computed
+anew. Below it, the remainder is part of the next epoch's change, so it does not accumulate. Every `RENEWED` epochs
+distances are computed anew to remove rounding errors.
 
-Distances are at single precision, without the exact check that scoring makes (`sdm.similarity`): a rounding's worth
-of q is no matter here. With b_i the distance to the nearest row that isn't valid for row i's prediction,
-q_i = #{j : D_ij < b_i}, for no invalid row is nearer than b_i.
+Distances are in single precision, without the exact check that scoring makes (`sdm.similarity`), since rounding
+errors in q do not matter here. With b_i the distance to the nearest row that isn't valid for row i's prediction,
+q_i = #{j : D_ij < b_i}, since no invalid row is nearer than b_i.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from torch import Tensor
 from candor.sdm.similarity import Neighbourhood, least
 
 ROWS = 128
-"""Rows of distances computed and read at once, while they are in the cache."""
+"""Rows of distances computed and read at once, so that they stay in the CPU cache."""
 
 KEPT = 2**27
-"""Numbers that the distances of both halves may take, 512 MiB; with more they are computed anew every epoch."""
+"""Most numbers kept as distances of both halves (512 MiB); with more they are computed anew every epoch."""
 
 RANK = 32
-"""R that is tried first; then twice that, and so on."""
+"""The R that is tried first; it is doubled each time."""
 
 TOLERANCE = 1e-6
-"""What may be left of W's change, relative to W by Frobenius norms: about what rounding of h' amounts to."""
+"""Largest remainder of W's change, relative to W in Frobenius norm: about the rounding error of h'."""
 
 RENEWED = 50
 
 
 class KeptDistances:
-    """From training rows x (n, D), labels (n,) in 0..C-1, and from calibration rows (m, D), to all training rows."""
+    """Distances to all training rows x (n, D), labels (n,) in 0..C-1, from these and from calibration rows (m, D)."""
 
     def __init__(self, train_x: Tensor, labels: Tensor, calibration_x: Tensor, num_classes: int) -> None:
         self._order = labels.argsort(stable=True)  # so that a class's columns are one slice
@@ -64,8 +64,8 @@ class KeptDistances:
     def neighbourhoods(
         self, weight: Tensor, train_y: Tensor, calibration_y: Tensor, max_q: int | None = None
     ) -> tuple[Neighbourhood, Neighbourhood]:
-        """Of both halves under W (M, D), with predictions (n,), (m,). max_q: as in `sdm.similarity`; one less for
-        training rows."""
+        """Neighbourhoods of both halves under W (M, D), with predictions (n,), (m,). max_q: as in `sdm.similarity`;
+        one less for training rows."""
         factors = self._factors(weight)
         train_y = train_y[self._order]
         mispredicted = [
@@ -85,7 +85,7 @@ class KeptDistances:
         )
 
     def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
-        """S and B' (D, R), of what the kept distances are to be corrected by; None: they are to be computed anew."""
+        """S and B' (D, R) that correct the kept distances; None if distances must be computed anew."""
         if self._weight is not None and self._age < RENEWED:
             self._age += 1
             change = weight - self._weight
@@ -128,7 +128,7 @@ class KeptDistances:
         return q, nearest
 
     def _read(self, distances: Tensor, y: Tensor, mispredicted: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """distances (b, n), predictions y (b, 1); mispredicted: each class's rows that are judged to be another."""
+        """distances (b, n), predictions y (b, 1); mispredicted: each class's rows predicted as another class."""
         nearest = torch.stack([least(distances[:, a:b]) for a, b in pairwise(self._bounds)], dim=1)  # (b, C)
         wrong = torch.stack([least(distances.index_select(1, rows)) for rows in mispredicted], dim=1)
         boundary = torch.minimum(
@@ -146,7 +146,7 @@ class _Images:
     own: Tensor
 
     def rows(self) -> Tensor:
-        """These and `columns` make D of one product, times -2."""
+        """D is -2 times the product of these with `columns`."""
         own = self.own.unsqueeze(1)
         return torch.cat([self.left, own / -2, torch.full_like(own, -0.5)], dim=1)
 
@@ -156,7 +156,7 @@ class _Images:
 
 
 def _images(x: Tensor, weight: Tensor, factors: tuple[Tensor, Tensor] | None) -> _Images:
-    """Of rows x (n, D): for distances computed anew, or for what they are corrected by."""
+    """Images of rows x (n, D), for distances computed anew or for their correction by `factors`."""
     if factors is None:
         h_prime = x @ weight.T
         return _Images(h_prime, h_prime, h_prime.square().sum(dim=1))

@@ -1,10 +1,10 @@
 """The epochs of training one SDM layer: minibatches, then both halves compared anew (2509.12760, section 3).
 
-Epoch 1 trains with q = e - 2, d = 1, the softmax; every later one with q and d that the epoch before
-left, held fixed. After every epoch both halves are embedded again and compared with the new support:
-the training half against itself, each row left out of its own comparison and ranked by distances of
-training rows; the calibration half against the training half. The criterion is the *balanced* loss on
-the calibration half,
+Epoch 1 trains with q = e - 2, d = 1, which is the softmax. Every later epoch trains with q and d of the
+epoch before, held fixed. After every epoch both halves are embedded again and compared with the new
+support. The training half is compared with itself, each row left out of its own comparison and ranked by
+distances of training rows; the calibration half is compared with the training half. The criterion is the
+*balanced* loss on the calibration half,
 
     (1/C) sum_c mean over calibration rows of class c of -log_{2+q} SDM(z')_y.
 
@@ -13,9 +13,9 @@ gradients G (B x C) and R = G' x (C x D) the weights' are
 
     dL/dW = V' R,    dL/dV = R W' + (sum of G) b',
 
-outer products of rank C, made a block of rows at a time, stepped by Adam and folded into the next A while
-the block is in the cache (`Weights.step`). What is left is Adam's arithmetic, and an epoch's comparison of both
-halves (`calibration.distances`), at single precision, which mostly needs no h' either.
+outer products of rank C. They are made a block of rows at a time, stepped by Adam and folded into the next A
+while the block is in the CPU cache (`Weights.step`). The remaining costs are Adam's arithmetic and the comparison of
+both halves after an epoch (`calibration.distances`), in single precision, which mostly needs no h' either.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from candor.sdm.similarity import Neighbourhood, neighbourhood, support_neighbou
 from candor.sdm.support import Support
 
 BLOCK_ROWS = 100
-"""Rows of W stepped at once: with their gradient they stay in a second-level cache."""
+"""Rows of W stepped at once; they and their gradient fit in a second-level CPU cache."""
 
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """The papers' values. blocks: how h is standardised (`fit_standardisation`); None, as one block."""
+    """The papers' values. blocks: how h is standardised (`fit_standardisation`); None: as one block."""
 
     exemplar_dim: int = 1000
     epochs: int = 200
@@ -78,7 +78,7 @@ class HalfScores:
 
 @dataclass(frozen=True, eq=False)
 class Epoch:
-    """What one epoch left: number from 1, both halves' scores, loss = mean of calibration.class_loss."""
+    """The result of one epoch: its number from 1, both halves' scores, loss = mean of calibration.class_loss."""
 
     number: int
     train: HalfScores
@@ -135,7 +135,7 @@ class Weights:
 
     def _adam(self, part: tuple[Tensor, Tensor, Tensor], gradient: Tensor) -> None:
         values, first, second = part
-        # What torch.optim.Adam(fused=True) calls; through it, blocks would have to wait for each other.
+        # torch.optim.Adam(fused=True) calls this too, but would make the blocks wait for each other.
         torch._fused_adam_(
             [values],
             [gradient],
@@ -154,7 +154,7 @@ class Weights:
 
     @torch.no_grad()
     def write(self) -> None:
-        """To the adaptor they came from."""
+        """Writes the weights back to the adaptor they came from."""
         rows = torch.cat([part[0] for part in self._parts])
         self._adaptor.exemplar.weight.copy_(rows[:, : self._width - 1])
         self._adaptor.exemplar.bias.copy_(rows[:, self._width - 1])
@@ -174,10 +174,10 @@ def run_epochs(
 ) -> Iterator[Epoch]:
     """Trains `adaptor` in place, one epoch for each of `orders` (n,), permutations of the training rows.
 
-    The last batch may be short. exact: compare by the exact distances, as scoring does, which takes longer.
+    The last batch may be short. exact: compare by exact distances, as scoring does; this takes longer.
     """
     weights = Weights(adaptor, settings.learning_rate)
-    # Which of two twins is found first is for exact distances to say.
+    # Only exact distances decide which of two identical rows is found first.
     exact = exact or conventions.self_exclusion == "first match"
     kept = None if exact else KeptDistances(train.x, train.labels, calibration.x, adaptor.num_classes)
     q = torch.full((len(train.x),), SOFTMAX_Q)
@@ -211,7 +211,7 @@ def run_epochs(
 def score_halves(
     adaptor: ExemplarAdaptor, train: Half, calibration: Half, conventions: Conventions
 ) -> tuple[HalfScores, HalfScores]:
-    """Training and calibration half by exact distances, with the support that `adaptor` makes of the former."""
+    """Scores both halves by exact distances, with the support that `adaptor` makes of the training half."""
     classes = adaptor.num_classes
     h_train, z_train = adaptor(train.x)
     h_cal, z_cal = adaptor(calibration.x)

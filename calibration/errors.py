@@ -1,4 +1,4 @@
-"""What can go wrong between labelled data and a bundle, each with what to do about it.
+"""The errors of calibration. Each message says what to do about it.
 
 CalibrationError
 ├── DataError       the labelled data cannot be used; names lines
@@ -24,7 +24,7 @@ class DataError(CalibrationError):
 
     @classmethod
     def from_problems(cls, where: Path | str, problems: Sequence[str], remedy: str) -> DataError:
-        """One message for many problems: the first `SHOWN`, how many in all, and the remedy."""
+        """Makes one message of many problems: the first `SHOWN`, how many in all, and the remedy."""
         lines = [f"{where}: {len(problems)} problem{'s' if len(problems) != 1 else ''}"]
         lines += [f"  {problem}" for problem in problems[:SHOWN]]
         if len(problems) > SHOWN:

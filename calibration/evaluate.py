@@ -1,14 +1,14 @@
-"""How good a bundle is on answers that it was not made from: shares admitted, and how right they are.
+"""Evaluates a bundle on answers that it was not made from: shares admitted, and their accuracy.
 
 For each alpha and both estimators (lower, which takes the sample size into account and serves by
 default, and plain):
 
-    admitted  the verdict y_hat lies in the region, whichever it is
-    answered  admitted and y_hat = 1: what a client in abstain mode gets to see
+    admitted  the verdict y_hat lies in the region, whether it is 0 or 1
+    answered  admitted and y_hat = 1: what a client in abstain mode sees
 
 Shares are of all records: an answer that cannot be scored is never served as reliable, so it counts as
-not admitted. Where the policy resamples, the figures of a region are of what it serves (`calibration.served`), those
-without one of first attempts. Nothing here is fitted, chosen or loosened; the figures only report.
+not admitted. Where the policy resamples, a region's figures are about what the policy serves (`calibration.served`);
+figures without a region are about first attempts. Nothing is fitted or chosen here.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class RegionFigures:
 
     accuracy_answered: P(y = 1 | answered), the accuracy of what is let through.
     accuracy_admitted: P(y_hat = y | admitted). class_accuracy: the same given y = 0 and given y = 1.
-    answered_of_class: P(answered | y), given y = 0 and given y = 1. tokens: written for one answer on average,
-    all attempts together.
+    answered_of_class: P(answered | y), given y = 0 and given y = 1. tokens: mean tokens written for one answer,
+    over all its attempts.
     """
 
     admitted: Share
@@ -50,7 +50,7 @@ class RegionFigures:
 class Evaluation:
     """Figures over one set of labelled answers.
 
-    records: all of them. faults: those that could not be scored, by reason.
+    records: their number. faults: how many could not be scored, by reason.
     correct: share with y = 1, the accuracy of answering everything.
     verdict: share of the scored with y_hat = y. ood: share of the scored that are out of distribution.
     auroc: of SDM(z')_1 for y among the scored, with its bootstrap interval; None with one class alone.
@@ -79,7 +79,7 @@ class Evaluation:
 def evaluate(
     estimator: SDMEstimator, answers: Sequence[Labelled], alphas: Sequence[float], seed: int = 0
 ) -> Evaluation:
-    """Scores labelled answers. seed: of the bootstrap alone. Raises ValueError without answers or alphas."""
+    """Scores labelled answers. seed: for the bootstrap only. Raises ValueError without answers or alphas."""
     if not answers or not alphas:
         raise ValueError(f"expected answers and alphas, got {len(answers)} and {len(alphas)}")
     attempts = Attempts.measure(estimator, answers)
@@ -87,7 +87,7 @@ def evaluate(
     scored, y = single.scored[:, 0], single.y[:, 0]  # (n,)
     any_alpha = estimator.judge(
         single.measurement, alphas[0]
-    )  # y_hat, SDM(z') and is_ood are the same at each
+    )  # y_hat, SDM(z') and is_ood are the same at each alpha
 
     def by_alpha(kind: EstimatorKind) -> dict[float, RegionFigures]:
         return {alpha: region_figures(attempts.served(estimator, alpha, kind)) for alpha in alphas}

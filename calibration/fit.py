@@ -1,14 +1,14 @@
-"""Labelled answers to an estimator, and what each part of the data is for.
+"""Fits an estimator to labelled answers. The parts of the data are used as follows.
 
     fitting part    J times anew: training half      weights, support
                                   calibration half   best epoch and round, distances, Algorithm 1
-    held-out part   nothing here: it only reports (`calibration.evaluate`)
+    held-out part   not used here: it only reports (`calibration.evaluate`)
 
-Halves are dealt by prompt and label (`calibration.splits`), so that no prompt is recognised across them. A
-round is a new deal and new weights; the lowest balanced calibration loss over all epochs of all rounds
-wins, the later one on ties (arXiv 2509.12760, section 3; `calibration.layer`). As many rounds as there are cores run
-side by side. Layers are fitted on each prompt's first attempt; where the policy resamples, regions come from running
-it (`calibration.served`).
+Halves are split by prompt and label (`calibration.splits`), so that no prompt is in both. A round is a new
+split and new weights. The lowest balanced calibration loss over all epochs of all rounds wins, the later one
+on ties (arXiv 2509.12760, section 3; `calibration.layer`). As many rounds as there are cores run in parallel. Layers
+are fitted on each prompt's first attempt; where the policy resamples, regions come from running the policy
+(`calibration.served`).
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ NUM_CLASSES = 2
 
 @dataclass(frozen=True)
 class FitSettings:
-    """alphas: target accuracies, each in (0.5, 1). rounds: J. exemplar_dim: M. passed_over: invalid neighbours that
-    do not end q yet (`sdm.similarity`). The rest as in the papers.
+    """alphas: target accuracies, each in (0.5, 1). rounds: J. exemplar_dim: M. passed_over: how many invalid
+    neighbours do not end q (`sdm.similarity`). The rest is as in the papers.
 
     Raises ValueError for values outside their range.
     """
@@ -75,7 +75,7 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class ChosenEpoch:
-    """Which epoch was kept: round from 0, epoch from 1, and every round's lowest balanced loss."""
+    """The epoch that was kept: round from 0, epoch from 1, and every round's lowest balanced loss."""
 
     round: int
     epoch: int
@@ -87,7 +87,7 @@ class ChosenEpoch:
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """training, calibration: the halves of the winning round; training in the support's order."""
+    """training, calibration: the halves of the winning round; training is in the support's order."""
 
     estimator: SDMEstimator
     training: list[Labelled]
@@ -100,9 +100,9 @@ class Fitted:
 
 
 def standardisation_blocks(representation: Representation, hidden_size: int) -> tuple[Block, ...]:
-    """How h is standardised: the papers' two scalars over all of it, or by block where evidence stands in it.
+    """How h is standardised: by the papers' two scalars over all of it, or by block where h holds evidence.
 
-    Two scalars over a thousand state entries would drown a handful of evidence features.
+    Two scalars over a thousand state entries would make a few evidence features negligible.
     """
     sizes = representation.block_sizes(hidden_size)
     if not representation.evidence:
@@ -114,7 +114,7 @@ def standardisation_blocks(representation: Representation, hidden_size: int) -> 
 
 
 def set_aside(answers: Sequence[Labelled], share: float, seed: int) -> tuple[list[Labelled], list[Labelled]]:
-    """(fitting part, held-out part), stratified by label, no prompt in both."""
+    """(fitting part, held-out part), stratified by label; no prompt is in both."""
     fitting, held_out = _deal(answers, (1 - share, share), seed)
     return fitting, held_out
 
@@ -122,7 +122,7 @@ def set_aside(answers: Sequence[Labelled], share: float, seed: int) -> tuple[lis
 def set_aside_for_certification(
     answers: Sequence[Labelled], share: float, seed: int
 ) -> tuple[list[Labelled], list[Labelled]]:
-    """(rest, certification part): prompts drawn at random, whatever their labels."""
+    """(rest, certification part); the certification prompts are drawn at random, whatever their labels."""
     rest, drawn = draw([answer.prompt_digest for answer in answers], share, seed)
     return [answers[i] for i in rest.tolist()], [answers[i] for i in drawn.tolist()]
 
@@ -133,7 +133,7 @@ def fit(
     settings: FitSettings,
     progress: Callable[[int], object],
 ) -> Fitted:
-    """The best of `settings.rounds` layers, with regions at every alpha. Same arguments, same estimator.
+    """Fits `settings.rounds` layers and returns the best, with regions at every alpha. It is deterministic.
 
     answers: the fitting part; those with a fault are left out. progress: called with 1 for each epoch done, from
     other threads, one at a time.
@@ -190,20 +190,20 @@ def fit(
     best = min(reversed(rounds), key=lambda one: one[0].loss)  # the later of equals
     layer, training, calibration, number = best
     estimator = layer.estimator
-    if calibration[0].more:  # the layer speaks of single attempts, the region of what the policy serves
+    if calibration[0].more:  # the layer is about single attempts, the region about what is served
         regions = regions_of_policy(estimator, Attempts.measure(estimator, calibration))
         estimator = replace(estimator, regions=regions)
     return Fitted(estimator, training, calibration, ChosenEpoch(number, layer.best_epoch, losses))
 
 
 class _Stopped(Exception):
-    """Ends a round whose result nobody wants any more."""
+    """Ends a round whose result is no longer needed."""
 
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Rounds side by side, each on one thread, take less time than one after the other on all: a round's products are
-    small, and a sum does not depend on how many cores there are."""
+    """Sets one thread a round. Parallel rounds on one thread each are faster than rounds in turn on all threads, as
+    a round's products are small; and sums do not depend on the number of cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -220,7 +220,7 @@ def _deal(answers: Sequence[Labelled], shares: tuple[float, float], seed: int) -
 
 
 def _seeds(seed: int, count: int) -> list[int]:
-    """Seeds of the rounds, unlike each other and unlike those of a run with a neighbouring seed."""
+    """Seeds of the rounds. They differ from each other and from those of a run with a neighbouring seed."""
     drawn: list[int] = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
     return drawn
 
@@ -231,8 +231,8 @@ def _tensors(answers: Sequence[Labelled]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _require_enough(answers: Sequence[Labelled], usable: Sequence[Labelled], alpha: float) -> None:
-    """Each class needs, in a calibration half, the points that Algorithm 1 asks for at the lowest alpha."""
-    # Prompts, not records: twins of one prompt stand in the same half and tell one story.
+    """Each class needs, in a calibration half, the points that Algorithm 1 requires at the lowest alpha."""
+    # Counts prompts, not records: records of one prompt are in the same half and not independent.
     prompts = Counter(label for _, label in {(answer.prompt_digest, answer.label) for answer in usable})
     needed = 2 * minimum_points(alpha)
     if min(prompts[0], prompts[1]) >= needed:

@@ -1,9 +1,9 @@
-"""Records to labelled answers with their h: the same engine, policy and chat format that will serve.
+"""Turns records into labelled answers with their h, by the engine, policy and chat format that will serve.
 
-A layer only speaks of answers made the way it was calibrated on, so this asks the engine by the same policy as
+A layer is valid only for answers made as those it was calibrated on, so this asks the engine by the same policy as
 the server does (`candor.policy`). Where the policy resamples, all attempts are made, since the region decides which
-one is served (`calibration.served`). Given responses are summarised instead of generated. What the server could never
-admit is marked by its fault and kept out of fitting; held-out figures count it as not answered.
+one is served (`calibration.served`). Given responses are summarised instead of generated. Answers that the server
+could never admit are marked by their fault and not fitted on; held-out figures count them as not answered.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from candor.policy.conversation import Turn, shown
 from candor.policy.policy import Policy
 
 Fault = Literal["truncated", "incomplete", "non_finite", "uncalibrated"]
-"""Why the server would never let an answer through: it did not end on its own; not every position was counted; h is
-not finite; its conversation or given response departs from the policy."""
+"""Why the server would never admit an answer, in this order: it did not end on its own; not every position was
+counted; h is not finite; its conversation or given response departs from the policy."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """One answer, its label and what the model's states said of it.
+    """One answer, its label and its h.
 
     prompt_digest: equal for the same prompt (`Record.prompt_digest`). messages: the record's conversation.
-    label: 1 the response follows the instruction, 0 it does not.
-    h: (D,) float32; (0,) where the states could not be taken. fault: None iff it can be scored.
+    label: 1 if the response follows the instruction, 0 if not.
+    h: (D,) float32; (0,) where the states could not be captured. fault: None iff it can be scored.
     tokens: of the response. more: further attempts at the same prompt, in order, where the policy resamples.
     """
 
@@ -60,7 +60,7 @@ class Labelled:
 
     @property
     def attempts(self) -> tuple[Labelled, ...]:
-        """All of them, this first."""
+        """All attempts, this one first."""
         return (self, *self.more)
 
 
@@ -83,10 +83,10 @@ async def collect(
     progress: Callable[[int], object],
     seed: int = 0,
 ) -> list[Labelled]:
-    """Answers and labels every record, in order; what `cache` holds is not asked for again.
+    """Answers and labels every record, in order; answers in `cache` are not generated again.
 
-    concurrency: answers in flight at once. progress: called with 1 for each answer done, of which there are
-    `policy.resample` a record.
+    concurrency: answers in flight at once. progress: called with 1 for each answer done; each record has
+    `policy.resample` answers.
     seed: for sampled policies; every record draws its own stream from it.
     Raises DataError (a prompt that the model cannot take, one answer with two labels), VerifierError,
     CacheError, or the engine's own EngineDead and EngineError.
@@ -96,14 +96,14 @@ async def collect(
     todo = iter(list(product(range(len(records)), range(policy.resample))))
 
     async def work() -> None:
-        for index, attempt in todo:  # shared: each is taken by one worker
+        for index, attempt in todo:  # workers share the iterator, so each item goes to one of them
             record = records[index]
             sampling = _sampling(policy, record, seed, attempt)
             key = _key(engine, record, policy, representation, sampling)
             answer = cache.get(key)
             if answer is None:
                 answer = await _ask(engine, chat, record, prompts[index], policy, representation, sampling)
-                if answer.h.numel():  # one whose states were lost is tried again next time
+                if answer.h.numel():  # an answer whose states were lost is tried again in the next run
                     cache.put(key, answer)
             answers[index, attempt] = answer
             progress(1)
@@ -126,7 +126,7 @@ async def collect(
 
 
 def departure(record: Record, policy: Policy, chat: ChatFormat, tag: str) -> str | None:
-    """Why the server would not call an answer to this record calibrated; None where it would, if it is complete."""
+    """Why the server would not call an answer to this record calibrated; None if it would for a complete answer."""
     found = policy.conversations.resolve(record.messages).departure
     if found is None and record.response is not None:
         found = policy.given(record.response, chat.encode_response(record.response), tag)
@@ -136,7 +136,7 @@ def departure(record: Record, policy: Policy, chat: ChatFormat, tag: str) -> str
 def require_calibrated(
     source: Path, records: Sequence[Record], policy: Policy, chat: ChatFormat, tag: str
 ) -> None:
-    """Raises DataError that lists every record which the server would not call calibrated."""
+    """Raises DataError that lists every record that the server would not call calibrated."""
     problems = [
         f'line {record.line} (id "{record.id}"): {why}'
         for record in records
@@ -152,7 +152,7 @@ def require_calibrated(
 
 
 def _encode(engine: Engine, chat: ChatFormat, records: Sequence[Record], policy: Policy) -> list[list[int]]:
-    """Every prompt's ids, before the first is answered: a prompt too long is found now, not hours later."""
+    """Encodes every prompt before the first is answered, so that a prompt too long is found now, not hours later."""
     prompts, problems = [], []
     for record in records:
         try:
@@ -191,7 +191,7 @@ def _key(
 ) -> str:
     identity = {name: value for name, value in asdict(engine.identity).items() if name != "name"}
     if not identity["engine_options"]:
-        del identity["engine_options"]  # as caches have it that know no such options
+        del identity["engine_options"]  # keeps the keys of caches older than these options
     conversation = policy.conversations.resolve(record.messages)
     return cache_key(
         model=identity,  # with the digests of tokenizer and chat template
@@ -201,7 +201,7 @@ def _key(
         **(
             {"template_arguments": conversation.template_arguments} if conversation.template_arguments else {}
         ),
-        # A given response does not depend on the policy; sampled twins are told apart by their seeds.
+        # A given response does not depend on the policy; attempts at one prompt differ by their seeds.
         **({"sampling": asdict(sampling)} if record.response is None else {"response": record.response}),
     )
 

@@ -1,6 +1,6 @@
-"""How sure a measured share is: exact binomial intervals, and the bootstrap where no exact one exists.
+"""Confidence intervals: exact binomial ones for shares, and the bootstrap where no exact one exists.
 
-Clopper and Pearson (1934): with k hits in n draws, the interval holds every p that is not too unlikely,
+Clopper and Pearson (1934): with k hits in n draws, the interval holds every p that the tests do not reject,
 
     low : P(X >= k | p) = tail        high : P(X <= k | p) = tail,        tail = (1 - confidence) / 2,
 
@@ -57,7 +57,7 @@ def clopper_pearson(hits: int, of: int, confidence: float = CONFIDENCE) -> tuple
 
 
 def lower_bound(hits: int, of: int, delta: float) -> float:
-    """One-sided: the true probability lies at or above it with confidence 1 - delta, delta in (0, 0.5)."""
+    """One-sided bound: the true probability is at least this with confidence 1 - delta, delta in (0, 0.5)."""
     low, _ = clopper_pearson(hits, of, confidence=1 - 2 * delta)
     return low
 
@@ -68,7 +68,7 @@ def binomial_cdf(k: int, n: int, p: float) -> float:
 
 
 def binomial_tails(n: int, p: float) -> torch.Tensor:
-    """P(X >= k) for k = 0, ..., n + 1, the last 0: (n + 2,) float64; from logarithms, so that no term overflows."""
+    """P(X >= k) for k = 0, ..., n + 1, the last is 0: (n + 2,) float64. Uses logarithms so that no term overflows."""
     i, log_choose = _log_choose(n)
     terms = (log_choose + i * log(p) + (n - i) * log1p(-p)).exp()
     return torch.nn.functional.pad(terms.flip(0).cumsum(0).flip(0).clamp(max=1), (0, 1))
@@ -76,7 +76,7 @@ def binomial_tails(n: int, p: float) -> torch.Tensor:
 
 @lru_cache(maxsize=16)
 def _log_choose(n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """k = 0, ..., n and ln(n choose k), both (n + 1,) float64; kept, since a bound asks for many p at one n."""
+    """k = 0, ..., n and ln(n choose k), both (n + 1,) float64. Cached, since a bound needs many p at one n."""
     k = torch.arange(n + 1, dtype=torch.float64)
     return k, torch.lgamma(torch.tensor(n + 1, dtype=torch.float64)) - torch.lgamma(k + 1) - torch.lgamma(
         n - k + 1

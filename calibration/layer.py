@@ -1,8 +1,8 @@
-"""Training one SDM layer on two halves (2509.12760, section 3 and A.1); the J rounds are `calibration.fit`'s.
+"""Trains one SDM layer on two halves (2509.12760, section 3 and A.1); `calibration.fit` runs the J rounds.
 
 The epoch kept is the one with the lowest balanced calibration loss, the later one on ties.
-The estimator that is handed back is built once more from the kept weights, by the arithmetic that
-scores (sdm/arithmetic.py), with its regions from the calibration half.
+The returned estimator is built again from the kept weights, by the arithmetic used for scoring
+(sdm/arithmetic.py), with its regions from the calibration half.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def train_layer(
     conventions: Conventions = DEFAULT,
     progress: Progress | None = None,
 ) -> TrainedLayer:
-    """One layer on given halves: h (n, D) finite, labels (n,) in 0..C-1.
+    """Trains one layer on given halves: h (n, D) finite, labels (n,) in 0..C-1.
 
     generator draws the initial weights and every epoch's order. Raises ValueError on labels or states
     that can't be trained on, naming the rows.
@@ -88,7 +88,7 @@ def split_halves(
     """
     shuffled = torch.randperm(len(y), generator=generator)
     if conventions.stratified:
-        # Rows in class order, dealt alternately: every class is halved, and so is the whole.
+        # Rows in class order are dealt alternately, which halves every class and the whole.
         shuffled = shuffled[y[shuffled].argsort(stable=True)]
         return shuffled[1::2], shuffled[::2]
     return shuffled[: len(y) // 2], shuffled[len(y) // 2 :]

@@ -1,9 +1,9 @@
-"""Logistic regression with an L2 penalty, by Newton's method in float64: same rows, same weights.
+"""Logistic regression with an L2 penalty, by Newton's method in float64; it is deterministic.
 
     minimise  sum_i log(1 + exp(f_i)) - y_i f_i  +  |w|^2 / 2 * mean |x|^2 / reach^2,        f = x w + b
 
-reach says how far the log-odds of a typical row may wander from b before the penalty bites: its prior standard
-deviation, free of how many columns there are and of their scale. b is not penalised.
+reach is the prior standard deviation of a typical row's log-odds around b. It does not depend on the number of
+columns or on their scale. b is not penalised.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 
 STEPS = 100
 TOLERANCE = 1e-10
-"""Of the Newton decrement, the gain in log-likelihood that a further step could still bring."""
+"""Tolerance on the Newton decrement, the gain in log-likelihood that a further step could bring."""
 
 
 def fit_logistic(x: Tensor, y: Tensor, reaches: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
-    """(w (D,), b ()) float64 for each reach, each started from the one before. x: (n, D), y: (n,) in {0, 1}.
+    """(w (D,), b ()) float64 for each reach; each starts from the one before. x: (n, D), y: (n,) in {0, 1}.
 
-    Raises ValueError where y holds one class only: its intercept would be infinite.
+    Raises ValueError where y holds one class only, since the intercept would be infinite.
     """
     if not 0 < int(y.sum()) < len(y):
         raise ValueError(
@@ -56,7 +56,7 @@ def _newton(rows: Tensor, y: Tensor, penalty: Tensor, beta: Tensor) -> Tensor:
         p = torch.sigmoid(rows @ beta)
         gradient = rows.T @ (p - y) + penalty * beta
         hessian = rows.T @ (rows * (p * (1 - p)).unsqueeze(1)) + torch.diag(penalty)
-        # A trace of ridge: where all rows are sure, the intercept's curvature vanishes.
+        # A tiny ridge is added because the intercept's curvature vanishes where all rows are certain.
         hessian.diagonal().add_(1e-12 * float(hessian.diagonal().max()) + 1e-300)
         factor = torch.linalg.cholesky(hessian)
         step = torch.cholesky_solve(gradient.unsqueeze(1), factor).squeeze(1)

@@ -1,4 +1,4 @@
-"""How good a confidence is, in the figures that papers report, each with its bootstrap interval.
+"""The quality of a confidence, in the metrics that papers report, each with its bootstrap interval.
 
 A method gives every row a confidence; rows are let through from the highest down. With R_k right and E_k
 wrong among the k most confident of n rows (E = E_n, err = E / n),
@@ -13,12 +13,12 @@ wrong among the k most confident of n rows (E = E_n, err = E / n),
     top-label ECE            sum over verdicts and 15 bins of the probability p of |sum of p - right| / n
     Brier                    mean of (p - right)^2             (half of the two-class sum of squares)
 
-Rows of equal confidence stand for the mean over all their orders, so that a constant confidence has AURC = err.
-The answers' view is the same with "right" = y = 1 and rows ordered by how surely they are right (`answer_order`).
+Rows of equal confidence count as the mean over all their orders, so that a constant confidence has AURC = err.
+The answers' view is the same with "right" = y = 1 and rows ordered by the confidence that y = 1 (`answer_order`).
 
-The bootstrap draws how often each row counts, w (r, n), and every figure is a function of w: sorted
-once, all redraws at a time. Two calls with one n and seed see the same redraws, so differences
-between methods are paired.
+The bootstrap draws how often each row counts, w (r, n), and every figure is a function of w. Rows are
+sorted once for all redraws. Two calls with one n and seed see the same redraws, so differences between
+methods are paired.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ BINS = 15
 _CHUNK = 2**23  # weights held at once
 
 Figures = dict[str, Tensor]
-"""Figures by name, each (r,) float64 over redraws, nan where a redraw leaves it undefined."""
+"""Figures by name, each (r,) float64 over redraws; nan where undefined for a redraw."""
 
 
 @dataclass(frozen=True)
 class Figure:
     """A value and its percentile bootstrap interval; None where undefined.
 
-    hits, of, exact: counts and Clopper-Pearson interval, for shares alone. Where nothing was wrong the bootstrap
-    has no width, and the exact interval is the one to read.
+    hits, of, exact: counts and Clopper-Pearson interval, for shares only. Where nothing was wrong the bootstrap
+    interval has no width, so read the exact one.
     """
 
     value: float | None
@@ -107,7 +107,7 @@ def probabilistic(weights: Tensor, probability: Tensor, y_hat: Tensor, right: Te
 
 
 def admission(admitted: Tensor, y_hat: Tensor, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """What is counted at one alpha: by name, (hits, among), each (n,) bool.
+    """The shares counted at one alpha: by name, (hits, among), each (n,) bool.
 
     admitted: share of all rows. answered: admitted with verdict 1, what a client in abstain mode sees.
     marginal, class_c (true class c) and predicted_c (verdict c): accuracy of the verdict among the admitted.
@@ -127,7 +127,7 @@ def admission(admitted: Tensor, y_hat: Tensor, y: Tensor) -> dict[str, tuple[Ten
 
 
 def answer_order(confidence: Tensor, y_hat: Tensor) -> Tensor:
-    """(n,): rises with how surely the *answer* is right: sure of 1 first, sure of 0 last."""
+    """(n,): rises with the confidence that the *answer* is right, from certain 0 to certain 1."""
     positive = confidence - confidence.min() + 1
     return torch.where(y_hat == 1, positive, -positive)
 
@@ -139,13 +139,13 @@ def redrawn(function: Callable[[Tensor], Figures], n: int, seed: int) -> Figures
 
 
 def summarise(values: Tensor) -> Figure:
-    """values: (1 + redraws,), the sample's own figure first; redraws that leave it undefined are left out."""
+    """values: (1 + redraws,), the sample's own figure first; redraws with undefined values are left out."""
     low, high = interval(values[1:])
     return Figure(_plain(values[0]), low, high)
 
 
 def interval(values: Tensor) -> tuple[float | None, float | None]:
-    """The middle `CONFIDENCE` of the redraws that are defined."""
+    """The central `CONFIDENCE` interval of the defined redraws."""
     values = values[~values.isnan()]
     if len(values) == 0:
         return None, None
@@ -155,7 +155,7 @@ def interval(values: Tensor) -> tuple[float | None, float | None]:
 
 
 def shares(counted: Mapping[str, tuple[Tensor, Tensor]], seed: int) -> dict[str, Figure]:
-    """Each (hits, among) of `admission` as a share with both its intervals."""
+    """Each (hits, among) of `admission` as a share with both intervals."""
 
     def ratios(weights: Tensor) -> Figures:
         return {

@@ -1,8 +1,8 @@
-"""The calibration report: what went in, what came out, and how it did on answers it had not seen.
+"""The calibration report: the data, the fitted layer and its regions, and the held-out figures.
 
-It lies in the bundle as report.json, plain JSON without infinities (an absent region has null thresholds).
-The server takes one figure from it, `reference_abstention_ratio`: the share of held-out prompts on which
-the lower estimator would have abstained, by which an operator sees that traffic has drifted.
+It is report.json in the bundle, plain JSON without infinities (an absent region has null thresholds).
+The server reads one figure from it, `reference_abstention_ratio`: the share of held-out prompts on which
+the lower estimator would have abstained. An operator compares it with traffic to detect drift.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def build_report(
     evaluation: Evaluation,
     certification: Certification | None,
 ) -> dict[str, Any]:
-    """report.json. fitting: the whole fitting part, those that could not be scored included."""
+    """Builds report.json. fitting: the whole fitting part, including answers that could not be scored."""
     dropped = [answer for answer in fitting if answer.fault is not None]
     return {
         "schema_version": SCHEMA_VERSION,
@@ -51,9 +51,9 @@ def build_report(
             str(alpha): 1 - reading.answered.hits / reading.answered.of
             for alpha, reading in evaluation.lower.items()
         },
-        # By these a comparison finds the half again (`candor.comparison.compare.halves`).
+        # A comparison recovers the half from these (`candor.comparison.compare.halves`).
         "calibration_prompts": sorted({answer.prompt_digest for answer in fitted.calibration}),
-        # By these a later evaluation knows a prompt that the bundle was made from.
+        # A later evaluation recognises by these a prompt that the bundle was made from.
         "fitted_prompts": sorted(
             {answer.prompt_digest for answer in fitted.answers}
             | (certification.prompts if certification else set())
@@ -76,7 +76,7 @@ def _region(region: Region) -> dict[str, Any]:
 
 
 def table(evaluations: Mapping[str, Evaluation]) -> str:
-    """Evaluations by name as text: a line each for lower and plain at every alpha.
+    """Evaluations by name as a text table: one line each for lower and plain at every alpha.
 
     Shares are in per cent, as value [low, high].
     """

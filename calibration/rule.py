@@ -1,4 +1,4 @@
-"""A rule of two gates from labelled answers: the prompts' gate, the answers' score, and the order of thresholds.
+"""Fits a two-gate rule to labelled answers: the prompts' gate, the answers' score, and the order of thresholds.
 
     gate     distances fitted on the training half's prompts, measured against the calibration half's
     score    columns    logistic regressions on VIEWS, blocks of h and of the prompt's states, and the figures of
@@ -7,10 +7,10 @@
              chosen     by AURC of the cross-validated values
     order    of thresholds (`calibration.rule_certificate`), from the cross-validated values of the score chosen
 
-Cross-validated: a record's value comes from weights that no record with its prompt took part in. So it lies as a
-fresh record's would, the order needs no records of its own, and the ones set aside certify alone. The layer's figures
-were not made anew for each fold: a layer knows its training half, and the calibration half chose its epoch. They are
-read on the calibration half alone, and columns that hold them are chosen and weighed there.
+Cross-validated: a record's value comes from weights fitted without any record of its prompt. So it is distributed as
+a fresh record's, the order needs no records of its own, and the records set aside are used only to certify. The
+layer's figures are not recomputed for each fold: the layer was trained on its training half, and the calibration half
+chose its epoch. So they are read on the calibration half only, and columns with them are chosen and weighed there.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from candor.sdm.rule import AnswerRule
 from candor.sdm.score import FIGURES, AnswerScore
 
 REACHES = (1.0, 3.0, 10.0, 30.0)
-"""Strengths that are tried, the strongest penalty first (`calibration.logistic`)."""
+"""Reaches that are tried, the strongest penalty first (`calibration.logistic`)."""
 VIEWS = {
     "evidence": ("evidence",),
     "last": ("last", "evidence"),
     "all": ("mean", "last", "evidence"),
     "prompt": ("prompt", "evidence"),
 }
-"""The prompt's states know an instruction that was changed by a word once some such records are fitted on;
-the answer's states hardly do."""
+"""The prompt's states show that an instruction was changed by a word, once such records are fitted on; the
+answer's states hardly do."""
 
 
 @dataclass(frozen=True)
 class RuleSettings:
     """eps: share of prompts of the calibrated kind that the gate may refuse, with confidence 1 - delta over draws of
-    the reference. components: k of `sdm.gate`, at most. folds: of the cross-validation. score: a candidate's name, to
-    have that one whatever its AURC.
+    the reference. components: largest k of `sdm.gate`. folds: of the cross-validation. score: the name of a candidate
+    to use whatever its AURC.
 
     Raises ValueError out of range.
     """
@@ -99,12 +99,11 @@ class RuleRows:
 
 @dataclass(frozen=True, eq=False)
 class FittedRule:
-    """rule: with threshold inf, for `calibration.rule_certificate` to set.
+    """rule: its threshold is inf, for `calibration.rule_certificate` to set.
 
-    scores, known, y (n,): cross-validated scores of the fitting records, whether the gate knows their prompts,
-    labels. chosen: the score's name among `aurc`'s; aurc: of every candidate; reaches: the strength chosen for each
-    view. refusal_bound: with confidence 1 - delta the gate refuses at most this share of prompts like those
-    calibrated on.
+    scores, known, y (n,): cross-validated scores of the fitting records, whether the gate lets their prompts pass,
+    labels. chosen: the score's name in `aurc`; aurc: of every candidate; reaches: the reach chosen for each view.
+    refusal_bound: with confidence 1 - delta the gate refuses at most this share of prompts like those calibrated on.
     """
 
     rule: AnswerRule
@@ -118,11 +117,11 @@ class FittedRule:
 
 
 def rank_cut(references: int, eps: float, delta: float) -> int:
-    """l: the most of the farthest references at which to cut, so that P(refused) <= eps with confidence 1 - delta.
+    """l: the largest rank from the farthest reference to cut at, so that P(refused) <= eps with confidence 1 - delta.
 
-    The rate refused is Beta(l, m + 1 - l) over draws of the m references, so the largest l whose (1 - delta) quantile
-    is at most eps, which is: P(Binomial(m, eps) >= l) >= 1 - delta. At least 1, beyond the farthest of all, where
-    even that exceeds eps: a gate that refuses nobody is none, and `refusal_bound` says what can be said.
+    The refusal rate is Beta(l, m + 1 - l) over draws of the m references. So l is the largest with a (1 - delta)
+    quantile of at most eps, that is, P(Binomial(m, eps) >= l) >= 1 - delta. It is at least 1, a cut beyond the
+    farthest, even where that exceeds eps: a gate that refuses nobody is useless. `refusal_bound` states the bound.
     """
     return max(1, int((binomial_tails(references, eps) >= 1 - delta).sum()) - 1)
 
@@ -135,7 +134,7 @@ def refusal_bound(references: int, cut: int, delta: float) -> float:
 def fit_gate(
     training: Tensor, calibration: Tensor, widths: Sequence[int], settings: RuleSettings
 ) -> PromptGate:
-    """training, calibration: prompt states (n, P) and (m, P) of the two halves, no prompt in both."""
+    """training, calibration: prompt states (n, P) and (m, P) of the two halves; no prompt is in both."""
     cut = rank_cut(len(calibration), settings.eps, settings.delta)
     return PromptGate.fit(training, calibration, widths, settings.components, cut)
 
@@ -151,7 +150,7 @@ def fit_rule(
 
     parts: h's blocks by name and width, e.g. (("mean", 576), ("last", 576), ("evidence", 6)). prompt_widths: of the
     prompt states' blocks. Raises CalibrationError where a fold lacks right or wrong answers, ValueError where the
-    settings ask for a score that these rows do not give.
+    settings name a score that these rows do not provide.
     """
     gate = fit_gate(rows.prompts[~in_calibration], rows.prompts[in_calibration], prompt_widths, settings)
     shares = (1 / settings.folds,) * settings.folds
@@ -180,7 +179,7 @@ def fit_rule(
 
 @dataclass(frozen=True, eq=False)
 class _Columns:
-    """c scores to be summed. values (n, c): cross-validated. weights (c, P + D + F), biases (c,): of all records."""
+    """c scores to sum. values (n, c): cross-validated. weights (c, P + D + F), biases (c,): fitted on all records."""
 
     names: tuple[str, ...]
     values: Tensor
@@ -191,7 +190,7 @@ class _Columns:
 
 @dataclass(frozen=True, eq=False)
 class _Candidate:
-    """weights (c,) over the columns; values (n,): cross-validated, to be read at `rows`."""
+    """weights (c,) over the columns; values (n,): cross-validated, valid at `rows` only."""
 
     weights: Tensor
     values: Tensor
@@ -200,7 +199,7 @@ class _Candidate:
 
 
 def _columns(rows: RuleRows, parts: Sequence[tuple[str, int]], folds: Sequence[Tensor]) -> _Columns:
-    """parts: of prompt states and h together."""
+    """parts: blocks of prompt states and h together."""
     x = torch.cat([rows.prompts, rows.h, rows.figures], dim=1).double()
     names, values, weights, biases, reaches = [], [], [], [], {}
     seen: set[tuple[str, ...]] = set()
@@ -249,7 +248,7 @@ def _view(parts: Sequence[tuple[str, int]], wanted: Sequence[str]) -> tuple[list
 def _fit(
     x: Tensor, y: Tensor, blocks: Sequence[Block], reaches: Sequence[float]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Weights over x as it came, standardised within."""
+    """Weights for x as given; it is standardised inside."""
     mean, scale = (one.double() for one in fit_standardisation(x, blocks))
     try:
         found = fit_logistic((x - mean) / scale, y, reaches)

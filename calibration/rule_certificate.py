@@ -1,21 +1,21 @@
-"""The certificate of a whole rule, gate and score and threshold: what holds of the answers it lets through.
+"""Certifies a whole rule (gate, score and threshold): a lower bound on the accuracy among the answers let through.
 
-Of records that nothing else saw, each prompt once with its first answer, n are let through by the rule at threshold
-t, r of them right; r is Binomial(n, p), p = P(right | let through). Thresholds are tested in an order fixed
-beforehand, each at the full delta by the exact binomial test of p < accuracy, and the first failure ends it
-(fixed-sequence testing: Learn then Test, 2110.01052); the last that passed is certified. A false one is certified
-with probability delta at most.
+The records are used for nothing else; each prompt counts once, with its first answer. The rule at threshold t lets n
+through, r of them right; r is Binomial(n, p), p = P(right | let through). Thresholds are tested in an order fixed
+beforehand, each at the full delta by the exact binomial test of p < accuracy, and the first failure ends the test
+(fixed-sequence testing: Learn then Test, 2110.01052). The last that passed is certified. A false one is certified
+with probability at most delta.
 
-    order     cross-validated scores of the fitting records that the gate knows, at CUTS quantiles, strictest first
-    start     where the test is likeliest to pass, were the accuracy there what those scores say
+    order     CUTS quantiles of cross-validated scores of the fitting records that the gate lets pass, strictest first
+    start     where the test is likeliest to pass, if the accuracy there is what those scores say
 
-Those scores only fix where to look: were they wrong, the certificate would be missed, not false. It speaks of prompts
-drawn as the certification records were, of their average, not of each group among them.
+Those scores only fix where to look: if they are wrong, a certificate is missed, not false. The certificate is about
+prompts drawn as the certification records were, on average, not about each group among them.
 
-What no rule can beat: with base accuracy b and accuracy a wanted, P(answered) a <= P(answered, right) <= b, so at
-most b / a is answered and at least ((1 - b) - (1 - a)) / a withheld (2606.29054): the *ceiling*.
-The *horizon*: with k wrong of n, of the next m let through at most u are wrong with confidence 1 - delta, u the
-(1 - delta) quantile of BetaBinomial(m; k + 1, n - k), the upper Clopper-Pearson posterior's prediction.
+The *ceiling* holds for every rule: with base accuracy b and wanted accuracy a, P(answered) a <= P(answered, right)
+<= b, so at most b / a is answered and at least ((1 - b) - (1 - a)) / a withheld (2606.29054).
+The *horizon*: with k wrong of n, at most u of the next m let through are wrong with confidence 1 - delta. u is the
+(1 - delta) quantile of BetaBinomial(m; k + 1, n - k), the prediction of the upper Clopper-Pearson posterior.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from candor.sdm.rule import AnswerRule, RuleEstimate
 
 CUTS = 50
 FEWER = 1.28
-"""Standard deviations by which fewer may be let through than the fitting records let expect."""
+"""Standard deviations by which the number let through may fall short of what the fitting records predict."""
 HORIZON = 1_000
-"""Answers let through that the report looks ahead to."""
+"""The number of further answers let through that the report predicts errors for."""
 MORE = (1, 2, 4, 8)
-"""As many records to certify on, times this: what the outlook speaks of."""
+"""Multiples of the number of certification records that the outlook covers."""
 
 
 @dataclass(frozen=True)
 class RuleCertificate:
-    """accuracy: of those let through from threshold on, at least, with this confidence. answered, right: of records.
-    base_right: right ones of all records, let through or not."""
+    """accuracy: lower bound, at this confidence, for answers let through with score >= threshold. answered, right:
+    counts of records. base_right: the right ones among all records, let through or not."""
 
     accuracy: float
     confidence: float
@@ -59,7 +59,7 @@ class RuleCertificate:
 
     @property
     def ceiling(self) -> float:
-        """Share of prompts that any rule could answer at this accuracy, as measured."""
+        """The largest share of prompts that any rule could answer at this accuracy, as measured."""
         return ceiling(self.base_right / self.records, self.accuracy)
 
     @property
@@ -67,14 +67,14 @@ class RuleCertificate:
         return self.answered / self.records / self.ceiling
 
     def horizon(self, answers: int = HORIZON) -> int:
-        """Of so many further answers let through, at most this many are wrong, with the certificate's confidence."""
+        """The most wrong among this many further answers let through, at the certificate's confidence."""
         return horizon(self.answered - self.right, self.answered, answers, 1 - self.confidence)
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """With so many records to certify on, a certificate for this share of prompts is issued with ENOUGH_POWER, if
-    what was measured is true. share: 0 where none is."""
+    """With this many certification records, a certificate for this share of prompts is issued with ENOUGH_POWER, if
+    the measured figures are true. share: 0 where none is."""
 
     records: int
     share: float
@@ -82,8 +82,8 @@ class Outlook:
 
 @dataclass(frozen=True)
 class RuleCertification:
-    """prompts: digests of the records, each counted once. refused: how many of them the gate refused. steps: in their
-    order, the last one perhaps failed. certificate: None where the first failed."""
+    """prompts: digests of the records, each counted once. refused: how many of them the gate refused. steps: in test
+    order; the last may have failed. certificate: None where the first failed."""
 
     wanted: Claim
     prompts: frozenset[str]
@@ -93,7 +93,7 @@ class RuleCertification:
     outlook: tuple[Outlook, ...]
 
     def rule(self, fitted: AnswerRule) -> AnswerRule:
-        """At the certified threshold; inf, which answers nothing, without a certificate."""
+        """The rule at the certified threshold; without a certificate, at inf, which answers nothing."""
         return fitted.at(self.certificate.threshold if self.certificate else float("inf"))
 
     def to_json(self) -> dict[str, Any]:
@@ -114,8 +114,8 @@ class RuleCertification:
 
 
 def certify_rule(fitted: FittedRule, certification: RuleRows, wanted: Claim) -> RuleCertification:
-    """certification: answers that nothing was fitted, chosen or ordered on, to prompts drawn as they will come; those
-    that could not be scored hold NaN and are not let through. Raises CalibrationError without any.
+    """certification: answers not used to fit, choose or order anything, to prompts drawn as traffic will be. Those
+    that could not be scored hold NaN and are not let through. Raises CalibrationError if there are none.
     """
     first = {digest: row for row, digest in reversed(list(enumerate(certification.digests)))}
     if not first:
@@ -137,7 +137,7 @@ def certify_rule(fitted: FittedRule, certification: RuleRows, wanted: Claim) -> 
             answered=last.answered,
             right=last.right,
             base_right=int((rows.y == 1).sum()),
-            # The bound and the test say the same but for the bound's own 1e-12.
+            # The bound and the test agree up to the bound's own 1e-12.
             lower_bound=max(wanted.accuracy, lower_bound(last.right, last.answered, wanted.delta)),
         )
     return RuleCertification(
@@ -151,7 +151,7 @@ def certify_rule(fitted: FittedRule, certification: RuleRows, wanted: Claim) -> 
 
 
 def summary(found: RuleCertification) -> str:
-    """For people: what is certified, of what could be, for how long, and what more records would bring."""
+    """A summary for people: the certificate, its share of the ceiling, the horizon, and what more records give."""
     wanted, records, made = found.wanted, len(found.prompts), found.certificate
     asked = f"{wanted.accuracy:g} of the answered right, with confidence {1 - wanted.delta:g}"
     if made is None:
@@ -181,26 +181,26 @@ def summary(found: RuleCertification) -> str:
 
 
 def thresholds(fitted: FittedRule) -> tuple[float, ...]:
-    """Of the scores that the gate lets pass, at CUTS quantiles, descending; the last lets all of them through."""
+    """CUTS quantiles of the scores that the gate lets pass, descending; the last lets all of them through."""
     scores = fitted.scores[fitted.known].sort(descending=True).values
     cuts = {float(scores[ceil(len(scores) * step / CUTS) - 1]) for step in range(1, CUTS + 1) if len(scores)}
     return tuple(sorted(cuts, reverse=True))
 
 
 def start(fitted: FittedRule, order: Sequence[float], records: int, wanted: Claim) -> int:
-    """Where in `order` to begin, from what the fitting records let expect of so many records to certify on."""
+    """The index in `order` to begin at, from what the fitting records predict for this many certification records."""
     powers = []
     for threshold in order:
         answered, right = _count(fitted.scores, fitted.known, fitted.y, threshold)
         share = answered / len(fitted.y)
-        # One in ten times there are fewer; too few can't pass however right they are.
+        # In one case of ten there are fewer. Too few cannot pass, whatever their accuracy.
         expected = round(records * share - FEWER * sqrt(records * share * (1 - share)))
         powers.append(_power(max(0, expected), answered, right, wanted))
     return powers.index(max(powers))
 
 
 def walk(judged: RuleEstimate, y: Tensor, order: Sequence[float], wanted: Claim) -> tuple[Step, ...]:
-    """Thresholds in their order until one fails."""
+    """Tests the thresholds in order until one fails."""
     steps: list[Step] = []
     for threshold in order:
         answered, right = _count(judged.score, judged.known, y, threshold)
@@ -212,7 +212,7 @@ def walk(judged: RuleEstimate, y: Tensor, order: Sequence[float], wanted: Claim)
 
 
 def outlook(judged: RuleEstimate, y: Tensor, order: Sequence[float], wanted: Claim) -> tuple[Outlook, ...]:
-    """What more records would bring, by the largest share that is then certified with ENOUGH_POWER."""
+    """For each number of records, the largest share that is then certified with ENOUGH_POWER."""
     found = []
     for times in MORE:
         counts = (_count(judged.score, judged.known, y, threshold) for threshold in reversed(order))
@@ -222,13 +222,13 @@ def outlook(judged: RuleEstimate, y: Tensor, order: Sequence[float], wanted: Cla
 
 
 def _power(expected: int, answered: int, right: int, wanted: Claim) -> float:
-    """Of the test with so many expected, were the accuracy what `right` of `answered` say; 0 if that is too low."""
-    accuracy = (right + 1) / (answered + 2)  # add-one: a handful of right answers is no sure sign
+    """Power of the test with `expected` answers, if `right` of `answered` is the accuracy; 0 if that is too low."""
+    accuracy = (right + 1) / (answered + 2)  # add-one smoothing, since a few right answers are weak evidence
     return power(expected, accuracy, wanted) if accuracy > wanted.accuracy else 0.0
 
 
 def ceiling(base_accuracy: float, accuracy: float) -> float:
-    """Share of prompts that any rule could answer, in [0, 1]."""
+    """The largest share of prompts that any rule could answer, in [0, 1]."""
     return min(1.0, base_accuracy / accuracy)
 
 
@@ -251,6 +251,6 @@ def horizon(wrong: int, answered: int, further: int, delta: float) -> int:
 
 
 def _count(scores: Tensor, known: Tensor, y: Tensor, threshold: float) -> tuple[int, int]:
-    """(let through at the threshold, right among them)."""
+    """(number let through at the threshold, number right among them)."""
     answered = known & (scores.double() >= threshold) & scores.isfinite()
     return int(answered.sum()), int((y[answered] == 1).sum())

@@ -1,7 +1,7 @@
-"""The whole way, step by step: files to a published bundle, and a bundle to its figures.
+"""The steps of calibration, from files to a published bundle, and of evaluation, from a bundle to its figures.
 
     read and check every file        before the engine starts
-    answer and label                 cached, so a killed run goes on here
+    answer and label                 cached, so a killed run resumes here
     set aside the certification part where a certificate is wanted; or take it from its own file
     set aside the held-out part      or take it from its own files
     fit on the rest                  J rounds
@@ -9,7 +9,7 @@
     evaluate on the held-out part    reports only
     publish                          atomic: a bundle or nothing
 
-The engine comes from outside: the same one serves.
+The caller passes the engine; the same engine serves.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from candor.sdm.adaptor import Block
 CLASS_NAMES = ("does not follow the instruction", "follows the instruction")
 
 HELD_OUT_SHARE = 0.2
-"""Of the records, where no held-out file is given."""
+"""Share of the records that is held out where no held-out file is given."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class DataFile:
         return cls(path, records, hashlib.sha256(path.read_bytes()).hexdigest())
 
     def to_json(self) -> dict[str, Any]:
-        """Without folders, which would tell of the machine."""
+        """JSON without folders, which would reveal the machine."""
         verifiers = {record.verifier.rpartition("/")[2] for record in self.records if record.verifier}
         return {
             "file": self.path.name,
@@ -83,8 +83,8 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Inputs:
-    """fitting: the file to fit on. held_out: files that only report; empty: a part of `fitting` does.
-    certification: the file to certify on; None: a part of `fitting` does, where a certificate is wanted."""
+    """fitting: the file to fit on. held_out: files that only report; empty: a part of `fitting` is used.
+    certification: the file to certify on; None: a part of `fitting` is used, where a certificate is wanted."""
 
     fitting: DataFile
     held_out: tuple[DataFile, ...]
@@ -92,7 +92,7 @@ class Inputs:
 
     @classmethod
     def load(cls, fitting: Path, held_out: Sequence[Path], certification: Path | None = None) -> Inputs:
-        """Raises DataError, also where a prompt stands in files with different purposes."""
+        """Raises DataError, also where a prompt is in files with different purposes."""
         inputs = cls(
             DataFile.load(fitting),
             tuple(map(DataFile.load, held_out)),
@@ -107,7 +107,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class AnsweringOptions:
-    """How the engine is asked: where answers are cached, records in flight at once, seed of sampling."""
+    """How the engine is asked: the cache's folder, the number of records in flight, the seed of sampling."""
 
     cache: Path
     concurrency: int
@@ -115,16 +115,16 @@ class AnsweringOptions:
 
 
 def require_free(out: Path) -> None:
-    """Raises CalibrationError where no new bundle can be published, before hours of work are spent."""
+    """Raises CalibrationError where no new bundle can be published, so that no hours of work are lost."""
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise CalibrationError(f"{out} exists already; give another --out, or move it away first")
 
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """Everything that was asked of the engine, and who answered; the engine is not needed any more.
+    """All answers of the engine, and its identity; the engine is no longer needed after this.
 
-    held_out: empty where `Inputs.held_out` is; so is certification.
+    held_out: empty where `Inputs.held_out` is; likewise certification.
     """
 
     model: ModelIdentity
@@ -138,7 +138,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Certifying:
-    """share: of the prompts, set aside for it where they have no file of their own. Raises ValueError unless
+    """share: of the prompts, set aside to certify where no certification file is given. Raises ValueError unless
     it is in (0, 1)."""
 
     wanted: Claim
@@ -151,7 +151,7 @@ class Certifying:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What calibration came to, before anything is published. report: the bundle's report.json."""
+    """The result of calibration, before anything is published. report: the bundle's report.json."""
 
     settings: FitSettings
     fitted: Fitted
@@ -166,7 +166,7 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """A published bundle. evaluation: on the held-out part; it stands in the report too, as certification does."""
+    """A published bundle. evaluation: on the held-out part. The report holds it and the certification too."""
 
     digest: str
     evaluation: Evaluation
@@ -176,7 +176,7 @@ class Made:
 
 def require_inputs_calibrated(chat: ChatFormat, inputs: Inputs, policy: Policy, tag: str) -> None:
     """Raises DataError for records to fit or certify on that the server would not call calibrated. Held-out records
-    may depart from the policy: they count as not answered."""
+    may depart from the policy; they count as not answered."""
     for file in (inputs.fitting, inputs.certification):
         if file is not None:
             require_calibrated(file.path, file.records, policy, chat, tag)
@@ -185,7 +185,7 @@ def require_inputs_calibrated(chat: ChatFormat, inputs: Inputs, policy: Policy, 
 async def answer_inputs(
     engine: Engine, chat: ChatFormat, inputs: Inputs, policy: Policy, asking: AnsweringOptions
 ) -> Answers:
-    """Raises CalibrationError or EngineError; what was answered until then is cached."""
+    """Raises CalibrationError or EngineError; the answers until then are cached."""
     fitting = await answer_file(engine, chat, inputs.fitting, policy, asking, "answering")
     held_out: list[Labelled] = []
     for file in inputs.held_out:
@@ -210,7 +210,7 @@ def make_bundle(
 ) -> Made:
     """Fits, certifies, evaluates, publishes. certifying: None where no certificate is wanted.
 
-    Raises CalibrationError or BundleError; then nothing stands at `out`.
+    Raises CalibrationError or BundleError; then nothing is left at `out`.
     """
     blocks = standardisation_blocks(answers.representation, answers.model.hidden_size)
     with tqdm(total=settings.rounds * settings.epochs, desc="training", unit="epoch") as bar:
@@ -248,8 +248,8 @@ def calibrate_answers(
 ) -> Outcome:
     """Fits, certifies and evaluates; publishes nothing.
 
-    held_out, certification: answers with these purposes; where there are none, a part of `answers` is set aside.
-    progress: called with the number of epochs done since. Raises CalibrationError.
+    held_out, certification: answers for these purposes; where there are none, a part of `answers` is set aside.
+    progress: called with the number of epochs done since the last call. Raises CalibrationError.
     """
     fitting, reporting, apart = list(answers), list(held_out), list(certification)
     if certifying is not None and not apart:
@@ -277,7 +277,7 @@ def publish_outcome(
     policy: Policy,
     data: Mapping[str, Any],
 ) -> str:
-    """The bundle's digest. data: where the answers came from, for its provenance. Raises BundleError."""
+    """Publishes; returns the bundle's digest. data: origin of the answers, for its provenance. Raises BundleError."""
     fitted, settings = outcome.fitted, outcome.settings
     manifest = Manifest(
         name=name,
@@ -303,7 +303,7 @@ def publish_outcome(
 async def run_evaluation(
     engine: Engine, chat: ChatFormat, bundle: Bundle, sets: Mapping[str, DataFile], asking: AnsweringOptions
 ) -> dict[str, Evaluation]:
-    """Figures of a bundle on named sets, at its own alphas and by its own policy.
+    """Evaluates a bundle on named sets, at its own alphas and by its own policy.
 
     engine: of the bundle's model and representation, which the caller has checked.
     Raises CalibrationError or EngineError.

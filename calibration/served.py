@@ -1,11 +1,11 @@
-"""What the server would serve, of answers that are there already: the decision of `candor.policy`, on labelled data.
+"""Selects the attempts that the server would serve: the decision of `candor.policy`, on labelled answers.
 
     attempt 1, 2, ..., k   written until one is *answered*: admitted at alpha and judged right
     served                 that attempt, or the last one
 
-k = 1 is one answer a prompt. An attempt that the server would never let through (`Labelled.fault`) is not answered,
-so the next one follows, as in `app.answering.service`. Regions and certificates of a policy that resamples come from
-what it serves, not from its attempts: taking the first answer that looks right also picks those that only look it.
+k = 1 is one answer a prompt. An attempt that the server would never admit (`Labelled.fault`) is not answered, so the
+next one follows, as in `app.answering.service`. Regions and certificates of a policy that resamples come from what it
+serves, not from its attempts, because taking the first answer that looks right also selects those that only look so.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from candor.sdm.outputs import Measurement
 from candor.sdm.region import Region, find_region
 
 _STRIDES = 50
-"""Where no threshold would do, a fiftieth of what is left is cut off before the policy is run again."""
+"""Where no threshold is accepted, a fiftieth of the remaining rows is cut off before the policy is run again."""
 
 
 @dataclass(frozen=True, eq=False)
 class ServedRows:
-    """One row a prompt: the attempt that is served. All (n,) but sdm (n, C).
+    """One row a prompt: the attempt that is served. All are (n,), except sdm (n, C).
 
-    admitted: by the estimator that chose. q_prime: what its threshold is compared with, so q' at d_lower
-    for the lower one. attempts: how many were written, from 1. tokens: of all those.
+    admitted: by the estimator that chose the attempt. q_prime: the value compared with its threshold, so q' at
+    d_lower for the lower one. attempts: how many were written, from 1. tokens: of all of them.
     """
 
     y: Tensor
@@ -47,7 +47,7 @@ class ServedRows:
 
     @property
     def answered(self) -> Tensor:
-        """(n,) bool: what a client in abstain mode gets to see."""
+        """(n,) bool: the answers that a client in abstain mode sees."""
         return self.admitted & (self.y_hat == FOLLOWS)
 
 
@@ -55,7 +55,7 @@ class ServedRows:
 class Attempts:
     """k attempts at each of n prompts, measured once for all alphas.
 
-    measurement: of n k rows, the attempts of a prompt side by side. y, scored, tokens: (n, k).
+    measurement: n k rows, the attempts of a prompt next to each other. y, scored, tokens: (n, k).
     """
 
     measurement: Measurement
@@ -70,7 +70,7 @@ class Attempts:
         if len({len(row) for row in rows}) != 1:
             counts = sorted({len(row) for row in rows})
             raise ValueError(f"expected answers, all with the same number of attempts, got {counts}")
-        # Rows of nan are never admitted: what cannot be scored takes the estimator's own path to that.
+        # The estimator never admits rows of nan, so answers that cannot be scored need no path of their own.
         nowhere = torch.full_like(estimator.adaptor.mean, nan)
         h = torch.stack([one.h if one.fault is None else nowhere for row in rows for one in row])  # (n k, D)
         return cls(
@@ -81,14 +81,14 @@ class Attempts:
         )
 
     def first(self, k: int) -> Attempts:
-        """As if at most k attempts had been allowed."""
+        """The attempts if at most k had been allowed."""
         n, most = self.y.shape
         rows = torch.arange(n * most).view(n, most)[:, :k].flatten()
         kept = {name: value[rows] for name, value in vars(self.measurement).items()}
         return Attempts(Measurement(**kept), self.y[:, :k], self.scored[:, :k], self.tokens[:, :k])
 
     def served(self, estimator: SDMEstimator, alpha: float, kind: EstimatorKind) -> ServedRows:
-        """estimator: the one that measured, perhaps with other regions."""
+        """estimator: the one that measured; its regions may differ."""
         n, k = self.y.shape
         judged = judge(estimator, self.measurement, alpha, kind, calibrated=self.scored.flatten())
         estimate, decisions = judged.estimate, judged.decisions
@@ -109,9 +109,9 @@ class Attempts:
 def regions_of_policy(estimator: SDMEstimator, attempts: Attempts) -> Mapping[float, Region]:
     """The estimator's regions, tightened until Algorithm 1 accepts what the policy serves within them.
 
-    attempts: at the calibration half's prompts. The region decides which attempt is served, and the served
-    attempts decide the region: so its thresholds only ever rise, until the (1 - alpha) quantile of every class, over
-    what is served with q' >= q'_min, is at least alpha and at most psi. With one attempt they stay as they are.
+    attempts: at the calibration half's prompts. The region decides which attempt is served, and the served attempts
+    decide the region. So the thresholds are only raised, until the (1 - alpha) quantile of every class, over what is
+    served with q' >= q'_min, is at least alpha and at most psi. With one attempt they stay as they are.
     """
     return {alpha: _settled(estimator, attempts, region) for alpha, region in estimator.regions.items()}
 
@@ -126,7 +126,7 @@ def _settled(estimator: SDMEstimator, attempts: Attempts, region: Region) -> Reg
         found = find_region(
             served.sdm[inside], served.q_prime[inside], served.y[inside], region.alpha, estimator.conventions
         )
-        if found.q_prime_min > q_prime[0]:  # not of all that is served within: try a stricter one
+        if found.q_prime_min > q_prime[0]:  # not accepted for all rows served within: try a stricter one
             above = q_prime[q_prime > q_prime[0]]
             stride = len(above) // _STRIDES
             least = found.q_prime_min if found.found else float(above[stride]) if len(above) else inf

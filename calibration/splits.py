@@ -1,13 +1,13 @@
-"""Who goes where: parts that share no prompt, each with its share of every class.
+"""Splits records into parts that share no prompt, each with its share of every class.
 
-What a part is for must not leak into another: training half and calibration half make the layer and its
-region, the held-out part only reports. A prompt that stood in two of them would be recognised, not judged.
-So whole groups of records (one prompt each) are dealt out, in a seeded order, each to the part that
+The parts must not leak into each other: training half and calibration half make the layer and its region,
+the held-out part only reports. The layer would recognise a prompt that is in two parts instead of judging
+it. So whole groups of records (one prompt each) are dealt out, in a seeded order, each to the part that
 lacks its labels the most:
 
     part = argmax_p sum_y count_y(group) * (share_p * n_y - have_{p,y})
 
-When every group is one record, each part has its exact share of every class, give or take less than one.
+When every group is one record, each part has its exact share of every class, up to less than one record.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def split(
 
     groups: per record, equal for records that must stay together (the prompt's digest).
     labels: per record, the class to stratify by. shares: positive, summing to 1.
-    Returns ascending int64 indices per part: disjoint, together everything. Same arguments, same parts.
-    Raises ValueError where lengths or shares are off.
+    Returns ascending int64 indices per part, which partition the records; the result is deterministic.
+    Raises ValueError where lengths or shares are wrong.
     """
     if len(groups) != len(labels):
         raise ValueError(f"as many groups as labels expected, got {len(groups)} and {len(labels)}")
@@ -37,7 +37,7 @@ def split(
         members.setdefault(group, []).append(index)
     blocks = list(members.values())
     order: list[int] = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed)).tolist()
-    # Large groups first (stable, so the seeded order decides among equals): the small ones even them out.
+    # Large groups go first, so that the small ones even them out. Stable: the seeded order decides among equals.
     order.sort(key=lambda block: -len(blocks[block]))
 
     totals = torch.zeros(len(classes), dtype=torch.float64)
@@ -56,10 +56,10 @@ def split(
 
 
 def draw(groups: Sequence[Hashable], share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rest, drawn): a random share of the groups, whole, whatever their size and labels.
+    """(rest, drawn): a random share of the whole groups, whatever their size and labels.
 
-    For what a probability is computed of: a stratified part is no independent sample, since its labels are
-    those that the others left. Both are ascending int64 indices. Raises ValueError unless 0 < share < 1.
+    Certificates need this: a stratified part is not an independent sample, since its labels depend on those of
+    the other parts. Both are ascending int64 indices. Raises ValueError unless 0 < share < 1.
     """
     if not 0 < share < 1:
         raise ValueError(f"the share to draw must be between 0 and 1, got {share}")

@@ -1,4 +1,4 @@
-"""Does a response follow the instruction? The label that everything later is measured against.
+"""Verifiers decide whether a response follows the instruction. This is the label y for everything later.
 
 A verifier maps (response, reference) to y in {0, 1}. Four are built in, named in the data:
 
@@ -7,9 +7,9 @@ A verifier maps (response, reference) to y in {0, 1}. Four are built in, named i
     regex        the reference, a Python regular expression, is found in the response (anchor it yourself)
     json         the response parses as the JSON value that the reference is
 
-and any Python function, as `module:function` or `file.py:function`, called as
-`function(response, reference) -> bool`. Both are sought beside the data file, then in the working directory;
-modules also among what is installed. It runs with the rights of whoever calibrates: use data files that you trust.
+A verifier can also be any Python function, as `module:function` or `file.py:function`, called as
+`function(response, reference) -> bool`. Both are searched for beside the data file, then in the working directory;
+modules also among installed ones. It runs with the rights of the calibrating user: use data files that you trust.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def exact(response: str, reference: str) -> bool:
 
 
 def normalise(text: str) -> str:
-    """Unicode NFC, case folded, runs of white space made one space, none outside."""
+    """Unicode NFC, case folded, runs of white space made one space, outer white space removed."""
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
@@ -53,7 +53,7 @@ def regex(response: str, reference: str) -> bool:
 
 
 def json_equal(response: str, reference: Any) -> bool:
-    """False where the response is no JSON by `model_store.strict_json` (no NaN, no repeated key)."""
+    """False where the response is not JSON by `model_store.strict_json` (no NaN, no repeated key)."""
     try:
         value = strict_json.parse(response.encode())
     except ValueError:
@@ -70,7 +70,7 @@ BUILT_IN: dict[str, Verifier] = {
 
 
 def reference_problem(verifier: str, reference: Any) -> str | None:
-    """Why this reference cannot be used with this verifier, None if it can."""
+    """Why this reference cannot be used with this verifier; None if it can."""
     if verifier in ("exact", "normalised", "regex") and not isinstance(reference, str):
         return f'"reference" must be a string for verifier "{verifier}", not {type(reference).__name__}'
     if verifier == "regex":
@@ -83,7 +83,7 @@ def reference_problem(verifier: str, reference: Any) -> str | None:
 
 @cache
 def load_verifier(name: str, beside: Path | None = None) -> Verifier:
-    """The verifier of that name or path. beside: folder of the data file that names it.
+    """Loads the verifier of that name or path. beside: folder of the data file that names it.
 
     Raises VerifierError.
     """
@@ -121,8 +121,8 @@ def load_verifier(name: str, beside: Path | None = None) -> Verifier:
 
 @contextmanager
 def _first_on_path(folders: Sequence[str]) -> Iterator[None]:
-    """So that a user's `app` or `engine` is found before anybody else's. Afterwards the folders stand last: what a
-    verifier imports when it is called is found, and nothing that is installed is hidden from us."""
+    """Puts the folders first on the path, so that a user's `app` or `engine` is found before others. Afterwards they
+    are last: imports that a verifier makes when called still work, and no installed module is hidden from us."""
     sys.path[:0] = folders
     try:
         yield
@@ -144,7 +144,7 @@ def _load_module(source: str, folders: Sequence[str]) -> ModuleType:
 
 
 def _require_unhidden(name: str, folders: Sequence[str]) -> None:
-    """Raises VerifierError where a module of that name that is imported already would stand in for the one meant."""
+    """Raises VerifierError where an already imported module of that name would be used instead of the one meant."""
     meant, loaded = PathFinder.find_spec(name, folders), sys.modules.get(name)
     if meant is None or meant.origin is None or loaded is None:
         return
@@ -161,7 +161,7 @@ def _load_file(source: str, folders: Sequence[str]) -> ModuleType:
     if path is None:
         raise VerifierError(f"verifier file {source} not found; looked in {' and '.join(folders)}")
     spec = importlib.util.spec_from_file_location(f"candor_verifier_{path.stem}", path)
-    if spec is None or spec.loader is None:  # a .py path always has both; for the type checker
+    if spec is None or spec.loader is None:  # only for the type checker: a .py path always has both
         raise VerifierError(f"verifier file {path} cannot be loaded")
     module = importlib.util.module_from_spec(spec)
     try:
@@ -176,7 +176,7 @@ def _require_two_arguments(name: str, function: Callable[..., Any]) -> None:
         inspect.signature(function).bind("", "")
     except TypeError as error:
         raise VerifierError(f'verifier "{name}" must take (response, reference): {error}') from error
-    except ValueError:  # some C functions have no signature; calling will tell
+    except ValueError:  # some C functions have no signature; the call will show it
         return
 
 

@@ -1,1 +1,1 @@
-"""A bundle beside other methods of uncertainty and selective answering, on the same states, halves and test rows."""
+"""Compares a bundle with other uncertainty and selective answering methods, on the same states, halves and tests."""

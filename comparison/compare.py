@@ -1,11 +1,11 @@
-"""A bundle beside other methods: the same states, halves, alphas and test rows for all of them.
+"""Compares a bundle with other methods, on the same states, halves, alphas and test rows for all of them.
 
-    halves      which fitted answers the bundle's layer learnt from, and which chose its thresholds
-    score       each comparator fitted on the halves, then every set judged by each
-    figures     one redraw of rows for all methods, so that differences are paired
+    halves      which fitted answers the bundle's layer was trained on, and which chose its thresholds
+    score       each comparator is fitted on the halves, then judges every set
+    figures     the same redraws of rows for all methods, so that differences are paired
 
 Where the policy resamples, all of this is about each prompt's first attempt. Answers that cannot be scored are
-admitted by no method and left out of every figure; their number is told.
+admitted by no method and left out of every figure; their number is reported.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ TITLES = {name: one.title for name, one in COMPARATORS.items()} | {
 class MethodFigures:
     """One method's figures on one set.
 
-    admitted: by alpha, the shares of `ranking.admission`. answers: how the surest right *answers* rank, risk being
-    the share of wrong answers let through. verdicts: how the surest *verdicts* rank, risk being wrong verdicts,
-    and ECE and Brier where the method gives a probability. difference: AURC of both less the reference's.
+    admitted: by alpha, the shares of `ranking.admission`. answers: ranking by confidence that the *answer* is right;
+    risk is the share of wrong answers let through. verdicts: ranking by confidence in the *verdict*; risk is wrong
+    verdicts; also ECE and Brier for methods with a probability. difference: AURC of both minus the reference's.
     """
 
     admitted: dict[float, dict[str, Figure]]
@@ -70,9 +70,9 @@ class MethodFigures:
 
 @dataclass(frozen=True, eq=False)
 class SetComparison:
-    """One set of records: answers that can be scored, their labels y (n,), and by method verdicts and figures.
+    """One set of records: answers that can be scored, their labels y (n,), and verdicts and figures by method.
 
-    faults: answers left out, by reason. cost: tokens read and written beyond the answer itself, a record, for
+    faults: answers left out, by reason. cost: tokens read and written per record beyond the answer itself, for
     methods that ask the model again.
     """
 
@@ -122,9 +122,9 @@ class Comparison:
 def halves(bundle: Bundle, answers: Sequence[Labelled], seed: int, ensemble: int) -> Fitting:
     """The halves of the bundle's layer among the answers of the file that it was calibrated on.
 
-    Raises DataError where they are not those answers: another file, or answered anew with another outcome.
+    Raises DataError where the answers are not those: another file, or a new run with other answers.
     """
-    # Bundles of before there were certificates name only all prompts that were fitted on.
+    # Bundles older than certificates name only all prompts that were fitted on.
     second = set(bundle.report.get("calibration_prompts", bundle.report["fitted_prompts"]))
     known = {answer.id: answer for answer in scorable(answers)}
     exemplars = {one.id: None for one in bundle.exemplars}
@@ -162,7 +162,7 @@ def compare(
     names: Sequence[str],
     progress: Callable[[str], object],
 ) -> dict[str, SetComparison]:
-    """Every named comparator fitted and scored on every set. progress: called with each method's title."""
+    """Fits every named comparator and scores it on every set. progress: called with each method's title."""
     usable = {name: scorable(answers) for name, answers in sets.items()}
     rows = {
         name: Rows.of(fitting.estimator, torch.stack([one.h for one in answers]))
@@ -191,7 +191,7 @@ def with_samplers(
     cost: dict[str, dict[str, float]],
     seed: int,
 ) -> SetComparison:
-    """A part of a set: every method's verdicts on the records `ids`, and beside them those in `more`."""
+    """A part of a set: every method's verdicts on the records `ids`, and in addition those in `more`."""
     places = {answer.id: index for index, answer in enumerate(whole.answers)}
     part = torch.tensor([places[one] for one in ids])
     verdicts = {name: verdicts[part] for name, verdicts in whole.verdicts.items()} | dict(more)

@@ -1,7 +1,7 @@
-"""The report's figures, as SVG: black, grey, line styles, markers and hatching, so that print loses nothing.
+"""The report's figures, as SVG in black and grey with line styles, markers and hatching, so that they print well.
 
-Many methods in one pair of axes cannot be told apart without colour; so each method has its own small panel, in
-which it stands black before all the others in grey.
+Without colour, many methods in one pair of axes cannot be distinguished. So each method has its own small panel,
+which shows it in black and all the others in grey.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ LIGHT, DARK = "0.8", "0.0"
 COLUMNS = 5
 RELIABILITY_BINS = 10
 MOST_RISK = 0.15
-"""Where curves are cut off: who lets answers through cares for the lower part."""
+"""The risk where curves are cut off, since only the lower part matters for letting answers through."""
 CLASS_STYLES = ("--", "-")
 SET_STYLES = ((":", "o"), ("-.", "s"), ((0, (5, 1, 1, 1, 1, 1)), "^"))
 
 
 def risk_coverage(one: SetComparison) -> bytes:
-    """Answers let through from the surest down: coverage against the share of them that are wrong."""
+    """Coverage against the share of wrong answers, for answers let through from the most confident down."""
     curves = {
         name: _curve(answer_order(verdicts.confidence, verdicts.y_hat), one.y == 0)
         for name, verdicts in one.verdicts.items()
@@ -64,7 +64,7 @@ def risk_coverage(one: SetComparison) -> bytes:
 
 
 def reliability(one: SetComparison) -> bytes:
-    """Probability that the verdict holds against how often it does, in bins, with exact intervals."""
+    """Probability that the verdict is right against how often it is, in bins, with exact intervals."""
     named = {name: verdicts for name, verdicts in one.verdicts.items() if verdicts.probability is not None}
 
     def panel(axes: Axes, name: str) -> None:
@@ -88,7 +88,7 @@ def reliability(one: SetComparison) -> bytes:
 
 
 def plane(estimator: SDMEstimator, sets: Mapping[str, SetComparison], alpha: float) -> bytes:
-    """q' against SDM(z') of the verdict, a row a set, a column a verdict; the region at alpha hatched."""
+    """q' against SDM(z') of the verdict: one row a set, one column a verdict; the region at alpha is hatched."""
     region = estimator.regions[alpha]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.5, 2.5 * len(sets)), layout="constrained")
@@ -130,7 +130,7 @@ def plane(estimator: SDMEstimator, sets: Mapping[str, SetComparison], alpha: flo
 
 
 def distances(estimator: SDMEstimator, sets: Mapping[str, SetComparison]) -> bytes:
-    """Cumulative shares of the distance to the nearest exemplar: calibration's classes, and every set."""
+    """Cumulative distribution of the distance to the nearest exemplar, for calibration's classes and every set."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.5, 3.2), layout="constrained")
         axes = figure.subplots()

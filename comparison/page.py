@@ -1,4 +1,4 @@
-"""The comparison as one HTML page that needs nothing else: figures are data in it, no script, no other host."""
+"""The comparison as one self-contained HTML page: figures are embedded, with no script and no other host."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A verdict that does not hold, and the exemplars that it was judged by."""
+    """A wrong verdict, and the exemplars that it was judged by."""
 
     prompt: str
     response: str
@@ -41,7 +41,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Picture:
-    """svg: data for an img, base64. alt: what it shows, in words."""
+    """svg: base64 data for an img. alt: a description in words."""
 
     title: str
     caption: str
@@ -51,7 +51,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """What the page shows of one set."""
+    """The page's section about one set."""
 
     name: str
     heading: str
@@ -83,7 +83,7 @@ def page(bundle: Bundle, comparison: Comparison) -> str:
 
 
 def mistakes(bundle: Bundle, one: SetComparison, alpha: float) -> tuple[Mistake, ...]:
-    """The verdicts of the bundle's layer that do not hold, with the highest SDM(z') first."""
+    """The wrong verdicts of the bundle's layer, highest SDM(z') first."""
     estimate = bundle.estimator.judge(one.rows.measurement, alpha)
     top = estimate.sdm.gather(1, estimate.y_hat.unsqueeze(1)).squeeze(1)
     wrong = (estimate.y_hat != one.y).nonzero().flatten()

@@ -1,11 +1,11 @@
-"""Everything that a comparison asks of the engine, and then the comparison itself.
+"""Collects everything that a comparison needs from the engine, and then runs the comparison.
 
     answers of every set, and of the file that the bundle was made from      from the cache where they are known
-    further questions about a part of each, for methods that ask again       also kept there
+    further questions about a part of each, for methods that ask again       also cached
     engine closed
     fit, score, tables, figures
 
-What asks again is fitted on as many prompts of the calibration half as it is scored on of each set.
+Methods that ask again are fitted on as many prompts of the calibration half as they are scored on in each set.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from candor.engine.prompt import ChatFormat
 from candor.model_store.bundle import Bundle
 
 CALIBRATION = "calibration"
-"""Under this name the asked part of the calibration half stands beside the sets."""
+"""The name, among the sets, of the part of the calibration half that is asked again."""
 
 
 @dataclass(frozen=True)
 class CompareSettings:
     """methods: names from COMPARATORS and SAMPLERS. ensemble: layers of the ensemble. asked: prompts of each set, and
-    of the calibration half, that the model is asked about again. Raises ValueError for a method that is unknown."""
+    of the calibration half, that the model is asked about again. Raises ValueError for an unknown method."""
 
     methods: tuple[str, ...]
     ensemble: int = 3
@@ -59,13 +59,13 @@ class CompareSettings:
 
     @property
     def comparators(self) -> list[str]:
-        """In the registry's order; what differences are taken to is always among them."""
+        """The comparators in the registry's order; the reference of differences is always among them."""
         return [name for name in COMPARATORS if name in (*self.methods, REFERENCE)]
 
 
 @dataclass(frozen=True, eq=False)
 class ComparisonData:
-    """What the engine gave: the bundle's halves, every set's answers, and by method and set what was asked again."""
+    """The engine's results: the bundle's halves, every set's answers, and further replies by method and set."""
 
     fitting: Fitting
     sets: dict[str, list[Labelled]]
@@ -117,7 +117,7 @@ async def gather(
 
 
 def run_comparison(material: ComparisonData, settings: CompareSettings) -> Comparison:
-    """Fits and scores everything; no engine is needed any more."""
+    """Fits and scores everything; it needs no engine."""
     fitting = material.fitting
     with tqdm(total=len(settings.comparators), desc="comparing", unit="method") as bar:
 
@@ -141,7 +141,7 @@ def run_comparison(material: ComparisonData, settings: CompareSettings) -> Compa
 
 
 def write(bundle: Bundle, comparison: Comparison, folder: Path) -> list[Path]:
-    """comparison.json, comparison.md and comparison.html in `folder`."""
+    """Writes comparison.json, comparison.md and comparison.html to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     fields = {"bundle": bundle.manifest.name, "digest": bundle.digest, **comparison.to_json()}
     contents = {
@@ -169,7 +169,7 @@ def markdown(bundle: Bundle, comparison: Comparison) -> str:
 
 
 def _some(answers: Sequence[Labelled], settings: CompareSettings) -> list[Labelled]:
-    """At most `settings.asked` of the scorable answers, at random, in their order."""
+    """At most `settings.asked` of the scorable answers, drawn at random and kept in order."""
     usable = scorable(answers)
     drawn = torch.randperm(len(usable), generator=torch.Generator().manual_seed(settings.seed))
     return [usable[index] for index in sorted(drawn[: settings.asked].tolist())]
@@ -186,7 +186,7 @@ def _judged(method: str, asked: Sequence[Asked], known: Sequence[Asked], alphas:
 
 
 def _cost(method: str, asked: Sequence[Asked]) -> dict[str, float]:
-    """Means over records. usable: share of records whose replies say anything to this method."""
+    """Means over records. usable: share of records whose replies this method can use."""
     usable = [method != "verbalised" or stated(one.replies.texts[0]) is not None for one in asked]
     return {
         "read": sum(one.replies.read for one in asked) / len(asked),

@@ -1,6 +1,6 @@
-"""A comparison as tables, one definition for terminal, Markdown and HTML.
+"""A comparison as tables, with one definition for terminal, Markdown and HTML.
 
-Three a set: what is admitted at each alpha, how the surest answers rank, how the surest verdicts rank. In the two
+Each set has three tables: shares admitted at each alpha, ranking of answers, ranking of verdicts. In the two
 rankings the best value of each column is marked; where the intervals overlap, best means little.
 """
 
@@ -37,7 +37,7 @@ PER_CENT = (*SHARES, "coverage_at_risk")
 
 @dataclass(frozen=True)
 class Cell:
-    """A value as text, its interval as text (empty: none), and whether it is its column's best."""
+    """A value as text, its interval as text (empty if none), and whether it is the best in its column."""
 
     value: str
     interval: str = ""
@@ -106,7 +106,7 @@ def cost_table(name: str, one: SetComparison) -> Table:
 
 
 def as_text(table: Table) -> str:
-    """For a terminal: values alone, the intervals stand in the files."""
+    """The table for a terminal: values only; the files hold the intervals."""
     widths = [max(len(title), 7) + 2 for title in table.header]
     lines = [table.title, " " * 20 + "".join(f"{t:>{w}}" for t, w in zip(table.header, widths, strict=True))]
     for title, cells in table.rows:
@@ -132,7 +132,7 @@ def as_markdown(table: Table) -> str:
 
 
 def heading(name: str, one: SetComparison) -> str:
-    """What the set holds, in a line."""
+    """A line that describes the set."""
     faults = ", ".join(f"{count} {fault}" for fault, count in one.faults.items())
     left_out = f"; left out, and admitted by none: {faults}" if faults else ""
     right = int(one.y.sum())

@@ -1,1 +1,1 @@
-"""Whether certificates keep their word, over many redraws of everything."""
+"""Checks the false rate of certificates, over many redraws of everything."""

@@ -1,13 +1,13 @@
-"""Certificates against a known truth: how many are false, how many are issued, what they let through.
+"""Checks certificates against a known truth: how many are false, how many are issued, what they let through.
 
     python -m benchmarks.certificates [--redraws 500] [--json]
 
-Every redraw is the whole way with new data: a layer is trained on its own halves, its region found, thresholds
-ordered on the calibration half, a certificate sought on fresh records, and the accuracy among the answered taken over
-4,000 further ones of a world in which it is known (`benchmarks.certificates.world`). A redraw *fails* where a
-certificate was issued and the true accuracy is below it. At most delta of them may, give or take what so many
-redraws vary. Beside it, what choosing by eye would do: the loosest threshold at which the calibration half itself
-keeps the accuracy. Exit code 1 where failures exceed delta beyond chance.
+Every redraw repeats the whole procedure with new data: a layer is trained on its own halves, its region found,
+thresholds ordered on the calibration half and a certificate sought on fresh records. The accuracy among the answered
+is taken over 4,000 further records of a world where it is known (`benchmarks.certificates.world`). A redraw *fails*
+where a certificate was issued and the true accuracy is below it. At most a share delta may fail, up to sampling
+error. The table also shows a choice by eye: the loosest threshold at which the calibration half itself keeps the
+accuracy. The exit code is 1 where failures exceed delta beyond chance.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from candor.calibration.intervals import Share
 from candor.calibration.served import Attempts, ServedRows
 
 FITTED, CERTIFIED, FRESH = 400, 1_000, 4_000
-"""Records to fit on, to certify on, and to know the truth from."""
+"""Numbers of records to fit on, to certify on, and to compute the truth from."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """alpha: of the region."""
+    """alpha: the region's alpha."""
 
     name: str
     world: World
@@ -45,15 +45,15 @@ SCENARIOS = (
     Scenario("balanced", World(0.5, 2.2), 0.8, Claim(0.95, 0.05)),
     Scenario("few wrong", World(0.85, 4.0, noise=0.01), 0.7, Claim(0.97, 0.05)),
     Scenario("few right", World(0.25, 4.0, noise=0.02), 0.7, Claim(0.96, 0.05)),
-    # No answer is right with more than 1 - noise, so every certificate is false, by a hair.
+    # No answer is right with probability above 1 - noise, so every certificate is just false.
     Scenario("few wrong, none true", World(0.85, 4.0, noise=0.03), 0.7, Claim(0.97, 0.05)),
 )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one redraw under one estimator: was a certificate issued, is it false; the same of the choice by
-    eye; share answered within the certified region."""
+    """One redraw under one estimator: whether a certificate was issued and whether it is false; the same for the
+    choice by eye; the share answered within the certified region."""
 
     issued: bool
     false: bool
@@ -63,7 +63,7 @@ class Outcome:
 
 
 def redraw(scenario: Scenario, seed: int) -> dict[str, Outcome]:
-    """By estimator. A region that is not found issues nothing."""
+    """The outcomes by estimator. Where no region is found, no certificate is issued."""
     generator = torch.Generator().manual_seed(seed)
     world, wanted, alpha = scenario.world, scenario.wanted, scenario.alpha
     settings = FitSettings((alpha,), rounds=1, epochs=6, exemplar_dim=16, learning_rate=1e-2, seed=seed)
@@ -146,7 +146,7 @@ def main(
     redraws: Annotated[int, typer.Option(min=1, help="Of each scenario.")] = 500,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    torch.set_num_threads(1)  # small matrices: more threads only wait for each other
+    torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
     rows = [row for scenario in SCENARIOS for row in summarise(scenario, redraws)]
     if as_json:
         typer.echo(json.dumps({"rows": rows, "kept": all(row["kept"] for row in rows)}))

@@ -1,11 +1,11 @@
-"""A world in which the truth is known: states drawn by a formula, and so the probability that an answer is right.
+"""A world with known truth: states are drawn by a formula, which gives the probability that an answer is right.
 
     s ~ Bernoulli(base_rate)      h | s ~ N((s - 1/2) separation u, I) in R^D, u = (1, ..., 1) / sqrt(D)
     y = s, flipped with probability noise
 
     P(y = 1 | h) = noise + (1 - 2 noise) sigmoid(logit(base_rate) + separation u.h)
 
-so the accuracy among any answered is the mean of P(y = 1 | h) over fresh ones, free of the labels' chance.
+So the accuracy among any answered rows is the mean of P(y = 1 | h) over fresh ones, without label noise.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class World:
 
 
 def as_answers(h: Tensor, y: Tensor, name: str) -> list[Labelled]:
-    """Each to a prompt of its own."""
+    """The rows as answers, each to its own prompt."""
     return [
         Labelled(f"{name}{i}", f"{name}{i}", (), "", 1 if label else 0, row)
         for i, (row, label) in enumerate(zip(h, y.tolist(), strict=True))

@@ -1,1 +1,1 @@
-"""Does `sdm` compute what the public implementation computed? Recorded vectors say."""
+"""Checks on recorded vectors that `sdm` computes what the public implementation computed."""

@@ -29,14 +29,14 @@ CHECKS: dict[str, Callable[[Fixture, Tally], None]] = {
     "ens_y_hat": check_ensemble,
     "lm0_logits": check_losses,
 }
-"""What a fixture is checked for, by an array that only such a fixture holds."""
+"""The check for each kind of fixture, by an array that only this kind holds."""
 
 INFORMATIVE = {"y_test", "test_kind"}
-"""Arrays that describe a fixture and that nothing is computed from."""
+"""Arrays that describe a fixture and are not used in any computation."""
 
 
 def check(fixture: Fixture) -> Tally:
-    """Everything that is known of a fixture, compared."""
+    """Compares everything that a fixture records."""
     tally = Tally()
     checks = dict.fromkeys(check for array, check in CHECKS.items() if array in fixture)
     if isinstance(fixture.settings, list):

@@ -1,7 +1,7 @@
-"""Rows whose outcome hangs on rounding, where a recorded value need not be met exactly.
+"""Finds rows in doubt, whose outcome depends on rounding and need not equal the recorded value exactly.
 
-The fixtures' sens_* masks say which; where a fixture has none, the same rules (README.json, "arrays") are
-applied here. A row in doubt isn't left out: q must lie between its counts at either side of the doubt.
+The fixtures' sens_* masks mark them; where a fixture has none, the same rules (README.json, "arrays") are
+applied here. A row in doubt isn't left out: its q must lie between the counts on both sides of the doubt.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NEAR = 1e-5
 def q_range(
     h: Tensor, y_hat: Tensor, support: Support, max_q: int | None, exclude: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Least and greatest q, (n,) each, when distances may be off by `NEAR`: plain, in float64."""
+    """Least and greatest q, (n,) each, when distances may be off by `NEAR`; computed plainly in float64."""
     low, high = [], []
     for i, (row, c) in enumerate(zip(h.double(), y_hat.tolist(), strict=True)):
         distances = (support.h_prime.double() - row).square().sum(dim=1)
@@ -63,10 +63,9 @@ def y_in_doubt(z_prime: Tensor) -> Tensor:
 
 
 def possible_speakers(sdm: Tensor, votes: Tensor, y_hat: Tensor) -> Tensor:
-    """(n, J) bool: which models of an ensemble may speak for it. sdm (n, J, C), votes (n, J), y_hat (n,).
+    """(n, J) bool: which models may give the ensemble's estimate. sdm (n, J, C), votes (n, J), y_hat (n,).
 
-    Those that vote y_hat with an SDM as small as the smallest, give or take what two values may be off by: at d = 0
-    all have 1/C.
+    These vote y_hat with an SDM equal to the smallest, up to the error of two values: at d = 0 all have 1/C.
     """
     models = votes.shape[1]
     top = sdm.gather(2, y_hat.view(-1, 1, 1).expand(-1, models, 1)).squeeze(2)  # (n, J)

@@ -1,4 +1,4 @@
-"""J models on halves of one pool, each fitted end to end, and their combined verdict."""
+"""Checks fixtures of J models on halves of one pool, each fitted end to end, and their combined verdict."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check_ensemble(f: Fixture, t: Tally) -> None:
 
 
 def _recorded_estimate(f: Fixture, t: Tally, j: int) -> Estimate:
-    """Model j's recorded outputs; those that aren't recorded follow from them, or don't matter."""
+    """Model j's recorded outputs; the others follow from them, or don't matter."""
     y_hat, q, scores, lower = (f[f"models_{name}"][:, j] for name in ("y_hat", "q", "sdm", "sdm_lower"))
     rescaled, rescaled_lower = (
         q_prime(q, s.gather(1, y_hat.unsqueeze(1)).squeeze(1)) for s in (scores, lower)
@@ -62,7 +62,7 @@ def _recorded_estimate(f: Fixture, t: Tally, j: int) -> Estimate:
 
 
 def _fitted_estimate(f: Fixture, t: Tally, j: int) -> tuple[Estimate, Tensor, Tensor]:
-    """Model j from raw inputs and recorded weights; rows (n,) that don't hang on rounding, and verdicts."""
+    """Model j from raw inputs and recorded weights; rows (n,) that don't depend on rounding, and verdicts."""
     alpha = float(f.settings["alpha"])
     conventions = replace(RECORDED, max_q=int(f.settings.get("max_q", 2048)))
     train, cal = f[f"m{j}_train_rows"], f[f"m{j}_cal_rows"]

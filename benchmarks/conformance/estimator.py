@@ -1,7 +1,7 @@
-"""Fixtures of one estimator, also before and after an update of its support.
+"""Checks fixtures of one estimator, also before and after an update of its support.
 
-Every array is compared twice: stage by stage, each stage fed with what was recorded of the one before, on
-all rows; and end to end from the raw inputs and recorded weights, on the rows that don't hang on rounding.
+Every array is compared twice: stage by stage on all rows, each stage fed with the recorded values of the one
+before; and end to end from the raw inputs and recorded weights, on the rows that don't depend on rounding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def check_estimator(f: Fixture, t: Tally) -> None:
     """A fixture with weights, support and scored rows."""
     recorded = Recorded.of(f)
     adaptor = adaptor_of(f)
-    if f["mean_std"].tolist() != [0.0, 1.0]:  # what stands there where inputs are not standardised
+    if f["mean_std"].tolist() != [0.0, 1.0]:  # the recorded value where inputs are not standardised
         fitted_scalars = torch.stack(fit_standardisation(f["x_train"]))  # (2, D), all columns alike
         t.close("mean_std", fitted_scalars, f["mean_std"].float().unsqueeze(1).expand_as(fitted_scalars))
     fitted = SDMEstimator.fit(
@@ -84,7 +84,7 @@ def _same_ecdf(t: Tally, what: str, ecdf: ClasswiseECDF, pieces: list[Tensor]) -
 
 
 def _calibration_half(f: Fixture, t: Tally, recorded: Recorded, fitted: SDMEstimator) -> None:
-    """eCDFs, Algorithm 1 and the sorted q', from what was recorded of the calibration rows."""
+    """eCDFs, Algorithm 1 and the sorted q', from the recorded values of the calibration rows."""
     labels, conventions, alpha = f["y_cal"], recorded.conventions, recorded.alpha
     ecdf = ClasswiseECDF.fit(f["cal_d_nearest_sq"], f["cal_q"], labels, fitted.adaptor.num_classes)
     _same_ecdf(t, "ecdf", ecdf, f.ragged("ecdf_d_sq"))
@@ -177,7 +177,7 @@ def _top(scores: Tensor, y_hat: Tensor) -> Tensor:
 
 
 def _banded(f: Fixture, t: Tally, seen: Measurement, region: Region, p: str, eps: Tensor, base: str) -> None:
-    """Bands and both verdicts at `region`, in arrays `p`; `base` has what doesn't depend on alpha."""
+    """Bands and both verdicts at `region`, in arrays `p`; arrays `base` don't depend on alpha."""
     t.close(f"{p}_dkw_eps", eps, f[f"{p}_dkw_eps"])
     lower, upper = band(f[f"{base}_d"], f[f"{p}_dkw_eps"])
     t.close(f"{p}_d_lower", lower, f[f"{p}_d_lower"])

@@ -1,7 +1,7 @@
 """One recorded fixture, and the tally of what was compared with it.
 
-Both guard against passing without having looked: a fixture remembers which of its arrays were read, so that
-an unread one can be reported, and a tally counts the rows of every comparison.
+Both guard against checks that pass without comparing anything: a fixture records which of its arrays were
+read, so that unread ones are reported, and a tally counts the rows of every comparison.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 2e-5
-"""Of floats, relative to max(1, |recorded|)."""
+"""Tolerance of floats, relative to max(1, |recorded|)."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Fixture:
 
 
 def load(path: Path) -> Fixture:
-    """A fixture from its .npz, or from a .json that stands alone."""
+    """Loads a fixture from its .npz, or from a .json without an .npz."""
     beside = path.with_suffix(".json")
     settings = json.loads(beside.read_text()) if beside.exists() else {}
     arrays = {}
@@ -68,7 +68,7 @@ def load(path: Path) -> Fixture:
 
 
 def find(folder: Path) -> list[Path]:
-    """Every fixture in a folder: .npz files, and .json files that stand alone, README.json aside."""
+    """Every fixture in a folder: .npz files, and .json files without an .npz, except README.json."""
     alone = [
         p for p in folder.glob("*.json") if not p.with_suffix(".npz").exists() and p.name != "README.json"
     ]
@@ -91,14 +91,14 @@ class Tally:
         tolerance: float | Tensor = TOLERANCE,
         where: Tensor | None = None,
     ) -> None:
-        """|got - recorded| <= tolerance * max(1, |recorded|) in every entry of a row; a NaN never is."""
+        """|got - recorded| <= tolerance * max(1, |recorded|) in every entry of a row; false for NaN."""
         got, recorded = torch.as_tensor(got).double(), recorded.double()
         if self._same_shape(what, got, recorded):
             near = (got - recorded).abs() <= tolerance * recorded.abs().clamp(min=1)
             self.true(what, (got == recorded) | near, where)
 
     def equal(self, what: str, got: Tensor, recorded: Tensor, where: Tensor | None = None) -> None:
-        """Every entry of a row equal."""
+        """Every entry of a row is equal."""
         got = torch.as_tensor(got)
         if self._same_shape(what, got, recorded):
             self.true(what, got == recorded, where)

@@ -1,4 +1,4 @@
-"""Next-token losses with their gradients, and the texts of an SDM language model."""
+"""Checks next-token losses with their gradients, and the texts of an SDM language model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_losses(f: Fixture, t: Tally) -> None:
         for name, loss in losses.items():
             t.close(f"{p}_{name}_loss", loss.detach().reshape(1), f[f"{p}_{name}_loss"])
             if name != "ce":
-                # On the scale of one target's gradient, since that of the mean shrinks with their number.
+                # Compared on the scale of one target's gradient, as the mean's shrinks with their number.
                 targets = (labels[:, 1:] >= 0).sum()
                 (gradient,) = torch.autograd.grad(loss, leaf)
                 t.close(f"{p}_{name}_grad", gradient * targets, f[f"{p}_{name}_grad"] * targets)

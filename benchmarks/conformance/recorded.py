@@ -1,4 +1,4 @@
-"""Estimators rebuilt from recorded pieces, and what one fitted from raw inputs shares with them."""
+"""Rebuilds estimators from recorded pieces, and compares with them those fitted from raw inputs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def adaptor_of(f: Fixture, prefix: str = "") -> ExemplarAdaptor:
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """The recorded pieces of one estimator, from which `sdm` must reach the recorded outputs."""
+    """The recorded pieces of one estimator, from which `sdm` must compute the recorded outputs."""
 
     conventions: Conventions
     alpha: float
@@ -44,8 +44,8 @@ class Recorded:
     def shared_by(self, f: Fixture, t: Tally, fitted: SDMEstimator) -> tuple[bool, bool]:
         """Whether the estimator fitted from the raw inputs has the recorded eCDFs, and the recorded region.
 
-        A calibration row in doubt may enter an eCDF or leave it, and move a threshold. Rows
-        in doubt excuse such a difference; without one it is a mismatch.
+        A calibration row in doubt may enter an eCDF or leave it, and move a threshold. Such a
+        difference is accepted if there are rows in doubt; otherwise it is a mismatch.
         """
         seen = fitted.measure(f["x_cal"])
         low, high = q_range(seen.h_prime, seen.y_hat, fitted.support, self.conventions.max_q)
@@ -91,7 +91,7 @@ class Recorded:
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """An estimator fitted from raw inputs, and what it shares with the recorded one."""
+    """An estimator fitted from raw inputs, and whether its eCDFs and region equal the recorded ones."""
 
     estimator: SDMEstimator
     same_ecdf: bool

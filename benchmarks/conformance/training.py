@@ -1,7 +1,7 @@
-"""A training trace: run again from the recorded initial weights and orders, and each epoch by itself.
+"""Checks a training trace: by a new run from the recorded initial weights and orders, and each epoch by itself.
 
-The run shows that weights follow; scoring both halves with each epoch's recorded weights shows q, d and losses,
-without one epoch's rounding carried into the next.
+The run checks the weights. Scoring both halves with each epoch's recorded weights checks q, d and losses,
+without rounding errors of earlier epochs.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _epoch_adaptor(f: Fixture, i: int) -> ExemplarAdaptor:
 
 
 def _epoch(f: Fixture, t: Tally, i: int, train: Half, calibration: Half) -> None:
-    """Epoch i (from 0), both halves scored with its recorded weights."""
+    """Checks epoch i (from 0): both halves are scored with its recorded weights."""
     adaptor = _epoch_adaptor(f, i)
     with torch.no_grad():
         h_train, z_train = adaptor(train.x)
@@ -95,7 +95,7 @@ def _epoch(f: Fixture, t: Tally, i: int, train: Half, calibration: Half) -> None
         t.true(
             f"epoch {i + 1}: {p}_q in doubt", (low <= f[f"{p}_q"][i]) & (f[f"{p}_q"][i] <= high), low != high
         )
-        # A row in doubt may stand in an eCDF here and not there, or beside another's entry.
+        # A row in doubt may be in one eCDF and not in the other, or next to another row's entry.
         ecdf = ClasswiseECDF.fit(got.d_nearest, got.q, half.labels, adaptor.num_classes)
         own = one_hot(half.labels, adaptor.num_classes) * (got.q > 0).unsqueeze(1)
         moved = ((got.q > 0) != (f[f"{p}_q"][i] > 0)).sum() + d_in_doubt(got.d_nearest, ecdf, h, own)

@@ -1,4 +1,4 @@
-"""Unit vectors: activation, loss and gradient; distance quantiles; sample sizes and bands; Algorithm 1."""
+"""Checks units: activation, loss and gradient; distance quantiles; sample sizes and bands; Algorithm 1."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _activation(f: Fixture, t: Tally, p: str) -> None:
     loss = sdm_loss(leaf, q, d, y).mean()
     (gradient,) = torch.autograd.grad(loss, leaf)
     t.close(f"{p}_mean_nll", loss.detach().reshape(1), f[f"{p}_mean_nll"])
-    # Gradients of a mean are small: compared on the scale of one row's.
+    # Gradients of a mean are small, so they are compared on the scale of one row's.
     t.close(f"{p}_grad_z", gradient * len(y), f[f"{p}_grad_z"] * len(y))
     top = scores.gather(1, z_prime.argmax(dim=1, keepdim=True)).squeeze(1)
     t.close(f"{p}_q_prime", q_prime(q, top), f[f"{p}_q_prime"])

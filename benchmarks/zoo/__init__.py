@@ -1,1 +1,1 @@
-"""Tiny random models of many families, and vLLM's h held to transformers' for each: `python -m benchmarks.zoo`."""
+"""Compares vLLM's h with transformers' on tiny random models of many families: `python -m benchmarks.zoo`."""

@@ -24,11 +24,11 @@ from benchmarks.zoo.contract import CHUNK, REPRESENTATION, Contract
 from benchmarks.zoo.families import FAMILIES, build
 
 EXACT = 1e-4
-"""Largest relative error that counts as exact; what is exact has some 1e-6."""
+"""Largest relative error that counts as exact; exact results have about 1e-6."""
 LIMIT_S = 900
 TABLE = "| family | architecture | vLLM's h |\n|---|---|---|\n"
 MARKS = "<!-- zoo -->\n", "<!-- end of zoo -->"
-"""Between them stands the table in docs/models.md."""
+"""The table in docs/models.md is between these marks."""
 
 
 def main() -> None:
@@ -111,7 +111,7 @@ def _in_a_process_of_its_own(family: str) -> dict[str, Any]:
 
 
 def _reasons(lines: Iterable[str]) -> list[str]:
-    """Exceptions that vLLM's processes ended with, the deepest first."""
+    """The exceptions that ended vLLM's processes, the deepest first."""
     found = (re.search(r"\b(?:\w+(?:Error|Exception)): +(.+)", line) for line in lines)
     said = [match[1].strip() for match in found if match]
     return list(dict.fromkeys(said))[:6]

@@ -1,4 +1,4 @@
-"""One engine held to another in every way an answer comes about, on any model."""
+"""Compares one engine with another in every way that an answer can be produced, on any model."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from candor.engine.prompt import SEPARATOR, ChatFormat
 
 REPRESENTATION = Representation(order=("mean", "last", "evidence"), evidence=EVIDENCE)
 CHUNK = 64
-"""Tokens that the engine held to the other computes a step; some prompts here take several."""
+"""Tokens per step of the engine under test; some prompts here take several steps."""
 SEA = "The old man walked slowly by the sea, and the boats lay in the harbor. "
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """The largest relative error of any part of h, and where it was."""
+    """The largest relative error of any part of h, and where it occurred."""
 
     error: float
     where: str
 
 
 class Contract:
-    """engine: what is held. reference: what it is held to, computing h from its definition."""
+    """engine: the one under test. reference: computes h from its definition."""
 
     def __init__(self, engine: Engine, reference: Engine, chat: ChatFormat) -> None:
         self._engine, self._reference, self._chat = engine, reference, chat
 
     async def hold(self) -> list[Deviation]:
-        """One for each way: fresh, cut, from the cache, in chunks, sixteen at once, given, tagged by itself."""
+        """One deviation each: fresh, cut, from the cache, in chunks, sixteen at once, given, tagged by itself."""
         short, long = self._ask(SEA), self._ask(SEA * 14)
         found = [
             await self._answers("fresh", [(short, Sampling(max_tokens=24))]),
@@ -56,7 +56,7 @@ class Contract:
         return [*found, *[await self._tagged(tokens) for tokens in (1, 2, 3)]]
 
     async def _tagged(self, tokens: int) -> Deviation:
-        """An answer that closes with its tag by itself: with one made of what the model writes anyway."""
+        """An answer that ends with its tag by itself; the tag is made of text that the model writes anyway."""
         way, greedy = f"tag of {tokens}", Sampling(max_tokens=40)
         for number in range(8):
             prompt = self._ask(f"{SEA}{number}")
@@ -85,7 +85,7 @@ class Contract:
             tag = list(written[at : at + tokens])
             text = self._chat.decode(tag)
             before, whole = (self._chat.decode(written[:end]) for end in (at + tokens - 1, at + tokens))
-            # Random models write bytes that are no letters; what follows those is shown late or never.
+            # Random models write bytes that are not valid text; what follows them is shown late or never.
             clean = text.isprintable() and text.strip() == text != "" and "\ufffd" not in whole
             if clean and text not in before and whole.endswith(text):
                 return tag, text

@@ -1,6 +1,6 @@
-"""Every family: its configuration's and its model's class of transformers, and what a tiny one of it needs said.
+"""Every family: its configuration and model classes in transformers, and the settings of a tiny model.
 
-Windows are shorter than the contract's prompts, so that they cut; experts are few, but more than one.
+Windows are shorter than the contract's prompts, so that they take effect; there are a few experts, more than one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from benchmarks.zoo.tiny import save, sentencepiece, small, tokenizer
 
 WINDOW = 48
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-_MLA = {  # vLLM's kernels know these widths alone
+_MLA = {  # vLLM's kernels support only these widths
     "q_lora_rank": 64,
     "kv_lora_rank": 512,
     "qk_rope_head_dim": 64,
@@ -215,11 +215,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 _SPACED = ("Llama 2", "Mistral", "Mixtral", "Phi-3")
-"""Families whose tokenizers put a space before texts."""
+"""Families with tokenizers that put a space before texts."""
 
 
 def build(family: str, directory: Path) -> Path:
-    """The family's tiny model in `directory`."""
+    """Builds the family's tiny model in `directory`."""
     import transformers
 
     chat = sentencepiece(strips="Phi" in family) if family.startswith(_SPACED) else tokenizer()

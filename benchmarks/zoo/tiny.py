@@ -1,4 +1,4 @@
-"""A model directory in a second: random weights of any architecture behind a tokenizer made on the spot."""
+"""Makes a model directory in a second: random weights of any architecture, with a new tokenizer."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def tokenizer(vocab_size: int = 512, template: str | None = TEMPLATE) -> Any:
 
 
 def sentencepiece(template: str = TEMPLATE, *, first_alone: bool = False, strips: bool = False) -> Any:
-    """A tokenizer as Llama 2's: spaces are "▁", one stands before a text, other bytes are tokens of their own.
+    """A tokenizer like Llama 2's: spaces are "▁", one is put before a text, other bytes are tokens of their own.
 
-    first_alone: only before the whole text, as newer ones have it; else also behind each control token.
-    strips: control tokens take the white space behind them, as Phi-3's do.
+    first_alone: the space is only before the whole text, as in newer ones; else also after each control token.
+    strips: control tokens remove the white space after them, as Phi-3's do.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -86,7 +86,7 @@ def sentencepiece(template: str = TEMPLATE, *, first_alone: bool = False, strips
 
 
 def save(directory: Path, config: Any, architecture: str, chat: Any = None, end: Any = 2) -> Path:
-    """A model of transformers' class `architecture`, the same weights each time, float32.
+    """Saves a model of transformers' class `architecture`, float32, with the same weights each time.
 
     chat: its tokenizer. end: generation_config's eos_token_id.
     """
@@ -96,7 +96,7 @@ def save(directory: Path, config: Any, architecture: str, chat: Any = None, end:
     model = getattr(transformers, architecture)(config).float().eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:  # else they are exact ones and zeros
+            if name.endswith("bias") or "norm" in name:  # else they would be exactly ones and zeros
                 weight += 0.1 * torch.randn_like(weight)
     model.generation_config.bos_token_id, model.generation_config.eos_token_id = 1, end
     model.generation_config.pad_token_id = 0
@@ -106,7 +106,7 @@ def save(directory: Path, config: Any, architecture: str, chat: Any = None, end:
 
 
 def small(**changes: Any) -> dict[str, Any]:
-    """What most configurations call their sizes."""
+    """Sizes, under the names of most configurations."""
     return {
         "vocab_size": 512,
         "hidden_size": 128,

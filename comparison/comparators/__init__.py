@@ -1,6 +1,6 @@
-"""Other ways to say which answers can be relied on, on the same states, halves and alphas.
+"""Other methods to decide which answers are reliable, on the same states, halves and alphas.
 
-One idea a file; `COMPARATORS` is the list, in the order in which reports show it. `SAMPLERS` need more passes of the
+Each file holds one method. `COMPARATORS` lists them in the order of the reports. `SAMPLERS` need more passes of the
 language model and are fitted and scored on fewer prompts.
 """
 
@@ -32,7 +32,7 @@ from candor.policy.conversation import Conversation
 from candor.policy.policy import Policy
 
 REFERENCE = "sdm_hr_lower"
-"""What is served; differences are taken to it."""
+"""The method that is served; differences are taken to it."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Comparator:
 
 @dataclass(frozen=True)
 class Sampler:
-    """questions(conversation, answer, policy): what the model is asked again. score(asked): higher is surer that
-    the answer is right; any range."""
+    """questions(conversation, answer, policy): further requests to the model. score(asked): higher means more
+    confident that the answer is right; any range."""
 
     title: str
     source: str

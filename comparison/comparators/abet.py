@@ -1,12 +1,12 @@
-"""AbeT: an energy whose temperature is learnt from the row itself (2401.12129).
+"""AbeT: an energy score with a temperature learnt as a function of the row (2401.12129).
 
     g_c = cos(w_c, x),   T = sigmoid(BN(a . x + b)) + 1e-12,   z = g / T,   trained by cross-entropy
     confidence = logsumexp(z)          the energy without the outer T that would cancel it
 
-x is centred first: the cosine of two uncentred states is near one whatever they say. Trained on the training half;
-the epoch with the lowest cross-entropy on the calibration half is kept: without training errors the temperature
-learns nothing, so it stops early. Admitted at every alpha alike: the 95 % most confident of the calibration half, the
-paper's acceptance rate. The verdict is argmax z.
+x is centred first, since the cosine of two uncentred states is always near one. The head is trained on the training
+half; the epoch with the lowest cross-entropy on the calibration half is kept (early stopping, since the temperature
+learns nothing without training errors). Every alpha has the same threshold, which admits the 95 % most confident of
+the calibration half, the paper's acceptance rate. The verdict is argmax z.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def fit(fitting: Fitting) -> Scorer:
     for _ in range(EPOCHS):
         head.train()
         for rows in torch.randperm(len(x), generator=generator).split(BATCH):
-            if len(rows) == 1:  # batch normalisation has no variance of one row
+            if len(rows) == 1:  # batch normalisation needs a variance, which one row has not
                 continue
             optimiser.zero_grad()
             F.cross_entropy(head(x[rows]), y[rows]).backward()

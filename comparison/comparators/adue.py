@@ -1,4 +1,4 @@
-"""AdUE: the classifier's head tuned to know its own mistakes (2505.15443).
+"""AdUE: the classifier's head is tuned to predict its own mistakes (2505.15443).
 
 From the frozen head theta_0, with e = 1 where the head's verdict is wrong and p = softmax(theta x):
 
@@ -6,9 +6,9 @@ From the frozen head theta_0, with e = 1 where the head's verdict is wrong and p
     U  = clip((1 - SM) / (1 - 1/C), 1e-8, 1 - 1e-8)
     L  = BCE(U, e) + a mean (U - U_SR)^2 + b |theta - theta_0|^2,      U_SR = (1 - max p_0) / (1 - 1/C)
 
-Trained on the training half for each of 27 settings; the highest ROC AUC of U on the calibration half wins. 1 - U is
-the probability that the verdict is right. The scale 1 - 1/C is not the paper's; without it U stays under one half
-with two classes. Where SM >= 1 the clip has no gradient: such rows teach nothing.
+It is trained on the training half for each of 27 settings; the highest ROC AUC of U on the calibration half wins.
+1 - U is the probability that the verdict is right. The scale 1 - 1/C is not in the paper; without it U stays under
+one half with two classes. Where SM >= 1 the clip has no gradient, so such rows have no effect on training.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LAMBDA = 100.0
 EPOCHS, BATCH = 20, 128
 LEARNING_RATES = (4e-4, 1e-4, 1e-5)
 PULLS = tuple(product((0.01, 0.1, 1.0), (0.01, 0.1, 1.0)))
-"""(a, b); they are trained side by side, since their losses do not touch each other."""
+"""(a, b); they are trained in parallel, since their losses are independent."""
 
 
 def fit(fitting: Fitting) -> Scorer:
@@ -40,7 +40,7 @@ def fit(fitting: Fitting) -> Scorer:
     for learning_rate in LEARNING_RATES:
         for head in _train(fitting, x, wrong, learning_rate):
             auc = auroc(uncertainty(F.linear(seen_x, *head)), seen_wrong)
-            if auc > best_auc:  # never where no calibration verdict is wrong: the frozen head stays
+            if auc > best_auc:  # false where no calibration verdict is wrong: the frozen head stays
                 best_auc, best = auc, head
 
     def score(rows: Rows) -> Verdicts:
@@ -50,7 +50,7 @@ def fit(fitting: Fitting) -> Scorer:
 
 
 def uncertainty(logits: Tensor) -> Tensor:
-    """U (...) of logits (..., C), float64: in float32 the upper clip is 1."""
+    """U (...) of logits (..., C), float64, because in float32 the upper clip rounds to 1."""
     smooth_maximum = torch.logsumexp(LAMBDA * logits.softmax(-1), dim=-1) / LAMBDA
     return ((1 - smooth_maximum) / (1 - 1 / logits.shape[-1])).clamp(1e-8, 1 - 1e-8)
 

@@ -1,4 +1,4 @@
-"""What every comparator is given and gives: the same states, halves and alphas in, one verdict a row out.
+"""The interface of comparators: the same states, halves and alphas as input, one verdict a row as output.
 
     fit(Fitting) -> Scorer,      Scorer(Rows) -> Verdicts
 
@@ -24,7 +24,7 @@ from candor.sdm.region import minimum_points
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """n rows: h (n, D) as captured, x (n, D) standardised, and what the bundle's layer says of them."""
+    """n rows: h (n, D) as captured, x (n, D) standardised, and the measurement of the bundle's layer."""
 
     h: Tensor
     x: Tensor
@@ -53,7 +53,7 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Fitting:
-    """What comparators are fitted on: the halves of the bundle's layer, with every answer scorable.
+    """The data that comparators are fitted on: the halves of the bundle's layer; every answer is scorable.
 
     layer: how the bundle's layer was trained. ensemble: how many layers the ensemble has.
     alphas: target accuracies, those of the bundle.
@@ -91,9 +91,9 @@ class Fitting:
 class Verdicts:
     """n rows judged by one method.
 
-    y_hat: (n,) int64, 1 the answer follows the instruction. confidence: (n,) float64, higher is surer that
-    y_hat is right; only its order counts. probability: (n,) float64 in [0, 1] that y_hat is right, None
-    for methods that give none. admitted: by alpha, (n,) bool.
+    y_hat: (n,) int64, 1 if the answer follows the instruction. confidence: (n,) float64, higher means more
+    confident that y_hat is right; only its order counts. probability: (n,) float64 in [0, 1] that y_hat is
+    right, None for methods that give none. admitted: by alpha, (n,) bool.
     """
 
     y_hat: Tensor
@@ -116,19 +116,19 @@ Fit = Callable[[Fitting], Scorer]
 
 
 def by_probability(y_hat: Tensor, probability: Tensor, alphas: Sequence[float]) -> Verdicts:
-    """Admits what is at least alpha likely to be right. y_hat, probability: (n,)."""
+    """Admits rows whose probability is at least alpha. y_hat, probability: (n,)."""
     probability = probability.double()
     return Verdicts(y_hat, probability, probability, {alpha: probability >= alpha for alpha in alphas})
 
 
 def by_classes(probabilities: Tensor, alphas: Sequence[float]) -> Verdicts:
-    """The likeliest class and its probability. probabilities: (n, C)."""
+    """Judges by the likeliest class and its probability. probabilities: (n, C)."""
     top, y_hat = probabilities.max(dim=1)
     return by_probability(y_hat, top, alphas)
 
 
 def by_thresholds(y_hat: Tensor, confidence: Tensor, thresholds: Mapping[float, float]) -> Verdicts:
-    """For confidences that are no probabilities: admits at and above each alpha's threshold."""
+    """For confidences that are not probabilities: admits at and above each alpha's threshold."""
     admitted = {alpha: confidence >= threshold for alpha, threshold in thresholds.items()}
     return Verdicts(y_hat, confidence.double(), None, admitted)
 
@@ -137,7 +137,7 @@ def selective_threshold(confidence: Tensor, right: Tensor, alpha: float) -> floa
     """The lowest threshold above which at least alpha of the calibration rows are right; inf if there is none.
 
     confidence: (n,). right: (n,) bool. Equal confidences enter together, and at least as many rows as
-    Algorithm 1 asks of a class stand above. Geifman and El-Yaniv (1705.08500) without their bound.
+    Algorithm 1 requires of a class are above. This is Geifman and El-Yaniv (1705.08500) without their bound.
     """
     order = confidence.argsort(descending=True)
     confidence = confidence[order]
@@ -149,7 +149,7 @@ def selective_threshold(confidence: Tensor, right: Tensor, alpha: float) -> floa
 
 
 def linear_head(estimator: SDMEstimator) -> nn.Linear:
-    """The adaptor as one linear map x -> z', in float64 and trainable: both its layers are linear."""
+    """The adaptor as one linear map x -> z', float64 and trainable; it is one since both its layers are linear."""
     exemplar, head = estimator.adaptor.exemplar, estimator.adaptor.head
     linear = nn.Linear(exemplar.in_features, head.out_features, dtype=torch.float64)
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""An ensemble of J SDM layers: unanimous to admit, the most doubtful voter to speak (2509.12760, A.7).
+"""An ensemble of J SDM layers: all must agree and admit; the least confident voter's SDM counts (2509.12760, A.7).
 
-Each layer is trained as the bundle's was, on a new deal of the same fitted prompts and with new weights. Its figures
+Each layer is trained as the bundle's was, on a new split of the same fitted prompts and with new weights. Its figures
 are those of the lower estimator.
 """
 

@@ -2,9 +2,9 @@
 
     confidence = - min_c (x - mu_c)^T S^-1 (x - mu_c)
 
-mu_c and one shared covariance S from the training half. A half often has fewer rows than h has entries, so S is
-Ledoit and Wolf's shrunk estimate (scikit-learn), which can be inverted. The verdict stays the adaptor's;
-each alpha's threshold is taken on the calibration half.
+mu_c and one shared covariance S come from the training half. A half often has fewer rows than h has entries, so S is
+Ledoit and Wolf's shrunk estimate (scikit-learn), which can be inverted. The verdict stays the adaptor's.
+Each alpha's threshold is chosen on the calibration half.
 """
 
 from __future__ import annotations

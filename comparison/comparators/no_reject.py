@@ -1,4 +1,4 @@
-"""No-reject: the adaptor's verdict is always taken. What any way of abstaining must improve on."""
+"""No-reject: the adaptor's verdict is always taken. Any way of abstaining must improve on this."""
 
 from __future__ import annotations
 

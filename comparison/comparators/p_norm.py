@@ -1,7 +1,7 @@
 """Max-logit p-norm: the largest logit of z' / |z'|_p (Cattelan and Silva, 2305.15508).
 
-p from 1 to 10, and the softmax's own maximum, by the lowest AURC on the calibration half; thresholds there too. The
-logits are not centred: two centred logits are (-a, a), whose normed maximum is the same for every row.
+p from 1 to 10, or the softmax's maximum, is chosen by the lowest AURC on the calibration half, as are thresholds. The
+logits are not centred: two centred logits are (-a, a), whose normalised maximum is the same for every row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from candor.comparison.comparators.base import (
 )
 
 NORMS = (None, *range(1, 11))
-"""None: the softmax's maximum, which the paper falls back on where no norm helps."""
+"""None: the softmax's maximum, the paper's fallback where no norm helps."""
 
 
 def fit(fitting: Fitting) -> Scorer:

@@ -1,6 +1,6 @@
-"""AnsweringOptions the model again, for methods that need more than the answer's own pass; what they cost in tokens.
+"""Asks the model again, for methods that need more than the answer's own pass, and counts their cost in tokens.
 
-Replies are kept in the cache of answers beside the answers themselves, without states.
+Replies are kept in the cache of answers, without states.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Replies:
-    """The replies to one record's questions; read: prompt tokens, written: reply tokens, of all together."""
+    """The replies to one record's questions. read: total prompt tokens. written: total reply tokens."""
 
     texts: tuple[str, ...]
     read: int
@@ -38,7 +38,7 @@ class Replies:
 
 @dataclass(frozen=True)
 class Asked:
-    """A record's conversation as it was served, its answer, and what the model replied to further questions."""
+    """A record's conversation as it was served, its answer, and the replies to further questions."""
 
     conversation: Conversation
     answer: Labelled
@@ -53,7 +53,7 @@ async def ask(
     concurrency: int,
     progress: Callable[[int], object],
 ) -> list[Replies]:
-    """Replies to each record's questions, in order.
+    """Gets the replies to each record's questions, in order.
 
     Raises CalibrationError where the model's template takes no such question, CacheError, or the engine's errors.
     """
@@ -65,7 +65,7 @@ async def ask(
     todo = iter([(i, j) for i, several in enumerate(questions) for j in range(len(several))])
 
     async def work() -> None:
-        for i, j in todo:  # shared: each is taken by one worker
+        for i, j in todo:  # workers share the iterator, so each item goes to one of them
             ids = prompts[i][j]
             text = await _reply(engine, questions[i][j], ids, cache)
             replies[i, j] = text, len(ids), len(chat.encode_response(text))

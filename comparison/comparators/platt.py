@@ -1,6 +1,6 @@
-"""A score to a probability that the answer is right: P(y = 1 | s) = 1 / (1 + exp(-(a s + b))) (Platt, 1999).
+"""Maps a score to the probability that the answer is right: P(y = 1 | s) = 1 / (1 + exp(-(a s + b))) (Platt, 1999).
 
-Fitted on calibration prompts by scikit-learn; a score that only ranks thereby gets a verdict and thresholds.
+It is fitted on calibration prompts by scikit-learn. It gives a score that only ranks a verdict and thresholds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from candor.comparison.comparators.base import Verdicts, by_classes
 def judge(
     known: Sequence[float], labels: Sequence[int], scores: Sequence[float], alphas: Sequence[float]
 ) -> Verdicts:
-    """Verdicts on `scores`, from `known` calibration scores with their labels. One class alone: always that."""
+    """Verdicts on `scores`, from `known` calibration scores with their labels. If these have one class only, the
+    verdict is always that class."""
     if len(set(labels)) == 1:
         ones = np.full(len(scores), float(labels[0]))
     else:

@@ -1,15 +1,15 @@
-"""APS and RAPS: admitted where the conformal prediction set holds one class.
+"""APS and RAPS: a row is admitted where its conformal prediction set holds one class.
 
     s(x, c) = sum of p_j over classes likelier than c  +  u p_c  +  lambda max(0, rank_c - 1)
     tau     = the ceil((n + 1) alpha)-th smallest s(x_i, y_i) of the calibration half
     set(x)  = {c : s(x, c) <= tau}
 
-with u uniform in (0, 1), seeded, and ranks from 1. APS has lambda = 0 (Romano et al., 2006.02544); RAPS charges every
-class after the first (Angelopoulos et al., 2009.14193, k_reg = 1 as there are two classes), with lambda from their
-grid by the smallest mean set on a fifth of the calibration half. Our alpha is the accuracy, their 1 - alpha.
+with u uniform in (0, 1), seeded, and ranks from 1. APS has lambda = 0 (Romano et al., 2006.02544). RAPS penalises
+every class after the first (Angelopoulos et al., 2009.14193, k_reg = 1 as there are two classes), with lambda chosen
+from their grid for the smallest mean set on a fifth of the calibration half. Our alpha (accuracy) is their 1 - alpha.
 
-Ours: both are a few lines over scores at hand; MAPIE 1.6 refuses either for two classes, torchcp brings torchvision
-and torch-geometric. Coverage 1 - alpha of sets is marginal over all rows; nothing is promised of those of size one.
+Both are implemented here in a few lines: MAPIE 1.6 refuses both for two classes, torchcp requires torchvision and
+torch-geometric. Coverage 1 - alpha of sets is marginal over all rows; sets of size one have no guarantee.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def scores(p: Tensor, penalty: float, generator: torch.Generator) -> Tensor:
 
 
 def conformal_quantile(values: Tensor, alpha: float) -> float:
-    """The ceil((n + 1) alpha)-th smallest of n values, inf beyond the last."""
+    """The ceil((n + 1) alpha)-th smallest of n values; inf beyond the last."""
     rank = math.ceil((len(values) + 1) * alpha - 1e-9)
     return float(values.sort().values[rank - 1]) if rank <= len(values) else math.inf
 

@@ -1,11 +1,11 @@
-"""The bundle's own layer, read three ways (2509.12760).
+"""The bundle's own layer, used in three ways (2509.12760).
 
     SDM_alpha     admitted where SDM(z')_y_hat >= alpha, without the region
     SDM_HR        the region of Algorithm 1; confidence q'
-    SDM_HR lower  the region by the lower band of d for the sample size, what is served; confidence q'_lower
+    SDM_HR lower  the region by the lower band of d for the sample size, as served; confidence q'_lower
 
-q' and SDM(z')_y_hat do not order rows alike; each way is ranked by what its threshold is on. The lower band depends
-on alpha; the ranking is that of the lowest alpha.
+q' and SDM(z')_y_hat order rows differently; each way is ranked by the value that its threshold is on. The lower band
+depends on alpha; the ranking is that of the lowest alpha.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def fit_alpha(fitting: Fitting) -> Scorer:
     def score(rows: Rows) -> Verdicts:
         _, sdm, _ = fitting.estimator.activate(rows.measurement)
         verdicts = by_classes(sdm.double(), fitting.alphas)
-        # At d = 0 SDM is uniform and its argmax says nothing; the verdict is always that of z'.
+        # At d = 0 SDM is uniform and its argmax is meaningless, so the verdict is always that of z'.
         return Verdicts(rows.y_hat, verdicts.confidence, verdicts.probability, verdicts.admitted)
 
     return score

@@ -2,9 +2,9 @@
 
     K answers at temperature 1, in classes of one meaning with shares p_m;   score = sum_m p_m ln p_m
 
-the discrete form, negative entropy, so that higher is surer. Two answers mean the same here when they are equal after
-the `normalised` rule: for tasks with one right wording that is exact. The papers judge by an entailment model in both
-directions, which this project does not ship; free prose would need it.
+This is the discrete form, negated so that higher means more confident. Two answers mean the same here when they are
+equal after the `normalised` rule, which is exact for tasks with one right wording. The papers use an entailment model
+in both directions, which this project does not ship; free prose would need it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SAMPLES = 10
 
 
 def questions(conversation: Conversation, answer: Labelled, policy: Policy) -> list[Question]:
-    """The served conversation, K times, each with a seed of its own."""
+    """The served conversation, K times, each with its own seed."""
 
     def seed(number: int) -> int:
         return int.from_bytes(sha256(f"{answer.id}:{number}".encode()).digest()[:4], "big")

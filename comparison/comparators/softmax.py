@@ -1,4 +1,4 @@
-"""Softmax: admitted where softmax(z')_y_hat >= alpha (Hendrycks and Gimpel, 1610.02136)."""
+"""Softmax: a row is admitted where softmax(z')_y_hat >= alpha (Hendrycks and Gimpel, 1610.02136)."""
 
 from __future__ import annotations
 

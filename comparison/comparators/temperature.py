@@ -1,4 +1,4 @@
-"""Temperature scaling: softmax(z' / T), T > 0 by the calibration half's likelihood (Guo et al., 1706.04599)."""
+"""Temperature scaling: softmax(z' / T), T > 0 by likelihood on the calibration half (Guo et al., 1706.04599)."""
 
 from __future__ import annotations
 

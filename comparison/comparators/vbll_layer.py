@@ -1,7 +1,7 @@
 """VBLL: a variational Bayesian last layer on x (Harrison, Willes and Snoek, 2404.11599), by the authors' library.
 
-The discriminative layer with a diagonal covariance, trained on the training half by its evidence bound (weight of
-the prior 1/N); the epoch with the best likelihood on the calibration half is kept. The predictive probability is
+The discriminative layer with a diagonal covariance is trained on the training half by its evidence bound (weight of
+the prior 1/N). The epoch with the best likelihood on the calibration half is kept. The predictive probability is
 the mean of the softmax over 200 draws of the logits.
 """
 
@@ -23,7 +23,7 @@ DRAWS = 200
 def fit(fitting: Fitting) -> Scorer:
     x, y = fitting.train_rows.x, fitting.train_labels
     seen, seen_y = fitting.calibration_rows.x, fitting.calibration_labels
-    with torch.random.fork_rng(devices=[]):  # the library draws from the common generator
+    with torch.random.fork_rng(devices=[]):  # the library draws from the global generator
         torch.manual_seed(fitting.seed)
         layer = DiscClassification(x.shape[1], int(y.max()) + 1, 1 / len(x), parameterization="diagonal")
         optimiser = torch.optim.AdamW(layer.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
@@ -47,7 +47,7 @@ def fit(fitting: Fitting) -> Scorer:
 
 @torch.no_grad()
 def _predictive(layer: DiscClassification, x: Tensor, seed: int) -> Tensor:
-    """(n, C) float64. The logits' distribution is the layer's own; a row's draws don't depend on the batch."""
+    """(n, C) float64. The layer gives the logits' distribution; a row's draws don't depend on the batch."""
     logits = layer.logit_predictive(x)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(DRAWS, 1, logits.mean.shape[1], generator=generator, dtype=torch.float64)

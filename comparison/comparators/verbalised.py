@@ -1,7 +1,7 @@
 """Verbalised confidence: the model is asked how likely its answer is right (Tian et al., 2305.14975).
 
-One more turn after the answer, greedy; the first number in the reply, in per cent. A reply without a number from 0 to
-100 is taken as 0: who does not say is not trusted.
+The model writes one more turn after the answer, greedily; the score is the first number in the reply, in per cent. A
+reply without a number from 0 to 100 counts as 0, since an unstated confidence is not trusted.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def questions(conversation: Conversation, answer: Labelled, policy: Policy) -> l
 
 
 def score(asked: Asked) -> float:
-    """In [0, 1]; 0 where no number was said."""
+    """The stated confidence in [0, 1]; 0 where no number was stated."""
     said = stated(asked.replies.texts[0])
     return 0.0 if said is None else said
 
 
 def stated(reply: str) -> float | None:
-    """The share that a reply states, None where it states none."""
+    """The share that a reply states; None where it states none."""
     found = _NUMBER.search(reply)
     if found is None or float(found[1]) > 100:
         return None
