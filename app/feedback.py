@@ -105,6 +105,8 @@ class FeedbackStore:
             self._file.execute("PRAGMA synchronous = FULL")
             self._file.executescript(_SCHEMA)
         except sqlite3.Error as error:
+            if hasattr(self, "_file"):
+                self._file.close()
             raise FeedbackFileError(
                 f"cannot keep feedback in {path}: {error}; give CANDOR_FEEDBACK a file in a directory that can be "
                 "written"

@@ -59,6 +59,8 @@ class AnswerCache:
                 "(key TEXT PRIMARY KEY, response TEXT NOT NULL, truncated INTEGER NOT NULL, h BLOB NOT NULL)"
             )
         except (OSError, sqlite3.Error) as error:
+            if hasattr(self, "_database"):
+                self._database.close()
             raise self._failed(error) from error
 
     def get(self, key: str) -> CachedAnswer | None:

@@ -140,9 +140,10 @@ def _describe_http(error: HTTPException) -> HttpError:
         404: "there is nothing at this path",
         405: "this path does not take this method",
     }
-    phrase = HTTPStatus(error.status_code).phrase
-    detail = error.detail if error.detail != phrase else messages.get(error.status_code, error.detail)
-    code = phrase.lower().replace(" ", "_")
+    status = HTTPStatus(error.status_code)
+    detail = error.detail if error.detail != status.phrase else messages.get(status, error.detail)
+    # From Python 3.13 on, 413 is "Content Too Large"; clients know the older name.
+    code = "request_entity_too_large" if status == 413 else status.phrase.lower().replace(" ", "_")
     return HttpError(error.status_code, detail, None, code, error.headers or {})
 
 

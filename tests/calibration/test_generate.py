@@ -330,7 +330,7 @@ asyncio.run(collect(
 
     whole = gather(make_engine(), chat, records, tmp_path / "other")
     for mine, reference in zip(resumed, whole, strict=True):
-        assert replace(mine, h=reference.h) == reference
+        assert vars(mine) | {"h": None} == vars(reference) | {"h": None}
         assert mine.h.equal(reference.h)
 
 

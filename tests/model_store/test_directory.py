@@ -163,7 +163,7 @@ def test_no_directory(tmp_path: Path, folder: Path) -> None:
     for path, actual in (
         (tmp_path / "nowhere", "No such file or directory"),
         (folder / REPORT, "Not a directory"),
-        (Path("with\0nul"), "embedded null byte"),
+        (Path("with\0nul"), ".*embedded null (byte|character)"),
     ):
         with pytest.raises(BundleNotFound, match=f"expected a directory, got {actual}"):
             read_directory(path)
