@@ -111,11 +111,10 @@ def decide(
         "predicted_not_following": estimate.y_hat != FOLLOWS,
         "not_certified": wanted & ~shown,
     }
-    reason = torch.zeros(len(admits), dtype=torch.int64)
-    for code in range(len(REASONS) - 1, 0, -1):  # backwards, so that the first reason wins
-        name = REASONS[code]
-        assert name is not None
-        reason = torch.where(against[name], code, reason)
+    lines = torch.stack([*(against[name] for name in REGION_OF), torch.ones_like(admits)])  # (reasons + 1, n)
+    reason = (lines.int().argmax(dim=0) + 1) % len(
+        REASONS
+    )  # argmax: the first that holds; the last line is none
     first_of_high = REASONS.index("predicted_not_following")
     admitted = (reason == 0) | (reason >= first_of_high)
     return Decisions(
