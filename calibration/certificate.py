@@ -26,7 +26,7 @@ Each prompt counts once: repeated attempts at a prompt, or repeated prompts, are
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
@@ -159,8 +159,7 @@ def _seek(
         records=len(drawn.y),
         answered=last.answered,
         right=last.right,
-        # The bound and the test agree up to the bound's own 1e-12.
-        lower_bound=max(wanted.accuracy, lower_bound(last.right, last.answered, wanted.delta)),
+        lower_bound=proven_bound(last, wanted),
     )
     return CertificateSearch(region.alpha, kind, steps, certificate, None)
 
@@ -184,6 +183,12 @@ def start(seen: ServedRows, order: Sequence[float], records: int, wanted: Claim)
     return enough[0] if enough else powers.index(max(powers))
 
 
+def proven_bound(step: Step, wanted: Claim) -> float:
+    """The exact lower bound of a step that passed; at least the wanted accuracy, to which the test was made."""
+    # The bound and the test agree up to the bound's own 1e-12.
+    return max(wanted.accuracy, lower_bound(step.right, step.answered, wanted.delta))
+
+
 def power(answered: int, accuracy: float, wanted: Claim) -> float:
     """Probability that the test passes with this many answered and this true accuracy, in (0, 1)."""
     least_right = int((binomial_tails(answered, wanted.accuracy) > wanted.delta).sum())
@@ -192,9 +197,19 @@ def power(answered: int, accuracy: float, wanted: Claim) -> float:
 
 def walk(drawn: ServedRows, order: Sequence[float], wanted: Claim) -> tuple[Step, ...]:
     """Tests the thresholds in order until one fails."""
+    return fixed_sequence(order, lambda threshold: _count(drawn, threshold), wanted)
+
+
+def fixed_sequence(
+    order: Sequence[float], count: Callable[[float], tuple[int, int]], wanted: Claim
+) -> tuple[Step, ...]:
+    """The test of any rule's thresholds, each at the full delta, until one fails.
+
+    count: threshold -> (number answered, number right among them), of records that nothing else was done with.
+    """
     steps: list[Step] = []
     for threshold in order:
-        answered, right = _count(drawn, threshold)
+        answered, right = count(threshold)
         p_value = float(binomial_tails(answered, wanted.accuracy)[right])
         steps.append(Step(threshold, answered, right, p_value, p_value <= wanted.delta))
         if not steps[-1].passed:

@@ -28,9 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from candor.calibration.certificate import ENOUGH_POWER, Claim, Step, power
+from candor.calibration.certificate import ENOUGH_POWER, Claim, Step, fixed_sequence, power, proven_bound
 from candor.calibration.errors import CalibrationError
-from candor.calibration.intervals import binomial_tails, lower_bound
 from candor.calibration.rule import FittedRule, RuleRows
 from candor.sdm.rule import AnswerRule, RuleEstimate
 
@@ -137,8 +136,7 @@ def certify_rule(fitted: FittedRule, certification: RuleRows, wanted: Claim) -> 
             answered=last.answered,
             right=last.right,
             base_right=int((rows.y == 1).sum()),
-            # The bound and the test agree up to the bound's own 1e-12.
-            lower_bound=max(wanted.accuracy, lower_bound(last.right, last.answered, wanted.delta)),
+            lower_bound=proven_bound(last, wanted),
         )
     return RuleCertification(
         wanted,
@@ -201,14 +199,7 @@ def start(fitted: FittedRule, order: Sequence[float], records: int, wanted: Clai
 
 def walk(judged: RuleEstimate, y: Tensor, order: Sequence[float], wanted: Claim) -> tuple[Step, ...]:
     """Tests the thresholds in order until one fails."""
-    steps: list[Step] = []
-    for threshold in order:
-        answered, right = _count(judged.score, judged.known, y, threshold)
-        p_value = float(binomial_tails(answered, wanted.accuracy)[right])
-        steps.append(Step(threshold, answered, right, p_value, p_value <= wanted.delta))
-        if not steps[-1].passed:
-            break
-    return tuple(steps)
+    return fixed_sequence(order, lambda threshold: _count(judged.score, judged.known, y, threshold), wanted)
 
 
 def outlook(judged: RuleEstimate, y: Tensor, order: Sequence[float], wanted: Claim) -> tuple[Outlook, ...]:
