@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 import torch
 
-from candor.app.process.backend import check_identity
 from candor.calibration.data import read_messages
 from candor.engine.base import EVIDENCE, HiddenSummary, Representation
 from candor.engine.factory import start_engine
@@ -21,6 +20,7 @@ from candor.engine.prompt import ChatFormat
 from candor.engine.settings import EngineKind, EngineSettings
 from candor.judging import judge
 from candor.model_store.bundle import Bundle
+from candor.model_store.identity import check_identity
 from candor.policy.certificate import EstimatorKind
 from candor.policy.conversation import Conversation, Turn
 from candor.policy.decision import Verdict

@@ -33,7 +33,7 @@ from candor.calibration.ranking import (
     summarise,
 )
 from candor.comparison.comparators import COMPARATORS, REFERENCE, SAMPLERS
-from candor.comparison.comparators.base import Fitting, Rows, Verdicts
+from candor.comparison.comparators.base import Fitting, MethodVerdicts, Rows
 from candor.model_store.bundle import Bundle
 from candor.model_store.manifest import Manifest
 
@@ -80,7 +80,7 @@ class SetComparison:
     rows: Rows
     y: Tensor
     faults: dict[str, int]
-    verdicts: dict[str, Verdicts]
+    verdicts: dict[str, MethodVerdicts]
     scores: dict[str, MethodFigures]
     cost: dict[str, dict[str, float]]
 
@@ -169,7 +169,7 @@ def compare(
         for name, answers in usable.items()
         if answers
     }
-    verdicts: dict[str, dict[str, Verdicts]] = {name: {} for name in rows}
+    verdicts: dict[str, dict[str, MethodVerdicts]] = {name: {} for name in rows}
     for method in names:
         scorer = COMPARATORS[method].fit(fitting)
         for name, these in rows.items():
@@ -187,7 +187,7 @@ def compare(
 def with_samplers(
     whole: SetComparison,
     ids: Sequence[str],
-    more: Mapping[str, Verdicts],
+    more: Mapping[str, MethodVerdicts],
     cost: dict[str, dict[str, float]],
     seed: int,
 ) -> SetComparison:
@@ -200,7 +200,7 @@ def with_samplers(
     return SetComparison(answers, whole.rows[part], y, {}, verdicts, figures(verdicts, y, seed), cost)
 
 
-def figures(verdicts: Mapping[str, Verdicts], y: Tensor, seed: int) -> dict[str, MethodFigures]:
+def figures(verdicts: Mapping[str, MethodVerdicts], y: Tensor, seed: int) -> dict[str, MethodFigures]:
     """Figures of every method over the same redraws of the same rows. y: (n,)."""
     answers = {
         name: _ranked(answer_order(one.confidence, one.y_hat), y == 1, seed) for name, one in verdicts.items()
@@ -228,7 +228,7 @@ def _ranked(confidence: Tensor, right: Tensor, seed: int) -> Figures:
     return redrawn(lambda weights: ranking(weights, confidence, right), len(right), seed)
 
 
-def _sure(one: Verdicts, y: Tensor, seed: int) -> Figures:
+def _sure(one: MethodVerdicts, y: Tensor, seed: int) -> Figures:
     probability = one.probability
     if probability is None:
         return {}

@@ -22,7 +22,7 @@ from candor.calibration.cache import AnswerCache
 from candor.calibration.generate import Labelled, scorable
 from candor.calibration.run import AnsweringOptions, DataFile, answer_file
 from candor.comparison.comparators import COMPARATORS, REFERENCE, SAMPLERS
-from candor.comparison.comparators.base import Fitting, Verdicts
+from candor.comparison.comparators.base import Fitting, MethodVerdicts
 from candor.comparison.comparators.passes import Asked, ask
 from candor.comparison.comparators.platt import judge
 from candor.comparison.comparators.verbalised import stated
@@ -175,7 +175,9 @@ def _some(answers: Sequence[Labelled], settings: CompareSettings) -> list[Labell
     return [usable[index] for index in sorted(drawn[: settings.asked].tolist())]
 
 
-def _judged(method: str, asked: Sequence[Asked], known: Sequence[Asked], alphas: Sequence[float]) -> Verdicts:
+def _judged(
+    method: str, asked: Sequence[Asked], known: Sequence[Asked], alphas: Sequence[float]
+) -> MethodVerdicts:
     score = SAMPLERS[method].score
     return judge(
         [score(one) for one in known],

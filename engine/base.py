@@ -90,10 +90,6 @@ class Representation:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Representation:
-        return cls(fields["tag"], tuple(fields["order"]), tuple(fields["evidence"]))
-
 
 @dataclass(frozen=True)
 class ModelIdentity:

@@ -84,10 +84,10 @@ def evaluate(
     options are taken by their own names (docs/settings.md).
     """
     vllm = vllm_options(context, engine.value)  # first, so that a wrong option is refused at once
-    from candor.app.process.backend import check_options
     from candor.calibration.run import AnsweringOptions, DataFile, require_unseen
     from candor.engine.settings import EngineSettings
     from candor.model_store.bundle import load_bundle
+    from candor.model_store.identity import check_options
 
     with reporting_errors(), ending_children(143):
         settings = _compare_settings(compare, calibration, ensemble, asked, seed)
@@ -155,10 +155,10 @@ async def _ask(
     asking: AnsweringOptions,
 ) -> tuple[dict[str, Evaluation], ComparisonData | None]:
     """Answers all records, then closes the engine, since comparators need its memory and cores."""
-    from candor.app.process.backend import check_identity
     from candor.calibration.run import run_evaluation
     from candor.engine.factory import start_with_adapter
     from candor.engine.prompt import ChatFormat
+    from candor.model_store.identity import check_identity
 
     chat = ChatFormat.from_directory(engine_settings.model)
     engine = await start_with_adapter(adapter, engine_settings, chat)

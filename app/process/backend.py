@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from candor.app.answering.request import certified_alphas, default_alpha
 from candor.app.edge.limits import Refused
-from candor.engine.base import AdapterIdentity, Engine, EngineError, IdentityMismatch
-from candor.engine.identity import differences
-from candor.engine.vllm_options import changing_h
+from candor.engine.base import Engine, EngineError
 from candor.model_store.bundle import Bundle, load_bundle
-from candor.model_store.formats import identifies_as_before
+from candor.model_store.identity import check_identity, check_options
 
 if TYPE_CHECKING:
     from candor.app.process.settings import Settings
@@ -79,11 +77,10 @@ async def start_backend(
         check_identity(engine, bundle)
         others = []
         for adapter, one in adapted:
-            under = cast(Any, engine).with_adapter(
-                adapter, one.manifest.representation
-            )  # vLLM only: other engines refuse adapters
-            check_identity(under, one)
-            others.append(Backend(under, chat, one))
+            # vLLM only: other engines refuse adapters.
+            adapted_engine = cast(Any, engine).with_adapter(adapter, one.manifest.representation)
+            check_identity(adapted_engine, one)
+            others.append(Backend(adapted_engine, chat, one))
     except EngineError:
         await engine.close()
         raise
@@ -98,46 +95,3 @@ def _load(path: Path, settings: Settings) -> Bundle:
     alphas = ",".join(map(str, bundle.manifest.alphas))
     logger.info("bundle name=%s digest=%s alphas=%s", bundle.manifest.name, bundle.digest, alphas)
     return bundle
-
-
-def check_identity(engine: Engine, bundle: Bundle) -> None:
-    """Raises IdentityMismatch, which lists every difference between the served and the calibrated model."""
-    earlier = identifies_as_before(bundle.manifest.format_version)
-    found = differences(bundle.manifest.model, engine.earlier_identity if earlier else engine.identity)
-    if engine.representation != bundle.manifest.representation:
-        found.append(
-            f"representation: the bundle was made for {bundle.manifest.representation.to_json()}, "
-            f"this engine gives {engine.representation.to_json()}"
-        )
-    wanted, laid = bundle.manifest.adapter, engine.adapter
-    if (wanted and wanted.sha256) != (laid and laid.sha256):  # the name is not compared
-        found.append(
-            f"adapter: the bundle was made for {_shown(wanted)}, this engine lays {_shown(laid)} over"
-        )
-    width = sum(engine.representation.block_sizes(engine.identity.hidden_size))
-    if width != bundle.estimator.adaptor.input_dim:
-        found.append(
-            f"size of h: the bundle's estimator takes {bundle.estimator.adaptor.input_dim} numbers, "
-            f"this engine gives {width}"
-        )
-    if found:
-        raise _mismatch(bundle, found)
-
-
-def check_options(bundle: Bundle, vllm: Mapping[str, Any]) -> None:
-    """Checks vLLM's options alone, before an engine starts with them. Raises IdentityMismatch."""
-    made_for = bundle.manifest.model
-    if found := differences(made_for, replace(made_for, engine_options=changing_h(vllm))):
-        raise _mismatch(bundle, found)
-
-
-def _mismatch(bundle: Bundle, found: list[str]) -> IdentityMismatch:
-    return IdentityMismatch(
-        f"bundle {bundle.manifest.name!r} was not made for this model:\n  "
-        + "\n  ".join(found)
-        + "\nServe the model it was made for, as it was then, or make a bundle for this one with `candor calibrate`."
-    )
-
-
-def _shown(adapter: AdapterIdentity | None) -> str:
-    return "none" if adapter is None else f"{adapter.name} ({adapter.sha256[:12]})"

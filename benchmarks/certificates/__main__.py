@@ -51,7 +51,7 @@ SCENARIOS = (
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RedrawOutcome:
     """One redraw under one estimator: whether a certificate was issued and whether it is false; the same for the
     choice by eye; the share answered within the certified region."""
 
@@ -62,7 +62,7 @@ class Outcome:
     answered: float
 
 
-def redraw(scenario: Scenario, seed: int) -> dict[str, Outcome]:
+def redraw(scenario: Scenario, seed: int) -> dict[str, RedrawOutcome]:
     """The outcomes by estimator. Where no region is found, no certificate is issued."""
     generator = torch.Generator().manual_seed(seed)
     world, wanted, alpha = scenario.world, scenario.wanted, scenario.alpha
@@ -71,20 +71,20 @@ def redraw(scenario: Scenario, seed: int) -> dict[str, Outcome]:
     fitted = fit(pool, ((WIDTH, "scalar"),), settings, lambda _: None)
     region = fitted.estimator.regions[alpha]
     if not region.found:
-        return {kind: Outcome(False, False, False, False, 0.0) for kind in KINDS}
+        return {kind: RedrawOutcome(False, False, False, False, 0.0) for kind in KINDS}
     apart = as_answers(*world.draw(CERTIFIED, generator)[:2], "certify")
     found = certify(fitted.estimator, fitted.calibration, apart, wanted)
     h, y, truth = world.draw(FRESH, generator)
     known = Attempts.measure(fitted.estimator, fitted.calibration)
     column = y.unsqueeze(1)
     fresh = Attempts(fitted.estimator.measure(h), column, column >= 0, torch.zeros_like(column))
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, RedrawOutcome] = {}
     for one in found.sought:
         served = fresh.served(fitted.estimator, alpha, one.estimator)
         threshold = one.certificate.rescaled_similarity_min if one.certificate else None
         seen = known.served(fitted.estimator, alpha, one.estimator)
         by_eye = _by_eye(seen, thresholds(seen, region.q_prime_min), wanted.accuracy)
-        outcomes[one.estimator] = Outcome(
+        outcomes[one.estimator] = RedrawOutcome(
             threshold is not None,
             _is_false(served, truth, threshold, wanted.accuracy),
             by_eye is not None,

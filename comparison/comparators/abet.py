@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from candor.comparison.comparators.base import Fitting, Rows, Scorer, Verdicts, by_thresholds
+from candor.comparison.comparators.base import Fitting, MethodVerdicts, Rows, Scorer, by_thresholds
 
 EPOCHS, BATCH, LEARNING_RATE = 100, 128, 1e-2
 ACCEPTED = 0.95
@@ -74,7 +74,7 @@ def fit(fitting: Fitting) -> Scorer:
 
     threshold = float(judge(seen)[1].quantile(1 - ACCEPTED))
 
-    def score(rows: Rows) -> Verdicts:
+    def score(rows: Rows) -> MethodVerdicts:
         return by_thresholds(*judge(rows.x), dict.fromkeys(fitting.alphas, threshold))
 
     return score

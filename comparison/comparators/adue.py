@@ -21,7 +21,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from candor.calibration.evaluate import auroc
-from candor.comparison.comparators.base import Fitting, Rows, Scorer, Verdicts, by_probability, linear_head
+from candor.comparison.comparators.base import (
+    Fitting,
+    MethodVerdicts,
+    Rows,
+    Scorer,
+    by_probability,
+    linear_head,
+)
 
 LAMBDA = 100.0
 EPOCHS, BATCH = 20, 128
@@ -43,7 +50,7 @@ def fit(fitting: Fitting) -> Scorer:
             if auc > best_auc:  # false where no calibration verdict is wrong: the frozen head stays
                 best_auc, best = auc, head
 
-    def score(rows: Rows) -> Verdicts:
+    def score(rows: Rows) -> MethodVerdicts:
         return by_probability(rows.y_hat, 1 - uncertainty(F.linear(rows.x.double(), *best)), fitting.alphas)
 
     return score

@@ -1,6 +1,6 @@
 """The interface of comparators: the same states, halves and alphas as input, one verdict a row as output.
 
-    fit(Fitting) -> Scorer,      Scorer(Rows) -> Verdicts
+    fit(Fitting) -> Scorer,      Scorer(Rows) -> MethodVerdicts
 
 A comparator may use the training half, and choose temperatures, thresholds and epochs on the calibration
 half, as the bundle's own layer did. It never sees an evaluated row before it scores it.
@@ -88,7 +88,7 @@ class Fitting:
 
 
 @dataclass(frozen=True, eq=False)
-class Verdicts:
+class MethodVerdicts:
     """n rows judged by one method.
 
     y_hat: (n,) int64, 1 if the answer follows the instruction. confidence: (n,) float64, higher means more
@@ -101,9 +101,9 @@ class Verdicts:
     probability: Tensor | None
     admitted: Mapping[float, Tensor]
 
-    def __getitem__(self, rows: Tensor) -> Verdicts:
+    def __getitem__(self, rows: Tensor) -> MethodVerdicts:
         """The verdicts of some rows, by index or mask."""
-        return Verdicts(
+        return MethodVerdicts(
             self.y_hat[rows],
             self.confidence[rows],
             None if self.probability is None else self.probability[rows],
@@ -111,26 +111,26 @@ class Verdicts:
         )
 
 
-Scorer = Callable[[Rows], Verdicts]
+Scorer = Callable[[Rows], MethodVerdicts]
 Fit = Callable[[Fitting], Scorer]
 
 
-def by_probability(y_hat: Tensor, probability: Tensor, alphas: Sequence[float]) -> Verdicts:
+def by_probability(y_hat: Tensor, probability: Tensor, alphas: Sequence[float]) -> MethodVerdicts:
     """Admits rows whose probability is at least alpha. y_hat, probability: (n,)."""
     probability = probability.double()
-    return Verdicts(y_hat, probability, probability, {alpha: probability >= alpha for alpha in alphas})
+    return MethodVerdicts(y_hat, probability, probability, {alpha: probability >= alpha for alpha in alphas})
 
 
-def by_classes(probabilities: Tensor, alphas: Sequence[float]) -> Verdicts:
+def by_classes(probabilities: Tensor, alphas: Sequence[float]) -> MethodVerdicts:
     """Judges by the likeliest class and its probability. probabilities: (n, C)."""
     top, y_hat = probabilities.max(dim=1)
     return by_probability(y_hat, top, alphas)
 
 
-def by_thresholds(y_hat: Tensor, confidence: Tensor, thresholds: Mapping[float, float]) -> Verdicts:
+def by_thresholds(y_hat: Tensor, confidence: Tensor, thresholds: Mapping[float, float]) -> MethodVerdicts:
     """For confidences that are not probabilities: admits at and above each alpha's threshold."""
     admitted = {alpha: confidence >= threshold for alpha, threshold in thresholds.items()}
-    return Verdicts(y_hat, confidence.double(), None, admitted)
+    return MethodVerdicts(y_hat, confidence.double(), None, admitted)
 
 
 def selective_threshold(confidence: Tensor, right: Tensor, alpha: float) -> float:

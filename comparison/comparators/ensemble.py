@@ -11,7 +11,7 @@ import torch
 from candor.calibration.generate import Labelled
 from candor.calibration.layer import train_layer
 from candor.calibration.splits import split
-from candor.comparison.comparators.base import Fitting, Rows, Scorer, Verdicts
+from candor.comparison.comparators.base import Fitting, MethodVerdicts, Rows, Scorer
 from candor.sdm.ensemble import combine
 from candor.sdm.estimator import SDMEstimator
 
@@ -20,7 +20,7 @@ def fit(fitting: Fitting) -> Scorer:
     seeds = torch.randint(2**62, (fitting.ensemble,), generator=fitting.generator()).tolist()
     layers = [_train(fitting, seed) for seed in seeds]
 
-    def score(rows: Rows) -> Verdicts:
+    def score(rows: Rows) -> MethodVerdicts:
         seen = [layer.measure(rows.h) for layer in layers]
         judged = {
             alpha: combine([layer.judge(m, alpha) for layer, m in zip(layers, seen, strict=True)])
@@ -29,7 +29,7 @@ def fit(fitting: Fitting) -> Scorer:
         one = judged[min(judged)]
         top = one.sdm_lower.gather(1, one.y_hat.unsqueeze(1)).squeeze(1).double()
         admitted = {alpha: estimate.admitted_lower for alpha, estimate in judged.items()}
-        return Verdicts(one.y_hat, one.q_prime_lower.double(), top, admitted)
+        return MethodVerdicts(one.y_hat, one.q_prime_lower.double(), top, admitted)
 
     return score
 

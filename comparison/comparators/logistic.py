@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from torch import Tensor
 
-from candor.comparison.comparators.base import Fitting, Rows, Scorer, Verdicts, by_classes
+from candor.comparison.comparators.base import Fitting, MethodVerdicts, Rows, Scorer, by_classes
 
 PENALTIES = tuple(10.0**power for power in range(-5, 2))
 
@@ -22,7 +22,7 @@ def fit(fitting: Fitting) -> Scorer:
     models = [LogisticRegression(C=c, max_iter=2000).fit(x, y) for c in PENALTIES]
     best = min(models, key=lambda model: log_loss(seen_y, _probabilities(model, seen)))
 
-    def score(rows: Rows) -> Verdicts:
+    def score(rows: Rows) -> MethodVerdicts:
         return by_classes(torch.from_numpy(_probabilities(best, rows.x)), fitting.alphas)
 
     return score

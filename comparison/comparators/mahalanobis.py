@@ -15,9 +15,9 @@ from torch import Tensor
 
 from candor.comparison.comparators.base import (
     Fitting,
+    MethodVerdicts,
     Rows,
     Scorer,
-    Verdicts,
     by_thresholds,
     selective_threshold,
 )
@@ -39,7 +39,7 @@ def fit(fitting: Fitting) -> Scorer:
     known = confidence(seen.x)
     thresholds = {alpha: selective_threshold(known, right, alpha) for alpha in fitting.alphas}
 
-    def score(rows: Rows) -> Verdicts:
+    def score(rows: Rows) -> MethodVerdicts:
         return by_thresholds(rows.y_hat, confidence(rows.x), thresholds)
 
     return score

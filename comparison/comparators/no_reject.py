@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from candor.comparison.comparators.base import Fitting, Rows, Scorer, Verdicts
+from candor.comparison.comparators.base import Fitting, MethodVerdicts, Rows, Scorer
 
 
 def fit(fitting: Fitting) -> Scorer:
-    def score(rows: Rows) -> Verdicts:
+    def score(rows: Rows) -> MethodVerdicts:
         everyone = torch.ones(len(rows.y_hat), dtype=torch.bool)
-        return Verdicts(
+        return MethodVerdicts(
             rows.y_hat, everyone.double(), None, {alpha: everyone.clone() for alpha in fitting.alphas}
         )
 

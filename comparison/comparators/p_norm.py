@@ -12,9 +12,9 @@ from torch import Tensor
 from candor.calibration.ranking import ranking
 from candor.comparison.comparators.base import (
     Fitting,
+    MethodVerdicts,
     Rows,
     Scorer,
-    Verdicts,
     by_thresholds,
     selective_threshold,
 )
@@ -31,7 +31,7 @@ def fit(fitting: Fitting) -> Scorer:
     known = confidence(seen.z_prime, norm)
     thresholds = {alpha: selective_threshold(known, right, alpha) for alpha in fitting.alphas}
 
-    def score(rows: Rows) -> Verdicts:
+    def score(rows: Rows) -> MethodVerdicts:
         return by_thresholds(rows.y_hat, confidence(rows.z_prime, norm), thresholds)
 
     return score

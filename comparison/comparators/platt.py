@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from candor.comparison.comparators.base import Verdicts, by_classes
+from candor.comparison.comparators.base import MethodVerdicts, by_classes
 
 
 def judge(
     known: Sequence[float], labels: Sequence[int], scores: Sequence[float], alphas: Sequence[float]
-) -> Verdicts:
+) -> MethodVerdicts:
     """Verdicts on `scores`, from `known` calibration scores with their labels. If these have one class only, the
     verdict is always that class."""
     if len(set(labels)) == 1:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from candor.comparison.comparators.base import Fitting, Rows, Scorer, Verdicts
+from candor.comparison.comparators.base import Fitting, MethodVerdicts, Rows, Scorer
 
 LAMBDAS = (0.001, 0.01, 0.1, 0.2, 0.5)
 
@@ -55,13 +55,13 @@ def conformal_quantile(values: Tensor, alpha: float) -> float:
 def _scorer(fitting: Fitting, p: Tensor, y: Tensor, penalty: float) -> Scorer:
     taus = _taus(p, y, penalty, fitting.alphas, fitting.generator())
 
-    def score(rows: Rows) -> Verdicts:
+    def score(rows: Rows) -> MethodVerdicts:
         probabilities = rows.z_prime.double().softmax(1)
         s = scores(probabilities, penalty, fitting.generator())
         top, y_hat = probabilities.max(1)
         # Sets grow from the likeliest class, so a set of one holds y_hat.
         admitted = {alpha: (s <= tau).sum(1) == 1 for alpha, tau in taus.items()}
-        return Verdicts(y_hat, top, top, admitted)
+        return MethodVerdicts(y_hat, top, top, admitted)
 
     return score
 

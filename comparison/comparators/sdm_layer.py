@@ -10,34 +10,34 @@ depends on alpha; the ranking is that of the lowest alpha.
 
 from __future__ import annotations
 
-from candor.comparison.comparators.base import Fitting, Rows, Scorer, Verdicts, by_classes
+from candor.comparison.comparators.base import Fitting, MethodVerdicts, Rows, Scorer, by_classes
 
 
 def fit_alpha(fitting: Fitting) -> Scorer:
-    def score(rows: Rows) -> Verdicts:
+    def score(rows: Rows) -> MethodVerdicts:
         _, sdm, _ = fitting.estimator.activate(rows.measurement)
         verdicts = by_classes(sdm.double(), fitting.alphas)
         # At d = 0 SDM is uniform and its argmax is meaningless, so the verdict is always that of z'.
-        return Verdicts(rows.y_hat, verdicts.confidence, verdicts.probability, verdicts.admitted)
+        return MethodVerdicts(rows.y_hat, verdicts.confidence, verdicts.probability, verdicts.admitted)
 
     return score
 
 
 def fit_region(fitting: Fitting) -> Scorer:
-    def score(rows: Rows) -> Verdicts:
+    def score(rows: Rows) -> MethodVerdicts:
         judged = {alpha: fitting.estimator.judge(rows.measurement, alpha) for alpha in fitting.alphas}
         one = judged[min(judged)]
         admitted = {alpha: estimate.admitted for alpha, estimate in judged.items()}
-        return Verdicts(one.y_hat, one.q_prime.double(), one.sdm.double().amax(1), admitted)
+        return MethodVerdicts(one.y_hat, one.q_prime.double(), one.sdm.double().amax(1), admitted)
 
     return score
 
 
 def fit_region_lower(fitting: Fitting) -> Scorer:
-    def score(rows: Rows) -> Verdicts:
+    def score(rows: Rows) -> MethodVerdicts:
         judged = {alpha: fitting.estimator.judge(rows.measurement, alpha) for alpha in fitting.alphas}
         one = judged[min(judged)]
         admitted = {alpha: estimate.admitted_lower for alpha, estimate in judged.items()}
-        return Verdicts(one.y_hat, one.q_prime_lower.double(), one.sdm_lower.double().amax(1), admitted)
+        return MethodVerdicts(one.y_hat, one.q_prime_lower.double(), one.sdm_lower.double().amax(1), admitted)
 
     return score

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from candor.comparison.comparators.base import Fitting, Rows, Scorer, Verdicts, by_classes
+from candor.comparison.comparators.base import Fitting, MethodVerdicts, Rows, Scorer, by_classes
 
 
 def fit(fitting: Fitting) -> Scorer:
-    def score(rows: Rows) -> Verdicts:
+    def score(rows: Rows) -> MethodVerdicts:
         return by_classes(rows.z_prime.double().softmax(1), fitting.alphas)
 
     return score

@@ -7,7 +7,7 @@ from math import exp
 from scipy.optimize import minimize_scalar
 from torch.nn import functional as F
 
-from candor.comparison.comparators.base import Fitting, Rows, Scorer, Verdicts, by_classes
+from candor.comparison.comparators.base import Fitting, MethodVerdicts, Rows, Scorer, by_classes
 
 
 def fit(fitting: Fitting) -> Scorer:
@@ -18,7 +18,7 @@ def fit(fitting: Fitting) -> Scorer:
 
     temperature = exp(minimize_scalar(loss, bounds=(-6, 6), method="bounded").x)
 
-    def score(rows: Rows) -> Verdicts:
+    def score(rows: Rows) -> MethodVerdicts:
         return by_classes((rows.z_prime.double() / temperature).softmax(1), fitting.alphas)
 
     return score

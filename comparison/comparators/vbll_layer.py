@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from vbll.layers.classification import DiscClassification
 
-from candor.comparison.comparators.base import Fitting, Rows, Scorer, Verdicts, by_classes
+from candor.comparison.comparators.base import Fitting, MethodVerdicts, Rows, Scorer, by_classes
 
 EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 100, 128, 1e-3, 1e-4
 DRAWS = 200
@@ -39,7 +39,7 @@ def fit(fitting: Fitting) -> Scorer:
                 best_loss, best = loss, copy.deepcopy(layer.state_dict())
         layer.load_state_dict(best)
 
-    def score(rows: Rows) -> Verdicts:
+    def score(rows: Rows) -> MethodVerdicts:
         return by_classes(_predictive(layer, rows.x, fitting.seed), fitting.alphas)
 
     return score

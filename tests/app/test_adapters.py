@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from candor.app.process.backend import Backend, check_identity
+from candor.app.process.backend import Backend
 from candor.engine.base import AdapterIdentity, IdentityMismatch, ModelIdentity
 from candor.model_store.bundle import Bundle
+from candor.model_store.identity import check_identity
 from candor.policy.conversation import Conversations, SystemPrompt
 
 LEGAL = AdapterIdentity("legal", "e" * 64)

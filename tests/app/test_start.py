@@ -22,10 +22,11 @@ import pytest
 from pydantic import ValidationError
 
 from candor.app.edge.limits import Refused
-from candor.app.process.backend import Backend, check_identity, check_options
+from candor.app.process.backend import Backend
 from candor.app.process.server import run
 from candor.app.process.settings import Settings
 from candor.engine.base import EngineError, IdentityMismatch, Representation
+from candor.model_store.identity import check_identity, check_options
 from candor.model_store.manifest import AdapterIdentity
 
 ROOT = Path(__file__).resolve().parents[2]

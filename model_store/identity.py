@@ -1,0 +1,56 @@
+"""Compares a bundle with the model that an engine serves, and names every difference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from candor.engine.base import AdapterIdentity, Engine, IdentityMismatch
+from candor.engine.identity import differences
+from candor.engine.vllm_options import changing_h
+from candor.model_store.bundle import Bundle
+from candor.model_store.formats import identifies_as_before
+
+
+def check_identity(engine: Engine, bundle: Bundle) -> None:
+    """Raises IdentityMismatch, which lists every difference between the served and the calibrated model."""
+    earlier = identifies_as_before(bundle.manifest.format_version)
+    found = differences(bundle.manifest.model, engine.earlier_identity if earlier else engine.identity)
+    if engine.representation != bundle.manifest.representation:
+        found.append(
+            f"representation: the bundle was made for {bundle.manifest.representation.to_json()}, "
+            f"this engine gives {engine.representation.to_json()}"
+        )
+    wanted, laid = bundle.manifest.adapter, engine.adapter
+    if (wanted and wanted.sha256) != (laid and laid.sha256):  # the name is not compared
+        found.append(
+            f"adapter: the bundle was made for {_shown(wanted)}, this engine lays {_shown(laid)} over"
+        )
+    width = sum(engine.representation.block_sizes(engine.identity.hidden_size))
+    if width != bundle.estimator.adaptor.input_dim:
+        found.append(
+            f"size of h: the bundle's estimator takes {bundle.estimator.adaptor.input_dim} numbers, "
+            f"this engine gives {width}"
+        )
+    if found:
+        raise _mismatch(bundle, found)
+
+
+def check_options(bundle: Bundle, vllm: Mapping[str, Any]) -> None:
+    """Checks vLLM's options alone, before an engine starts with them. Raises IdentityMismatch."""
+    made_for = bundle.manifest.model
+    if found := differences(made_for, replace(made_for, engine_options=changing_h(vllm))):
+        raise _mismatch(bundle, found)
+
+
+def _mismatch(bundle: Bundle, found: list[str]) -> IdentityMismatch:
+    return IdentityMismatch(
+        f"bundle {bundle.manifest.name!r} was not made for this model:\n  "
+        + "\n  ".join(found)
+        + "\nServe the model it was made for, as it was then, or make a bundle for this one with `candor calibrate`."
+    )
+
+
+def _shown(adapter: AdapterIdentity | None) -> str:
+    return "none" if adapter is None else f"{adapter.name} ({adapter.sha256[:12]})"
