@@ -5,7 +5,8 @@ committed as soon as the engine returns them, under a key that digests everythin
 Labels are not cached: a changed verifier needs no new generation.
 
 The file is one SQLite database in write-ahead mode. A process that dies by any signal leaves the answers
-committed so far intact. Several runs may share a cache.
+committed so far intact. Several runs may share a cache. Files from before prompts' states were kept get the column;
+their answers remain, without those states.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,11 +29,13 @@ FILE_NAME = "answers.sqlite"
 
 @dataclass(frozen=True)
 class CachedAnswer:
-    """What the engine returned for one record. h: (D,) float32, in the representation's order."""
+    """What the engine returned for one record. h: (D,) float32, in the representation's order. prompt: (P,) float32,
+    states at the end of prefill; (0,) where they are not known."""
 
     response: str
     truncated: bool
     h: torch.Tensor
+    prompt: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def cache_key(**depends_on: Any) -> str:
@@ -56,8 +59,12 @@ class AnswerCache:
             self._database.execute("PRAGMA synchronous = NORMAL")  # a power cut may cost the latest answers
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS answers "
-                "(key TEXT PRIMARY KEY, response TEXT NOT NULL, truncated INTEGER NOT NULL, h BLOB NOT NULL)"
+                "(key TEXT PRIMARY KEY, response TEXT NOT NULL, truncated INTEGER NOT NULL, h BLOB NOT NULL, "
+                "prompt BLOB NOT NULL DEFAULT x'')"
             )
+            columns = {row[1] for row in self._database.execute("PRAGMA table_info(answers)")}
+            if "prompt" not in columns:
+                self._database.execute("ALTER TABLE answers ADD COLUMN prompt BLOB NOT NULL DEFAULT x''")
         except (OSError, sqlite3.Error) as error:
             if hasattr(self, "_database"):
                 self._database.close()
@@ -66,23 +73,26 @@ class AnswerCache:
     def get(self, key: str) -> CachedAnswer | None:
         try:
             row = self._database.execute(
-                "SELECT response, truncated, h FROM answers WHERE key = ?", (key,)
+                "SELECT response, truncated, h, prompt FROM answers WHERE key = ?", (key,)
             ).fetchone()
         except sqlite3.Error as error:
             raise self._failed(error) from error
         if row is None:
             return None
-        response, truncated, h = row
+        response, truncated, *states = row
         # Copied: the bytes that SQLite hands out are read-only.
-        return CachedAnswer(response, bool(truncated), torch.from_numpy(np.frombuffer(h, "<f4").copy()))
+        h, prompt = (torch.from_numpy(np.frombuffer(state, "<f4").copy()) for state in states)
+        return CachedAnswer(response, bool(truncated), h, prompt)
 
     def put(self, key: str, answer: CachedAnswer) -> None:
         """Stores an answer; once this returns, the answer survives the death of this process."""
-        h = answer.h.to(torch.float32).numpy().astype("<f4").tobytes()
+        h, prompt = (
+            one.to(torch.float32).numpy().astype("<f4").tobytes() for one in (answer.h, answer.prompt)
+        )
         try:
             self._database.execute(
-                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)",
-                (key, answer.response, answer.truncated, h),
+                "INSERT OR REPLACE INTO answers (key, response, truncated, h, prompt) VALUES (?, ?, ?, ?, ?)",
+                (key, answer.response, answer.truncated, h, prompt),
             )
         except sqlite3.Error as error:
             raise self._failed(error) from error

@@ -23,14 +23,17 @@ import torch
 from torch import Tensor
 
 from candor.calibration.errors import CalibrationError
+from candor.calibration.generate import Labelled
 from candor.calibration.intervals import binomial_tails, clopper_pearson
 from candor.calibration.logistic import fit_logistic
 from candor.calibration.ranking import ranking
+from candor.calibration.served import Attempts
 from candor.calibration.splits import split
 from candor.sdm.adaptor import Block, fit_standardisation
+from candor.sdm.estimator import SDMEstimator
 from candor.sdm.gate import PromptGate
 from candor.sdm.rule import AnswerRule
-from candor.sdm.score import FIGURES, AnswerScore
+from candor.sdm.score import FIGURES, AnswerScore, sdm_figures
 
 REACHES = (1.0, 3.0, 10.0, 30.0)
 """Reaches that are tried, the strongest penalty first (`calibration.logistic`)."""
@@ -63,8 +66,8 @@ class RuleSettings:
     def __post_init__(self) -> None:
         if not (0 < self.eps < 1 and 0 < self.delta < 0.5 and self.components >= 1 and self.folds >= 2):
             raise ValueError(
-                "expected eps in (0, 1), delta in (0, 0.5), components >= 1 and folds >= 2; got "
-                f"{self.eps}, {self.delta}, {self.components}, {self.folds}"
+                "expected eps, the share that the gate may refuse, in (0, 1), delta in (0, 0.5), components >= 1 and "
+                f"folds >= 2; got {self.eps}, {self.delta}, {self.components}, {self.folds}"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -97,9 +100,30 @@ class RuleRows:
         return RuleRows(self.prompts[at], self.h[at], self.figures[at], self.y[at], digests)
 
 
+def rows_of(estimator: SDMEstimator, answers: Sequence[Labelled]) -> RuleRows:
+    """All attempts, those at one prompt next to each other. What cannot be scored holds NaN.
+
+    Raises CalibrationError where no answer's prompt has states.
+    """
+    attempts = Attempts.measure(estimator, answers)
+    if not attempts.prompts.shape[1]:
+        raise CalibrationError(
+            "a prompt gate needs the states at the end of prefill, and no answer has them: answer the records again, "
+            "or calibrate with the rule sdm"
+        )
+    d, _, _ = estimator.activate(attempts.measurement)
+    return RuleRows(
+        attempts.prompts,
+        attempts.h,
+        sdm_figures(attempts.measurement, d),
+        attempts.y.flatten(),
+        [answer.prompt_digest for answer in answers for _ in answer.attempts],
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class FittedRule:
-    """rule: its threshold is inf, for `calibration.rule_certificate` to set.
+    """rule: what it lets through, `calibration.rule_certificate` decides.
 
     scores, known, y (n,): cross-validated scores of the fitting records, whether the gate lets their prompts pass,
     labels. chosen: the score's name in `aurc`; aurc: of every candidate; reaches: the reach chosen for each view.
@@ -166,7 +190,7 @@ def fit_rule(
     slope, intercept = _platt(best.values[best.rows], rows.y[best.rows])
     score = AnswerScore(weight.float(), bias.float(), slope, intercept)
     return FittedRule(
-        AnswerRule(gate, score, float("inf")),
+        AnswerRule(gate, score),
         best.values[best.rows].float(),
         gate.known(gate.distance(rows.prompts[best.rows])),
         rows.y[best.rows],

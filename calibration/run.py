@@ -2,9 +2,9 @@
 
     read and check every file        before the engine starts
     answer and label                 cached, so a killed run resumes here
-    set aside the certification part where a certificate is wanted; or take it from its own file
+    set aside the certification part or take it from its own file; without two gates, where a certificate is wanted
     set aside the held-out part      or take it from its own files
-    fit on the rest                  J rounds
+    fit on the rest                  J rounds of the layer, then the two-gate rule
     certify                          what is let through
     evaluate on the held-out part    reports only
     publish                          atomic: a bundle or nothing
@@ -40,12 +40,15 @@ from candor.calibration.fit import (
 )
 from candor.calibration.generate import Labelled, collect, count_faults, require_calibrated
 from candor.calibration.report import build_report
+from candor.calibration.rule import RuleSettings
+from candor.calibration.rule_certificate import CertifiedRule, RuleParts, certified_rule
 from candor.engine.base import AdapterIdentity, Engine, ModelIdentity, Representation
 from candor.engine.prompt import ChatFormat
 from candor.model_store.bundle import Bundle, Exemplar
 from candor.model_store.manifest import Manifest
 from candor.model_store.store import publish
 from candor.policy.certificate import Certificate
+from candor.policy.judging import TwoGates
 from candor.policy.policy import Policy
 from candor.sdm.adaptor import Block
 
@@ -136,17 +139,43 @@ class Answers:
     certification: list[Labelled] = field(default_factory=list)
 
 
+RULE_SHARE = 0.4
+REGION_SHARE = 0.2
+"""Default shares of the prompts to certify on. A rule's order of thresholds is cross-validated, which leaves more."""
+
+
 @dataclass(frozen=True)
 class Certifying:
-    """share: of the prompts, set aside to certify where no certification file is given. Raises ValueError unless
-    it is in (0, 1)."""
+    """accuracy: the least to certify; None: a rule's alphas alone say, and no region is certified. share: of the
+    prompts, set aside to certify where no certification file is given. Raises ValueError out of range."""
 
-    wanted: Claim
+    accuracy: float | None
+    delta: float
     share: float
 
     def __post_init__(self) -> None:
+        Claim(0.5 if self.accuracy is None else self.accuracy, self.delta)  # raises out of range
         if not 0 < self.share < 1:
             raise ValueError(f"the share to certify on must be between 0 and 1, got {self.share}")
+
+    @classmethod
+    def of(
+        cls, accuracy: float | None, delta: float, share: float | None, *, rule: bool
+    ) -> Certifying | None:
+        """Returns what to certify; None: nothing. share: None: the default. rule: whether there are two gates."""
+        if accuracy is None and not rule:
+            return None
+        default = RULE_SHARE if rule else REGION_SHARE
+        return cls(accuracy, delta, default if share is None else share)
+
+    @property
+    def of_regions(self) -> Claim | None:
+        """What is to be certified of every region; None: nothing."""
+        return None if self.accuracy is None else Claim(self.accuracy, self.delta)
+
+    def of_rule(self, alpha: float) -> Claim:
+        """What is to be certified of the rule at alpha: that accuracy, or the least that was asked for."""
+        return Claim(max(alpha, self.accuracy or 0.0), self.delta)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,8 +185,13 @@ class Outcome:
     settings: FitSettings
     fitted: Fitted
     certification: Certification | None
+    rule: CertifiedRule | None
     evaluation: Evaluation
     report: dict[str, Any]
+
+    @property
+    def gates(self) -> TwoGates | None:
+        return self.rule.gates if self.rule else None
 
     @property
     def certificates(self) -> tuple[Certificate, ...]:
@@ -166,12 +200,10 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """A published bundle. evaluation: on the held-out part. The report holds it and the certification too."""
+    """A published bundle. outcome: with its figures on the held-out part."""
 
     digest: str
-    evaluation: Evaluation
-    report: dict[str, Any]
-    certification: Certification | None
+    outcome: Outcome
 
 
 def require_inputs_calibrated(chat: ChatFormat, inputs: Inputs, policy: Policy, tag: str) -> None:
@@ -207,18 +239,21 @@ def make_bundle(
     out: Path,
     name: str,
     certifying: Certifying | None = None,
+    rule: RuleSettings | None = None,
 ) -> Made:
-    """Fits, certifies, evaluates, publishes. certifying: None where no certificate is wanted.
+    """Fits, certifies, evaluates, publishes. certifying: None where no certificate is wanted, without a rule.
+    rule: None: the papers' regions alone.
 
     Raises CalibrationError or BundleError; then nothing is left at `out`.
     """
-    blocks = standardisation_blocks(answers.representation, answers.model.hidden_size)
+    hidden = answers.model.hidden_size
     with tqdm(total=settings.rounds * settings.epochs, desc="training", unit="epoch") as bar:
         outcome = calibrate_answers(
             answers.fitting,
-            blocks,
+            standardisation_blocks(answers.representation, hidden),
             settings,
             certifying,
+            RuleParts(rule, answers.representation.parts(hidden), (hidden, hidden)) if rule else None,
             held_out=answers.held_out,
             certification=answers.certification,
             progress=bar.update,
@@ -233,7 +268,7 @@ def make_bundle(
     digest = publish_outcome(
         out, outcome, name, answers.model, answers.adapter, answers.representation, answers.policy, data
     )
-    return Made(digest, outcome.evaluation, outcome.report, outcome.certification)
+    return Made(digest, outcome)
 
 
 def calibrate_answers(
@@ -241,6 +276,7 @@ def calibrate_answers(
     blocks: tuple[Block, ...],
     settings: FitSettings,
     certifying: Certifying | None = None,
+    rule: RuleParts | None = None,
     *,
     held_out: Sequence[Labelled] = (),
     certification: Sequence[Labelled] = (),
@@ -248,6 +284,7 @@ def calibrate_answers(
 ) -> Outcome:
     """Fits, certifies and evaluates; publishes nothing.
 
+    rule: None: the papers' regions alone. Otherwise certifying says what of it to certify, and is not None.
     held_out, certification: answers for these purposes; where there are none, a part of `answers` is set aside.
     progress: called with the number of epochs done since the last call. Raises CalibrationError.
     """
@@ -260,11 +297,17 @@ def calibrate_answers(
         raise DataError("no record is left for the held-out part: add records, or give a file with --test")
     fitted = fit(fitting, blocks, settings, progress)
     certified = None
-    if certifying is not None:
-        certified = certify(fitted.estimator, fitted.calibration, apart, certifying.wanted)
-    evaluation = evaluate(fitted.estimator, reporting, settings.alphas, settings.seed)
-    report = build_report(fitted, settings, fitting, reporting, evaluation, certified)
-    return Outcome(settings, fitted, certified, evaluation, report)
+    if certifying is not None and certifying.of_regions is not None:
+        certified = certify(fitted.estimator, fitted.calibration, apart, certifying.of_regions)
+    certified_gates = None
+    if rule is not None:
+        assert certifying is not None
+        claims = {alpha: certifying.of_rule(alpha) for alpha in settings.alphas}
+        certified_gates = certified_rule(fitted, rule, apart, claims)
+    gates = certified_gates.gates if certified_gates else None
+    evaluation = evaluate(fitted.estimator, reporting, settings.alphas, settings.seed, gates)
+    report = build_report(fitted, settings, fitting, reporting, evaluation, certified, certified_gates)
+    return Outcome(settings, fitted, certified, certified_gates, evaluation, report)
 
 
 def publish_outcome(
@@ -290,6 +333,7 @@ def publish_outcome(
         class_names=CLASS_NAMES,
         passed_over=settings.passed_over,
         certificates=outcome.certificates,
+        rule=outcome.gates.terms if outcome.gates else None,
         provenance={**data, "counts": outcome.report["counts"], "settings": settings.to_json()},
     )
     predictions = fitted.estimator.support.predictions.tolist()
@@ -297,7 +341,14 @@ def publish_outcome(
         Exemplar(answer.id, answer.label, prediction, answer.messages, answer.response)
         for answer, prediction in zip(fitted.training, predictions, strict=True)
     ]
-    return publish(out, manifest, fitted.estimator, exemplars, outcome.report)
+    return publish(
+        out,
+        manifest,
+        fitted.estimator,
+        exemplars,
+        outcome.report,
+        outcome.gates.rule if outcome.gates else None,
+    )
 
 
 async def run_evaluation(
@@ -311,7 +362,9 @@ async def run_evaluation(
     evaluations = {}
     for name, file in sets.items():
         answers = await answer_file(engine, chat, file, bundle.manifest.policy, asking, f"answering {name}")
-        evaluations[name] = evaluate(bundle.estimator, answers, bundle.manifest.alphas, asking.seed)
+        evaluations[name] = evaluate(
+            bundle.estimator, answers, bundle.manifest.alphas, asking.seed, bundle.rule
+        )
     return evaluations
 
 

@@ -1,14 +1,15 @@
-"""Two gates in one rule: an answer is let through iff its prompt is known and its score reaches t.
+"""Two gates in one rule: an answer may be let through only if its prompt is known, and then by its score.
 
-    answered  iff  G (`sdm.gate`, at the end of prefill)  and  S >= t (`sdm.score`, at the answer's end)
+    known   G (`sdm.gate`, at the end of prefill)
+    S       `sdm.score`, at the answer's end
 
-A certificate covers this pair with its threshold (`calibration.rule_certificate`).
+The threshold that S must reach stands in a certificate (`policy.certificate`): without one, nothing is let through.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,56 +20,40 @@ from candor.sdm.score import AnswerScore
 
 @dataclass(frozen=True, eq=False)
 class RuleEstimate:
-    """n rows. p_value (n,) float64 in (0, 1]; known, answered (n,) bool; score (n,), probability (n,) float32."""
+    """n rows. p_value (n,) float64 in (0, 1]; known (n,) bool; score (n,), probability (n,) float32."""
 
     p_value: Tensor
     known: Tensor
     score: Tensor
     probability: Tensor
-    answered: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class AnswerRule:
-    """A prompt gate and an answer score. threshold: t, inf if nothing may be answered."""
+    """A prompt gate and an answer score."""
 
     gate: PromptGate
     score: AnswerScore
-    threshold: float
 
     def judge(self, prompts: Tensor, h: Tensor, figures: Tensor) -> RuleEstimate:
         """prompts (n, P), h (n, D), figures (n, F) -> the verdict on each row, a function of that row alone."""
         distance = self.gate.distance(prompts)
-        known, score = self.gate.known(distance), self.score(prompts, h, figures)
+        score = self.score(prompts, h, figures)
         return RuleEstimate(
-            self.gate.p_value(distance),
-            known,
-            score,
-            self.score.probability(score),
-            known & (score.double() >= self.threshold) & score.isfinite(),
+            self.gate.p_value(distance), self.gate.known(distance), score, self.score.probability(score)
         )
 
-    def at(self, threshold: float) -> AnswerRule:
-        """The same gates with another threshold."""
-        return replace(self, threshold=threshold)
-
     def state(self) -> dict[str, Tensor]:
-        """gate.*, score.* and threshold () float64; `from_state` restores it to the bit."""
+        """gate.* and score.*; `from_state` restores it to the bit."""
         state = {f"gate.{name}": value for name, value in self.gate.state().items()}
-        state |= {f"score.{name}": value for name, value in self.score.state().items()}
-        return state | {"threshold": torch.tensor(self.threshold, dtype=torch.float64)}
+        return state | {f"score.{name}": value for name, value in self.score.state().items()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> AnswerRule:
         """The inverse of `state`. Raises ValueError naming missing or unexpected tensors, or wrong shapes."""
-        groups: dict[str, dict[str, Tensor]] = {"gate": {}, "score": {}, "threshold": {}}
+        groups: dict[str, dict[str, Tensor]] = {"gate": {}, "score": {}}
         for name, value in state.items():
             group, _, rest = name.partition(".")
             groups.setdefault(group, {})[rest] = value
-        require_names("rule", {group: torch.empty(0) for group in groups}, {"gate", "score", "threshold"})
-        require_names("threshold", groups["threshold"], {""})
-        return cls(
-            PromptGate.from_state(groups["gate"]),
-            AnswerScore.from_state(groups["score"]),
-            float(groups["threshold"][""]),
-        )
+        require_names("rule", {group: torch.empty(0) for group in groups}, {"gate", "score"})
+        return cls(PromptGate.from_state(groups["gate"]), AnswerScore.from_state(groups["score"]))

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from candor.policy.policy import Policy
 
 
+class Rule(StrEnum):
+    two_gates = "two-gates"
+    sdm = "sdm"
+
+
 class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -64,14 +69,32 @@ def calibrate(
             help="Held-out records that only report; default: a fifth of the data. May be repeated."
         ),
     ] = None,
+    rule: Annotated[
+        Rule,
+        typer.Option(help="What lets answers through: two certified gates, or the papers' region alone."),
+    ] = Rule.two_gates,
     certify: Annotated[
         float | None,
-        typer.Option(help="Accuracy to certify among the answered, on records set aside; e.g. 0.95."),
+        typer.Option(
+            help="Accuracy to certify among the answered, at least; e.g. 0.95. Two gates certify alpha without it."
+        ),
     ] = None,
     delta: Annotated[float, typer.Option(help="Chance that a certificate is false, at most.")] = 0.05,
-    certify_share: Annotated[float, typer.Option(help="Share of the prompts set aside to certify on.")] = 0.2,
+    certify_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the prompts set aside to certify on; default: 0.4 for two gates, else 0.2."
+        ),
+    ] = None,
     certify_data: Annotated[
         Path | None, typer.Option(help="Records to certify on, in place of a share of the data.")
+    ] = None,
+    refuse: Annotated[
+        float, typer.Option(help="Share of prompts of the calibrated kind that the first gate may refuse.")
+    ] = 0.02,
+    score: Annotated[
+        str | None,
+        typer.Option(help="Score of the second gate, by its name in the report; default: the best."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the bundle; default: that of its folder.")] = None,
     represent: Annotated[
@@ -120,10 +143,11 @@ def calibrate(
     their own names (docs/settings.md).
     """
     vllm = vllm_options(context, engine.value)  # first, so that a wrong option is refused at once
+    from candor.calibration import certificate, rule_certificate
     from candor.calibration.base_rates import base_rate_table
-    from candor.calibration.certificate import Claim, summary
     from candor.calibration.fit import FitSettings
     from candor.calibration.report import table
+    from candor.calibration.rule import RuleSettings
     from candor.calibration.run import AnsweringOptions, Certifying, Inputs, make_bundle, require_free
     from candor.engine.base import EVIDENCE, Representation
     from candor.engine.settings import EngineSettings
@@ -139,9 +163,10 @@ def calibrate(
             settings = FitSettings(
                 tuple(sorted(set(alpha))), rounds, epochs, exemplar_dim, learning_rate, seed, pass_over
             )
-            if certify_data is not None and certify is None:
+            gates = RuleSettings(refuse, delta, seed=seed, score=score) if rule is Rule.two_gates else None
+            if certify_data is not None and certify is None and gates is None:
                 raise ValueError("--certify-data says where to certify; say with --certify which accuracy")
-            certifying = None if certify is None else Certifying(Claim(certify, delta), certify_share)
+            certifying = Certifying.of(certify, delta, certify_share, rule=gates is not None)
             policy = Policy(temperature=temperature, max_tokens=max_tokens, resample=resample)
             arguments = _template_arguments(template_arguments)
         except ValueError as error:
@@ -161,20 +186,23 @@ def calibrate(
         )
         asking = AnsweringOptions(hidden_cache or beside(out), concurrency, seed)
         answers = asyncio.run(_answer(adapter, engine_settings, inputs, policy, asking))
-        made = make_bundle(inputs, answers, settings, out, name or out.resolve().name, certifying)
+        made = make_bundle(inputs, answers, settings, out, name or out.resolve().name, certifying, gates)
+    outcome = made.outcome
     if as_json:
-        typer.echo(json.dumps({"bundle": str(out), "digest": made.digest, "report": made.report}))
+        typer.echo(json.dumps({"bundle": str(out), "digest": made.digest, "report": outcome.report}))
         return
-    typer.echo(table({"held out": made.evaluation}))
-    missing = [alpha for alpha, region in made.report["regions"].items() if not region["found"]]
+    if outcome.rule is not None:
+        typer.echo("\n".join(map(rule_certificate.summary, outcome.rule.searches)) + "\n")
+    typer.echo(table({"held out": outcome.evaluation}))
+    missing = [alpha for alpha, region in outcome.report["regions"].items() if not region["found"]]
     if missing:
         typer.echo(
-            f"\nNo region at alpha = {', '.join(missing)}: nothing is admitted there. "
+            f"\nThe papers' region: none at alpha = {', '.join(missing)}; it admits nothing there. "
             "More records or easier prompts may help."
         )
-    typer.echo("\n" + base_rate_table(made.evaluation))
-    if made.certification is not None:
-        typer.echo("\n" + summary(made.certification))
+    typer.echo("\n" + base_rate_table(outcome.evaluation))
+    if outcome.certification is not None:
+        typer.echo("\n" + certificate.summary(outcome.certification))
     typer.echo(f"\n{out}: digest {made.digest}")
 
 

@@ -37,6 +37,7 @@ from candor.engine.base import (
     Generation,
     HiddenSummary,
     ModelIdentity,
+    PromptStates,
     Representation,
     Sampling,
     TokenLogprob,
@@ -153,6 +154,7 @@ class Script:
 
     pieces: tuple[str, ...] = ("The", " answer", ".")
     state: State = "follows"
+    prompt: Literal["known", "stranger", "incomplete", "missing"] = "known"
     finish: Literal["stop", "length"] = "stop"
     completion_tokens: int = 3
     pause_s: float = 0.0
@@ -192,13 +194,20 @@ class ScriptedEngine:
         return [sampling for text, sampling, _ in self.asked if prompt in text]
 
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
-    ) -> AsyncGenerator[Delta | Generation, None]:
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        capture: bool = True,
+        prompt_states: bool = False,
+    ) -> AsyncGenerator[PromptStates | Delta | Generation, None]:
         text = LetterFormat().decode(prompt_ids)
         script = next((script for key, script in self.scripts.items() if key in text), Script())
         self.asked.append((text, sampling, capture))
         self.running += 1
         try:
+            if prompt_states and script.prompt != "missing":
+                yield _prompt(script.prompt)
             for delta in self._deltas(script, sampling):
                 await asyncio.sleep(script.pause_s)
                 yield delta
@@ -206,7 +215,10 @@ class ScriptedEngine:
                 await asyncio.Event().wait()
             if script.fails:
                 raise script.fails
-            yield self._generation(script, prompt_ids, sampling, capture)
+            generation = self._generation(script, prompt_ids, sampling, capture)
+            if prompt_states and script.prompt != "missing":
+                generation = replace(generation, prompt=_prompt(script.prompt))
+            yield generation
         except (GeneratorExit, asyncio.CancelledError):
             self.cancelled.append(text)
             raise
@@ -250,6 +262,11 @@ class ScriptedEngine:
         assert hidden is not None
         return hidden
 
+    async def prompt_states(self, prompt_ids: Sequence[int]) -> PromptStates:
+        text = LetterFormat().decode(prompt_ids)
+        script = next((script for key, script in self.scripts.items() if key in text), Script())
+        return _prompt(script.prompt)
+
     async def check(self) -> None:
         if self.dead:
             raise EngineDead("the script ended")
@@ -261,6 +278,12 @@ class ScriptedEngine:
 def _logprob(piece: str) -> TokenLogprob:
     """With two alternatives, however many are asked for."""
     return TokenLogprob(1, piece, -0.5, ((1, piece, -0.5), (2, "other", float("-inf"))))
+
+
+def _prompt(kind: str) -> PromptStates:
+    """As the two-gate bundle's gate sees it: near its reference, or far off."""
+    half = torch.full((HIDDEN,), 50.0 if kind == "stranger" else 0.0)
+    return PromptStates(half, half, complete=kind != "incomplete")
 
 
 def _hidden(state: State) -> HiddenSummary | None:
