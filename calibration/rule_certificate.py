@@ -32,7 +32,8 @@ from candor.calibration.certificate import ENOUGH_POWER, Claim, Step, fixed_sequ
 from candor.calibration.errors import CalibrationError
 from candor.calibration.fit import Fitted
 from candor.calibration.generate import Labelled
-from candor.calibration.rule import FittedRule, RuleRows, RuleSettings, fit_rule, rows_of
+from candor.calibration.rule import FittedRule, RuleRows, RuleSettings, fit_gate, fit_rule, rows_of
+from candor.calibration.strangers import Passing, halves
 from candor.policy.certificate import RuleCertificate, RuleTerms
 from candor.policy.judging import TwoGates
 from candor.sdm.rule import RuleEstimate
@@ -48,11 +49,13 @@ MORE = (1, 2, 4, 8)
 
 @dataclass(frozen=True, eq=False)
 class RuleParts:
-    """How a rule is fitted. parts: h's blocks by name and width. prompt_widths: of the prompt states' blocks."""
+    """How a rule is fitted. parts: h's blocks by name and width. prompt_widths: of the prompt states' blocks.
+    strangers: (s, P), states of declared strangers; None: none were."""
 
     settings: RuleSettings
     parts: Sequence[tuple[str, int]]
     prompt_widths: Sequence[int]
+    strangers: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -191,11 +194,17 @@ class CertifiedRule:
     gates: TwoGates
     fitted: FittedRule
     searches: tuple[RuleCertification, ...]
+    passing: Passing | None = None
+
+    def __str__(self) -> str:
+        said = [summary(one) for one in self.searches]
+        return "\n".join([*said, str(self.passing)] if self.passing else said)
 
     def to_json(self) -> dict[str, Any]:
         terms = asdict(self.gates.terms)
         del terms["certificates"]  # they stand in the searches
         return terms | {
+            "declared_strangers": self.passing and self.passing.to_json(),
             "aurc": dict(self.fitted.aurc),
             "reaches": dict(self.fitted.reaches),
             "components": len(self.gates.rule.gate.deviations),
@@ -216,8 +225,10 @@ def certified_rule(
     rows = rows_of(fitted.estimator, answers)
     in_calibration = torch.arange(len(answers)) >= len(fitted.training)
     usable = rows.prompts.isfinite().all(dim=1)  # h is, since the layer was fitted on it
+    rows, in_calibration = rows[usable], in_calibration[usable]
+    taught, held = (None, None) if how.strangers is None else halves(how.strangers, how.settings.seed)
     try:
-        found = fit_rule(rows[usable], in_calibration[usable], how.parts, how.prompt_widths, how.settings)
+        found = fit_rule(rows, in_calibration, how.parts, how.prompt_widths, how.settings, taught)
     except ValueError as error:
         raise CalibrationError(f"no rule can be fitted: {error}") from error
     attempts = 1 + len(certification[0].more) if certification else 1
@@ -233,9 +244,20 @@ def certified_rule(
         refused_at_most=found.refusal_bound,
         confidence=1 - how.settings.delta,
         tokens=sum(answer.tokens for answer in answers) / len(answers),
+        strangers=0 if taught is None else len(taught),
         certificates=tuple(one.certificate for one in searches if one.certificate is not None),
     )
-    return CertifiedRule(TwoGates(found.rule, terms), found, searches)
+    passing = None
+    if taught is not None and held is not None:
+        known, reference = rows.prompts[~in_calibration], rows.prompts[in_calibration]
+        alone = fit_gate(known, reference, how.prompt_widths, how.settings)
+        passing = Passing(
+            len(taught),
+            len(held),
+            gate_alone=int(alone.known(alone.distance(held)).sum()),
+            both=int(found.rule.know(held)[1].sum()),
+        )
+    return CertifiedRule(TwoGates(found.rule, terms), found, searches, passing)
 
 
 def summary(found: RuleCertification) -> str:

@@ -17,12 +17,13 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from candor.calibration.cache import AnswerCache
@@ -42,12 +43,14 @@ from candor.calibration.generate import Labelled, collect, count_faults, require
 from candor.calibration.report import build_report
 from candor.calibration.rule import RuleSettings
 from candor.calibration.rule_certificate import CertifiedRule, RuleParts, certified_rule
+from candor.calibration.strangers import load_strangers, read_strangers
 from candor.engine.base import AdapterIdentity, Engine, ModelIdentity, Representation
 from candor.engine.prompt import ChatFormat
 from candor.model_store.bundle import Bundle, Exemplar
 from candor.model_store.manifest import Manifest
 from candor.model_store.store import publish
 from candor.policy.certificate import Certificate
+from candor.policy.conversation import Turn
 from candor.policy.judging import TwoGates
 from candor.policy.policy import Policy
 from candor.sdm.adaptor import Block
@@ -87,20 +90,36 @@ class DataFile:
 @dataclass(frozen=True)
 class Inputs:
     """fitting: the file to fit on. held_out: files that only report; empty: a part of `fitting` is used.
-    certification: the file to certify on; None: a part of `fitting` is used, where a certificate is wanted."""
+    certification: the file to certify on; None: a part of `fitting` is used, where a certificate is wanted.
+    strangers: conversations that are to be refused."""
 
     fitting: DataFile
     held_out: tuple[DataFile, ...]
     certification: DataFile | None = None
+    strangers: tuple[tuple[Turn, ...], ...] = ()
 
     @classmethod
-    def load(cls, fitting: Path, held_out: Sequence[Path], certification: Path | None = None) -> Inputs:
+    def load(
+        cls,
+        fitting: Path,
+        held_out: Sequence[Path],
+        certification: Path | None = None,
+        strangers: Path | None = None,
+    ) -> Inputs:
         """Raises DataError, also where a prompt is in files with different purposes."""
         inputs = cls(
             DataFile.load(fitting),
             tuple(map(DataFile.load, held_out)),
             None if certification is None else DataFile.load(certification),
         )
+        if strangers is not None:
+            files = [
+                inputs.fitting,
+                *inputs.held_out,
+                *([inputs.certification] if inputs.certification else []),
+            ]
+            digests = [record.prompt_digest for file in files for record in file.records]
+            inputs = replace(inputs, strangers=tuple(load_strangers(strangers, digests)))
         purposes = [[inputs.fitting], [inputs.certification] if inputs.certification else [], inputs.held_out]
         for one, other in combinations(purposes, 2):
             for file, against in product(one, other):
@@ -127,7 +146,8 @@ def require_free(out: Path) -> None:
 class Answers:
     """All answers of the engine, and its identity; the engine is no longer needed after this.
 
-    held_out: empty where `Inputs.held_out` is; likewise certification.
+    held_out: empty where `Inputs.held_out` is; likewise certification. strangers: (s, P), states of their prompts;
+    None where there are none.
     """
 
     model: ModelIdentity
@@ -137,6 +157,7 @@ class Answers:
     fitting: list[Labelled]
     held_out: list[Labelled]
     certification: list[Labelled] = field(default_factory=list)
+    strangers: Tensor | None = None
 
 
 RULE_SHARE = 0.4
@@ -227,8 +248,21 @@ async def answer_inputs(
         certification = await answer_file(
             engine, chat, inputs.certification, policy, asking, "answering records to certify on"
         )
+    strangers = None
+    if inputs.strangers:
+        with tqdm(total=len(inputs.strangers), desc="reading strangers", unit="prompt") as bar:
+            strangers = await read_strangers(
+                engine, chat, inputs.strangers, policy, asking.concurrency, bar.update
+            )
     return Answers(
-        engine.identity, engine.adapter, engine.representation, policy, fitting, held_out, certification
+        engine.identity,
+        engine.adapter,
+        engine.representation,
+        policy,
+        fitting,
+        held_out,
+        certification,
+        strangers,
     )
 
 
@@ -253,7 +287,9 @@ def make_bundle(
             standardisation_blocks(answers.representation, hidden),
             settings,
             certifying,
-            RuleParts(rule, answers.representation.parts(hidden), (hidden, hidden)) if rule else None,
+            RuleParts(rule, answers.representation.parts(hidden), (hidden, hidden), answers.strangers)
+            if rule
+            else None,
             held_out=answers.held_out,
             certification=answers.certification,
             progress=bar.update,

@@ -6,7 +6,7 @@
 
 and, if the bundle has a two-gate rule,
 
-    P  width of a prompt's states, 2 H          G  components        R  reference distances of the gate
+    P  width of a prompt's states, 2 H          G  components        R  reference distances of gate and probe
     P + D + F: what the score weighs; F figures of the layer (`sdm.score.FIGURES`)
 
 Manifest and exemplars give D, C, A, N and P. The first tensor that has another letter gives its size, and all others
@@ -43,8 +43,11 @@ RULE = "rule."
 """What the names of a rule's tensors begin with."""
 
 
-def layout(num_classes: int, *, rule: bool = False) -> dict[str, Spec]:
-    """Returns the specs of the tensors of estimator.safetensors by name: `SDMEstimator.state`; `AnswerRule.state`."""
+def layout(num_classes: int, *, rule: bool = False, probe: bool = False) -> dict[str, Spec]:
+    """Returns the specs of the tensors of estimator.safetensors by name: `SDMEstimator.state`, `AnswerRule.state`.
+
+    rule: whether there is one. probe: whether it has one.
+    """
     single, double, integer = torch.float32, torch.float64, torch.int64
     last = num_classes - 1
     inf = float("inf")
@@ -80,15 +83,28 @@ def layout(num_classes: int, *, rule: bool = False) -> dict[str, Spec]:
         "score.slope": Spec(double, (), -_MOST, _MOST),
         "score.intercept": Spec(double, (), -_MOST, _MOST),
     }
-    return specs | ({RULE + name: spec for name, spec in gate_and_score.items()} if rule else {})
+    probed = {
+        "probe.weight": Spec(single, ("P",), -_MOST, _MOST),
+        "probe.reference": Spec(double, ("R",), -_MOST, _MOST),
+        "probe.rank_cut": Spec(integer, (), 0, inf),
+    }
+    own = (gate_and_score if rule else {}) | (probed if probe else {})
+    return specs | {RULE + name: spec for name, spec in own.items()}
 
 
 def check(
-    tensors: Mapping[str, Tensor], *, d: int, c: int, a: int, n: int, p: int | None = None
+    tensors: Mapping[str, Tensor],
+    *,
+    d: int,
+    c: int,
+    a: int,
+    n: int,
+    p: int | None = None,
+    probe: bool = False,
 ) -> list[Difference]:
     """Returns the differences, [] if there are none. d, c, a, n, p: the sizes D, C, A, N and P; p is None if the
-    bundle has no rule."""
-    specs = layout(c, rule=p is not None)
+    bundle has no rule. probe: whether the rule has one."""
+    specs = layout(c, rule=p is not None, probe=probe)
     faults = [
         Difference(name, "no such tensor", _describe(tensors[name])) for name in tensors.keys() - specs.keys()
     ]
@@ -112,18 +128,19 @@ def check(
         # This form refuses NaN, which is in no range.
         elif not bool(((tensor >= spec.least) & (tensor <= spec.most)).all()):
             faults.append(Difference(name, f"values in [{spec.least:g}, {spec.most:g}]", _extremes(tensor)))
-    return sorted(faults, key=lambda one: one.where) or _check_ecdf(tensors) + _check_gate(tensors)
+    return sorted(faults, key=lambda one: one.where) or _check_ecdf(tensors) + _check_ranks(tensors)
 
 
-def _check_gate(tensors: Mapping[str, Tensor]) -> list[Difference]:
-    reference, cut = tensors.get(RULE + "gate.reference"), tensors.get(RULE + "gate.rank_cut")
-    if reference is None or cut is None:
-        return []
+def _check_ranks(tensors: Mapping[str, Tensor]) -> list[Difference]:
     faults = []
-    if bool((reference.diff() < 0).any()):
-        faults.append(Difference(RULE + "gate.reference", "ascending distances", "a descent"))
-    if int(cut) > len(reference):
-        faults.append(Difference(RULE + "gate.rank_cut", f"at most {len(reference)}", str(int(cut))))
+    for part in (RULE + "gate.", RULE + "probe."):
+        if part + "reference" not in tensors:
+            continue
+        reference, cut = tensors[part + "reference"], int(tensors[part + "rank_cut"])
+        if bool((reference.diff() < 0).any()):
+            faults.append(Difference(part + "reference", "ascending distances", "a descent"))
+        if cut > len(reference):
+            faults.append(Difference(part + "rank_cut", f"at most {len(reference)}", str(cut)))
     return faults
 
 

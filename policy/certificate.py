@@ -97,7 +97,8 @@ class RuleTerms:
     """How a bundle's two-gate rule was made. score: name of the score chosen (`calibration.rule`).
 
     eps: share of prompts of the calibrated kind that the gate may refuse. refused_at_most: the share that it refuses
-    at most, with `confidence` over draws of its reference. tokens: mean length of the calibrated answers.
+    at most, with `confidence` over draws of its reference. strangers: declared prompts that a probe was fitted on; 0:
+    none. tokens: mean length of the calibrated answers.
     certificates: at most one for each alpha; where there is none, nothing is let through.
 
     Raises ValueError for values out of range, and for two certificates at one alpha.
@@ -108,6 +109,7 @@ class RuleTerms:
     refused_at_most: float
     confidence: float
     tokens: float
+    strangers: int = 0
     certificates: tuple[RuleCertificate, ...] = ()
 
     def __post_init__(self) -> None:
@@ -116,8 +118,10 @@ class RuleTerms:
                 "expected eps in (0, 1), refused_at_most in (0, 1] and confidence in [0.5, 1); got "
                 f"{self.eps}, {self.refused_at_most}, {self.confidence}"
             )
-        if not (isfinite(self.tokens) and self.tokens >= 0):
-            raise ValueError(f"tokens must be at least 0, got {self.tokens}")
+        if not (isfinite(self.tokens) and self.tokens >= 0 and self.strangers >= 0):
+            raise ValueError(
+                f"tokens and strangers must be at least 0, got {self.tokens} and {self.strangers}"
+            )
         if len({one.alpha for one in self.certificates}) < len(self.certificates):
             raise ValueError("expected at most one certificate for each alpha")
 

@@ -105,10 +105,9 @@ def judge_by_rule(
 def judge_prompts(gates: TwoGates, prompts: Tensor, alpha: float, *, calibrated: Tensor) -> list[Verdict]:
     """Returns the verdict on each of n prompts (n, P) as if its answer had the highest score: where that abstains, no
     answer can be let through. calibrated (n,): whether the request keeps to the policy so far."""
-    gate, certificate = gates.rule.gate, gates.terms.at(alpha)
-    distance = gate.distance(prompts)
+    certificate = gates.terms.at(alpha)
     best = torch.full((len(prompts),), torch.inf)
-    judged = RuleEstimate(gate.p_value(distance), gate.known(distance), best, best)
+    judged = RuleEstimate(*gates.rule.know(prompts), best, best)
     finite = prompts.isfinite().all(dim=1)
     decisions = decide_by_rule(judged, certificate, finite=finite, calibrated=calibrated)
     return [

@@ -92,6 +92,10 @@ def calibrate(
     refuse: Annotated[
         float, typer.Option(help="Share of prompts of the calibrated kind that the first gate may refuse.")
     ] = 0.02,
+    strangers: Annotated[
+        Path | None,
+        typer.Option(help="Prompts to refuse that look like the task's, such as a changed instruction."),
+    ] = None,
     score: Annotated[
         str | None,
         typer.Option(help="Score of the second gate, by its name in the report; default: the best."),
@@ -143,7 +147,7 @@ def calibrate(
     their own names (docs/settings.md).
     """
     vllm = vllm_options(context, engine.value)  # first, so that a wrong option is refused at once
-    from candor.calibration import certificate, rule_certificate
+    from candor.calibration import certificate
     from candor.calibration.base_rates import base_rate_table
     from candor.calibration.fit import FitSettings
     from candor.calibration.report import table
@@ -167,12 +171,16 @@ def calibrate(
             if certify_data is not None and certify is None and gates is None:
                 raise ValueError("--certify-data says where to certify; say with --certify which accuracy")
             certifying = Certifying.of(certify, delta, certify_share, rule=gates is not None)
+            if strangers is not None and gates is None:
+                raise ValueError(
+                    "--strangers are refused by the first gate, which the rule sdm does not have"
+                )
             policy = Policy(temperature=temperature, max_tokens=max_tokens, resample=resample)
             arguments = _template_arguments(template_arguments)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         require_free(out)
-        inputs = Inputs.load(data, test or [], certify_data)
+        inputs = Inputs.load(data, test or [], certify_data, strangers)
         asked = [record.messages for record in inputs.fitting.records]
         policy = replace(policy, conversations=Conversations.of_records(asked, system_prompt, arguments))
         engine_settings = EngineSettings(
@@ -192,7 +200,7 @@ def calibrate(
         typer.echo(json.dumps({"bundle": str(out), "digest": made.digest, "report": outcome.report}))
         return
     if outcome.rule is not None:
-        typer.echo("\n".join(map(rule_certificate.summary, outcome.rule.searches)) + "\n")
+        typer.echo(f"{outcome.rule}\n")
     typer.echo(table({"held out": outcome.evaluation}))
     missing = [alpha for alpha, region in outcome.report["regions"].items() if not region["found"]]
     if missing:
