@@ -298,7 +298,7 @@ def gates() -> TwoGates:
     weight = torch.cat([torch.zeros(width), torch.full((width,), 1 / width), torch.zeros(4)])
     one = torch.ones((), dtype=torch.float64)
     certificate = RuleCertificate(0.9, 0.9, 0.95, SCORE_MIN, 400, 200, 193, 300, 0.93)
-    terms = RuleTerms("last", 0.02, 0.019, 0.95, 12.5, (certificate,))
+    terms = RuleTerms("last", 0.02, 0.019, 0.95, 12.5, 0, (certificate,))
     return TwoGates(AnswerRule(gate, AnswerScore(weight, torch.tensor(0.0), one, one)), terms)
 
 

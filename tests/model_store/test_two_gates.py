@@ -18,6 +18,7 @@ from candor.model_store.manifest import ESTIMATOR, MANIFEST, SEAL, FileEntry, Ma
 from candor.policy.certificate import RuleCertificate, RuleTerms
 from candor.sdm.estimator import SDMEstimator
 from candor.sdm.gate import PromptGate
+from candor.sdm.probe import StrangerProbe
 from candor.sdm.rule import AnswerRule
 from candor.sdm.score import AnswerScore
 
@@ -25,7 +26,7 @@ Files = dict[str, bytes]
 Write = Callable[[Path, Files], Path]
 
 AT_0_9 = RuleCertificate(0.9, 0.95, 0.95, 1.5, 400, 200, 197, 300, 0.96)
-TERMS = RuleTerms("sum", 0.02, 0.019, 0.95, 12.5, (AT_0_9,))
+TERMS = RuleTerms("sum", 0.02, 0.019, 0.95, 12.5, 0, (AT_0_9,))
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +129,27 @@ def test_terms_out_of_range(manifest: Manifest) -> None:
         replace(manifest, rule=elsewhere)
     with pytest.raises(ManifestError, match="two class names"):
         replace(manifest, rule=TERMS, class_names=("a", "b", "c"))
+
+
+def test_a_probe_is_kept_where_strangers_were_declared(
+    manifest: Manifest,
+    estimator: SDMEstimator,
+    exemplars: Sequence[Exemplar],
+    rule: AnswerRule,
+    write: Write,
+    tmp_path: Path,
+) -> None:
+    draw = torch.Generator().manual_seed(4)
+    probe = StrangerProbe.fit(torch.randn(8, generator=draw), torch.randn(30, 8, generator=draw), 2)
+    terms, probed = replace(TERMS, strangers=12), replace(rule, probe=probe)
+    files = encode(replace(manifest, rule=terms), estimator, exemplars, {}, probed)
+    loaded = load_bundle(write(tmp_path / "b", files)).rule
+    assert loaded is not None
+    assert all(value.equal(loaded.rule.state()[name]) for name, value in probed.state().items())
+    for wrong in (encode(replace(manifest, rule=TERMS), estimator, exemplars, {}, probed),
+                  encode(replace(manifest, rule=terms), estimator, exemplars, {}, rule)):  # fmt: skip
+        with pytest.raises(ContentError, match=r"rule\.probe"):
+            load_bundle(write(tmp_path / "wrong", wrong))
+    cut = with_tensors(files, lambda tensors: tensors.update({RULE + "probe.rank_cut": torch.tensor(31)}))
+    with pytest.raises(ContentError, match=r"rule\.probe\.rank_cut: expected at most 30"):
+        load_bundle(write(tmp_path / "cut", cut))

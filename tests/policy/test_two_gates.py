@@ -21,7 +21,7 @@ from candor.sdm.rule import AnswerRule, RuleEstimate
 from candor.sdm.score import AnswerScore
 
 AT_0_9 = RuleCertificate(0.9, 0.95, 0.95, 1.5, 400, 200, 197, 300, 0.96)
-TERMS = RuleTerms("evidence", 0.02, 0.019, 0.95, 12.5, (AT_0_9,))
+TERMS = RuleTerms("evidence", 0.02, 0.019, 0.95, 12.5, 0, (AT_0_9,))
 
 
 def plainly(known: bool, score: float, finite: bool, calibrated: bool, least: float | None) -> str | None:
@@ -179,7 +179,7 @@ def test_certificates_that_do_not_fit(changed: dict[str, float], said: str) -> N
 
 def test_terms_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="one certificate for each alpha"):
-        RuleTerms("evidence", 0.02, 0.02, 0.95, 1.0, (AT_0_9, AT_0_9))
+        RuleTerms("evidence", 0.02, 0.02, 0.95, 1.0, 0, (AT_0_9, AT_0_9))
     with pytest.raises(ValueError, match="eps"):
         RuleTerms("evidence", 0.0, 0.02, 0.95, 1.0)
 
