@@ -33,6 +33,8 @@ from candor.policy.certificate import EstimatorKind
 from candor.policy.judging import TwoGates
 from candor.sdm.estimator import SDMEstimator
 
+_REDRAWS = 200
+
 
 @dataclass(frozen=True)
 class RegionFigures:
@@ -68,10 +70,12 @@ class RuleReading:
 class Probabilities:
     """How well a rule's probability that an answer is right fits, on first attempts that can be scored.
 
-    calibration_error: ECE over `ranking.BINS` bins. brier: mean squared error. auroc: for y; None with one class.
+    calibration_error: ECE over `ranking.BINS` bins. by_chance: the ECE that so many records show on average where
+    every probability is exact. brier: mean squared error. auroc: for y; None with one class.
     """
 
     calibration_error: float
+    by_chance: float
     brier: float
     auroc: float | None
 
@@ -162,10 +166,18 @@ def _reading(served: RuleServed) -> RuleReading:
 
 def _probabilities(first: RuleServed, scored: torch.Tensor) -> Probabilities:
     p, y = first.probability[scored].double(), first.y[scored]
-    weights = torch.ones(1, len(y), dtype=torch.float64)
-    found = probabilistic(weights, p, torch.zeros_like(y), y == 1)
+    weights, bins = torch.ones(1, len(y), dtype=torch.float64), torch.zeros_like(y)
+    found = probabilistic(weights, p, bins, y == 1)
+    generator = torch.Generator().manual_seed(0)
+    exact = (torch.rand(len(p), generator=generator, dtype=torch.float64) < p for _ in range(_REDRAWS))
+    by_chance = [float(probabilistic(weights, p, bins, right)["top_label_ece"]) for right in exact]
     area = auroc(p, y)
-    return Probabilities(float(found["top_label_ece"]), float(found["brier"]), None if isnan(area) else area)
+    return Probabilities(
+        float(found["top_label_ece"]),
+        sum(by_chance) / len(by_chance),
+        float(found["brier"]),
+        None if isnan(area) else area,
+    )
 
 
 def region_figures(served: ServedRows) -> RegionFigures:

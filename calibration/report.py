@@ -123,8 +123,8 @@ def _rule_rows(evaluation: Evaluation) -> Iterable[str]:
     if (found := evaluation.probabilities) is not None:
         area = "-" if found.auroc is None else f"{found.auroc:.3f}"
         yield (
-            f"  probability: calibration error {100 * found.calibration_error:.1f} %, Brier {found.brier:.3f}, "
-            f"AUROC {area}"
+            f"  probability: calibration error {100 * found.calibration_error:.1f} % (by chance "
+            f"{100 * found.by_chance:.1f}), Brier {found.brier:.3f}, AUROC {area}"
         )
     yield "  the papers' region alone:"
 

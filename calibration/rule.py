@@ -170,7 +170,10 @@ def fit_gate(
 def fit_probe(
     known: Tensor, reference: Tensor, strangers: Tensor, widths: Sequence[int], settings: RuleSettings
 ) -> StrangerProbe:
-    """known, reference: as in `fit_gate`. strangers (s, P): prompts to be refused. The reach is cross-validated.
+    """known, reference: as in `fit_gate`. strangers (s, P): prompts to be refused.
+
+    Its reach is cross-validated. Its cut is beyond the farthest reference, which refuses one in m + 1 of the
+    calibrated kind.
 
     Raises CalibrationError for fewer strangers than folds.
     """
@@ -186,8 +189,7 @@ def fit_probe(
     out_of_fold = _cross_validated(x, y, blocks, folds, PROBE_REACHES)
     best = min(range(len(PROBE_REACHES)), key=lambda at: float(_loss(out_of_fold[at], y)))
     weight, _ = _fit(x, y, blocks, PROBE_REACHES[: best + 1])[-1]
-    cut = rank_cut(len(reference), settings.eps, settings.delta)
-    return StrangerProbe.fit(weight, reference, cut)
+    return StrangerProbe.fit(weight, reference, 1)
 
 
 def fit_rule(
@@ -207,14 +209,13 @@ def fit_rule(
     settings name a score that these rows do not provide.
     """
     known, reference = rows.prompts[~in_calibration], rows.prompts[in_calibration]
-    if strangers is None:
-        gate, probe = fit_gate(known, reference, prompt_widths, settings), None
-        refused = refusal_bound(len(reference), int(gate.rank_cut), settings.delta)
-    else:  # gate and probe share what may be refused, and each its bound
-        half = replace(settings, eps=settings.eps / 2, delta=settings.delta / 2)
-        gate = fit_gate(known, reference, prompt_widths, half)
-        probe = fit_probe(known, reference, strangers, prompt_widths, half)
-        refused = 2 * refusal_bound(len(reference), int(gate.rank_cut), half.delta)
+    gate, probe = fit_gate(known, reference, prompt_widths, settings), None
+    refused = refusal_bound(len(reference), int(gate.rank_cut), settings.delta)
+    if strangers is not None:  # both bounds hold together, each at half of delta
+        probe = fit_probe(known, reference, strangers, prompt_widths, settings)
+        refused = sum(
+            refusal_bound(len(reference), int(one.rank_cut), settings.delta / 2) for one in (gate, probe)
+        )
     shares = (1 / settings.folds,) * settings.folds
     folds = split(list(rows.digests), rows.y.tolist(), shares, settings.seed)
     columns = _columns(rows, [*(("prompt", width) for width in prompt_widths), *parts], folds)
@@ -382,6 +383,19 @@ def _aurc(scores: Tensor, y: Tensor) -> float:
 
 def _loss(f: Tensor, y: Tensor) -> Tensor:
     return torch.nn.functional.binary_cross_entropy_with_logits(f, y.double())
+
+
+def with_probabilities(fitted: FittedRule, certification: RuleRows) -> AnswerRule:
+    """The rule with probabilities fitted to the certification records' scores too, which change no verdict.
+
+    Their scores come from the weights that serve, as fresh records' do; there are as many again.
+    """
+    scores = fitted.rule.score(certification.prompts, certification.h, certification.figures)
+    usable = scores.isfinite()
+    slope, intercept = _platt(
+        torch.cat([fitted.scores, scores[usable]]).double(), torch.cat([fitted.y, certification.y[usable]])
+    )
+    return replace(fitted.rule, score=replace(fitted.rule.score, slope=slope, intercept=intercept))
 
 
 def _platt(scores: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

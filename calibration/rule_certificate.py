@@ -32,7 +32,15 @@ from candor.calibration.certificate import ENOUGH_POWER, Claim, Step, fixed_sequ
 from candor.calibration.errors import CalibrationError
 from candor.calibration.fit import Fitted
 from candor.calibration.generate import Labelled
-from candor.calibration.rule import FittedRule, RuleRows, RuleSettings, fit_gate, fit_rule, rows_of
+from candor.calibration.rule import (
+    FittedRule,
+    RuleRows,
+    RuleSettings,
+    fit_gate,
+    fit_rule,
+    rows_of,
+    with_probabilities,
+)
 from candor.calibration.strangers import Passing, halves
 from candor.policy.certificate import RuleCertificate, RuleTerms
 from candor.policy.judging import TwoGates
@@ -247,6 +255,7 @@ def certified_rule(
         strangers=0 if taught is None else len(taught),
         certificates=tuple(one.certificate for one in searches if one.certificate is not None),
     )
+    rule = with_probabilities(found, apart[torch.arange(0, len(apart), attempts)])
     passing = None
     if taught is not None and held is not None:
         known, reference = rows.prompts[~in_calibration], rows.prompts[in_calibration]
@@ -257,7 +266,7 @@ def certified_rule(
             gate_alone=int(alone.known(alone.distance(held)).sum()),
             both=int(found.rule.know(held)[1].sum()),
         )
-    return CertifiedRule(TwoGates(found.rule, terms), found, searches, passing)
+    return CertifiedRule(TwoGates(rule, terms), found, searches, passing)
 
 
 def summary(found: RuleCertification) -> str:

@@ -11,7 +11,7 @@ The command writes train and development (pairs to fine-tune on), calibration, t
 sentences) and ood (other tasks, shuffled words, other languages) as JSON lines.
 Every sentence is in one file only and gives one prompt there, or two in train and development.
 
-strangers and near change the instruction by a word, over sentences of development and test. The model gives the right
+strangers and near change the instruction by a word, over sentences of calibration and test. The model gives the right
 order all the same, so no answer to them is right. strangers are declared when the demo is calibrated (DECLARED); near
 has others too (UNDECLARED), which show what a declaration does for changes that it does not name.
 """
@@ -167,7 +167,7 @@ def main(
         "calibration": list(questions("calibration", usual[test + ood :], random.Random(SEED + 4))),
         "shifted": list(questions("shifted", longer[:test], random.Random(SEED + 5))),
     }
-    made["strangers"] = list(changed("strangers", made["development"] * len(DECLARED), DECLARED))
+    made["strangers"] = list(changed("strangers", made["calibration"][::3], DECLARED))
     made["near"] = list(changed("near", made["test"], (*DECLARED, *UNDECLARED)))
     out.mkdir(parents=True, exist_ok=True)
     for kind, rows in made.items():
