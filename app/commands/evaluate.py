@@ -47,6 +47,10 @@ def evaluate(
         Path | None, typer.Option(help="Records of a related kind, such as longer ones.")
     ] = None,
     ood: Annotated[Path | None, typer.Option(help="Records of another kind altogether.")] = None,
+    near: Annotated[
+        Path | None,
+        typer.Option(help="Records that look like the task's but are not, such as a changed instruction."),
+    ] = None,
     compare: Annotated[
         str | None,
         typer.Option(help="Other methods to stand beside the bundle: all, or names by commas."),
@@ -93,7 +97,7 @@ def evaluate(
         settings = _compare_settings(compare, calibration, ensemble, asked, seed)
         loaded = load_bundle(bundle)
         check_options(loaded, vllm)
-        paths = {"test": data, "shifted": shifted, "ood": ood}
+        paths = {"test": data, "shifted": shifted, "ood": ood, "near": near}
         sets = {name: DataFile.load(path) for name, path in paths.items() if path is not None}
         for file in sets.values():
             require_unseen(loaded, file)
