@@ -124,7 +124,10 @@ def _row(family: str, result: dict[str, Any]) -> str:
         return f"| {family} | {architecture} | not run: {why.replace('|', '/')} |"
     where, error = max(result["errors"].items(), key=lambda item: item[1])
     if error <= EXACT:
-        return f"| {family} | {architecture} | exact, {error:.0e} |"
+        unseen = ", but no tag of its own writing was seen" * any(
+            "none found" in way for way in result["errors"]
+        )
+        return f"| {family} | {architecture} | exact, {error:.0e}{unseen} |"
     return f"| {family} | {architecture} | differs: {error:.0e} ({where}) |"
 
 

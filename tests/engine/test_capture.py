@@ -131,10 +131,12 @@ class Worker(WorkerCapture, Steps):
     def __init__(self, device: torch.device, *, second: bool, later: bool) -> None:
         self.device = device
         self.later = later
+        self.rank = 0
         self.model_runner = Runner(device, second=second)
         self.vllm_config = SimpleNamespace(
             model_config=SimpleNamespace(get_hidden_size=lambda: HIDDEN, dtype=torch.float32),
             cache_config=SimpleNamespace(kv_cache_memory_bytes=None),
+            parallel_config=SimpleNamespace(world_size=1, tensor_parallel_size=1),
         )
         self.load_model()
         self.initialize_from_config(self.model_runner.kv_cache_config)

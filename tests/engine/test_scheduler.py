@@ -83,7 +83,7 @@ BLOCKS, PROMPT, TAG = [7, 2, 5], [3] * 6, [8, 9]
 class Steps:
     """vLLM's scheduler of one request, as far as capture looks at it."""
 
-    def __init__(self, *, asks: bool = True) -> None:
+    def __init__(self, *, asks: bool = True, speculates: bool = False) -> None:
         wish = {"tag": TAG, "first": None, "evidence": False, "prompt": asks}
         self.request = SimpleNamespace(
             request_id="a",
@@ -95,7 +95,8 @@ class Steps:
         )
         self.requests = {"a": self.request}
         self.kv_cache_manager = SimpleNamespace(get_block_ids=lambda _: [BLOCKS])
-        self._group, self._block_size, self._fresh = 0, 4, []  # what SchedulerCapture's start finds out
+        # What SchedulerCapture's start finds out.
+        self._group, self._block_size, self._fresh, self._speculates = 0, 4, [], speculates
 
     def schedule(self, count: int) -> Any:
         self.request.num_computed_tokens += count
