@@ -39,6 +39,7 @@ def main() -> None:
         "--family", action="append", choices=FAMILIES, metavar="FAMILY", help="one of them; again for another"
     )
     parser.add_argument("--kept", type=Path, help="file of results: those there are not run again")
+    parser.add_argument("--print", action="store_true", help="leave docs/models.md as it is")
     parser.add_argument("--here", choices=FAMILIES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.here:
@@ -51,7 +52,7 @@ def main() -> None:
             if given.kept:
                 given.kept.write_text(json.dumps(kept, indent=1))
         print(_row(family, kept[family]), flush=True)
-    if not given.family:
+    if not given.family and not given.print:
         rows = (_row(family, kept[family]) + "\n" for family in FAMILIES if family in kept)
         _put(TABLE + "".join(rows), Path("docs/models.md"))
 
