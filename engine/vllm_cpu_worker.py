@@ -19,7 +19,7 @@ def _keep_what_was_compiled() -> None:
     """vLLM 0.32 compiles anew at every start on a CPU: it loads what it compiled before, then calls a method that its
     own compiler's results have, but not inductor's, which the CPU build uses. So an empty method is added.
     """
-    load = torch.compiler.load_compiled_function
+    load: Any = torch.compiler.load_compiled_function
 
     def loaded(*args: Any, **kwargs: Any) -> Any:
         function = load(*args, **kwargs)
