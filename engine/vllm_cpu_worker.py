@@ -7,12 +7,20 @@ from typing import Any
 from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip  - before the rest of vLLM
 
 import torch
+from vllm.distributed.parallel_state import get_pp_group
 
 from candor.engine.vllm_capture import WorkerCapture
 
 
 class CaptureCPUWorker(WorkerCapture, CPUWorker):
-    pass
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        runner = self.model_runner
+        if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+            # vLLM makes this in its warm-up, which its CPU build leaves out where nothing is compiled.
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+            )
 
 
 def _keep_what_was_compiled() -> None:

@@ -86,6 +86,8 @@ class VLLMEngine:
                     enable_log_requests=args.enable_log_requests,
                     disable_log_stats=args.disable_log_stats,
                 )
+            except EngineError:
+                raise
             except Exception as error:  # whatever it is, the server has one message for it
                 why = start_failures.first_cause(failures) or start_failures.sentence(error)
                 raise EngineError(f"vLLM did not start: {why} (its log above says where)") from error
@@ -295,15 +297,15 @@ class VLLMEngine:
 
 
 def _config(args: AsyncEngineArgs) -> Any:
-    """Returns vLLM's configuration. Raises ValueError, before a process starts, for a model that cannot be served."""
+    """Returns vLLM's configuration. Raises EngineError, before a process starts, for what cannot be served."""
     config = args.create_engine_config()
     if config.model_config.is_attention_free:
-        raise ValueError(
+        raise EngineError(
             f"{config.model_config.architecture} has no attention layer: no KV block holds the whole sequence, so "
             "its mean hidden state cannot be taken; serve a model with attention layers"
         )
     if config.speculative_config is not None and config.use_v2_model_runner:
-        raise ValueError(
+        raise EngineError(
             "speculation is served by vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0, or leave it out"
         )
     # vLLM decides whether it can plan a step ahead: its CPU build does not, nor does n-gram speculation.
@@ -361,7 +363,7 @@ def _require_torchvision(model: Path) -> None:
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     if "vision_config" in config and find_spec("torchvision") is None:
         raise EngineError(
-            f"{model} reads images too, and vLLM's code for it needs torchvision, which is not installed: install "
+            f"{model.name} reads images too, and vLLM's code for it needs torchvision, which is not installed: install "
             "the one made for this torch, or serve the text model of the same family"
         )
 
