@@ -363,8 +363,8 @@ def _require_torchvision(model: Path) -> None:
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     if "vision_config" in config and find_spec("torchvision") is None:
         raise EngineError(
-            f"{model.name} reads images too, and vLLM's code for it needs torchvision, which is not installed: install "
-            "the one made for this torch, or serve the text model of the same family"
+            f"{model.name} reads images too, and vLLM's code for it needs torchvision, which is not installed: "
+            "install the one made for this torch, or serve the text model of the same family"
         )
 
 

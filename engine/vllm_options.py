@@ -76,7 +76,9 @@ CHANGES_H = (
 """Options under which the same weights have other states, beyond rounding. Options that only choose kernels, sizes or
 devices are not included: the batch changes the rounding too."""
 
-_SPECULATION = "states under a draft model have not been shown to be right; use --speculative-config with the method ngram"
+_SPECULATION = (
+    "states under a draft model have not been shown to be right; use n-grams (--speculative-config)"
+)
 _BLOCKS = (
     "no sums come with KV blocks that were computed elsewhere; leave it out, the local prefix cache stays"
 )
