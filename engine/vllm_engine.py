@@ -156,6 +156,7 @@ class VLLMEngine:
         ended = answer.tag_found or (
             completion.finish_reason == "stop" and not isinstance(completion.stop_reason, str)
         )
+        beyond = answer.token_ids[:-1][-len(self._tag_ids) :] == self._tag_ids  # the token after the tag
         token_ids = (
             answer.token_ids[:length] if length is not None else self._chat.encode_response(answer.text)
         )
@@ -167,7 +168,7 @@ class VLLMEngine:
             truncated=not ended,
             hidden=hidden,
             prompt_tokens=len(prompt_ids),
-            completion_tokens=len(answer.token_ids) - (record is not None),  # without the one after the tag
+            completion_tokens=len(answer.token_ids) - beyond,
             logprobs=answer.reported_logprobs,
             queued_s=_queued(output),
             prompt=prompt,

@@ -159,8 +159,8 @@ class SchedulerCapture:
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
     ) -> tuple[list[int], bool]:
-        # Nobody asked for what is drafted behind the tag.
-        end = _end_of_tag(request, new_token_ids) if self._speculates else None
+        # One token after the tag, as without speculation: vLLM shows no text of a stopped answer's last one.
+        end = _end_after_tag(request, new_token_ids) if self._speculates else None
         tokens, stopped = super()._update_request_with_output(request, new_token_ids[:end], *args, **kwargs)  # type: ignore[misc]
         if end is not None and not stopped:
             request.status = RequestStatus.FINISHED_STOPPED
@@ -219,16 +219,16 @@ def _may_feed_tag(request: Request, wish: dict[str, Any], end: int) -> bool:
     return bool(seen == tag[: len(seen)])
 
 
-def _end_of_tag(request: Request, new_token_ids: list[int]) -> int | None:
-    """Number of the new tokens up to the first tag of a generated answer; None if none of them ends one."""
+def _end_after_tag(request: Request, new_token_ids: list[int]) -> int | None:
+    """Number of the new tokens up to the one after a generated answer's first tag; None if none comes after one."""
     wish = _wish(request)
     if not wish or wish["first"] is not None:
         return None
     tag, before = wish["tag"], request.num_output_tokens
     tokens = [*request.output_token_ids, *new_token_ids]
-    ends = (end for end in range(before + 1, len(tokens) + 1) if tokens[max(0, end - len(tag)) : end] == tag)
-    end = next(ends, None)
-    return None if end is None else end - before
+    tagged = (end for end in range(before, len(tokens)) if tokens[max(0, end - len(tag)) : end] == tag)
+    end = next(tagged, None)
+    return None if end is None else end + 1 - before
 
 
 def _has_tag(request: Request, end: int) -> bool:
