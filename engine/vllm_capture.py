@@ -126,7 +126,8 @@ class WorkerCapture:
             self._evidence.clear_blocks(fresh)
         result = super().execute_model(scheduler_output)  # type: ignore[misc]
         state = self.model_runner.execute_model_state
-        needed = self._reports or wanted.scored  # each tensor rank computes its part of the logits
+        # Each tensor rank of the last stage computes its part of the logits; the stages before have no states.
+        needed = self._reports or (wanted.scored and self._in_last_stage)
         if state is not None and needed and scheduler_output.total_num_scheduled_tokens:
             self._step = self._look(scheduler_output, state, wanted)
         return result

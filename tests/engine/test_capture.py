@@ -328,6 +328,25 @@ def test_of_the_last_stage_s_two_ranks_one_keeps_and_reports(rank: int) -> None:
     assert hasattr(output, KEY) == hasattr(worker, "_sums") == (rank == 2)
 
 
+def test_a_stage_before_the_last_keeps_nothing(second: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second runner leaves a state there too, without hidden states."""
+    worker = Worker(torch.device("cpu"), second=second, later=False)
+    worker.vllm_config.parallel_config = SimpleNamespace(world_size=2, tensor_parallel_size=1)
+    worker.initialize_from_config(worker.model_runner.kv_cache_config)
+    state = SimpleNamespace(hidden_states=None, slot_mappings=None, slot_mappings_by_layer=None)
+    monkeypatch.setattr(
+        Steps, "execute_model", lambda self, _: setattr(self.model_runner, "execute_model_state", state)
+    )
+    monkeypatch.setattr(Steps, "sample_tokens", lambda *_: None)
+    given = StepPlan({"a": (BLOCKS["a"][:2], 6, 2)}, {"a": (1, [3, 14])}, fresh=[7], evidence=True)
+    step = SimpleNamespace(
+        total_num_scheduled_tokens=6, finished_req_ids={"b"}, preempted_req_ids=None, **{KEY: given}
+    )
+    worker.execute_model(step)
+    assert worker._step is None
+    assert worker.sample_tokens(None) is None
+
+
 @pytest.mark.parametrize("why", ["finished_req_ids", "preempted_req_ids"])
 def test_blocks_change_hands_while_steps_wait(device: torch.device, second: bool, why: str) -> None:
     driver = Driver(Worker(device, second=second, later=False))
