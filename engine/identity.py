@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -159,5 +160,11 @@ def _digest(*files: Path) -> str:
 
 
 def _content(file: Path) -> bytes:
+    found = file.stat()
+    return _content_then(file.resolve(), found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _content_then(file: Path, _size: int, _changed: int) -> bytes:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").digest()

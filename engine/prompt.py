@@ -49,8 +49,13 @@ class ChatFormat:
     def from_directory(cls, path: Path) -> ChatFormat:
         """Reads tokenizer and template of the model at `path`, without access to a hub or remote code.
 
-        Raises EngineError if the model names several templates and none of them is the default.
+        Raises EngineError if there is no such directory, or if the model names several templates and none of them is
+        the default.
         """
+        if not path.is_dir():
+            raise EngineError(
+                f"there is no directory {path}: expected the model's, with config.json, *.safetensors and a tokenizer"
+            )
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
