@@ -360,6 +360,11 @@ def test_declared_strangers_are_learnt_from_and_counted(
     assert bundle.rule is not None
     assert bundle.rule.rule.probe is not None
     assert bundle.rule.terms.strangers == 30
+    provenance = bundle.manifest.provenance
+    assert (provenance["strangers"]["file"], provenance["strangers"]["conversations"]) == ("s.jsonl", 60)
+    assert provenance["rule"]["eps"] == 0.02
+    with pytest.raises(DataError, match="the bundle was fitted on this prompt"):
+        require_unseen(bundle, DataFile.load(strange))
     passing = bundle.report["rule"]["declared_strangers"]
     assert (passing["fitted"], passing["kept_apart"]) == (30, 30)
     assert 0 <= passing["both"] <= passing["gate_alone"] <= 30
@@ -371,6 +376,8 @@ def test_a_stranger_is_no_record_to_calibrate_on(task: Task, tmp_path: Path) -> 
     data = task(tmp_path / "d.jsonl", range(10))
     with pytest.raises(DataError, match="conversation 2: it is also a record to calibrate on"):
         Inputs.load(data, [], None, task(tmp_path / "s.jsonl", [70, 3]))
+    with pytest.raises(DataError, match="expected at least 20 different strangers, got 2"):
+        Inputs.load(data, [], None, task(tmp_path / "s.jsonl", [70, 71]))
 
 
 def test_without_prompt_states_there_is_no_rule(
