@@ -117,8 +117,8 @@ class Inputs:
                 *inputs.held_out,
                 *([inputs.certification] if inputs.certification else []),
             ]
-            digests = [record.prompt_digest for file in files for record in file.records]
-            inputs = replace(inputs, strangers=load_strangers(strangers, digests))
+            records = [record for file in files for record in file.records]
+            inputs = replace(inputs, strangers=load_strangers(strangers, records))
         purposes = [[inputs.fitting], [inputs.certification] if inputs.certification else [], inputs.held_out]
         for one, other in combinations(purposes, 2):
             for file, against in product(one, other):
@@ -285,7 +285,13 @@ def make_bundle(
             standardisation_blocks(answers.representation, hidden),
             settings,
             certifying,
-            RuleParts(rule, answers.representation.parts(hidden), (hidden, hidden), answers.strangers)
+            RuleParts(
+                rule,
+                answers.representation.parts(hidden),
+                (hidden, hidden),
+                answers.strangers,
+                inputs.strangers.of if inputs.strangers else (),
+            )
             if rule
             else None,
             held_out=answers.held_out,
