@@ -121,6 +121,29 @@ def test_a_stop_string_is_no_end(served: Engine, settings: EngineSettings, runne
     assert cut.truncated
 
 
+@pytest.mark.slow
+def test_what_was_compiled_is_loaded_at_the_next_start(
+    reference: Any,
+    settings: EngineSettings,
+    runner: asyncio.Runner,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("vllm")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    written = []
+    for _ in range(2):
+        engine = runner.run(start_engine(replace(settings, kind="vllm", eager=False)))
+        try:
+            found = runner.run(Contract(engine, reference, ChatFormat.from_directory(settings.model)).hold())
+        finally:
+            runner.run(engine.close())
+        assert max(found, key=lambda one: one.error).error <= 1e-4, found
+        written.append({file: file.stat().st_mtime_ns for file in tmp_path.rglob("rank_*/model")})
+    assert written[0]
+    assert written[0] == written[1]  # compiled anew, it would have been written anew
+
+
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is here")
 def test_a_vision_checkpoint_is_refused_without_torchvision(tmp_path: Path, runner: asyncio.Runner) -> None:
     pytest.importorskip("vllm")
