@@ -2,7 +2,8 @@
 
 An answer costs a generation; a label, a split and a layer cost little. So the response and its h are
 committed as soon as the engine returns them, under a key that digests everything the answer depends on.
-Labels are not cached: a changed verifier needs no new generation.
+Labels that somebody was asked for (a judge, a function of the user's, a person) are kept beside them, under keys of
+their own: a changed verifier needs no new generation, and no verdict is paid for twice.
 
 The file is one SQLite database in write-ahead mode. A process that dies by any signal leaves the answers
 committed so far intact. Several runs may share a cache.
@@ -58,6 +59,9 @@ class AnswerCache:
                 "CREATE TABLE IF NOT EXISTS answers "
                 "(key TEXT PRIMARY KEY, response TEXT NOT NULL, truncated INTEGER NOT NULL, h BLOB NOT NULL)"
             )
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS labels (key TEXT PRIMARY KEY, label INTEGER)"  # NULL: unknown
+            )
         except (OSError, sqlite3.Error) as error:
             if hasattr(self, "_database"):
                 self._database.close()
@@ -83,6 +87,24 @@ class AnswerCache:
             self._database.execute(
                 "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)",
                 (key, answer.response, answer.truncated, h),
+            )
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+
+    def get_label(self, key: str) -> tuple[bool | None] | None:
+        """The verdict that is kept, None for unknown, in a tuple; None where none is kept."""
+        try:
+            row = self._database.execute("SELECT label FROM labels WHERE key = ?", (key,)).fetchone()
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+        return None if row is None else (None if row[0] is None else bool(row[0]),)
+
+    def put_label(self, key: str, verdict: bool | None) -> None:
+        """Stores a verdict; once this returns, it survives the death of this process."""
+        try:
+            self._database.execute(
+                "INSERT OR REPLACE INTO labels VALUES (?, ?)",
+                (key, None if verdict is None else int(verdict)),
             )
         except sqlite3.Error as error:
             raise self._failed(error) from error

@@ -14,7 +14,6 @@ The caller passes the engine; the same engine serves.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,8 @@ from tqdm import tqdm
 
 from candor.calibration.cache import AnswerCache
 from candor.calibration.certificate import Certification, Claim, certify
-from candor.calibration.data import Record, load_records, require_disjoint
+from candor.calibration.data import Loaded, Record, earlier_prompt_digest, load, require_disjoint
+from candor.calibration.early import Watch, require_disk, require_enough, require_writable, try_verifiers
 from candor.calibration.errors import CalibrationError, DataError
 from candor.calibration.evaluate import Evaluation, evaluate
 from candor.calibration.fit import (
@@ -38,8 +38,17 @@ from candor.calibration.fit import (
     set_aside_for_certification,
     standardisation_blocks,
 )
-from candor.calibration.generate import Labelled, collect, count_faults, require_calibrated
+from candor.calibration.generate import (
+    Labelled,
+    collect,
+    count_faults,
+    encode_prompts,
+    require_calibrated,
+)
+from candor.calibration.generate import Watch as Watching
+from candor.calibration.labels import ask_person, verifier_of
 from candor.calibration.report import build_report
+from candor.calibration.shapes import Reading
 from candor.engine.base import AdapterIdentity, Engine, ModelIdentity, Representation
 from candor.engine.prompt import ChatFormat
 from candor.model_store.bundle import Bundle, Exemplar
@@ -57,17 +66,18 @@ HELD_OUT_SHARE = 0.2
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of records that was read and checked. sha256: of its bytes."""
+    """A file of records that was read and checked. sha256: of its bytes. loaded: how it was understood."""
 
     path: Path
     records: list[Record]
     sha256: str
+    loaded: Loaded | None = None
 
     @classmethod
-    def load(cls, path: Path) -> DataFile:
+    def load(cls, path: Path, reading: Reading | None = None) -> DataFile:
         """Raises DataError."""
-        records = load_records(path)
-        return cls(path, records, hashlib.sha256(path.read_bytes()).hexdigest())
+        found = load(path, reading)
+        return cls(path, found.records, found.rows.sha256, found)
 
     def to_json(self) -> dict[str, Any]:
         """JSON without folders, which would reveal the machine."""
@@ -77,6 +87,7 @@ class DataFile:
             "sha256": self.sha256,
             "records": len(self.records),
             "given_responses": sum(record.response is not None for record in self.records),
+            **({"unknown_labels": self.loaded.unknown} if self.loaded and self.loaded.unknown else {}),
             "verifiers": sorted(verifiers),
         }
 
@@ -91,12 +102,18 @@ class Inputs:
     certification: DataFile | None = None
 
     @classmethod
-    def load(cls, fitting: Path, held_out: Sequence[Path], certification: Path | None = None) -> Inputs:
+    def load(
+        cls,
+        fitting: Path,
+        held_out: Sequence[Path],
+        certification: Path | None = None,
+        reading: Reading | None = None,
+    ) -> Inputs:
         """Raises DataError, also where a prompt is in files with different purposes."""
         inputs = cls(
-            DataFile.load(fitting),
-            tuple(map(DataFile.load, held_out)),
-            None if certification is None else DataFile.load(certification),
+            DataFile.load(fitting, reading),
+            tuple(DataFile.load(path, reading) for path in held_out),
+            None if certification is None else DataFile.load(certification, reading),
         )
         purposes = [[inputs.fitting], [inputs.certification] if inputs.certification else [], inputs.held_out]
         for one, other in combinations(purposes, 2):
@@ -104,14 +121,24 @@ class Inputs:
                 require_disjoint(file.path, file.records, against.path, against.records)
         return inputs
 
+    @property
+    def files(self) -> list[DataFile]:
+        return [self.fitting, *self.held_out, *([self.certification] if self.certification else [])]
+
 
 @dataclass(frozen=True)
 class AnsweringOptions:
-    """How the engine is asked: the cache's folder, the number of records in flight, the seed of sampling."""
+    """How the engine is asked: the cache's folder, the number of records in flight, the seed of sampling.
+
+    relabel: asks verifiers again whose verdicts are kept. person: somebody is at the terminal, and is asked about
+    what no verifier could label.
+    """
 
     cache: Path
     concurrency: int
     seed: int = 0
+    relabel: bool = False
+    person: bool = False
 
 
 def require_free(out: Path) -> None:
@@ -180,6 +207,37 @@ def require_inputs_calibrated(chat: ChatFormat, inputs: Inputs, policy: Policy, 
     for file in (inputs.fitting, inputs.certification):
         if file is not None:
             require_calibrated(file.path, file.records, policy, chat, tag)
+
+
+def require_possible(
+    chat: ChatFormat,
+    inputs: Inputs,
+    policy: Policy,
+    representation: Representation,
+    settings: FitSettings,
+    certifying: Certifying | None,
+    out: Path,
+    cache: Path,
+    *,
+    hidden_size: int,
+    max_model_len: int,
+) -> None:
+    """Raises CalibrationError for all that would otherwise fail after the last answer."""
+    width = sum(representation.block_sizes(hidden_size))
+    require_writable(out.parent, "the bundle's folder")
+    require_writable(cache, "the cache")
+    require_disk(cache, sum(len(file.records) for file in inputs.files), width, policy)
+    require_enough(
+        inputs.fitting.records,
+        min(settings.alphas),
+        certifying.share if certifying and not inputs.certification else 0,
+        0 if inputs.held_out else HELD_OUT_SHARE,
+        str(inputs.fitting.path),
+    )
+    require_inputs_calibrated(chat, inputs, policy, representation.tag)
+    for file in inputs.files:
+        encode_prompts(max_model_len, chat, file.records, policy)
+        try_verifiers(file.records)
 
 
 async def answer_inputs(
@@ -252,18 +310,22 @@ def calibrate_answers(
     progress: called with the number of epochs done since the last call. Raises CalibrationError.
     """
     fitting, reporting, apart = list(answers), list(held_out), list(certification)
+    unknown = sum(one.unknown for one in (*fitting, *reporting, *apart))
     if certifying is not None and not apart:
         fitting, apart = set_aside_for_certification(fitting, certifying.share, settings.seed)
     if not reporting:
         fitting, reporting = set_aside(fitting, HELD_OUT_SHARE, settings.seed)
     if not reporting:
         raise DataError("no record is left for the held-out part: add records, or give a file with --test")
+    # Nobody said that these are right: they are not learnt from, and count as wrong where figures are reported.
+    fitting = [one for one in fitting if not one.unknown]
     fitted = fit(fitting, blocks, settings, progress)
     certified = None
     if certifying is not None:
         certified = certify(fitted.estimator, fitted.calibration, apart, certifying.wanted)
     evaluation = evaluate(fitted.estimator, reporting, settings.alphas, settings.seed)
     report = build_report(fitted, settings, fitting, reporting, evaluation, certified)
+    report["counts"]["unknown_labels"] = unknown
     return Outcome(settings, fitted, certified, evaluation, report)
 
 
@@ -319,9 +381,9 @@ def require_unseen(bundle: Bundle, file: DataFile) -> None:
     """Raises DataError where the bundle was fitted on one of the file's prompts."""
     fitted = set(bundle.report["fitted_prompts"])
     problems = [
-        f"line {record.line}: the bundle was fitted on this prompt"
+        f"{record.place}: the bundle was fitted on this prompt"
         for record in file.records
-        if record.prompt_digest in fitted
+        if fitted & {record.prompt_digest, earlier_prompt_digest(record.messages)}
     ]
     if problems:
         raise DataError.from_problems(
@@ -330,24 +392,55 @@ def require_unseen(bundle: Bundle, file: DataFile) -> None:
 
 
 async def answer_file(
-    engine: Engine, chat: ChatFormat, file: DataFile, policy: Policy, asking: AnsweringOptions, title: str
+    engine: Engine,
+    chat: ChatFormat,
+    file: DataFile,
+    policy: Policy,
+    asking: AnsweringOptions,
+    title: str,
+    watch: Watching | None = None,
 ) -> list[Labelled]:
-    with (
-        AnswerCache(asking.cache) as cache,
-        tqdm(total=len(file.records) * policy.resample, desc=title, unit="answer") as bar,
-    ):
-        answers = await collect(
-            engine,
-            chat,
-            file.records,
-            policy,
-            engine.representation,
-            cache,
-            asking.concurrency,
-            bar.update,
-            asking.seed,
-        )
+    """Answers and labels a file's records. watch: sees each answer; by default `early.Watch`."""
+    number = len(file.records) * policy.resample
+    seen = watch or Watch(
+        number, policy.max_tokens, lambda line: tqdm.write(f"{file.path}: {line}", sys.stderr)
+    )
+
+    async def collected(cache: AnswerCache, watch: Watching) -> list[Labelled]:
+        with tqdm(total=number, desc=title, unit="answer", delay=1) as bar:
+            return await collect(
+                engine,
+                chat,
+                file.records,
+                policy,
+                engine.representation,
+                cache,
+                asking.concurrency,
+                bar.update,
+                asking.seed,
+                watch,
+                asking.relabel,
+            )
+
+    with AnswerCache(asking.cache) as cache:
+        answers = await collected(cache, seen)
+        left = [
+            (record, attempt.response)
+            for record, answer in zip(file.records, answers, strict=True)
+            for attempt in answer.attempts
+            if attempt.unknown
+        ]
+        if left and asking.person and ask_person(left, cache):
+            answers = await collected(cache, lambda *_: None)
     attempts = [attempt for answer in answers for attempt in answer.attempts]
+    if unknown := sum(attempt.unknown for attempt in attempts):
+        tqdm.write(
+            f"{file.path}: {unknown} of {len(attempts)} answers ({unknown / len(attempts):.0%}) have no known label: "
+            "left out of fitting, counted as wrong in figures and certificates. --ask-person asks you about them",
+            file=sys.stderr,
+        )
+    for told in {one.costs() for record in file.records if (one := verifier_of(record)) and one.costs}:
+        tqdm.write(f"{file.path}: {told}", file=sys.stderr)
     if faults := count_faults(attempts):
         told = ", ".join(f"{count} {fault}" for fault, count in faults.items())
         tqdm.write(

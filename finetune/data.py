@@ -36,7 +36,8 @@ class Pair:
     folder: Path | None = None
 
     def is_right(self, response: str) -> bool:
-        return load_verifier(self.verifier, self.folder)(response, self.reference)
+        """Whether the verifier says so; False where it cannot say."""
+        return load_verifier(self.verifier, self.folder)(response, self.reference) is True
 
 
 def load_pairs(path: Path) -> list[Pair]:
