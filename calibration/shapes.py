@@ -31,7 +31,7 @@ _USUAL = {
     "prompt": ("question", "instruction", "query"),
     "reference": ("ideal", "expected", "expected_output", "target"),
     "response": ("model_answer", "model_response", "model_output", "generation"),
-    "label": ("correct", "is_correct"),
+    "label": ("correct", "is_correct", "verdict"),
     "options": ("choices",),
 }
 _ANSWERS = ("answer", "completion", "output")

@@ -99,11 +99,15 @@ def _of_bytes(path: Path, content: bytes) -> Rows:
         raise DataError(f"{path} is no text and no Parquet file. {_REMEDY}")
     text, encoding, problems = _decoded(path, content)
     is_json = path.suffix.lower() in _JSON_NAMES or text.lstrip()[:1] in "{["
-    if is_json or not text.strip():
-        kind, rows, more = _json(text)
-    else:
+    kind, lines = ("", []) if not is_json and text.strip() else _json(text)
+    if not kind:
         kind, rows, more = _csv(path, text)
-    return Rows(kind, encoding, "line", rows, sorted(problems + more, key=_number))
+        return Rows(kind, encoding, "line", rows, sorted(problems + more, key=_number))
+    unit = "line"
+    if len({number for number, _ in lines}) < len(lines):  # a list on one line
+        unit, lines = "record", list(enumerate((line for _, line in lines), start=1))
+    rows, more = _parsed(lines, unit)
+    return Rows(kind, encoding, unit, rows, sorted(problems + more, key=_number))
 
 
 def _number(problem: str) -> int:
@@ -145,8 +149,9 @@ def _decoded(path: Path, content: bytes) -> tuple[str, str, list[str]]:
     return "\n".join(lines), "UTF-8", problems
 
 
-def _json(text: str) -> tuple[str, list[tuple[int, Row]], list[str]]:
-    """JSON Lines if the first line is JSON by itself, or nothing else can be made of the whole."""
+def _json(text: str) -> tuple[str, list[tuple[int, str]]]:
+    """The kind, and each row's line and text. JSON Lines if the first line is JSON by itself, or nothing else can be
+    made of the whole."""
     first, *others = [line for line in text.split("\n") if line.strip()] or [""]
     if not others or not _is_whole(first) or first.strip().startswith("["):
         try:
@@ -154,9 +159,10 @@ def _json(text: str) -> tuple[str, list[tuple[int, Row]], list[str]]:
         except (ValueError, RecursionError):
             values = []
         if values:
-            return "JSON", *_parsed(_inside(values))
-    lines = ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
-    return "JSON Lines", *_parsed(lines)
+            rows = list(_inside(values))
+            one_line = len(rows) == 1 and rows[0][1] == first.strip()
+            return "JSON Lines" if one_line else "JSON", rows
+    return "JSON Lines", [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
 def _is_whole(line: str) -> bool:
@@ -200,17 +206,17 @@ def _inside(values: Sequence[tuple[int, str]]) -> Iterable[tuple[int, str]]:
     if not isinstance(whole, dict):
         return values
     lists = [key for key, value in whole.items() if isinstance(value, list) and key in _LISTS]
-    return [(n, json.dumps(row)) for n, row in enumerate(whole[lists[0]], 1)] if lists else values
+    return [(line, json.dumps(row)) for row in whole[lists[0]]] if lists else values
 
 
-def _parsed(lines: Iterable[tuple[int, str]]) -> tuple[list[tuple[int, Row]], list[str]]:
+def _parsed(lines: Iterable[tuple[int, str]], unit: str) -> tuple[list[tuple[int, Row]], list[str]]:
     rows: list[tuple[int, Row]] = []
     problems = []
     for number, line in lines:
         try:
             rows.append((number, _object(line)))
         except ValueError as error:
-            problems.append(f"line {number}: {error}")
+            problems.append(f"{unit} {number}: {error}")
     return rows, problems
 
 

@@ -164,8 +164,9 @@ def _names(response: str, option: str) -> bool:
 
 
 _NUMBER = re.compile(
-    r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:(?<=\d)\.\d+|(?<!\d)\.\d+|(?<=\d))(?:[eE][-+]?\d+)?"
+    r"(?:(?<![\w.])[-+\u2212])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][-+]?\d+)?"
 )
+"""A sign belongs to a number unless something stands right before it: 10-5 ends with 5."""
 
 
 def last_number(text: str) -> float | None:
