@@ -15,8 +15,8 @@ from candor.calibration.cache import AnswerCache, cache_key
 from candor.calibration.data import Record
 from candor.calibration.verifiers import Question, Verdict, Verifier, load_verifier
 
-KEYS = {"r": True, "w": False, "u": None}
-"""What a person types."""
+_WORDS: dict[str, Verdict] = {"right": True, "wrong": False, "unknown": None}
+"""What a person types, or its first letter."""
 
 
 def verifier_of(record: Record) -> Verifier | None:
@@ -63,22 +63,25 @@ def ask_person(
 ) -> int:
     """Asks at the terminal about answers, one by one, and keeps what is said; returns how many were labelled.
 
-    It ends at the last, at "s" or at the end of the input. Raises CacheError.
+    Of what a person called unknown nobody is asked again. It ends at the last answer, at "stop" or at the end of the
+    input. Raises CacheError.
     """
     done = 0
+    answers = [one for one in answers if cache.get_label(_key("person", *one)) is None]
     for number, (record, response) in enumerate(answers, start=1):
         reference = "" if record.reference is None else f"\nReference: {record.reference}"
         print(f"\n[{number} of {len(answers)}] {record.prompt}{reference}\nAnswer: {response}", file=out)
         while True:
             try:
-                said = read("right, wrong, unknown or stop? [r/w/u/s] ").strip().lower()[:1]
+                said = read("right, wrong, unknown or stop? [r/w/u/s] ").strip().lower()
             except EOFError:
                 return done
-            if said == "s":
+            if said in ("s", "stop"):
                 return done
-            if said in KEYS:
+            word = next((word for word in _WORDS if said in (word, word[0])), None)
+            if word is not None:
                 break
-        keep_persons(record, response, KEYS[said], cache)
+        keep_persons(record, response, _WORDS[word], cache)
         done += 1
     return done
 

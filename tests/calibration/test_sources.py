@@ -177,7 +177,7 @@ CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
             ("Name the capital.\n\nFrance", "Paris", None, None),
             "Alpaca",
         ),
-        ({"system": "Hi.", "prompt": FRANCE, "reference": 3}, (f"system: Hi.\nuser: {FRANCE}", "3", None, None), None),
+        ({"system": "A.", "prompt": FRANCE, "reference": 3}, (f"system: A.\nuser: {FRANCE}", "3", None, None), None),
         ({"prompt": FRANCE, "response": "", "label": False}, (FRANCE, None, "", 0), None),
         ({"prompt": FRANCE, "response": "Paris", "reference": "Paris"}, (FRANCE, "Paris", "Paris", None), None),
     ],
