@@ -24,6 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from candor.calibration.advice import Advice, advise
 from candor.calibration.cache import AnswerCache
 from candor.calibration.certificate import Certification, Claim, certify
 from candor.calibration.data import Loaded, Record, earlier_prompt_digest, load, require_disjoint
@@ -185,6 +186,7 @@ class Outcome:
     certification: Certification | None
     evaluation: Evaluation
     report: dict[str, Any]
+    advice: Advice
 
     @property
     def certificates(self) -> tuple[Certificate, ...]:
@@ -199,6 +201,7 @@ class Made:
     evaluation: Evaluation
     report: dict[str, Any]
     certification: Certification | None
+    advice: Advice
 
 
 def require_inputs_calibrated(chat: ChatFormat, inputs: Inputs, policy: Policy, tag: str) -> None:
@@ -291,7 +294,7 @@ def make_bundle(
     digest = publish_outcome(
         out, outcome, name, answers.model, answers.adapter, answers.representation, answers.policy, data
     )
-    return Made(digest, outcome.evaluation, outcome.report, outcome.certification)
+    return Made(digest, outcome.evaluation, outcome.report, outcome.certification, outcome.advice)
 
 
 def calibrate_answers(
@@ -326,7 +329,9 @@ def calibrate_answers(
     evaluation = evaluate(fitted.estimator, reporting, settings.alphas, settings.seed)
     report = build_report(fitted, settings, fitting, reporting, evaluation, certified)
     report["counts"]["unknown_labels"] = unknown
-    return Outcome(settings, fitted, certified, evaluation, report)
+    advice = advise(fitted, fitting, evaluation)
+    report["advice"] = advice.to_json()
+    return Outcome(settings, fitted, certified, evaluation, report, advice)
 
 
 def publish_outcome(

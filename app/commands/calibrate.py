@@ -226,12 +226,8 @@ def calibrate(
         typer.echo(json.dumps({"bundle": str(out), "digest": made.digest, "report": made.report}))
         return
     typer.echo(table({"held out": made.evaluation}))
-    missing = [alpha for alpha, region in made.report["regions"].items() if not region["found"]]
-    if missing:
-        typer.echo(
-            f"\nNo region at alpha = {', '.join(missing)}: nothing is admitted there. "
-            "More records or easier prompts may help."
-        )
+    if advice := str(made.advice):
+        typer.echo("\n" + advice)
     typer.echo("\n" + base_rate_table(made.evaluation))
     if made.certification is not None:
         typer.echo("\n" + summary(made.certification))

@@ -59,7 +59,8 @@ def labelled(ones: int, zeros: int) -> list[Labelled]:
 def test_fewer_than_needed_never_suffice_and_as_many_do(alpha: float) -> None:
     """Held to the check that is made with the answers, with as many right ones as is best."""
     needed = records_needed(alpha, 0, 0)
-    assert needed <= (both := 4 / (1 - alpha) + 1e-9)
+    both = 4 / (1 - alpha) + 1e-9
+    assert needed <= both
     _require_enough(some := labelled(round(both / 2), round(both / 2)), some, alpha)
     with pytest.raises(DataError):
         _require_enough(few := labelled((needed - 1) // 2, needed - 1 - (needed - 1) // 2), few, alpha)
@@ -75,7 +76,7 @@ def test_too_few_and_one_class(task: Task, tmp_path: Path) -> None:
     given = [
         Record(str(i), ({"role": "user", "content": str(i)},), i, response="a", label=1) for i in range(90)
     ]
-    with pytest.raises(DataError, match="all 90 answers in d.jsonl are labelled right"):
+    with pytest.raises(DataError, match=r"all 90 answers in d.jsonl are labelled right"):
         require_enough(given, 0.9, 0, 0, "d.jsonl")
 
 
