@@ -268,8 +268,10 @@ def make_bundle(
     out: Path,
     name: str,
     certifying: Certifying | None = None,
+    agreement: Mapping[str, Any] | None = None,
 ) -> Made:
-    """Fits, certifies, evaluates, publishes. certifying: None where no certificate is wanted.
+    """Fits, certifies, evaluates, publishes. certifying: None where no certificate is wanted. agreement: of the
+    verifier with people, for the report.
 
     Raises CalibrationError or BundleError; then nothing is left at `out`.
     """
@@ -284,6 +286,8 @@ def make_bundle(
             certification=answers.certification,
             progress=bar.update,
         )
+    if agreement is not None:
+        outcome.report["agreement_with_people"] = dict(agreement)
     data = {
         "data": inputs.fitting.to_json(),
         "certification_data": inputs.certification and inputs.certification.to_json(),

@@ -23,6 +23,7 @@ from candor.app.commands.serve import EngineKind, vllm_options
 from candor.app.process.ending import ending_children
 
 if TYPE_CHECKING:
+    from candor.calibration.agreement import Agreement
     from candor.calibration.run import AnsweringOptions, Answers, DataFile, Inputs
     from candor.calibration.shapes import Reading
     from candor.engine.base import Engine
@@ -127,6 +128,12 @@ def calibrate(
     ] = 0,
     columns: Columns = "",
     verifier: VerifierName = None,
+    human: Annotated[
+        Path | None,
+        typer.Option(
+            help="Answers labelled by people: the verifier is held to them, and so are certificates."
+        ),
+    ] = None,
     relabel: Relabel = False,
     ask_person: AskPerson = False,
     seed: Seed = 0,
@@ -212,7 +219,15 @@ def calibrate(
             hidden_size=hidden_size_of(model),
             max_model_len=max_model_len,
         )
+        agreed = None if human is None else _agreement(human, inputs, reading, asking.cache)
         if certifying is not None:
+            if agreed is not None:
+                certifying = replace(certifying, wanted=agreed.by_verifier(certifying.wanted))
+                typer.echo(
+                    f"Certificates of {certify:g} by people's labels (delta {delta:g}) take "
+                    f"{certifying.wanted.accuracy:.4g} by the verifier's (delta {certifying.wanted.delta:g}).",
+                    err=True,
+                )
             apart = inputs.certification
             share = 1.0 if apart else certifying.share
             prompts = len({record.prompt_digest for record in (apart or inputs.fitting).records})
@@ -221,7 +236,12 @@ def calibrate(
             ):
                 typer.echo(f"Note: {warning}.", err=True)
         answers = asyncio.run(_answer(adapter, engine_settings, chat, inputs, policy, asking))
-        made = make_bundle(inputs, answers, settings, out, name or out.resolve().name, certifying)
+        agreement = None
+        if agreed is not None:
+            agreement = agreed.to_json() | {"accuracy_by_people": certify, "delta": delta}
+        made = make_bundle(
+            inputs, answers, settings, out, name or out.resolve().name, certifying, agreement=agreement
+        )
     if as_json:
         typer.echo(json.dumps({"bundle": str(out), "digest": made.digest, "report": made.report}))
         return
@@ -250,6 +270,22 @@ async def _answer(
         return await answer_inputs(engine, chat, inputs, policy, asking)
 
     return await asked(engine_settings, chat, adapter, ask)
+
+
+def _agreement(human: Path, inputs: Inputs, reading: Reading, cache: Path) -> Agreement:
+    """Holds the verifier of the data to answers that people labelled, and says how often it agrees."""
+    from candor.calibration.agreement import agreement
+    from candor.calibration.errors import DataError
+    from candor.calibration.run import DataFile
+
+    file = DataFile.load(human, reading)
+    tell_what_was_read(file)
+    names = {record.verifier for record in inputs.fitting.records if record.verifier is not None}
+    if len(names) != 1:
+        raise DataError(f"--human holds one verifier to people's labels, and the data has {len(names)}")
+    found = agreement(file.records, names.pop(), cache)
+    typer.echo(f"{human}: {found}", err=True)
+    return found
 
 
 def reading_of(columns: str, verifier: str | None) -> Reading:
