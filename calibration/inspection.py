@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
@@ -157,10 +157,9 @@ def check_data(
         both = {r.prompt_digest for r in one.records} & {r.prompt_digest for r in other.records}
         if both:
             shared[pair] = len(both)
-        close = near_twins([*_marked(one, "1"), *_marked(other, "2")])
-        apart = [(a, b) for a, b in close if a[0] != b[0]]
-        if len(apart) > len(both):
-            near[pair] = len(apart) - len(both)
+        close = near_twins([*_marked(one, "1", both), *_marked(other, "2", both)])
+        if apart := [(a, b) for a, b in close if a[0] != b[0]]:
+            near[pair] = len(apart)
     first = checks[str(files[0].source)]
     held_out = held_out if len(files) == 1 else 0
     hopes, possible = hopes_of(first, alphas, claim, share, held_out)
@@ -178,6 +177,7 @@ def check_file(loaded: Loaded) -> FileCheck:
     name, count = references.most_common(1)[0] if references else ("", 0)
     answers = [(text, r.place) for r in records if isinstance(text := r.response or r.reference, str)]
     firsts = {record.prompt_digest: record for record in reversed(records)}
+    different = list(reversed(firsts.values()))
     return FileCheck(
         read=loaded.summary(),
         records=len(records),
@@ -188,8 +188,8 @@ def check_file(loaded: Loaded) -> FileCheck:
         prompt_lengths=Lengths.of([(record.prompt, record.place) for record in records]),
         answer_lengths=Lengths.of(answers) if answers else None,
         languages=languages(record.messages[-1]["content"] for record in records),
-        case_twins=case_twins(list(firsts.values())),
-        near_twins=near_twins([(record.place, record.prompt) for record in reversed(firsts.values())]),
+        case_twins=case_twins(different),
+        near_twins=near_twins([(record.place, record.prompt) for record in different]),
     )
 
 
@@ -275,8 +275,8 @@ def _shown(reference: Any) -> str:
     return str(reference.get("answer", reference) if isinstance(reference, Mapping) else reference)
 
 
-def _marked(loaded: Loaded, mark: str) -> list[tuple[str, str]]:
-    return [(f"{mark} {record.place}", record.prompt) for record in loaded.records]
+def _marked(loaded: Loaded, mark: str, but: Set[str]) -> list[tuple[str, str]]:
+    return [(f"{mark} {one.place}", one.prompt) for one in loaded.records if one.prompt_digest not in but]
 
 
 def languages(texts: Iterable[str]) -> dict[str, float]:

@@ -60,7 +60,7 @@ def test_the_claim_is_raised_by_it_or_cannot_be_made() -> None:
 
 @pytest.mark.parametrize(("error", "accuracy"), [(0.03, 0.93), (0.01, 0.92), (0.06, 0.97)])
 def test_a_false_certificate_by_people_is_as_rare_as_promised(error: float, accuracy: float) -> None:
-    """Both counts are drawn 2,000 times; where the accuracy by people is under the one wanted, certificates are false."""
+    """Both counts drawn 2,000 times; where the accuracy by people is under the one wanted, certificates are false."""
     wanted, humans, answered = Claim(0.9, 0.1), 300, 400
     by_people = accuracy * (1 - error)
     generator = torch.Generator().manual_seed(1)
