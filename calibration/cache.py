@@ -91,6 +91,14 @@ class AnswerCache:
         except sqlite3.Error as error:
             raise self._failed(error) from error
 
+    def __contains__(self, key: str) -> bool:
+        try:
+            return (
+                self._database.execute("SELECT 1 FROM answers WHERE key = ?", (key,)).fetchone() is not None
+            )
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+
     def get_label(self, key: str) -> tuple[bool | None] | None:
         """The verdict that is kept, None for unknown, in a tuple; None where none is kept."""
         try:

@@ -9,17 +9,18 @@ import asyncio
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import ceil, floor, log
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from candor.calibration.cache import CachedAnswer
+from candor.calibration.cache import AnswerCache, CachedAnswer
 from candor.calibration.data import Record
 from candor.calibration.errors import CalibrationError, DataError, VerifierError
 from candor.calibration.generate import close_verifiers
-from candor.calibration.labels import verifier_of
-from candor.calibration.verifiers import Question, Verdict
+from candor.calibration.labels import label, verifier_of
+from candor.calibration.verifiers import Verdict
 from candor.policy.policy import Policy
 from candor.sdm.region import minimum_points
 
@@ -90,9 +91,10 @@ def require_enough(
         )
 
 
-def try_verifiers(records: Sequence[Record]) -> None:
+def try_verifiers(records: Sequence[Record], cache: Path | None = None) -> None:
     """Asks each verifier once, about an answer that is one: the reference, or the word "nothing".
 
+    cache: the folder where its verdict is kept, so that it is not paid for in the next run too.
     Raises DataError, which names the record, where it fails.
     """
     first: dict[str | None, Record] = {}
@@ -103,13 +105,10 @@ def try_verifiers(records: Sequence[Record]) -> None:
     async def tried() -> None:
         try:
             for record in first.values():
-                verifier = verifier_of(record)
-                if verifier is None or verifier.deferred:
-                    continue
                 answer = record.reference if isinstance(record.reference, str) else "nothing"
-                answer = record.response or answer
                 try:
-                    await verifier.label(Question(answer, record.reference, record.messages, record.row))
+                    with nullcontext() if cache is None else AnswerCache(cache) as kept:
+                        await label(record, record.response or answer, kept)
                 except VerifierError as error:
                     raise DataError(
                         f'{record.place} (id "{record.id}"), tried before any answer: {error}'

@@ -24,6 +24,7 @@ import torch
 from candor.calibration.cache import AnswerCache, CachedAnswer, cache_key
 from candor.calibration.data import Label, Record
 from candor.calibration.errors import CalibrationError, DataError
+from candor.calibration.kept import KeptAnswers, NotKept
 from candor.calibration.labels import label, verifier_of
 from candor.calibration.verifiers import Verdict
 from candor.engine.base import Engine, Generation, HiddenSummary, PromptTooLong, Representation, Sampling
@@ -105,7 +106,13 @@ async def collect(
     prompts = encode_prompts(engine.max_model_len, chat, records, policy)
     answers: dict[tuple[int, int], CachedAnswer] = {}
     verdicts: dict[tuple[int, int], Verdict] = {}
-    todo = iter(list(product(range(len(records)), range(policy.resample))))
+    every = list(product(range(len(records)), range(policy.resample)))
+    if isinstance(engine, KeptAnswers):  # before anybody is asked for a label, which would be lost
+        for index, attempt in every:
+            drawn = _sampling(policy, records[index], seed, attempt)
+            if _key(engine, records[index], policy, representation, drawn) not in cache:
+                raise NotKept(f'the answer to "{records[index].id}" is not in the cache')
+    todo = iter(every)
 
     async def work() -> None:
         for index, attempt in todo:  # workers share the iterator, so each item goes to one of them

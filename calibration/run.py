@@ -240,7 +240,7 @@ def require_possible(
     require_inputs_calibrated(chat, inputs, policy, representation.tag)
     for file in inputs.files:
         encode_prompts(max_model_len, chat, file.records, policy)
-        try_verifiers(file.records)
+        try_verifiers(file.records, cache)
 
 
 async def answer_inputs(

@@ -128,7 +128,7 @@ def evaluate(
         asking = AnsweringOptions(hidden_cache or beside(bundle), concurrency, seed, relabel, ask_person)
         require_writable(asking.cache, "the cache")
         for file in sets.values():
-            try_verifiers(file.records)
+            try_verifiers(file.records, asking.cache)
         evaluations, material = asyncio.run(
             _ask(loaded, adapter, engine_settings, sets, fitted, settings, asking)
         )

@@ -408,3 +408,18 @@ class TestRun:
             capsys.readouterr().err
         )
         assert engine.closed
+
+
+@pytest.mark.parametrize(("ratios", "warns"), [({"0.9": 1.0, "0.95": 1.0}, True), ({"0.9": 0.99, "0.95": 1.0}, False)])
+def test_a_bundle_that_always_abstained_is_said_at_start(
+    bundle: Bundle,
+    settings: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ratios: dict[str, float],
+    warns: bool,
+) -> None:
+    one = replace(bundle, report={"reference_abstention_ratio": ratios})
+    monkeypatch.setattr("candor.app.process.backend.load_bundle", lambda _: one)
+    _load(Path("bundle"), settings())
+    assert ("expect every answer to be abstained from" in caplog.text) is warns

@@ -21,6 +21,7 @@ from candor.calibration.early import try_verifiers
 from candor.calibration.errors import DataError, VerifierError
 from candor.calibration.generate import Labelled, collect
 from candor.calibration.judge import Judge, JudgeSettings, read_verdict
+from candor.calibration.kept import KeptAnswers, NotKept
 from candor.calibration.labels import verifier_of
 from candor.calibration.verifiers import Question, load_verifier
 from candor.engine.prompt import ChatFormat
@@ -245,6 +246,34 @@ def test_one_that_is_not_there_is_said_before_any_model_starts(tmp_path: Path) -
         DataError, match=r'line 1 \(id "r1"\), tried before any answer: .* gave no verdict for 1 s'
     ):
         try_verifiers(records)
+
+
+def test_the_trial_is_paid_once_too(endpoint: Endpoint, tmp_path: Path) -> None:
+    records = task(tmp_path, endpoint, [1, 2])
+    for _ in range(3):
+        try_verifiers(records, tmp_path / "cache")
+    assert len(endpoint.asked) == 1
+
+
+def test_nobody_is_asked_while_it_is_found_out_what_is_kept(
+    endpoint: Endpoint, make_engine: MakeEngine, chat: ChatFormat, tmp_path: Path
+) -> None:
+    class Kept(KeptAnswers):
+        def __init__(self) -> None:
+            engine = make_engine()
+            self.identity, self.adapter = engine.identity, None
+            self.representation, self.max_model_len = engine.representation, engine.max_model_len
+
+    records = task(tmp_path, endpoint, range(4))
+    gather(make_engine(), chat, records[:3], tmp_path)
+    with AnswerCache(tmp_path / "cache") as cache:
+        cache._database.execute("DELETE FROM labels")
+    endpoint.asked.clear()
+    with pytest.raises(NotKept, match='the answer to "r3" is not in the cache'):
+        gather(Kept(), chat, records, tmp_path)
+    assert endpoint.asked == []
+    assert len(gather(Kept(), chat, records[:3], tmp_path)) == 3
+    assert len(endpoint.asked) == 3
 
 
 def test_one_that_goes_away_leaves_its_verdicts(
