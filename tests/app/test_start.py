@@ -22,10 +22,11 @@ import pytest
 from pydantic import ValidationError
 
 from candor.app.edge.limits import Refused
-from candor.app.process.backend import Backend
+from candor.app.process.backend import Backend, _load
 from candor.app.process.server import run
 from candor.app.process.settings import Settings
 from candor.engine.base import EngineError, IdentityMismatch, Representation
+from candor.model_store.bundle import Bundle
 from candor.model_store.identity import check_identity, check_options
 from candor.model_store.manifest import AdapterIdentity
 
@@ -410,7 +411,9 @@ class TestRun:
         assert engine.closed
 
 
-@pytest.mark.parametrize(("ratios", "warns"), [({"0.9": 1.0, "0.95": 1.0}, True), ({"0.9": 0.99, "0.95": 1.0}, False)])
+@pytest.mark.parametrize(
+    ("ratios", "warns"), [({"0.9": 1.0, "0.95": 1.0}, True), ({"0.9": 0.99, "0.95": 1.0}, False)]
+)
 def test_a_bundle_that_always_abstained_is_said_at_start(
     bundle: Bundle,
     settings: Any,
