@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from candor.app.commands.calibrate import Columns, Json, VerifierName, reading_of, reporting_errors
+from candor.app.commands.calibrate import (
+    Columns,
+    ContextLength,
+    Json,
+    VerifierName,
+    reading_of,
+    reporting_errors,
+)
+
+if TYPE_CHECKING:
+    from candor.calibration.data import Loaded
 
 data_app = typer.Typer(help="Data to fine-tune and calibrate on.", no_args_is_help=True)
 
@@ -31,6 +42,11 @@ def check(
     certify: Annotated[float, typer.Option(help="Accuracy that is to be certified.")] = 0.95,
     delta: Annotated[float, typer.Option(help="Chance that a certificate is false, at most.")] = 0.05,
     certify_share: Annotated[float, typer.Option(help="Share of the prompts set aside to certify on.")] = 0.2,
+    model: Annotated[
+        Path | None, typer.Option(help="Directory of the model: also count tokens, by its tokenizer alone.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    max_model_len: ContextLength = 2048,
     as_json: Json = False,
 ) -> None:
     """Say what was read, and whether a region and a certificate can be hoped for.
@@ -53,7 +69,30 @@ def check(
             raise typer.BadParameter(str(error)) from error
         loaded = [load(file, reading) for file in files]
         found = check_data(loaded, alphas, claim, certify_share, HELD_OUT_SHARE)
-        typer.echo(json.dumps(found.to_json()) if as_json else str(found))
+        told = found.to_json()
+        if model is not None:
+            told["longest_prompt_tokens"] = _longest_prompt(model, loaded, max_tokens, max_model_len)
+        typer.echo(json.dumps(told) if as_json else str(found))
+        if model is not None and not as_json:
+            typer.echo(
+                f"\nthe longest prompt has {told['longest_prompt_tokens']} tokens: with {max_tokens} for the answer, "
+                f"all fit the model's {max_model_len}"
+            )
         for one in loaded:
             try_verifiers(one.records)
     raise typer.Exit(0 if found.fine else 1)
+
+
+def _longest_prompt(model: Path, files: Sequence[Loaded], max_tokens: int, max_model_len: int) -> int:
+    """Returns the tokens of the longest prompt. Raises DataError that lists records that the model cannot take."""
+    from candor.calibration.generate import encode_prompts, require_calibrated
+    from candor.engine.base import Representation
+    from candor.engine.prompt import ChatFormat
+    from candor.policy.conversation import Conversations
+    from candor.policy.policy import Policy
+
+    chat = ChatFormat.from_directory(model)
+    asked = [record.messages for record in files[0].records]
+    policy = Policy(max_tokens=max_tokens, conversations=Conversations.of_records(asked))
+    require_calibrated(files[0].source, files[0].records, policy, chat, Representation().tag)
+    return max(len(ids) for one in files for ids in encode_prompts(max_model_len, chat, one.records, policy))

@@ -15,6 +15,7 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
+from candor.app.cli import cli
 from candor.app.commands.calibrate import calibrate, results_alone_on_stdout
 from candor.app.commands.evaluate import evaluate
 from candor.model_store.bundle import load_bundle
@@ -258,6 +259,19 @@ def test_a_bundle_of_another_model_is_refused_before_an_engine_starts(
         template.write_text(before)
     assert found.exit_code == 1
     assert "chat_template_sha256" in found.stderr
+
+
+def test_data_check_counts_the_models_tokens(model: Path, tmp_path: Path) -> None:
+    data = given(tmp_path / "d.jsonl", range(120))
+    options = ("data", "check", data, "--model", model, "--max-tokens", 8)
+    fits = CliRunner().invoke(cli, [str(one) for one in (*options, "--max-model-len", 128)])
+    assert fits.exit_code == 0, fits.output
+    assert "the longest prompt has 29 tokens: with 8 for the answer, all fit the model's 128" in fits.stdout
+    told = CliRunner().invoke(cli, [str(one) for one in (*options, "--json")])
+    assert json.loads(told.stdout)["longest_prompt_tokens"] == 29
+    long = CliRunner().invoke(cli, [str(one) for one in (*options, "--max-model-len", 20)])
+    assert long.exit_code == 1
+    assert "for the answer exceed the model's 20" in long.stderr
 
 
 def test_results_stand_alone_on_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
