@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from candor.app.cli import cli
 from candor.app.commands.calibrate import calibrate, results_alone_on_stdout
 from candor.app.commands.evaluate import evaluate
 from candor.model_store.bundle import load_bundle
+from tests.calibration.test_judge import by_reference, listening, settings
 
 FIT = ("--alpha", "0.9", "--alpha", "0.8", "--rounds", "1", "--epochs", "4", "--exemplar-dim", "8")
 ENGINE = ("--engine", "transformers", "--max-model-len", "128")
@@ -341,3 +343,39 @@ def test_what_can_fail_fails_before_an_engine_starts(
     assert isinstance(found.exception, SystemExit), found.exception
     assert says in found.stderr
     assert not (tmp_path / "b").exists()
+
+
+def test_killed_while_a_judge_is_asked_it_pays_for_no_verdict_twice(model: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"Item {i}.", "response": ("." if i % 3 else "!") * 6, "reference": "......"}
+        for i in range(120)
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [
+        "calibrate", "--model", model, "--data", tmp_path / "d.jsonl", "--verifier", "judge(judge.toml)",
+        "--out", tmp_path / "bundle", *FIT, *ENGINE, "--max-tokens", 8, "--dtype", "float32", "--json",
+    ]  # fmt: skip
+    script = [sys.executable, "-c", "from candor.app.cli import main; main()", *map(str, arguments)]
+    with listening() as endpoint:
+        endpoint.say, endpoint.delay = by_reference, 0.02
+        settings(tmp_path / "judge.toml", endpoint, concurrency=4)
+        process = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while len(endpoint.asked) < 40:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        before = len(endpoint.asked)
+        assert before < 100
+        done = subprocess.run(script, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        asked = len(endpoint.asked)
+        # All once, the trial, and what was under way when it was killed.
+        assert 121 <= asked <= 121 + 4
+        again = asked - before
+        assert f"judge(judge.toml) was asked {again} times: {50 * again} tokens read" in done.stderr
+    report = json.loads(done.stdout)["report"]
+    counts = report["counts"]
+    assert sum(counts[part]["correct"] for part in ("training_half", "calibration_half", "held_out")) == 80
