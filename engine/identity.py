@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -164,5 +165,12 @@ def _digest(*files: Path) -> str:
 
 
 def _content(file: Path) -> bytes:
+    stat = file.stat()
+    return _content_at(file, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _content_at(file: Path, *_stamp: int) -> bytes:
+    """Weights are read once, also where the answers that are kept are looked for before an engine starts."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").digest()
