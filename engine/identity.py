@@ -165,12 +165,11 @@ def _digest(*files: Path) -> str:
 
 
 def _content(file: Path) -> bytes:
-    stat = file.stat()
-    return _content_at(file, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    found = file.stat()
+    return _content_then(file.resolve(), found.st_size, found.st_mtime_ns)
 
 
 @cache
-def _content_at(file: Path, *_stamp: int) -> bytes:
-    """Weights are read once, also where the answers that are kept are looked for before an engine starts."""
+def _content_then(file: Path, _size: int, _changed: int) -> bytes:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").digest()
