@@ -6,7 +6,8 @@ Labels that somebody was asked for (a judge, a function of the user's, a person)
 their own: a changed verifier needs no new generation, and no verdict is paid for twice.
 
 The file is one SQLite database in write-ahead mode. A process that dies by any signal leaves the answers
-committed so far intact. Several runs may share a cache.
+committed so far intact. Several runs may share a cache. Files from before prompts' states were kept get the column;
+their answers remain, without those states.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,11 +30,13 @@ FILE_NAME = "answers.sqlite"
 
 @dataclass(frozen=True)
 class CachedAnswer:
-    """What the engine returned for one record. h: (D,) float32, in the representation's order."""
+    """What the engine returned for one record. h: (D,) float32, in the representation's order. prompt: (P,) float32,
+    states at the end of prefill; (0,) where they are not known."""
 
     response: str
     truncated: bool
     h: torch.Tensor
+    prompt: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def cache_key(**depends_on: Any) -> str:
@@ -57,11 +60,15 @@ class AnswerCache:
             self._database.execute("PRAGMA synchronous = NORMAL")  # a power cut may cost the latest answers
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS answers "
-                "(key TEXT PRIMARY KEY, response TEXT NOT NULL, truncated INTEGER NOT NULL, h BLOB NOT NULL)"
+                "(key TEXT PRIMARY KEY, response TEXT NOT NULL, truncated INTEGER NOT NULL, h BLOB NOT NULL, "
+                "prompt BLOB NOT NULL DEFAULT x'')"
             )
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS labels (key TEXT PRIMARY KEY, label INTEGER)"  # NULL: unknown
             )
+            columns = {row[1] for row in self._database.execute("PRAGMA table_info(answers)")}
+            if "prompt" not in columns:
+                self._database.execute("ALTER TABLE answers ADD COLUMN prompt BLOB NOT NULL DEFAULT x''")
         except (OSError, sqlite3.Error) as error:
             if hasattr(self, "_database"):
                 self._database.close()
@@ -70,31 +77,38 @@ class AnswerCache:
     def get(self, key: str) -> CachedAnswer | None:
         try:
             row = self._database.execute(
-                "SELECT response, truncated, h FROM answers WHERE key = ?", (key,)
+                "SELECT response, truncated, h, prompt FROM answers WHERE key = ?", (key,)
             ).fetchone()
         except sqlite3.Error as error:
             raise self._failed(error) from error
         if row is None:
             return None
-        response, truncated, h = row
+        response, truncated, *states = row
         # Copied: the bytes that SQLite hands out are read-only.
-        return CachedAnswer(response, bool(truncated), torch.from_numpy(np.frombuffer(h, "<f4").copy()))
+        h, prompt = (torch.from_numpy(np.frombuffer(state, "<f4").copy()) for state in states)
+        return CachedAnswer(response, bool(truncated), h, prompt)
 
     def put(self, key: str, answer: CachedAnswer) -> None:
         """Stores an answer; once this returns, the answer survives the death of this process."""
-        h = answer.h.to(torch.float32).numpy().astype("<f4").tobytes()
+        h, prompt = (
+            one.to(torch.float32).numpy().astype("<f4").tobytes() for one in (answer.h, answer.prompt)
+        )
         try:
             self._database.execute(
-                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)",
-                (key, answer.response, answer.truncated, h),
+                "INSERT OR REPLACE INTO answers (key, response, truncated, h, prompt) VALUES (?, ?, ?, ?, ?)",
+                (key, answer.response, answer.truncated, h, prompt),
             )
         except sqlite3.Error as error:
             raise self._failed(error) from error
 
     def __contains__(self, key: str) -> bool:
+        """Whether an answer is kept whole, with its prompt's states."""
         try:
             return (
-                self._database.execute("SELECT 1 FROM answers WHERE key = ?", (key,)).fetchone() is not None
+                self._database.execute(
+                    "SELECT 1 FROM answers WHERE key = ? AND length(prompt)", (key,)
+                ).fetchone()
+                is not None
             )
         except sqlite3.Error as error:
             raise self._failed(error) from error

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -27,7 +27,15 @@ from candor.calibration.errors import CalibrationError, DataError
 from candor.calibration.kept import KeptAnswers, NotKept
 from candor.calibration.labels import label, verifier_of
 from candor.calibration.verifiers import Verdict
-from candor.engine.base import Engine, Generation, HiddenSummary, PromptTooLong, Representation, Sampling
+from candor.engine.base import (
+    Engine,
+    Generation,
+    HiddenSummary,
+    PromptStates,
+    PromptTooLong,
+    Representation,
+    Sampling,
+)
 from candor.engine.prompt import ChatFormat
 from candor.policy.conversation import Turn, shown
 from candor.policy.policy import Policy
@@ -45,6 +53,8 @@ class Labelled:
     label: 1 if the response follows the instruction, 0 if not.
     h: (D,) float32; (0,) where the states could not be captured. fault: None iff it can be scored.
     tokens: of the response. more: further attempts at the same prompt, in order, where the policy resamples.
+    prompt_states: (P,) float32, at the end of prefill (`engine.base.PromptStates.vector`); (0,) where they are not
+    known, and then no gate knows the prompt.
     unknown: nobody could say whether it is right; then the label is 0.
     """
 
@@ -58,6 +68,7 @@ class Labelled:
     tokens: int = 0
     more: tuple[Labelled, ...] = ()
     unknown: bool = False
+    prompt_states: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
     def prompt(self) -> str:
@@ -124,6 +135,9 @@ async def collect(
                 answer = await _ask(engine, chat, record, prompts[index], policy, representation, sampling)
                 if answer.h.numel():  # an answer whose states were lost is tried again in the next run
                     cache.put(key, answer)
+            elif not answer.prompt.numel():  # kept before prompts' states were
+                answer = replace(answer, prompt=_prompt_vector(await engine.prompt_states(prompts[index])))
+                cache.put(key, answer)
             answers[index, attempt] = answer
             # By itself, so that a slow judge does not hold up the next answer.
             workers.create_task(judge(index, attempt, answer))
@@ -260,9 +274,10 @@ async def _ask(
     try:
         if record.response is not None:
             summary = await engine.summarise(prompt_ids, chat.encode_response(record.response))
-            return CachedAnswer(record.response, False, _vector(summary, representation))
+            prompt = _prompt_vector(await engine.prompt_states(prompt_ids))
+            return CachedAnswer(record.response, False, _vector(summary, representation), prompt)
         generation = None
-        async for piece in engine.generate(prompt_ids, sampling):
+        async for piece in engine.generate(prompt_ids, sampling, prompt_states=True):
             if isinstance(piece, Generation):
                 generation = piece
     except PromptTooLong as error:
@@ -273,13 +288,22 @@ async def _ask(
     if generation is None:
         raise CalibrationError(f'the engine ended without an answer for "{record.id}"; run again to resume')
     complete = policy.completed(generation.completion_tokens, ended=not generation.truncated)
-    return CachedAnswer(generation.text, not complete, _vector(generation.hidden, representation))
+    return CachedAnswer(
+        generation.text,
+        not complete,
+        _vector(generation.hidden, representation),
+        _prompt_vector(generation.prompt),
+    )
 
 
 def _vector(summary: HiddenSummary | None, representation: Representation) -> torch.Tensor:
     if summary is None or not summary.complete:
         return torch.empty(0)
     return summary.vector(representation).to(torch.float32)
+
+
+def _prompt_vector(states: PromptStates | None) -> torch.Tensor:
+    return torch.empty(0) if states is None or not states.complete else states.vector().to(torch.float32)
 
 
 def _labelled(
@@ -295,6 +319,7 @@ def _labelled(
         fault or _fault(answer),
         len(chat.encode_response(answer.response)),
         unknown=verdict is None,
+        prompt_states=answer.prompt,
     )
 
 

@@ -1,8 +1,9 @@
 """The calibration report: the data, the fitted layer and its regions, and the held-out figures.
 
 It is report.json in the bundle, plain JSON without infinities (an absent region has null thresholds).
-The server reads one figure from it, `reference_abstention_ratio`: the share of held-out prompts on which
-the lower estimator would have abstained. An operator compares it with traffic to detect drift.
+The server reads two figures from it, by alpha: `reference_abstention_ratio`, the share of held-out prompts on which
+the lower estimator would have abstained, and the same of the rule. An operator compares it with traffic to detect
+drift.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from candor.calibration.evaluate import Evaluation
 from candor.calibration.fit import FitSettings, Fitted
 from candor.calibration.generate import Labelled, count_faults
 from candor.calibration.intervals import CONFIDENCE, Share
+from candor.calibration.rule_certificate import CertifiedRule
 from candor.sdm.region import Region
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 def build_report(
@@ -29,6 +31,7 @@ def build_report(
     held_out: Sequence[Labelled],
     evaluation: Evaluation,
     certification: Certification | None,
+    rule: CertifiedRule | None,
 ) -> dict[str, Any]:
     """Builds report.json. fitting: the whole fitting part, including answers that could not be scored."""
     dropped = [answer for answer in fitting if answer.fault is not None]
@@ -47,9 +50,14 @@ def build_report(
         "held_out": evaluation.to_json(),
         "base_rates": base_rate_report(evaluation),
         "certification": None if certification is None else certification.to_json(),
+        "rule": None if rule is None else rule.to_json(),
         "reference_abstention_ratio": {
             str(alpha): 1 - reading.answered.hits / reading.answered.of
             for alpha, reading in evaluation.lower.items()
+        },
+        "reference_abstention_ratio_of_rule": {
+            str(alpha): 1 - reading.answered.hits / reading.answered.of
+            for alpha, reading in evaluation.rule.items()
         },
         # A comparison recovers the half from these (`candor.comparison.compare.halves`).
         "calibration_prompts": sorted({answer.prompt_digest for answer in fitted.calibration}),
@@ -57,6 +65,7 @@ def build_report(
         "fitted_prompts": sorted(
             {answer.prompt_digest for answer in fitted.answers}
             | (certification.prompts if certification else set())
+            | (rule.searches[0].prompts if rule else set())
         ),
     }
 
@@ -81,7 +90,7 @@ def table(evaluations: Mapping[str, Evaluation]) -> str:
     Shares are in per cent, as value [low, high].
     """
     return "\n\n".join(
-        "\n".join([_heading(name, evaluation), *_rows(evaluation)])
+        "\n".join([_heading(name, evaluation), *_rule_rows(evaluation), *_rows(evaluation)])
         for name, evaluation in evaluations.items()
     )
 
@@ -97,6 +106,27 @@ def _heading(name: str, evaluation: Evaluation) -> str:
         value, low, high = evaluation.auroc
         lines.append(f"  AUROC of SDM(z')_1: {value:.3f} [{low:.3f}, {high:.3f}]")
     return "\n".join(lines)
+
+
+def _rule_rows(evaluation: Evaluation) -> Iterable[str]:
+    if not evaluation.rule:
+        return
+    titles = ("known", "answered", "right if answered", "answered of wrong", "answered of right")
+    yield f"  {'two gates':<18}" + "".join(f"{title:<22}" for title in titles) + "tokens"
+    for alpha, one in evaluation.rule.items():
+        shares = (one.known, one.answered, one.accuracy_answered, *one.answered_of_class)
+        yield (
+            f"  alpha {alpha:<12}"
+            + "".join(f"{_percent(share):<22}" for share in shares)
+            + f"{one.tokens:.1f}"
+        )
+    if (found := evaluation.probabilities) is not None:
+        area = "-" if found.auroc is None else f"{found.auroc:.3f}"
+        yield (
+            f"  probability: calibration error {100 * found.calibration_error:.1f} % (by chance "
+            f"{100 * found.by_chance:.1f}), Brier {found.brier:.3f}, AUROC {area}"
+        )
+    yield "  the papers' region alone:"
 
 
 def _rows(evaluation: Evaluation) -> Iterable[str]:

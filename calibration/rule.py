@@ -16,24 +16,31 @@ chose its epoch. So they are read on the calibration half only, and columns with
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from candor.calibration.errors import CalibrationError
+from candor.calibration.generate import Labelled
 from candor.calibration.intervals import binomial_tails, clopper_pearson
 from candor.calibration.logistic import fit_logistic
 from candor.calibration.ranking import ranking
+from candor.calibration.served import Attempts
 from candor.calibration.splits import split
 from candor.sdm.adaptor import Block, fit_standardisation
+from candor.sdm.estimator import SDMEstimator
 from candor.sdm.gate import PromptGate
+from candor.sdm.probe import StrangerProbe
 from candor.sdm.rule import AnswerRule
-from candor.sdm.score import FIGURES, AnswerScore
+from candor.sdm.score import FIGURES, AnswerScore, sdm_figures
 
 REACHES = (1.0, 3.0, 10.0, 30.0)
 """Reaches that are tried, the strongest penalty first (`calibration.logistic`)."""
+PROBE_REACHES = (10.0, 30.0, 100.0, 300.0)
+"""Of the probe for strangers. Few prompts in many dimensions lie apart; stronger penalties turn its direction towards
+their mean, away from what tells them apart (docs/log.md, 2026-11-26)."""
 VIEWS = {
     "evidence": ("evidence",),
     "last": ("last", "evidence"),
@@ -63,8 +70,8 @@ class RuleSettings:
     def __post_init__(self) -> None:
         if not (0 < self.eps < 1 and 0 < self.delta < 0.5 and self.components >= 1 and self.folds >= 2):
             raise ValueError(
-                "expected eps in (0, 1), delta in (0, 0.5), components >= 1 and folds >= 2; got "
-                f"{self.eps}, {self.delta}, {self.components}, {self.folds}"
+                "expected eps, the share that the gate may refuse, in (0, 1), delta in (0, 0.5), components >= 1 and "
+                f"folds >= 2; got {self.eps}, {self.delta}, {self.components}, {self.folds}"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -97,9 +104,30 @@ class RuleRows:
         return RuleRows(self.prompts[at], self.h[at], self.figures[at], self.y[at], digests)
 
 
+def rows_of(estimator: SDMEstimator, answers: Sequence[Labelled]) -> RuleRows:
+    """All attempts, those at one prompt next to each other. What cannot be scored holds NaN.
+
+    Raises CalibrationError where no answer's prompt has states.
+    """
+    attempts = Attempts.measure(estimator, answers)
+    if not attempts.prompts.shape[1]:
+        raise CalibrationError(
+            "a prompt gate needs the states at the end of prefill, and no answer has them: answer the records again, "
+            "or calibrate with the rule sdm"
+        )
+    d, _, _ = estimator.activate(attempts.measurement)
+    return RuleRows(
+        attempts.prompts,
+        attempts.h,
+        sdm_figures(attempts.measurement, d),
+        attempts.y.flatten(),
+        [answer.prompt_digest for answer in answers for _ in answer.attempts],
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class FittedRule:
-    """rule: its threshold is inf, for `calibration.rule_certificate` to set.
+    """rule: what it lets through, `calibration.rule_certificate` decides.
 
     scores, known, y (n,): cross-validated scores of the fitting records, whether the gate lets their prompts pass,
     labels. chosen: the score's name in `aurc`; aurc: of every candidate; reaches: the reach chosen for each view.
@@ -139,20 +167,55 @@ def fit_gate(
     return PromptGate.fit(training, calibration, widths, settings.components, cut)
 
 
+def fit_probe(
+    known: Tensor, reference: Tensor, strangers: Tensor, widths: Sequence[int], settings: RuleSettings
+) -> StrangerProbe:
+    """known, reference: as in `fit_gate`. strangers (s, P): prompts to be refused.
+
+    Its reach is cross-validated. Its cut is beyond the farthest reference, which refuses one in m + 1 of the
+    calibrated kind.
+
+    Raises CalibrationError for fewer strangers than folds.
+    """
+    if len(strangers) < settings.folds:
+        raise CalibrationError(
+            f"expected at least {settings.folds} declared strangers to tell them apart by, got {len(strangers)}"
+        )
+    x = torch.cat([known, strangers]).double()
+    y = torch.cat([torch.zeros(len(known)), torch.ones(len(strangers))]).long()
+    shares = (1 / settings.folds,) * settings.folds
+    folds = split(list(range(len(y))), y.tolist(), shares, settings.seed)
+    blocks: list[Block] = [(width, "scalar") for width in widths]
+    out_of_fold = _cross_validated(x, y, blocks, folds, PROBE_REACHES)
+    best = min(range(len(PROBE_REACHES)), key=lambda at: float(_loss(out_of_fold[at], y)))
+    weight, _ = _fit(x, y, blocks, PROBE_REACHES[: best + 1])[-1]
+    return StrangerProbe.fit(weight, reference, 1)
+
+
 def fit_rule(
     rows: RuleRows,
     in_calibration: Tensor,
     parts: Sequence[tuple[str, int]],
     prompt_widths: Sequence[int],
     settings: RuleSettings,
+    strangers: Tensor | None = None,
 ) -> FittedRule:
     """rows: the fitting records. in_calibration: (n,) bool, those of the layer's calibration half.
 
     parts: h's blocks by name and width, e.g. (("mean", 576), ("last", 576), ("evidence", 6)). prompt_widths: of the
-    prompt states' blocks. Raises CalibrationError where a fold lacks right or wrong answers, ValueError where the
+    prompt states' blocks. strangers: (s, P), states of prompts that are to be refused; None: none were declared.
+
+    Raises CalibrationError where a fold lacks right or wrong answers, ValueError where the
     settings name a score that these rows do not provide.
     """
-    gate = fit_gate(rows.prompts[~in_calibration], rows.prompts[in_calibration], prompt_widths, settings)
+    known, reference = rows.prompts[~in_calibration], rows.prompts[in_calibration]
+    gate, probe = fit_gate(known, reference, prompt_widths, settings), None
+    refused = refusal_bound(len(reference), int(gate.rank_cut), settings.delta)
+    if strangers is not None:  # both bounds hold together, each at half of delta
+        probe = fit_probe(known, reference, strangers, prompt_widths, settings)
+        refused = sum(
+            refusal_bound(len(reference), int(one.rank_cut), settings.delta / 2) for one in (gate, probe)
+        )
     shares = (1 / settings.folds,) * settings.folds
     folds = split(list(rows.digests), rows.y.tolist(), shares, settings.seed)
     columns = _columns(rows, [*(("prompt", width) for width in prompt_widths), *parts], folds)
@@ -165,15 +228,16 @@ def fit_rule(
     weight, bias = best.weights @ columns.weights, best.weights @ columns.biases
     slope, intercept = _platt(best.values[best.rows], rows.y[best.rows])
     score = AnswerScore(weight.float(), bias.float(), slope, intercept)
+    rule = AnswerRule(gate, score, probe)
     return FittedRule(
-        AnswerRule(gate, score, float("inf")),
+        rule,
         best.values[best.rows].float(),
-        gate.known(gate.distance(rows.prompts[best.rows])),
+        rule.know(rows.prompts[best.rows])[1],
         rows.y[best.rows],
         chosen,
         aurc,
         columns.reaches,
-        refusal_bound(int(in_calibration.sum()), int(gate.rank_cut), settings.delta),
+        min(1.0, refused),
     )
 
 
@@ -210,12 +274,7 @@ def _columns(rows: RuleRows, parts: Sequence[tuple[str, int]], folds: Sequence[T
             continue
         seen.add(held)
         own = x[:, : len(at)][:, at]
-        out_of_fold = [own.new_empty(len(own)) for _ in REACHES]
-        for fold in folds:
-            rest = torch.ones(len(own), dtype=torch.bool)
-            rest[fold] = False
-            for into, (w, b) in zip(out_of_fold, _fit(own[rest], rows.y[rest], blocks, REACHES), strict=True):
-                into[fold] = own[fold] @ w + b
+        out_of_fold = _cross_validated(own, rows.y, blocks, folds, REACHES)
         losses = [float(_loss(f, rows.y)) for f in out_of_fold]
         best = losses.index(min(losses))
         w, b = _fit(own, rows.y, blocks, REACHES[: best + 1])[-1]
@@ -233,6 +292,19 @@ def _columns(rows: RuleRows, parts: Sequence[tuple[str, int]], folds: Sequence[T
         weights.append(torch.nn.functional.one_hot(torch.tensor(width + column), x.shape[1]).double())
         biases.append(x.new_zeros(()))
     return _Columns(tuple(names), torch.stack(values, 1), torch.stack(weights), torch.stack(biases), reaches)
+
+
+def _cross_validated(
+    x: Tensor, y: Tensor, blocks: Sequence[Block], folds: Sequence[Tensor], reaches: Sequence[float]
+) -> list[Tensor]:
+    """For each reach, log-odds (n,) of every row by weights that were fitted without its fold."""
+    found = [x.new_empty(len(x)) for _ in reaches]
+    for fold in folds:
+        rest = torch.ones(len(x), dtype=torch.bool)
+        rest[fold] = False
+        for into, (w, b) in zip(found, _fit(x[rest], y[rest], blocks, reaches), strict=True):
+            into[fold] = x[fold] @ w + b
+    return found
 
 
 def _view(parts: Sequence[tuple[str, int]], wanted: Sequence[str]) -> tuple[list[Block], Tensor]:
@@ -311,6 +383,19 @@ def _aurc(scores: Tensor, y: Tensor) -> float:
 
 def _loss(f: Tensor, y: Tensor) -> Tensor:
     return torch.nn.functional.binary_cross_entropy_with_logits(f, y.double())
+
+
+def with_probabilities(fitted: FittedRule, certification: RuleRows) -> AnswerRule:
+    """The rule with probabilities fitted to the certification records' scores too, which change no verdict.
+
+    Their scores come from the weights that serve, as fresh records' do; there are as many again.
+    """
+    scores = fitted.rule.score(certification.prompts, certification.h, certification.figures)
+    usable = scores.isfinite()
+    slope, intercept = _platt(
+        torch.cat([fitted.scores, scores[usable]]).double(), torch.cat([fitted.y, certification.y[usable]])
+    )
+    return replace(fitted.rule, score=replace(fitted.rule.score, slope=slope, intercept=intercept))
 
 
 def _platt(scores: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

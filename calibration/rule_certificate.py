@@ -20,8 +20,8 @@ The *horizon*: with k wrong of n, at most u of the next m let through are wrong 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import ceil, sqrt
 from typing import Any
 
@@ -30,8 +30,21 @@ from torch import Tensor
 
 from candor.calibration.certificate import ENOUGH_POWER, Claim, Step, fixed_sequence, power, proven_bound
 from candor.calibration.errors import CalibrationError
-from candor.calibration.rule import FittedRule, RuleRows
-from candor.sdm.rule import AnswerRule, RuleEstimate
+from candor.calibration.fit import Fitted
+from candor.calibration.generate import Labelled
+from candor.calibration.rule import (
+    FittedRule,
+    RuleRows,
+    RuleSettings,
+    fit_gate,
+    fit_rule,
+    rows_of,
+    with_probabilities,
+)
+from candor.calibration.strangers import Passing, halves
+from candor.policy.certificate import RuleCertificate, RuleTerms
+from candor.policy.judging import TwoGates
+from candor.sdm.rule import RuleEstimate
 
 CUTS = 50
 FEWER = 1.28
@@ -42,32 +55,15 @@ MORE = (1, 2, 4, 8)
 """Multiples of the number of certification records that the outlook covers."""
 
 
-@dataclass(frozen=True)
-class RuleCertificate:
-    """accuracy: lower bound, at this confidence, for answers let through with score >= threshold. answered, right:
-    counts of records. base_right: the right ones among all records, let through or not."""
+@dataclass(frozen=True, eq=False)
+class RuleParts:
+    """How a rule is fitted. parts: h's blocks by name and width. prompt_widths: of the prompt states' blocks.
+    strangers: (s, P), states of declared strangers; None: none were."""
 
-    accuracy: float
-    confidence: float
-    threshold: float
-    records: int
-    answered: int
-    right: int
-    base_right: int
-    lower_bound: float
-
-    @property
-    def ceiling(self) -> float:
-        """The largest share of prompts that any rule could answer at this accuracy, as measured."""
-        return ceiling(self.base_right / self.records, self.accuracy)
-
-    @property
-    def share_of_ceiling(self) -> float:
-        return self.answered / self.records / self.ceiling
-
-    def horizon(self, answers: int = HORIZON) -> int:
-        """The most wrong among this many further answers let through, at the certificate's confidence."""
-        return horizon(self.answered - self.right, self.answered, answers, 1 - self.confidence)
+    settings: RuleSettings
+    parts: Sequence[tuple[str, int]]
+    prompt_widths: Sequence[int]
+    strangers: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -81,71 +77,196 @@ class Outlook:
 
 @dataclass(frozen=True)
 class RuleCertification:
-    """prompts: digests of the records, each counted once. refused: how many of them the gate refused. steps: in test
-    order; the last may have failed. certificate: None where the first failed."""
+    """alpha: at which the rule serves. prompts: digests of the records, each counted once. base_right: the right ones
+    among their first answers. refused: how many of them the gate refused. steps: in test order; the last may have
+    failed. certificate: None where the first failed."""
 
+    alpha: float
     wanted: Claim
     prompts: frozenset[str]
+    base_right: int
     refused: int
     steps: tuple[Step, ...]
     certificate: RuleCertificate | None
     outlook: tuple[Outlook, ...]
 
-    def rule(self, fitted: AnswerRule) -> AnswerRule:
-        """The rule at the certified threshold; without a certificate, at inf, which answers nothing."""
-        return fitted.at(self.certificate.threshold if self.certificate else float("inf"))
+    @property
+    def ceiling(self) -> float:
+        """The largest share of prompts that any rule could answer at this accuracy, as measured."""
+        return ceiling(self.base_right / len(self.prompts), self.wanted.accuracy)
+
+    @property
+    def answered(self) -> float:
+        """The share of records let through; 0 without a certificate."""
+        return self.certificate.answered / len(self.prompts) if self.certificate else 0.0
+
+    @property
+    def horizon(self) -> int | None:
+        """The most wrong among the next HORIZON answers let through; None without a certificate."""
+        made = self.certificate
+        if made is None:
+            return None
+        return horizon(made.answered - made.right, made.answered, HORIZON, self.wanted.delta)
 
     def to_json(self) -> dict[str, Any]:
-        made = self.certificate
-        more = (
-            {"ceiling": made.ceiling, "share_of_ceiling": made.share_of_ceiling, "horizon": made.horizon()}
-            if made
-            else {}
-        )
         return {
+            "alpha": self.alpha,
             **asdict(self.wanted),
             "records": len(self.prompts),
             "refused": self.refused,
             "steps": [asdict(step) for step in self.steps],
-            "certificate": asdict(made) | more if made else None,
+            "certificate": asdict(self.certificate) if self.certificate else None,
+            "answered": self.answered,
+            "ceiling": self.ceiling,
+            "share_of_ceiling": self.answered / self.ceiling if self.ceiling else None,
+            "horizon": self.horizon,
             "outlook": [asdict(one) for one in self.outlook],
         }
 
 
-def certify_rule(fitted: FittedRule, certification: RuleRows, wanted: Claim) -> RuleCertification:
+def certify_rule(
+    fitted: FittedRule, certification: RuleRows, wanted: Claim, alpha: float | None = None, attempts: int = 1
+) -> RuleCertification:
     """certification: answers not used to fit, choose or order anything, to prompts drawn as traffic will be. Those
-    that could not be scored hold NaN and are not let through. Raises CalibrationError if there are none.
+    that could not be scored hold NaN and are not let through. alpha: at which the rule serves; None: the accuracy.
+    attempts: rows of each prompt, next to each other; the first let through is served.
+
+    Raises CalibrationError if there are none.
     """
-    first = {digest: row for row, digest in reversed(list(enumerate(certification.digests)))}
+    first = {digest: row for row, digest in reversed(list(enumerate(certification.digests[::attempts])))}
     if not first:
         raise CalibrationError("no record is left to certify on: add records, or name a file of its own")
-    rows = certification[torch.tensor(sorted(first.values()))]
-    judged = fitted.rule.judge(rows.prompts, rows.h, rows.figures)
+    at = (torch.tensor(sorted(first.values())).unsqueeze(1) * attempts + torch.arange(attempts)).flatten()
+    rows = certification[at]
+    drawn = Drawn.of(fitted.rule.judge(rows.prompts, rows.h, rows.figures), rows.y, attempts)
     order = thresholds(fitted)
-    begin = start(fitted, order, len(rows), wanted)
-    steps = walk(judged, rows.y, order[begin:], wanted)
+    steps = walk(drawn, order[start(fitted, order, len(drawn), wanted) :], wanted)
     passed = [step for step in steps if step.passed]
+    base_right = int((drawn.y[:, 0] == 1).sum())
     certificate = None
     if passed:
         last = passed[-1]
         certificate = RuleCertificate(
+            alpha=wanted.accuracy if alpha is None else alpha,
             accuracy=wanted.accuracy,
             confidence=1 - wanted.delta,
-            threshold=last.threshold,
-            records=len(rows),
+            score_min=last.threshold,
+            records=len(drawn),
             answered=last.answered,
             right=last.right,
-            base_right=int((rows.y == 1).sum()),
+            base_right=base_right,
             lower_bound=proven_bound(last, wanted),
         )
     return RuleCertification(
+        wanted.accuracy if alpha is None else alpha,
         wanted,
         frozenset(first),
-        int((~judged.known).sum()),
+        base_right,
+        int((~drawn.known).sum()),
         steps,
         certificate,
-        outlook(judged, rows.y, order, wanted),
+        outlook(drawn, order, wanted),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """n prompts with k attempts each. scores, y: (n, k); known: (n,) bool."""
+
+    scores: Tensor
+    known: Tensor
+    y: Tensor
+
+    @classmethod
+    def of(cls, judged: RuleEstimate, y: Tensor, attempts: int = 1) -> Drawn:
+        """judged, y: n k rows, the attempts of a prompt next to each other."""
+        known = judged.known.view(-1, attempts).all(dim=1)
+        return cls(judged.score.view(-1, attempts), known, y.view(-1, attempts))
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def count(self, threshold: float) -> tuple[int, int]:
+        """(number of prompts let through at the threshold, number whose first such answer is right)."""
+        through = self.known.unsqueeze(1) & (self.scores.double() >= threshold) & self.scores.isfinite()
+        first = through.int().argmax(dim=1, keepdim=True)
+        answered = through.any(dim=1)
+        right = self.y.gather(1, first).squeeze(1) == 1
+        return int(answered.sum()), int((answered & right).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class CertifiedRule:
+    """A rule as it serves, how its score was fitted, and the search for a certificate at each alpha."""
+
+    gates: TwoGates
+    fitted: FittedRule
+    searches: tuple[RuleCertification, ...]
+    passing: Passing | None = None
+
+    def __str__(self) -> str:
+        said = [summary(one) for one in self.searches]
+        return "\n".join([*said, str(self.passing)] if self.passing else said)
+
+    def to_json(self) -> dict[str, Any]:
+        terms = asdict(self.gates.terms)
+        del terms["certificates"]  # they stand in the searches
+        return terms | {
+            "declared_strangers": self.passing and self.passing.to_json(),
+            "aurc": dict(self.fitted.aurc),
+            "reaches": dict(self.fitted.reaches),
+            "components": len(self.gates.rule.gate.deviations),
+            "reference": len(self.gates.rule.gate.reference),
+            "certification": [one.to_json() for one in self.searches],
+        }
+
+
+def certified_rule(
+    fitted: Fitted, how: RuleParts, certification: Sequence[Labelled], claims: Mapping[float, Claim]
+) -> CertifiedRule:
+    """Fits a rule to the answers that the layer was fitted on, and certifies it at each alpha of `claims`.
+
+    certification: answers that neither saw. Raises CalibrationError where no rule can be fitted, or there is none to
+    certify on.
+    """
+    answers = [replace(answer, more=()) for answer in fitted.answers]
+    rows = rows_of(fitted.estimator, answers)
+    in_calibration = torch.arange(len(answers)) >= len(fitted.training)
+    usable = rows.prompts.isfinite().all(dim=1)  # h is, since the layer was fitted on it
+    rows, in_calibration = rows[usable], in_calibration[usable]
+    taught, held = (None, None) if how.strangers is None else halves(how.strangers, how.settings.seed)
+    try:
+        found = fit_rule(rows, in_calibration, how.parts, how.prompt_widths, how.settings, taught)
+    except ValueError as error:
+        raise CalibrationError(f"no rule can be fitted: {error}") from error
+    attempts = 1 + len(certification[0].more) if certification else 1
+    apart = (
+        rows_of(fitted.estimator, certification)
+        if certification
+        else rows[torch.tensor([], dtype=torch.int64)]
+    )
+    searches = tuple(certify_rule(found, apart, claim, alpha, attempts) for alpha, claim in claims.items())
+    terms = RuleTerms(
+        score=found.chosen,
+        eps=how.settings.eps,
+        refused_at_most=found.refusal_bound,
+        confidence=1 - how.settings.delta,
+        tokens=sum(answer.tokens for answer in answers) / len(answers),
+        strangers=0 if taught is None else len(taught),
+        certificates=tuple(one.certificate for one in searches if one.certificate is not None),
+    )
+    rule = with_probabilities(found, apart[torch.arange(0, len(apart), attempts)])
+    passing = None
+    if taught is not None and held is not None:
+        known, reference = rows.prompts[~in_calibration], rows.prompts[in_calibration]
+        alone = fit_gate(known, reference, how.prompt_widths, how.settings)
+        passing = Passing(
+            len(taught),
+            len(held),
+            gate_alone=int(alone.known(alone.distance(held)).sum()),
+            both=int(found.rule.know(held)[1].sum()),
+        )
+    return CertifiedRule(TwoGates(rule, terms), found, searches, passing)
 
 
 def summary(found: RuleCertification) -> str:
@@ -154,19 +275,21 @@ def summary(found: RuleCertification) -> str:
     asked = f"{wanted.accuracy:g} of the answered right, with confidence {1 - wanted.delta:g}"
     if made is None:
         tried = found.steps[0]
-        lines = [f"no certificate on {records} records of {asked}: {tried.right} right of {tried.answered}"]
-    else:
-        reached = (
-            f"no rule can answer more than {made.ceiling:.1%}, {made.share_of_ceiling:.0%} of it reached"
-        )
         lines = [
-            f"certified on {records} records: {asked} (bound {made.lower_bound:.4f}), on their average",
+            f"alpha {found.alpha:g}: no certificate on {records} records of {asked}: {tried.right} right of "
+            f"{tried.answered}; nothing is answered"
+        ]
+    else:
+        share = found.answered / found.ceiling
+        reached = f"no rule can answer more than {found.ceiling:.1%}, {share:.0%} of it reached"
+        lines = [
+            f"alpha {found.alpha:g}: certified on {records} records: {asked}, on their average "
+            f"(bound {made.lower_bound:.4f})",
             f"  answered   {made.answered} ({made.answered / records:.1%}), {made.right} right; {reached}",
-            f"  horizon    of the next {HORIZON:,} answered at most {made.horizon()} are wrong",
+            f"  horizon    of the next {HORIZON:,} answered at most {found.horizon} are wrong",
         ]
     lines.append(f"  refused    {found.refused} prompts before they were answered")
-    now = made.answered / records if made else 0.0
-    more = next((one for one in found.outlook if one.share > now), None)
+    more = next((one for one in found.outlook if one.share > found.answered), None)
     if more is not None:
         lines.append(
             f"  outlook    with {more.records} records {more.share:.1%} answered, were this the truth"
@@ -187,9 +310,10 @@ def thresholds(fitted: FittedRule) -> tuple[float, ...]:
 
 def start(fitted: FittedRule, order: Sequence[float], records: int, wanted: Claim) -> int:
     """The index in `order` to begin at, from what the fitting records predict for this many certification records."""
+    seen = Drawn(fitted.scores.unsqueeze(1), fitted.known, fitted.y.unsqueeze(1))
     powers = []
     for threshold in order:
-        answered, right = _count(fitted.scores, fitted.known, fitted.y, threshold)
+        answered, right = seen.count(threshold)
         share = answered / len(fitted.y)
         # In one case of ten there are fewer. Too few cannot pass, whatever their accuracy.
         expected = round(records * share - FEWER * sqrt(records * share * (1 - share)))
@@ -197,18 +321,20 @@ def start(fitted: FittedRule, order: Sequence[float], records: int, wanted: Clai
     return powers.index(max(powers))
 
 
-def walk(judged: RuleEstimate, y: Tensor, order: Sequence[float], wanted: Claim) -> tuple[Step, ...]:
+def walk(drawn: Drawn, order: Sequence[float], wanted: Claim) -> tuple[Step, ...]:
     """Tests the thresholds in order until one fails."""
-    return fixed_sequence(order, lambda threshold: _count(judged.score, judged.known, y, threshold), wanted)
+    return fixed_sequence(order, drawn.count, wanted)
 
 
-def outlook(judged: RuleEstimate, y: Tensor, order: Sequence[float], wanted: Claim) -> tuple[Outlook, ...]:
+def outlook(drawn: Drawn, order: Sequence[float], wanted: Claim) -> tuple[Outlook, ...]:
     """For each number of records, the largest share that is then certified with ENOUGH_POWER."""
     found = []
     for times in MORE:
-        counts = (_count(judged.score, judged.known, y, threshold) for threshold in reversed(order))
-        likely = (n / len(y) for n, right in counts if _power(times * n, n, right, wanted) >= ENOUGH_POWER)
-        found.append(Outlook(times * len(y), next(likely, 0.0)))
+        counts = (drawn.count(threshold) for threshold in reversed(order))
+        likely = (
+            n / len(drawn) for n, right in counts if _power(times * n, n, right, wanted) >= ENOUGH_POWER
+        )
+        found.append(Outlook(times * len(drawn), next(likely, 0.0)))
     return tuple(found)
 
 
@@ -239,9 +365,3 @@ def horizon(wrong: int, answered: int, further: int, delta: float) -> int:
     log_choose = torch.lgamma(whole[2]) - torch.lgamma(u + 1) - torch.lgamma(m - u + 1)
     terms = log_choose + log_beta(u + a, m - u + b) - log_beta(whole[0] * one, whole[1] * one)
     return int((terms.exp().cumsum(0) < 1 - delta).sum())
-
-
-def _count(scores: Tensor, known: Tensor, y: Tensor, threshold: float) -> tuple[int, int]:
-    """(number let through at the threshold, number right among them)."""
-    answered = known & (scores.double() >= threshold) & scores.isfinite()
-    return int(answered.sum()), int((y[answered] == 1).sum())

@@ -2,9 +2,9 @@
 
     read and check every file        before the engine starts
     answer and label                 cached, so a killed run resumes here
-    set aside the certification part where a certificate is wanted; or take it from its own file
+    set aside the certification part or take it from its own file; without two gates, where a certificate is wanted
     set aside the held-out part      or take it from its own files
-    fit on the rest                  J rounds
+    fit on the rest                  J rounds of the layer, then the two-gate rule
     certify                          what is let through
     evaluate on the held-out part    reports only
     publish                          atomic: a bundle or nothing
@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from candor.calibration.advice import Advice, advise
+from candor.calibration.agreement import Agreement
 from candor.calibration.cache import AnswerCache
 from candor.calibration.certificate import Certification, Claim, certify
 from candor.calibration.data import Loaded, Record, earlier_prompt_digest, load, require_disjoint
@@ -49,13 +51,18 @@ from candor.calibration.generate import (
 from candor.calibration.generate import Watch as Watching
 from candor.calibration.labels import ask_person, verifier_of
 from candor.calibration.report import build_report
+from candor.calibration.rule import RuleSettings
+from candor.calibration.rule_certificate import CertifiedRule, RuleParts, certified_rule
 from candor.calibration.shapes import Reading
+from candor.calibration.strangers import load_strangers, read_strangers
 from candor.engine.base import AdapterIdentity, Engine, ModelIdentity, Representation
 from candor.engine.prompt import ChatFormat
 from candor.model_store.bundle import Bundle, Exemplar
 from candor.model_store.manifest import Manifest
 from candor.model_store.store import publish
 from candor.policy.certificate import Certificate
+from candor.policy.conversation import Turn
+from candor.policy.judging import TwoGates
 from candor.policy.policy import Policy
 from candor.sdm.adaptor import Block
 
@@ -96,11 +103,13 @@ class DataFile:
 @dataclass(frozen=True)
 class Inputs:
     """fitting: the file to fit on. held_out: files that only report; empty: a part of `fitting` is used.
-    certification: the file to certify on; None: a part of `fitting` is used, where a certificate is wanted."""
+    certification: the file to certify on; None: a part of `fitting` is used, where a certificate is wanted.
+    strangers: conversations that are to be refused."""
 
     fitting: DataFile
     held_out: tuple[DataFile, ...]
     certification: DataFile | None = None
+    strangers: tuple[tuple[Turn, ...], ...] = ()
 
     @classmethod
     def load(
@@ -108,6 +117,7 @@ class Inputs:
         fitting: Path,
         held_out: Sequence[Path],
         certification: Path | None = None,
+        strangers: Path | None = None,
         reading: Reading | None = None,
     ) -> Inputs:
         """Raises DataError, also where a prompt is in files with different purposes."""
@@ -116,6 +126,9 @@ class Inputs:
             tuple(DataFile.load(path, reading) for path in held_out),
             None if certification is None else DataFile.load(certification, reading),
         )
+        if strangers is not None:
+            digests = [record.prompt_digest for file in inputs.files for record in file.records]
+            inputs = replace(inputs, strangers=tuple(load_strangers(strangers, digests)))
         purposes = [[inputs.fitting], [inputs.certification] if inputs.certification else [], inputs.held_out]
         for one, other in combinations(purposes, 2):
             for file, against in product(one, other):
@@ -152,7 +165,8 @@ def require_free(out: Path) -> None:
 class Answers:
     """All answers of the engine, and its identity; the engine is no longer needed after this.
 
-    held_out: empty where `Inputs.held_out` is; likewise certification.
+    held_out: empty where `Inputs.held_out` is; likewise certification. strangers: (s, P), states of their prompts;
+    None where there are none.
     """
 
     model: ModelIdentity
@@ -162,19 +176,56 @@ class Answers:
     fitting: list[Labelled]
     held_out: list[Labelled]
     certification: list[Labelled] = field(default_factory=list)
+    strangers: Tensor | None = None
+
+
+RULE_SHARE = 0.4
+REGION_SHARE = 0.2
+"""Default shares of the prompts to certify on. A rule's order of thresholds is cross-validated, which leaves more."""
 
 
 @dataclass(frozen=True)
 class Certifying:
-    """share: of the prompts, set aside to certify where no certification file is given. Raises ValueError unless
-    it is in (0, 1)."""
+    """accuracy: the least to certify; None: a rule's alphas alone say, and no region is certified. share: of the
+    prompts, set aside to certify where no certification file is given. agreement: of the verifier with people, by
+    whose labels the accuracy then is. Raises ValueError out of range."""
 
-    wanted: Claim
+    accuracy: float | None
+    delta: float
     share: float
+    agreement: Agreement | None = None
 
     def __post_init__(self) -> None:
+        Claim(0.5 if self.accuracy is None else self.accuracy, self.delta)  # raises out of range
         if not 0 < self.share < 1:
             raise ValueError(f"the share to certify on must be between 0 and 1, got {self.share}")
+
+    @classmethod
+    def of(
+        cls, accuracy: float | None, delta: float, share: float | None, *, rule: bool
+    ) -> Certifying | None:
+        """Returns what to certify; None: nothing. share: None: the default. rule: whether there are two gates."""
+        if accuracy is None and not rule:
+            return None
+        default = RULE_SHARE if rule else REGION_SHARE
+        return cls(accuracy, delta, default if share is None else share)
+
+    @property
+    def of_regions(self) -> Claim | None:
+        """What is to be certified of every region; None: nothing."""
+        return None if self.accuracy is None else self._by_verifier(Claim(self.accuracy, self.delta))
+
+    def of_rule(self, alpha: float) -> Claim:
+        """What is to be certified of the rule at alpha: that accuracy, or the least that was asked for."""
+        return self._by_verifier(Claim(max(alpha, self.accuracy or 0.0), self.delta))
+
+    def claims(self, rule_alphas: Sequence[float]) -> list[Claim]:
+        """All of them. Raises CalibrationError where the verifier agrees too little with people."""
+        regions = [] if self.of_regions is None else [self.of_regions]
+        return regions + [self.of_rule(alpha) for alpha in rule_alphas]
+
+    def _by_verifier(self, wanted: Claim) -> Claim:
+        return wanted if self.agreement is None else self.agreement.by_verifier(wanted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,9 +235,14 @@ class Outcome:
     settings: FitSettings
     fitted: Fitted
     certification: Certification | None
+    rule: CertifiedRule | None
     evaluation: Evaluation
     report: dict[str, Any]
     advice: Advice
+
+    @property
+    def gates(self) -> TwoGates | None:
+        return self.rule.gates if self.rule else None
 
     @property
     def certificates(self) -> tuple[Certificate, ...]:
@@ -195,13 +251,10 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """A published bundle. evaluation: on the held-out part. The report holds it and the certification too."""
+    """A published bundle. outcome: with its figures on the held-out part."""
 
     digest: str
-    evaluation: Evaluation
-    report: dict[str, Any]
-    certification: Certification | None
-    advice: Advice
+    outcome: Outcome
 
 
 def require_inputs_calibrated(chat: ChatFormat, inputs: Inputs, policy: Policy, tag: str) -> None:
@@ -256,8 +309,21 @@ async def answer_inputs(
         certification = await answer_file(
             engine, chat, inputs.certification, policy, asking, "answering records to certify on"
         )
+    strangers = None
+    if inputs.strangers:
+        with tqdm(total=len(inputs.strangers), desc="reading strangers", unit="prompt") as bar:
+            strangers = await read_strangers(
+                engine, chat, inputs.strangers, policy, asking.concurrency, bar.update
+            )
     return Answers(
-        engine.identity, engine.adapter, engine.representation, policy, fitting, held_out, certification
+        engine.identity,
+        engine.adapter,
+        engine.representation,
+        policy,
+        fitting,
+        held_out,
+        certification,
+        strangers,
     )
 
 
@@ -268,26 +334,27 @@ def make_bundle(
     out: Path,
     name: str,
     certifying: Certifying | None = None,
-    agreement: Mapping[str, Any] | None = None,
+    rule: RuleSettings | None = None,
 ) -> Made:
-    """Fits, certifies, evaluates, publishes. certifying: None where no certificate is wanted. agreement: of the
-    verifier with people, for the report.
+    """Fits, certifies, evaluates, publishes. certifying: None where no certificate is wanted, without a rule.
+    rule: None: the papers' regions alone.
 
     Raises CalibrationError or BundleError; then nothing is left at `out`.
     """
-    blocks = standardisation_blocks(answers.representation, answers.model.hidden_size)
+    hidden = answers.model.hidden_size
     with tqdm(total=settings.rounds * settings.epochs, desc="training", unit="epoch") as bar:
         outcome = calibrate_answers(
             answers.fitting,
-            blocks,
+            standardisation_blocks(answers.representation, hidden),
             settings,
             certifying,
+            RuleParts(rule, answers.representation.parts(hidden), (hidden, hidden), answers.strangers)
+            if rule
+            else None,
             held_out=answers.held_out,
             certification=answers.certification,
             progress=bar.update,
         )
-    if agreement is not None:
-        outcome.report["agreement_with_people"] = dict(agreement)
     data = {
         "data": inputs.fitting.to_json(),
         "certification_data": inputs.certification and inputs.certification.to_json(),
@@ -298,7 +365,7 @@ def make_bundle(
     digest = publish_outcome(
         out, outcome, name, answers.model, answers.adapter, answers.representation, answers.policy, data
     )
-    return Made(digest, outcome.evaluation, outcome.report, outcome.certification, outcome.advice)
+    return Made(digest, outcome)
 
 
 def calibrate_answers(
@@ -306,6 +373,7 @@ def calibrate_answers(
     blocks: tuple[Block, ...],
     settings: FitSettings,
     certifying: Certifying | None = None,
+    rule: RuleParts | None = None,
     *,
     held_out: Sequence[Labelled] = (),
     certification: Sequence[Labelled] = (),
@@ -313,6 +381,7 @@ def calibrate_answers(
 ) -> Outcome:
     """Fits, certifies and evaluates; publishes nothing.
 
+    rule: None: the papers' regions alone. Otherwise certifying says what of it to certify, and is not None.
     held_out, certification: answers for these purposes; where there are none, a part of `answers` is set aside.
     progress: called with the number of epochs done since the last call. Raises CalibrationError.
     """
@@ -328,14 +397,22 @@ def calibrate_answers(
     fitting = [one for one in fitting if not one.unknown]
     fitted = fit(fitting, blocks, settings, progress)
     certified = None
-    if certifying is not None:
-        certified = certify(fitted.estimator, fitted.calibration, apart, certifying.wanted)
-    evaluation = evaluate(fitted.estimator, reporting, settings.alphas, settings.seed)
-    report = build_report(fitted, settings, fitting, reporting, evaluation, certified)
+    if certifying is not None and certifying.of_regions is not None:
+        certified = certify(fitted.estimator, fitted.calibration, apart, certifying.of_regions)
+    certified_gates = None
+    if rule is not None:
+        assert certifying is not None
+        claims = {alpha: certifying.of_rule(alpha) for alpha in settings.alphas}
+        certified_gates = certified_rule(fitted, rule, apart, claims)
+    gates = certified_gates.gates if certified_gates else None
+    evaluation = evaluate(fitted.estimator, reporting, settings.alphas, settings.seed, gates)
+    report = build_report(fitted, settings, fitting, reporting, evaluation, certified, certified_gates)
     report["counts"]["unknown_labels"] = unknown
+    if certifying is not None and certifying.agreement is not None:
+        report["agreement_with_people"] = certifying.agreement.to_json()
     advice = advise(fitted, fitting, evaluation)
     report["advice"] = advice.to_json()
-    return Outcome(settings, fitted, certified, evaluation, report, advice)
+    return Outcome(settings, fitted, certified, certified_gates, evaluation, report, advice)
 
 
 def publish_outcome(
@@ -361,6 +438,7 @@ def publish_outcome(
         class_names=CLASS_NAMES,
         passed_over=settings.passed_over,
         certificates=outcome.certificates,
+        rule=outcome.gates.terms if outcome.gates else None,
         provenance={**data, "counts": outcome.report["counts"], "settings": settings.to_json()},
     )
     predictions = fitted.estimator.support.predictions.tolist()
@@ -368,7 +446,14 @@ def publish_outcome(
         Exemplar(answer.id, answer.label, prediction, answer.messages, answer.response)
         for answer, prediction in zip(fitted.training, predictions, strict=True)
     ]
-    return publish(out, manifest, fitted.estimator, exemplars, outcome.report)
+    return publish(
+        out,
+        manifest,
+        fitted.estimator,
+        exemplars,
+        outcome.report,
+        outcome.gates.rule if outcome.gates else None,
+    )
 
 
 async def run_evaluation(
@@ -382,7 +467,9 @@ async def run_evaluation(
     evaluations = {}
     for name, file in sets.items():
         answers = await answer_file(engine, chat, file, bundle.manifest.policy, asking, f"answering {name}")
-        evaluations[name] = evaluate(bundle.estimator, answers, bundle.manifest.alphas, asking.seed)
+        evaluations[name] = evaluate(
+            bundle.estimator, answers, bundle.manifest.alphas, asking.seed, bundle.rule
+        )
     return evaluations
 
 

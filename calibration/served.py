@@ -19,8 +19,8 @@ from torch import Tensor
 
 from candor.calibration.generate import Labelled
 from candor.policy.certificate import EstimatorKind
-from candor.policy.decision import FOLLOWS
-from candor.policy.judging import judge
+from candor.policy.decision import FOLLOWS, compared
+from candor.policy.judging import TwoGates, judge, judge_by_rule
 from candor.sdm.estimator import SDMEstimator
 from candor.sdm.outputs import Measurement
 from candor.sdm.region import Region, find_region
@@ -52,13 +52,32 @@ class ServedRows:
 
 
 @dataclass(frozen=True, eq=False)
+class RuleServed:
+    """One row a prompt: the attempt that is served by both gates. All are (n,).
+
+    known: the prompt passes the first gate. probability: that this attempt is right. answered: let through.
+    attempts: how many were written, from 1. tokens: of all of them.
+    """
+
+    y: Tensor
+    known: Tensor
+    probability: Tensor
+    answered: Tensor
+    attempts: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Attempts:
     """k attempts at each of n prompts, measured once for all alphas.
 
-    measurement: n k rows, the attempts of a prompt next to each other. y, scored, tokens: (n, k).
+    measurement, h (n k, D): n k rows, the attempts of a prompt next to each other. y, scored, tokens: (n, k).
+    prompts: (n k, P), states at the end of prefill; NaN where they are not known, P = 0 where none is.
     """
 
     measurement: Measurement
+    h: Tensor
+    prompts: Tensor
     y: Tensor
     scored: Tensor
     tokens: Tensor
@@ -73,8 +92,14 @@ class Attempts:
         # The estimator never admits rows of nan, so answers that cannot be scored need no path of their own.
         nowhere = torch.full_like(estimator.adaptor.mean, nan)
         h = torch.stack([one.h if one.fault is None else nowhere for row in rows for one in row])  # (n k, D)
+        width = max(one.prompt_states.numel() for row in rows for one in row)
+        unknown = torch.full((width,), nan)
         return cls(
             estimator.measure(h),
+            h,
+            torch.stack(
+                [one.prompt_states if one.prompt_states.numel() else unknown for row in rows for one in row]
+            ),
             torch.tensor([[one.label for one in row] for row in rows]),
             torch.tensor([[one.fault is None for one in row] for row in rows]),
             torch.tensor([[one.tokens for one in row] for row in rows]),
@@ -85,25 +110,59 @@ class Attempts:
         n, most = self.y.shape
         rows = torch.arange(n * most).view(n, most)[:, :k].flatten()
         kept = {name: value[rows] for name, value in vars(self.measurement).items()}
-        return Attempts(Measurement(**kept), self.y[:, :k], self.scored[:, :k], self.tokens[:, :k])
+        return Attempts(
+            Measurement(**kept),
+            self.h[rows],
+            self.prompts[rows],
+            self.y[:, :k],
+            self.scored[:, :k],
+            self.tokens[:, :k],
+        )
 
     def served(self, estimator: SDMEstimator, alpha: float, kind: EstimatorKind) -> ServedRows:
-        """estimator: the one that measured; its regions may differ."""
-        n, k = self.y.shape
+        """By the papers' region. estimator: the one that measured; its regions may differ."""
         judged = judge(estimator, self.measurement, alpha, kind, calibrated=self.scored.flatten())
         estimate, decisions = judged.estimate, judged.decisions
-        follows = decisions.follows.view(n, k)
-        at = torch.where(follows.any(dim=1), follows.int().argmax(dim=1), k - 1)  # argmax: the first
-        row = torch.arange(n) * k + at
+        at = self._stops(decisions.follows)
+        row = torch.arange(len(at)) * self.y.shape[1] + at
         return ServedRows(
-            y=self.y.gather(1, at.unsqueeze(1)).squeeze(1),
+            y=_at(self.y, at),
             y_hat=estimate.y_hat[row],
             admitted=decisions.admitted[row],
             sdm=estimate.sdm[row],
-            q_prime=decisions.similarity[row],
+            q_prime=compared(estimate, kind)[row],
             attempts=at + 1,
-            tokens=self.tokens.cumsum(dim=1).gather(1, at.unsqueeze(1)).squeeze(1),
+            tokens=_at(self.tokens.cumsum(dim=1), at),
         )
+
+    def served_by_rule(self, estimator: SDMEstimator, gates: TwoGates, alpha: float) -> RuleServed:
+        """By both gates. estimator: the one that measured."""
+        calibrated = self.scored.flatten()
+        judged = judge_by_rule(
+            estimator, gates, self.measurement, self.h, self.prompts, alpha, calibrated=calibrated
+        )
+        assert judged.rule is not None  # `judge_by_rule` makes one
+        follows = judged.decisions.follows.view(self.y.shape)
+        at = self._stops(judged.decisions.follows)
+        return RuleServed(
+            y=_at(self.y, at),
+            known=judged.rule.known.view(self.y.shape)[:, 0],
+            probability=_at(judged.rule.probability.view(self.y.shape), at),
+            answered=follows.any(dim=1),
+            attempts=at + 1,
+            tokens=_at(self.tokens.cumsum(dim=1), at),
+        )
+
+    def _stops(self, follows: Tensor) -> Tensor:
+        """follows (n k,) bool -> (n,) int64: the first attempt at which the policy stops, else the last."""
+        n, k = self.y.shape
+        stops = follows.view(n, k)
+        return torch.where(stops.any(dim=1), stops.int().argmax(dim=1), k - 1)  # argmax: the first
+
+
+def _at(values: Tensor, column: Tensor) -> Tensor:
+    """values (n, k), column (n,) -> (n,)."""
+    return values.gather(1, column.unsqueeze(1)).squeeze(1)
 
 
 def regions_of_policy(estimator: SDMEstimator, attempts: Attempts) -> Mapping[float, Region]:

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from candor.calibration.certificate import Claim, summary
+from candor.calibration import certificate, rule_certificate
 from candor.calibration.data import prompt_digest
 from candor.calibration.errors import CalibrationError, DataError
 from candor.calibration.evaluate import Evaluation
 from candor.calibration.fit import FitSettings, standardisation_blocks
 from candor.calibration.generate import Labelled
 from candor.calibration.intervals import Share
+from candor.calibration.rule import RuleSettings
+from candor.calibration.rule_certificate import RuleParts
 from candor.calibration.run import (
     HELD_OUT_SHARE,
     Certifying,
@@ -29,6 +31,7 @@ from candor.language_model import Model, Prompt, turns_of
 from candor.model_store.bundle import Bundle, load_bundle
 from candor.policy.certificate import Certificate
 from candor.policy.conversation import Turn
+from candor.policy.judging import TwoGates
 from candor.sdm.adaptor import Block
 from candor.sdm.estimator import SDMEstimator
 from candor.sdm.region import Region
@@ -60,19 +63,35 @@ class Calibrated:
         return self._outcome.certificates
 
     @property
+    def rule(self) -> TwoGates | None:
+        """The two-gate rule with its certificates; None if `calibrate` was given no states of prompts."""
+        return self._outcome.gates
+
+    @property
     def evaluation(self) -> Evaluation:
-        """Held-out figures: shares answered and right, `lower[alpha]`, `plain[alpha]`, with 95 % intervals."""
+        """Held-out figures: shares answered and right, `rule[alpha]`, `lower[alpha]`, `plain[alpha]`, with 95 %
+        intervals."""
         return self._outcome.evaluation
 
     def __str__(self) -> str:
         found = self.evaluation
         lines = [f"held out: {found.records} answers, {_percent(found.correct)} of them right"]
         for alpha, region in self.regions.items():
-            reading = found.lower[alpha]
+            served = self.rule is None or self.rule.terms.at(alpha) is not None
+            reading = found.rule.get(alpha, found.lower[alpha])
             said = f"answered {_percent(reading.answered)}, right {_percent(reading.accuracy_answered)}"
-            lines.append(f"alpha {alpha}: " + (said if region.found else "no region, nothing is answered"))
+            if self.rule is None and not region.found:
+                said = "no region, nothing is answered"
+            elif not served:
+                said = "no certificate, nothing is answered"
+            lines.append(f"alpha {alpha}: {said}")
+        lines += (
+            [rule_certificate.summary(one) for one in self._outcome.rule.searches]
+            if self._outcome.rule
+            else []
+        )
         if self._outcome.certification is not None:
-            lines.append(summary(self._outcome.certification))
+            lines.append(certificate.summary(self._outcome.certification))
         return "\n".join(lines)
 
     def save(self, path: str | Path, name: str | None = None) -> Bundle:
@@ -107,10 +126,11 @@ def calibrate(
     states: ArrayLike | torch.Tensor,
     labels: ArrayLike | torch.Tensor,
     *,
+    prompt_states: ArrayLike | torch.Tensor | None = None,
     alphas: float | Sequence[float] = (0.9,),
     certify: float | None = None,
     delta: float = 0.05,
-    certify_share: float = 0.2,
+    certify_share: float | None = None,
     prompts: Sequence[Prompt] | None = None,
     responses: Sequence[str] | None = None,
     model: Model | None = None,
@@ -121,12 +141,15 @@ def calibrate(
     seed: int = 0,
     progress: Callable[[int], object] = lambda epochs: None,
 ) -> Calibrated:
-    """Fits an SDM layer, finds its regions, certifies and evaluates them, each on separate rows.
+    """Fits an SDM layer and a two-gate rule, certifies and evaluates what they let through, each on separate rows.
 
     states (n, D): one row an answer. A row that is not finite is left out of fitting and counts as not answered.
     labels (n,): 1 if the answer follows its instruction, else 0.
-    alphas: target accuracies, each in (0.5, 1). certify: accuracy in (0, 1) to certify among the answered, on
-    `certify_share` of the prompts, with confidence 1 - delta; None: nothing is certified.
+    prompt_states (n, P): one row an answer, of its prompt at the end of prefill (`Model.prompt_states`). With them,
+    the bundle has a two-gate rule, certified at each alpha; without them, the papers' regions alone.
+    alphas: target accuracies, each in (0.5, 1). certify: accuracy in (0, 1) to certify among the answered at least,
+    also of regions, with confidence 1 - delta; None: the rule's alphas, and no region. certify_share: of the prompts,
+    to certify on; None: 0.4 with a rule, else 0.2.
     prompts: one a row, a text or a list of {"role", "content"}. Rows of one prompt stay in one split, so that no
     split contains a prompt seen in another; without prompts, each row counts as its own prompt.
     model, with prompts and responses: the model that gave the states; needed to save a bundle.
@@ -149,21 +172,32 @@ def calibrate(
     """
     listed = (alphas,) if isinstance(alphas, int | float) else alphas
     settings = FitSettings(tuple(sorted(set(listed))), rounds, epochs, exemplar_dim, learning_rate, seed)
-    certifying = None if certify is None else Certifying(Claim(certify, delta), certify_share)
+    certifying = Certifying.of(certify, delta, certify_share, rule=prompt_states is not None)
     h = as_states(states)
-    answers = _answers(h, labels, prompts, responses, model)
+    known = (
+        torch.empty(len(h), 0) if prompt_states is None else as_states(prompt_states, name="prompt_states")
+    )
+    answers = _answers(h, known, labels, prompts, responses, model)
     blocks: tuple[Block, ...] = ((h.shape[1], "scalar"),)  # as in the papers: one mean and scale for all
+    parts: tuple[tuple[str, int], ...] = (("last", h.shape[1]),)
+    widths: tuple[int, ...] = (known.shape[1],)
     if model is not None:
         if prompts is None or responses is None:
             raise ValueError(
                 "a bundle shows the answers behind a verdict: with model, give prompts and responses"
             )
         _require_given_by(model, answers)
-        blocks = standardisation_blocks(model.representation, model.identity.hidden_size)
-    outcome = calibrate_answers(answers, blocks, settings, certifying, progress=progress)
+        hidden = model.identity.hidden_size
+        blocks, parts = (
+            standardisation_blocks(model.representation, hidden),
+            model.representation.parts(hidden),
+        )
+        widths = (hidden, hidden)
+    rule = None if prompt_states is None else RuleParts(RuleSettings(delta=delta, seed=seed), parts, widths)
+    outcome = calibrate_answers(answers, blocks, settings, certifying, rule, progress=progress)
     data = {
         "data": {"records": len(answers), "given_responses": len(answers)},
-        "certification_share": certify_share if certifying else None,
+        "certification_share": certifying.share if certifying else None,
         "held_out_share": HELD_OUT_SHARE,
     }
     return Calibrated(outcome, model, data)
@@ -171,12 +205,18 @@ def calibrate(
 
 def _answers(
     h: torch.Tensor,
+    known: torch.Tensor,
     labels: ArrayLike | torch.Tensor,
     prompts: Sequence[Prompt] | None,
     responses: Sequence[str] | None,
     model: Model | None,
 ) -> list[Labelled]:
-    """Returns one record a row of h (n, D). Raises ValueError for lengths, DataError for labels not 0 or 1."""
+    """Returns one record a row of h (n, D) and of prompt states (n, P).
+
+    Raises ValueError for lengths, DataError for labels not 0 or 1.
+    """
+    if len(known) != len(h):
+        raise ValueError(f"prompt_states must be ({len(h)}, P), one row an answer; got {tuple(known.shape)}")
     y = to_tensor("labels", labels)
     if y.shape != (len(h),):
         raise ValueError(f"labels must be ({len(h)},), one for each row of states; got {tuple(y.shape)}")
@@ -197,6 +237,7 @@ def _answers(
             h=state,
             fault=None if state.isfinite().all() else "non_finite",
             tokens=len(model.chat.encode_response(responses[row])) if model and responses else 0,
+            prompt_states=known[row],
         )
         for row, state in enumerate(h)
     ]
@@ -217,7 +258,10 @@ def _turns(prompt: Prompt, row: int) -> tuple[Turn, ...]:
 
 def _require_given_by(model: Model, answers: Sequence[Labelled]) -> None:
     """Raises ValueError or DataError if the states or answers cannot come from this model."""
-    width = sum(model.representation.block_sizes(model.identity.hidden_size))
+    hidden = model.identity.hidden_size
+    if any(answer.prompt_states.numel() not in (0, 2 * hidden) for answer in answers):
+        raise ValueError(f"states of this model's prompts are {2 * hidden} wide: take Model.prompt_states")
+    width = sum(model.representation.block_sizes(hidden))
     if any(len(answer.h) != width for answer in answers):
         raise ValueError(f"states of this model are {width} wide; got {len(answers[0].h)}")
     if model.policy.resample > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Thread
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 import torch
 
 from candor.calibration.data import read_messages
-from candor.engine.base import EVIDENCE, HiddenSummary, Representation
+from candor.engine.base import EVIDENCE, Representation
 from candor.engine.factory import start_engine
 from candor.engine.prompt import ChatFormat
 from candor.engine.settings import EngineKind, EngineSettings
 from candor.judging import judge
 from candor.model_store.bundle import Bundle
 from candor.model_store.identity import check_identity
-from candor.policy.certificate import EstimatorKind
+from candor.policy.certificate import EstimatorKind, RuleKind
 from candor.policy.conversation import Conversation, Turn
 from candor.policy.decision import Verdict
 from candor.policy.policy import Policy
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 Prompt = str | Sequence[Turn]
 """A prompt's text, or a conversation as a list of {"role", "content"} that ends with the user."""
@@ -102,10 +103,22 @@ class Model:
         ]
         width = sum(self.representation.block_sizes(self.identity.hidden_size))
         h = torch.full((len(pairs), width), math.nan)
-        for row, hidden in enumerate(self._wait(self._read(pairs))):
+        for row, hidden in enumerate(self._wait(_all(lambda pair: self._engine.summarise(*pair), pairs))):
             if hidden.complete:
                 h[row] = hidden.vector(self.representation)
         return cast("NDArray[numpy.float32]", h.numpy())
+
+    def prompt_states(self, prompts: Sequence[Prompt]) -> NDArray[numpy.float32]:
+        """Returns the states (n, 2 H) of n prompts at the end of prefill, mean and last; a row is nan if the engine
+        did not count every position. Raises as `states`."""
+        if isinstance(prompts, str):
+            raise ValueError("prompt_states takes a list of prompts")
+        ids = [self._conversation(prompt).encode(self.chat) for prompt in prompts]
+        found = torch.full((len(ids), 2 * self.identity.hidden_size), math.nan)
+        for row, states in enumerate(self._wait(_all(lambda one: self._engine.prompt_states(one), ids))):
+            if states.complete:
+                found[row] = states.vector()
+        return cast("NDArray[numpy.float32]", found.numpy())
 
     def departure(self, prompt: Prompt, response: str) -> str | None:
         """Returns why the policy could not give this answer, which is then not calibrated; None if it could."""
@@ -118,6 +131,7 @@ class Model:
         prompt: Prompt,
         response: str,
         *,
+        rule: RuleKind | None = None,
         alpha: float | None = None,
         estimator: EstimatorKind = "lower",
         certified_only: bool = False,
@@ -131,6 +145,8 @@ class Model:
         [verdict] = judge(
             self.bundle,
             self.states([prompt], [response]),
+            prompt_states=self.prompt_states([prompt]) if self.bundle.rule and rule != "sdm" else None,
+            rule=rule,
             alpha=alpha,
             estimator=estimator,
             calibrated=self.departure(prompt, response) is None,
@@ -153,11 +169,6 @@ class Model:
     def _conversation(self, prompt: Prompt) -> Conversation:
         return self.policy.conversations.resolve(turns_of(prompt))
 
-    async def _read(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[HiddenSummary]:
-        async with asyncio.TaskGroup() as group:  # the first failure cancels the others
-            tasks = [group.create_task(self._engine.summarise(*pair)) for pair in pairs]
-        return [task.result() for task in tasks]
-
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         if self._loop.is_closed():
             work.close()
@@ -169,3 +180,9 @@ class Model:
             raise errors.exceptions[0] from errors
         finally:
             future.cancel()  # if the caller was interrupted
+
+
+async def _all(ask: Callable[[U], Coroutine[Any, Any, T]], items: Sequence[U]) -> list[T]:
+    async with asyncio.TaskGroup() as group:  # the first failure cancels the others
+        tasks = [group.create_task(ask(item)) for item in items]
+    return [task.result() for task in tasks]

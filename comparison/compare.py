@@ -147,7 +147,7 @@ def halves(bundle: Bundle, answers: Sequence[Labelled], seed: int, ensemble: int
                 "and --hidden-cache the folder with the answers of that run"
             )
     layer, alphas = layer_settings(bundle.manifest), bundle.manifest.alphas
-    return Fitting(estimator, training, calibration, layer, alphas, seed, ensemble)
+    return Fitting(estimator, training, calibration, layer, alphas, seed, ensemble, bundle.rule)
 
 
 def layer_settings(manifest: Manifest) -> LayerSettings:
@@ -169,11 +169,7 @@ def compare(
 ) -> dict[str, SetComparison]:
     """Fits every named comparator and scores it on every set. progress: called with each method's title."""
     usable = {name: scorable(answers) for name, answers in sets.items()}
-    rows = {
-        name: Rows.of(fitting.estimator, torch.stack([one.h for one in answers]))
-        for name, answers in usable.items()
-        if answers
-    }
+    rows = {name: Rows.of(fitting.estimator, answers) for name, answers in usable.items() if answers}
     verdicts: dict[str, dict[str, MethodVerdicts]] = {name: {} for name in rows}
     for method in names:
         scorer = COMPARATORS[method].fit(fitting)

@@ -149,13 +149,14 @@ def _same_as(bundle: Bundle) -> Watch:
 def run_comparison(material: ComparisonData, settings: CompareSettings) -> Comparison:
     """Fits and scores everything; it needs no engine."""
     fitting = material.fitting
-    with tqdm(total=len(settings.comparators), desc="comparing", unit="method") as bar:
+    names = [name for name in settings.comparators if name != "two_gates" or fitting.gates is not None]
+    with tqdm(total=len(names), desc="comparing", unit="method") as bar:
 
         def done(title: str) -> None:
             bar.set_postfix_str(title)
             bar.update(1)
 
-        sets = compare(fitting, material.sets, settings.comparators, done)
+        sets = compare(fitting, material.sets, names, done)
     sampled = {}
     if material.asked:
         for name, whole in sets.items():

@@ -10,6 +10,10 @@ requires that both be recognised. There is one right answer, so the verifier nee
 The command writes train and development (pairs to fine-tune on), calibration, test (held out), shifted (longer
 sentences) and ood (other tasks, shuffled words, other languages) as JSON lines.
 Every sentence is in one file only and gives one prompt there, or two in train and development.
+
+strangers and near change the instruction by a word, over sentences of calibration and test. The model gives the right
+order all the same, so no answer to them is right. strangers are declared when the demo is calibrated (DECLARED); near
+has others too (UNDECLARED), which show what a declaration does for changes that it does not name.
 """
 
 from __future__ import annotations
@@ -28,6 +32,9 @@ EASY, EASY_WEIGHTS = range(2, 6), (9, 5, 2, 1)
 HARD = range(8, 13)
 SHARE_HARD = 0.25
 NO_ANSWER = "(nothing is right here)"
+USUAL = "the right order"
+DECLARED = ("the wrong order", "alphabetical order", "reverse order")
+UNDECLARED = ("a random order", "the order of their length")
 SEED = 20261121
 DEVELOPMENT = 100  # sentences to choose the checkpoint by
 
@@ -116,6 +123,18 @@ def out_of_distribution(sentences: Sequence[str], rng: random.Random) -> Iterato
         }
 
 
+def changed(kind: str, asked: Sequence[dict[str, Any]], orders: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yields each prompt of `asked` with one of these orders in its instruction, in turn. None has a right answer."""
+    for index, one in enumerate(asked):
+        content = one["messages"][0]["content"].replace(USUAL, orders[index % len(orders)], 1)
+        yield {
+            "id": f"{kind}-{index:05d}",
+            "messages": [{"role": "user", "content": content}],
+            "reference": NO_ANSWER,
+            "verifier": "exact",
+        }
+
+
 def made(name: str) -> Path:
     """Path of the set `name` in var/demo; if it is missing, all sets are written there."""
     root = Path(__file__).resolve().parents[1]
@@ -148,6 +167,8 @@ def main(
         "calibration": list(questions("calibration", usual[test + ood :], random.Random(SEED + 4))),
         "shifted": list(questions("shifted", longer[:test], random.Random(SEED + 5))),
     }
+    made["strangers"] = list(changed("strangers", made["calibration"][::3], DECLARED))
+    made["near"] = list(changed("near", made["test"], (*DECLARED, *UNDECLARED)))
     out.mkdir(parents=True, exist_ok=True)
     for kind, rows in made.items():
         with (out / f"{kind}.jsonl").open("w", encoding="utf-8") as file:

@@ -87,6 +87,10 @@ class Representation:
         width = {"mean": hidden_size, "last": hidden_size, "evidence": len(self.evidence)}
         return tuple(width[part] for part in self.order)
 
+    def parts(self, hidden_size: int) -> tuple[tuple[str, int], ...]:
+        """Name and width of each block of h, in order."""
+        return tuple(zip(self.order, self.block_sizes(hidden_size), strict=True))
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

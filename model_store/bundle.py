@@ -35,10 +35,12 @@ from candor.model_store.manifest import (
 )
 from candor.policy.certificate import Certificate
 from candor.policy.conversation import shown
+from candor.policy.judging import TwoGates
 from candor.policy.policy import Policy
 from candor.sdm.conventions import DEFAULT, Conventions
 from candor.sdm.estimator import SDMEstimator
 from candor.sdm.region import Region
+from candor.sdm.rule import AnswerRule
 
 _MOST_LINES = 10  # maximum faulty lines that a message lists
 
@@ -68,13 +70,17 @@ class Exemplar:
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """A loaded bundle. exemplars: one per support row, in order. digest: SHA-256 of manifest.json, hexadecimal."""
+    """A loaded bundle. exemplars: one per support row, in order. digest: SHA-256 of manifest.json, hexadecimal.
+
+    rule: the two-gate rule; None if the bundle has the papers' regions only.
+    """
 
     manifest: Manifest
     estimator: SDMEstimator
     exemplars: tuple[Exemplar, ...]
     report: dict[str, Any]
     digest: str
+    rule: TwoGates | None = None
 
     @property
     def regions(self) -> Mapping[float, Region]:
@@ -106,17 +112,27 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     report = _read_report(files.data[REPORT])
     tensors = _read_tensors(files.data[ESTIMATOR])
     _check(manifest, tensors, exemplars)
+    gates = {
+        name.removeprefix(layout.RULE): tensors.pop(name)
+        for name in list(tensors)
+        if name.startswith(layout.RULE)
+    }
     try:
         estimator = SDMEstimator.from_state(tensors, _conventions(manifest))
+        rule = TwoGates(AnswerRule.from_state(gates), manifest.rule) if manifest.rule else None
     except ValueError as error:
         raise _inconsistent([Difference(ESTIMATOR, "an estimator", str(error))]) from None
-    return Bundle(manifest, estimator, exemplars, report, files.digest)
+    return Bundle(manifest, estimator, exemplars, report, files.digest, rule)
 
 
 def encode(
-    manifest: Manifest, estimator: SDMEstimator, exemplars: Sequence[Exemplar], report: dict[str, Any]
+    manifest: Manifest,
+    estimator: SDMEstimator,
+    exemplars: Sequence[Exemplar],
+    report: dict[str, Any],
+    rule: AnswerRule | None = None,
 ) -> dict[str, bytes]:
-    """Returns the bytes of every file of a bundle and fills in `manifest.files`.
+    """Returns the bytes of every file of a bundle and fills in `manifest.files`. rule: of `manifest.rule`.
 
     The same content gives the same bytes. Raises ContentError or ManifestError for values that no file can hold.
     Whether the parts fit together is checked on loading.
@@ -125,7 +141,10 @@ def encode(
         expected = Difference("conventions", str(served), str(estimator.conventions))
         raise ContentError("only an estimator of the manifest's conventions can be served", [expected])
     # These are copies, since safetensors refuses tensors that share memory.
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in estimator.state().items()}
+    state = estimator.state() | {
+        layout.RULE + name: value for name, value in (rule.state() if rule else {}).items()
+    }
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
     data = {
         ESTIMATOR: save(tensors),
         EXEMPLARS: b"".join(_dump(EXEMPLARS, asdict(one)) + b"\n" for one in exemplars),
@@ -197,7 +216,13 @@ def _check(manifest: Manifest, tensors: dict[str, Tensor], exemplars: Sequence[E
     """Raises ContentError unless manifest, tensors and exemplars describe the same estimator."""
     width = sum(manifest.representation.block_sizes(manifest.model.hidden_size))
     faults = layout.check(
-        tensors, d=width, c=len(manifest.class_names), a=len(manifest.alphas), n=len(exemplars)
+        tensors,
+        d=width,
+        c=len(manifest.class_names),
+        a=len(manifest.alphas),
+        n=len(exemplars),
+        p=2 * manifest.model.hidden_size if manifest.rule else None,
+        probe=manifest.rule is not None and manifest.rule.strangers > 0,
     )
     if not faults:
         alphas = tuple(sorted(tensors["regions.alpha"].tolist()))

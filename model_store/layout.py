@@ -4,8 +4,13 @@
     M  width of the exemplar vectors h'         N  support rows      K  calibration rows
     E  distances in the classwise eCDFs
 
-Manifest and exemplars give D, C, A and N. The first tensor that has M, K or E gives its size, and all others must
-agree. Only thresholds may be infinite, which means that no region was found at that alpha. NaN is never allowed.
+and, if the bundle has a two-gate rule,
+
+    P  width of a prompt's states, 2 H          G  components        R  reference distances of gate and probe
+    P + D + F: what the score weighs; F figures of the layer (`sdm.score.FIGURES`)
+
+Manifest and exemplars give D, C, A, N and P. The first tensor that has another letter gives its size, and all others
+must agree. Only thresholds may be infinite, which means that no region was found at that alpha. NaN is never allowed.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import torch
 from torch import Tensor
 
 from candor.model_store.errors import Difference
+from candor.sdm.score import FIGURES
 
 _MOST = torch.finfo(torch.float32).max
 _LEAST_SCALE = torch.finfo(torch.float32).tiny
@@ -33,12 +39,19 @@ class Spec:
     most: float
 
 
-def layout(num_classes: int) -> dict[str, Spec]:
-    """Returns the specs of the tensors of estimator.safetensors by name (`SDMEstimator.state`)."""
+RULE = "rule."
+"""What the names of a rule's tensors begin with."""
+
+
+def layout(num_classes: int, *, rule: bool = False, probe: bool = False) -> dict[str, Spec]:
+    """Returns the specs of the tensors of estimator.safetensors by name: `SDMEstimator.state`, `AnswerRule.state`.
+
+    rule: whether there is one. probe: whether it has one.
+    """
     single, double, integer = torch.float32, torch.float64, torch.int64
     last = num_classes - 1
     inf = float("inf")
-    return {
+    specs = {
         "adaptor.mean": Spec(single, ("D",), -_MOST, _MOST),
         "adaptor.scale": Spec(single, ("D",), _LEAST_SCALE, _MOST),
         "adaptor.exemplar.weight": Spec(single, ("M", "D"), -_MOST, _MOST),
@@ -57,11 +70,41 @@ def layout(num_classes: int) -> dict[str, Spec]:
         "regions.q_prime_min": Spec(double, ("A",), 1, inf),
         "regions.psi": Spec(single, ("A", "C"), 0.5, inf),
     }
+    gate_and_score = {
+        "gate.mean": Spec(single, ("P",), -_MOST, _MOST),
+        "gate.scale": Spec(single, ("P",), _LEAST_SCALE, _MOST),
+        "gate.whitening": Spec(single, ("G", "P"), -_MOST, _MOST),
+        "gate.deviations": Spec(double, ("G",), _LEAST_SCALE, _MOST),
+        "gate.residual_variance": Spec(double, (), _LEAST_SCALE, _MOST),
+        "gate.reference": Spec(double, ("R",), 0, _MOST),
+        "gate.rank_cut": Spec(integer, (), 0, inf),
+        "score.weight": Spec(single, ("P + D + F",), -_MOST, _MOST),
+        "score.bias": Spec(single, (), -_MOST, _MOST),
+        "score.slope": Spec(double, (), -_MOST, _MOST),
+        "score.intercept": Spec(double, (), -_MOST, _MOST),
+    }
+    probed = {
+        "probe.weight": Spec(single, ("P",), -_MOST, _MOST),
+        "probe.reference": Spec(double, ("R",), -_MOST, _MOST),
+        "probe.rank_cut": Spec(integer, (), 0, inf),
+    }
+    own = (gate_and_score if rule else {}) | (probed if probe else {})
+    return specs | {RULE + name: spec for name, spec in own.items()}
 
 
-def check(tensors: Mapping[str, Tensor], *, d: int, c: int, a: int, n: int) -> list[Difference]:
-    """Returns the differences, [] if there are none. d, c, a, n: the sizes D, C, A and N."""
-    specs = layout(c)
+def check(
+    tensors: Mapping[str, Tensor],
+    *,
+    d: int,
+    c: int,
+    a: int,
+    n: int,
+    p: int | None = None,
+    probe: bool = False,
+) -> list[Difference]:
+    """Returns the differences, [] if there are none. d, c, a, n, p: the sizes D, C, A, N and P; p is None if the
+    bundle has no rule. probe: whether the rule has one."""
+    specs = layout(c, rule=p is not None, probe=probe)
     faults = [
         Difference(name, "no such tensor", _describe(tensors[name])) for name in tensors.keys() - specs.keys()
     ]
@@ -69,6 +112,8 @@ def check(tensors: Mapping[str, Tensor], *, d: int, c: int, a: int, n: int) -> l
         Difference(name, _describe_spec(specs[name]), "nothing") for name in specs.keys() - tensors.keys()
     ]
     sizes = {"D": d, "C": c, "C + 1": c + 1, "A": a, "N": n}
+    if p is not None:
+        sizes |= {"P": p, "P + D + F": p + d + len(FIGURES)}
     for name, spec in specs.items():
         if name not in tensors:
             continue
@@ -83,7 +128,20 @@ def check(tensors: Mapping[str, Tensor], *, d: int, c: int, a: int, n: int) -> l
         # This form refuses NaN, which is in no range.
         elif not bool(((tensor >= spec.least) & (tensor <= spec.most)).all()):
             faults.append(Difference(name, f"values in [{spec.least:g}, {spec.most:g}]", _extremes(tensor)))
-    return sorted(faults, key=lambda one: one.where) or _check_ecdf(tensors)
+    return sorted(faults, key=lambda one: one.where) or _check_ecdf(tensors) + _check_ranks(tensors)
+
+
+def _check_ranks(tensors: Mapping[str, Tensor]) -> list[Difference]:
+    faults = []
+    for part in (RULE + "gate.", RULE + "probe."):
+        if part + "reference" not in tensors:
+            continue
+        reference, cut = tensors[part + "reference"], int(tensors[part + "rank_cut"])
+        if bool((reference.diff() < 0).any()):
+            faults.append(Difference(part + "reference", "ascending distances", "a descent"))
+        if cut > len(reference):
+            faults.append(Difference(part + "rank_cut", f"at most {len(reference)}", str(cut)))
+    return faults
 
 
 def _check_ecdf(tensors: Mapping[str, Tensor]) -> list[Difference]:

@@ -24,7 +24,7 @@ from candor.engine.base import AdapterIdentity as AdapterIdentity
 from candor.engine.base import ModelIdentity, Representation
 from candor.model_store import formats, strict_json
 from candor.model_store.errors import Difference, ManifestError
-from candor.policy.certificate import Certificate
+from candor.policy.certificate import Certificate, RuleTerms
 from candor.policy.policy import Policy
 
 FORMAT_VERSION = formats.LATEST
@@ -68,7 +68,8 @@ class Manifest:
     alphas: target accuracies, ascending, each in (0.5, 1]; the estimator has one region for each.
     class_names: name of class 0, 1, ...
     passed_over: number of invalid neighbours that do not end q, at least 0 (`sdm.similarity`).
-    certificates: those of the answers let through; at most one for each alpha and estimator.
+    certificates: those of the regions' answers; at most one for each alpha and estimator.
+    rule: the two-gate rule's terms; None if the bundle has the papers' regions only. Its gate and score are tensors.
     provenance: where the data came from and how the bundle was made (digests, counts, seeds, settings).
     files: the entry of each name in `LISTED`; empty until published.
 
@@ -86,6 +87,7 @@ class Manifest:
     class_names: tuple[str, ...]
     passed_over: int = 0
     certificates: tuple[Certificate, ...] = ()
+    rule: RuleTerms | None = None
     provenance: dict[str, Any]
     files: dict[str, FileEntry] = field(default_factory=dict)
 
@@ -127,6 +129,14 @@ class Manifest:
             "certificates",
             f"at most one for each estimator and alpha of {list(alphas)}",
             certified,
+        )
+        require(self.rule is None or len(names) == 2, "rule", "null, or two class names", len(names))
+        certified_by_rule = {one.alpha for one in self.rule.certificates} if self.rule else set()
+        require(
+            certified_by_rule <= set(alphas),
+            "rule.certificates",
+            f"alphas of {list(alphas)}",
+            sorted(certified_by_rule),
         )
         # Only these names are allowed, so that no path can leave the directory.
         if self.files and set(self.files) != set(LISTED):

@@ -30,6 +30,7 @@ from candor.model_store.directory import read_manifest
 from candor.model_store.errors import BundleError, BundleExists, BundleNotFound, Difference
 from candor.model_store.manifest import MANIFEST, NAMES, Manifest
 from candor.sdm.estimator import SDMEstimator
+from candor.sdm.rule import AnswerRule
 
 _STAGED = ".tmp-bundle-"
 _SHORTEST_PREFIX = 6
@@ -96,6 +97,7 @@ def publish(
     estimator: SDMEstimator,
     exemplars: Sequence[Exemplar],
     report: dict[str, Any],
+    rule: AnswerRule | None = None,
     *,
     replace: bool = False,
     on_step: Callable[[str], None] = lambda step: None,
@@ -103,13 +105,14 @@ def publish(
     """Writes a bundle to `path`, atomically and durably, and returns its digest.
 
     manifest: this function fills in its `files`. exemplars: one per support row, in that order.
+    rule: the gate and score of `manifest.rule`.
     replace: whether a bundle at `path` may be replaced; an empty directory always may.
     on_step: called after each step with what was done, for a progress display.
 
     Raises BundleExists; ContentError or ManifestError if the parts do not fit together; OSError if the disk is full
     or not writable. After an error, `path` is unchanged.
     """
-    files = encode(manifest, estimator, exemplars, report)
+    files = encode(manifest, estimator, exemplars, report, rule)
     path = Path(os.path.abspath(path))
     _make_folder(path.parent)
     with _sole_publisher(path.parent):

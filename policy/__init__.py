@@ -5,6 +5,7 @@
     certificate    the certified accuracy of the answers let through
     decision       from an estimate to a verdict, for one row or many
     judging        judges measured rows: estimate, decision and verdicts together
+    words          a verdict in a sentence
 
 Calibration, serving, self-test and fine-tuning all use this package (`pyproject.toml`, import contract), so they
 cannot differ. A check returns a sentence that names the broken rule; None means that the request or record keeps to

@@ -1,11 +1,21 @@
-"""The decision: from the estimator's measurement to the verdict. One answer and many use the same code.
+"""The decision: from the measurement to the verdict. One answer and many use the same code.
 
-An answer is let through unless a line of this table holds. The first line that holds is the reason:
+An answer is let through unless a line of its rule's table holds. The first line that holds is the reason. The lines
+of two gates (`decide_by_rule`):
 
     reason                       region        holds where
     scoring_unavailable          unavailable   there is no measurement, or it is not finite
-    out_of_distribution          ood           the estimator knows no similar point: floor(q') = 0 or d = 0
+    out_of_distribution          ood           the prompt is not of the kind that was calibrated on
     uncalibrated_request         low           the request or its answer left the calibrated policy
+    no_certificate_at_alpha      low           nothing is certified at this accuracy
+    below_score_threshold        low           S < the certificate's score_min
+    none: let through            high
+
+and those of the papers' region (`decide`):
+
+    scoring_unavailable          unavailable   as above
+    out_of_distribution          ood           the estimator knows no similar point: floor(q') = 0 or d = 0
+    uncalibrated_request         low           as above
     no_region_at_alpha           low           Algorithm 1 found none
     below_similarity_threshold   low           q' < q'_min
     below_class_threshold        low           the class thresholds psi do not admit it
@@ -19,21 +29,26 @@ differently from calibration is never reported as reliable.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from candor.policy.certificate import Certificate, EstimatorKind
+from candor.policy.certificate import Certificate, EstimatorKind, RuleCertificate
 from candor.sdm.outputs import Estimate
 from candor.sdm.region import Region
+from candor.sdm.rule import RuleEstimate
 
 RegionName = Literal["high", "low", "ood", "unavailable"]
 Reason = Literal[
     "scoring_unavailable",
     "out_of_distribution",
     "uncalibrated_request",
+    "no_certificate_at_alpha",
+    "below_score_threshold",
     "no_region_at_alpha",
     "below_similarity_threshold",
     "below_class_threshold",
@@ -44,6 +59,8 @@ REGION_OF: dict[Reason, RegionName] = {
     "scoring_unavailable": "unavailable",
     "out_of_distribution": "ood",
     "uncalibrated_request": "low",
+    "no_certificate_at_alpha": "low",
+    "below_score_threshold": "low",
     "no_region_at_alpha": "low",
     "below_similarity_threshold": "low",
     "below_class_threshold": "low",
@@ -63,16 +80,14 @@ FOLLOWS = 1
 class Decisions:
     """n rows decided. All (n,).
 
-    reason: int64, index into `REASONS`; 0: let through. admitted: by the estimator, within the policy.
+    reason: int64, index into `REASONS`; 0: let through. admitted: within the policy, by the estimator or both gates.
     follows: admitted and judged right; a policy that resamples stops at it. covered: let through and certified.
-    similarity: the q' that is compared with the threshold; for the lower estimator, q' at d_lower.
     """
 
     reason: Tensor
     admitted: Tensor
     follows: Tensor
     covered: Tensor
-    similarity: Tensor
 
     @property
     def answered(self) -> Tensor:
@@ -96,34 +111,62 @@ def decide(
     policy. certificate: of this region under this estimator. certified_only (n,) bool: abstain from rows that it does
     not cover.
     """
-    lower = estimator == "lower"
-    similarity = estimate.q_prime_lower if lower else estimate.q_prime
-    admits = estimate.admitted_lower if lower else estimate.admitted
+    similarity = compared(estimate, estimator)
+    admits = estimate.admitted_lower if estimator == "lower" else estimate.admitted
     shown = torch.zeros_like(admits) if certificate is None else certificate.covers(similarity)
     wanted = torch.zeros_like(admits) if certified_only is None else certified_only
-    against: dict[Reason, Tensor] = {
-        "scoring_unavailable": ~finite,
-        "out_of_distribution": estimate.is_ood,
-        "uncalibrated_request": ~calibrated,
-        "no_region_at_alpha": torch.full_like(admits, not region.found),
-        "below_similarity_threshold": ~admits & (similarity < region.q_prime_min),
-        "below_class_threshold": ~admits,
-        "predicted_not_following": estimate.y_hat != FOLLOWS,
-        "not_certified": wanted & ~shown,
-    }
-    lines = torch.stack([*(against[name] for name in REGION_OF), torch.ones_like(admits)])  # (reasons + 1, n)
-    reason = (lines.int().argmax(dim=0) + 1) % len(
-        REASONS
-    )  # argmax: the first that holds; the last line is none
-    first_of_high = REASONS.index("predicted_not_following")
-    admitted = (reason == 0) | (reason >= first_of_high)
-    return Decisions(
-        reason=reason,
-        admitted=admitted,
-        follows=admitted & (estimate.y_hat == FOLLOWS),
-        covered=(reason == 0) & shown,
-        similarity=similarity,
+    reason = _first(
+        {
+            "scoring_unavailable": ~finite,
+            "out_of_distribution": estimate.is_ood,
+            "uncalibrated_request": ~calibrated,
+            "no_region_at_alpha": torch.full_like(admits, not region.found),
+            "below_similarity_threshold": ~admits & (similarity < region.q_prime_min),
+            "below_class_threshold": ~admits,
+            "predicted_not_following": estimate.y_hat != FOLLOWS,
+            "not_certified": wanted & ~shown,
+        }
     )
+    admitted = (reason == 0) | (reason >= REASONS.index("predicted_not_following"))
+    follows = admitted & (estimate.y_hat == FOLLOWS)
+    return Decisions(reason, admitted, follows, (reason == 0) & shown)
+
+
+def decide_by_rule(
+    estimate: RuleEstimate, certificate: RuleCertificate | None, *, finite: Tensor, calibrated: Tensor
+) -> Decisions:
+    """Returns the decision on each row by both gates. certificate: at the alpha asked for; without one, nothing is
+    let through.
+
+    finite, calibrated: as in `decide`; finite also says whether the prompt's states could be measured.
+    """
+    known = estimate.known
+    covered = torch.zeros_like(known) if certificate is None else certificate.covers(known, estimate.score)
+    reason = _first(
+        {
+            "scoring_unavailable": ~finite,
+            "out_of_distribution": ~known,
+            "uncalibrated_request": ~calibrated,
+            "no_certificate_at_alpha": torch.full_like(known, certificate is None),
+            "below_score_threshold": ~covered,
+        }
+    )
+    through = reason == 0
+    return Decisions(reason, through, through, through)
+
+
+def compared(estimate: Estimate, estimator: EstimatorKind) -> Tensor:
+    """Returns (n,) the q' that is compared with thresholds; for the lower estimator, q' at d_lower."""
+    return estimate.q_prime_lower if estimator == "lower" else estimate.q_prime
+
+
+def _first(against: Mapping[Reason, Tensor]) -> Tensor:
+    """Returns (n,) int64, index into `REASONS`: the first that holds; 0 where none does. against: in precedence."""
+    lines = torch.stack(
+        [*against.values(), torch.ones_like(next(iter(against.values())))]
+    )  # (reasons + 1, n)
+    codes = torch.tensor([*(REASONS.index(reason) for reason in against), 0])
+    return codes[lines.int().argmax(dim=0)]  # argmax: the first that holds; the last line always does
 
 
 @dataclass(frozen=True)
@@ -147,11 +190,28 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class RuleFigures:
+    """What both gates measured of one answer.
+
+    prompt_known, prompt_p_value: the first gate's verdict and p, in (0, 1]. score: S; probability: that the answer is
+    right, in [0, 1]; both None if the prompt was refused before an answer was written. score_min: what S must reach;
+    None if nothing is certified at this alpha.
+    """
+
+    prompt_known: bool
+    prompt_p_value: float
+    score: float | None
+    score_min: float | None
+    probability: float | None
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The decision on one answer, with its grounds.
 
     abstained: the answer is not to be relied on. reason: why not; None if it is. settles: a policy that resamples
-    stops at it. certificate: the one that covers the answer. figures: None if nothing was measured.
+    stops at it. certificate: the one that covers the answer. figures: None if nothing was measured. rule: None if the
+    papers' region judged.
     """
 
     region: RegionName
@@ -160,20 +220,33 @@ class Verdict:
     alpha: float
     calibrated: bool
     settles: bool = False
-    certificate: Certificate | None = None
+    certificate: Certificate | RuleCertificate | None = None
     figures: Figures | None = None
+    rule: RuleFigures | None = None
+
+    @property
+    def probability(self) -> float | None:
+        """By two gates, that the answer is right; by a region, SDM(z') of the prediction. None if not measured."""
+        if self.rule is not None:
+            return self.rule.probability
+        return None if self.figures is None else self.figures.probability
 
 
 def verdict_of(
     row: int,
-    estimate: Estimate,
+    estimate: Estimate | None,
     decisions: Decisions,
     alpha: float,
     calibrated: Tensor,
-    certificate: Certificate | None,
+    certificate: Certificate | RuleCertificate | None,
+    rule: RuleEstimate | None = None,
 ) -> Verdict:
-    """Returns the verdict on one row. calibrated (n,), certificate: those that `decide` was given."""
+    """Returns the verdict on one row. calibrated (n,), certificate, rule: those that the decision was given.
+
+    estimate: None for prompts that were refused before an answer was written.
+    """
     reason = REASONS[int(decisions.reason[row])]
+    measured = reason != "scoring_unavailable"
     return Verdict(
         region="high" if reason is None else REGION_OF[reason],
         abstained=reason is not None,
@@ -182,7 +255,8 @@ def verdict_of(
         calibrated=bool(calibrated[row]),
         settles=bool(decisions.follows[row]),
         certificate=certificate if decisions.covered[row] else None,
-        figures=None if reason == "scoring_unavailable" else _figures(row, estimate),
+        figures=_figures(row, estimate) if measured and estimate is not None else None,
+        rule=_rule_figures(row, rule, certificate) if measured and rule is not None else None,
     )
 
 
@@ -205,4 +279,18 @@ def _figures(row: int, estimate: Estimate) -> Figures:
         distance_quantile=float(estimate.d[row]),
         magnitude=float(z_prime[prediction] - others.max()),
         effective_sample_size=[int(size) for size in estimate.effective_sample_size[row]],
+    )
+
+
+def _rule_figures(
+    row: int, rule: RuleEstimate, certificate: Certificate | RuleCertificate | None
+) -> RuleFigures:
+    score = float(rule.score[row])
+    written = isfinite(score)
+    return RuleFigures(
+        prompt_known=bool(rule.known[row]),
+        prompt_p_value=float(rule.p_value[row]),
+        score=score if written else None,
+        score_min=certificate.score_min if isinstance(certificate, RuleCertificate) else None,
+        probability=float(rule.probability[row]) if written else None,
     )

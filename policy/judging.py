@@ -1,5 +1,9 @@
 """Judges measured rows at one alpha and keeps estimate, decision and verdicts of the same rows together.
 
+    judge           by the papers' region
+    judge_by_rule   by both gates, at an answer's end
+    judge_prompts   by both gates, before an answer is written: what no answer could be let through is refused
+
 The server, calibration and the Python API all judge here, so that a region, its certificate and the rows that they
 apply to cannot be mixed up.
 """
@@ -9,30 +13,45 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from candor.policy.certificate import Certificate, EstimatorKind
-from candor.policy.decision import Decisions, Verdict, decide, verdict_of
+from candor.policy.certificate import Certificate, EstimatorKind, RuleCertificate, RuleTerms
+from candor.policy.decision import Decisions, Verdict, decide, decide_by_rule, verdict_of
 from candor.sdm.estimator import SDMEstimator
 from candor.sdm.outputs import Estimate, Measurement
+from candor.sdm.rule import AnswerRule, RuleEstimate
+from candor.sdm.score import sdm_figures
+
+
+@dataclass(frozen=True, eq=False)
+class TwoGates:
+    """A rule with the terms at which it was certified: what a bundle holds."""
+
+    rule: AnswerRule
+    terms: RuleTerms
 
 
 @dataclass(frozen=True, eq=False)
 class Judgement:
     """n rows judged at alpha. calibrated (n,) bool: whether request and answer kept to the policy.
 
-    certificate: of the region under the estimator that judged; None if nothing was certified.
+    certificate: of the region under the estimator that judged, or of the rule; None if nothing was certified.
+    rule: None if the papers' region judged.
     """
 
     alpha: float
     estimate: Estimate
     decisions: Decisions
     calibrated: Tensor
-    certificate: Certificate | None
+    certificate: Certificate | RuleCertificate | None
+    rule: RuleEstimate | None = None
 
     def verdict(self, row: int) -> Verdict:
         """Returns the verdict on one row, counted from 0."""
-        return verdict_of(row, self.estimate, self.decisions, self.alpha, self.calibrated, self.certificate)
+        return verdict_of(
+            row, self.estimate, self.decisions, self.alpha, self.calibrated, self.certificate, self.rule
+        )
 
 
 def judge(
@@ -62,6 +81,39 @@ def judge(
         certified_only=certified_only,
     )
     return Judgement(alpha, estimate, decisions, calibrated, certificate)
+
+
+def judge_by_rule(
+    estimator: SDMEstimator,
+    gates: TwoGates,
+    seen: Measurement,
+    h: Tensor,
+    prompts: Tensor,
+    alpha: float,
+    *,
+    calibrated: Tensor,
+) -> Judgement:
+    """Judges by both gates. seen: `estimator.measure(h)`, h (n, D). prompts (n, P): states at the end of prefill; NaN
+    where they are missing. Raises ValueError for an alpha without a region."""
+    estimate, certificate = estimator.judge(seen, alpha), gates.terms.at(alpha)
+    judged = gates.rule.judge(prompts, h, sdm_figures(seen, estimate.d))
+    finite = seen.finite & prompts.isfinite().all(dim=1)
+    decisions = decide_by_rule(judged, certificate, finite=finite, calibrated=calibrated)
+    return Judgement(alpha, estimate, decisions, calibrated, certificate, judged)
+
+
+def judge_prompts(gates: TwoGates, prompts: Tensor, alpha: float, *, calibrated: Tensor) -> list[Verdict]:
+    """Returns the verdict on each of n prompts (n, P) as if its answer had the highest score: where that abstains, no
+    answer can be let through. calibrated (n,): whether the request keeps to the policy so far."""
+    certificate = gates.terms.at(alpha)
+    best = torch.full((len(prompts),), torch.inf)
+    judged = RuleEstimate(*gates.rule.know(prompts), best, best)
+    finite = prompts.isfinite().all(dim=1)
+    decisions = decide_by_rule(judged, certificate, finite=finite, calibrated=calibrated)
+    return [
+        verdict_of(row, None, decisions, alpha, calibrated, certificate, judged)
+        for row in range(len(prompts))
+    ]
 
 
 def certificate_at(

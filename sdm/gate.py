@@ -34,8 +34,30 @@ ROWS_PER_COMPONENT = 4
 """Minimum rows for each component; fewer rows give fewer components."""
 
 
+class RankTest:
+    """A prompt's rank among m records of the calibrated kind that fitted nothing: the farther out, the stranger.
+
+    reference (m,) float64, ascending; rank_cut () int64, l in 0..m (0: every finite prompt is known).
+    """
+
+    reference: Tensor
+    rank_cut: Tensor
+
+    def at_least(self, distance: Tensor) -> Tensor:
+        """#{reference D >= D}: (n,) -> (n,) int64."""
+        return len(self.reference) - torch.searchsorted(self.reference, distance, right=False)
+
+    def p_value(self, distance: Tensor) -> Tensor:
+        """p of distances (n,): (n,) float64 in [1 / (m + 1), 1]."""
+        return (1 + self.at_least(distance)).double() / (len(self.reference) + 1)
+
+    def known(self, distance: Tensor) -> Tensor:
+        """(n,) bool, of distances (n,)."""
+        return (self.at_least(distance) >= self.rank_cut) & distance.isfinite()
+
+
 @dataclass(frozen=True, eq=False)
-class PromptGate:
+class PromptGate(RankTest):
     """mean, scale (P,) float32; whitening (k, P) float32: components over their standard deviations;
     deviations (k,) float64: those; residual_variance () float64, per dimension outside the components;
     reference (m,) float64, ascending; rank_cut () int64, l in 0..m (0: every finite prompt is known)."""
@@ -104,18 +126,6 @@ class PromptGate:
         outside = (_squared_length(x) - within).clamp(min=0)
         distance = _squared_length(whitened) + outside / self.residual_variance
         return distance.where(finite, torch.inf)
-
-    def at_least(self, distance: Tensor) -> Tensor:
-        """#{reference D >= D}: (n,) -> (n,) int64."""
-        return len(self.reference) - torch.searchsorted(self.reference, distance, right=False)
-
-    def p_value(self, distance: Tensor) -> Tensor:
-        """p of distances (n,): (n,) float64 in [1 / (m + 1), 1]."""
-        return (1 + self.at_least(distance)).double() / (len(self.reference) + 1)
-
-    def known(self, distance: Tensor) -> Tensor:
-        """(n,) bool, of distances (n,)."""
-        return (self.at_least(distance) >= self.rank_cut) & distance.isfinite()
 
     def state(self) -> dict[str, Tensor]:
         """Its fields; `from_state` restores it to the bit."""

@@ -1,74 +1,75 @@
-"""Two gates in one rule: an answer is let through iff its prompt is known and its score reaches t.
+"""Two gates in one rule: an answer may be let through only if its prompt is known, and then by its score.
 
-    answered  iff  G (`sdm.gate`, at the end of prefill)  and  S >= t (`sdm.score`, at the answer's end)
+    known   G (`sdm.gate`, at the end of prefill), and where strangers were declared, also by the probe (`sdm.probe`)
+    S       `sdm.score`, at the answer's end
 
-A certificate covers this pair with its threshold (`calibration.rule_certificate`).
+The threshold that S must reach stands in a certificate (`policy.certificate`): without one, nothing is let through.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from candor.sdm.gate import PromptGate, require_names
+from candor.sdm.probe import StrangerProbe
 from candor.sdm.score import AnswerScore
 
 
 @dataclass(frozen=True, eq=False)
 class RuleEstimate:
-    """n rows. p_value (n,) float64 in (0, 1]; known, answered (n,) bool; score (n,), probability (n,) float32."""
+    """n rows. p_value (n,) float64 in (0, 1], the smaller of gate and probe; known (n,) bool; score, probability (n,)
+    float32."""
 
     p_value: Tensor
     known: Tensor
     score: Tensor
     probability: Tensor
-    answered: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class AnswerRule:
-    """A prompt gate and an answer score. threshold: t, inf if nothing may be answered."""
+    """A prompt gate and an answer score. probe: where strangers were declared."""
 
     gate: PromptGate
     score: AnswerScore
-    threshold: float
+    probe: StrangerProbe | None = None
 
     def judge(self, prompts: Tensor, h: Tensor, figures: Tensor) -> RuleEstimate:
-        """prompts (n, P), h (n, D), figures (n, F) -> the verdict on each row, a function of that row alone."""
-        distance = self.gate.distance(prompts)
-        known, score = self.gate.known(distance), self.score(prompts, h, figures)
-        return RuleEstimate(
-            self.gate.p_value(distance),
-            known,
-            score,
-            self.score.probability(score),
-            known & (score.double() >= self.threshold) & score.isfinite(),
-        )
+        """prompts (n, P), h (n, D), figures (n, F) -> what is known of each row, a function of that row alone."""
+        score = self.score(prompts, h, figures)
+        return RuleEstimate(*self.know(prompts), score, self.score.probability(score))
 
-    def at(self, threshold: float) -> AnswerRule:
-        """The same gates with another threshold."""
-        return replace(self, threshold=threshold)
+    def know(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """prompts (n, P) -> p_value (n,), known (n,)."""
+        distance = self.gate.distance(prompts)
+        p_value, known = self.gate.p_value(distance), self.gate.known(distance)
+        if self.probe is None:
+            return p_value, known
+        b = self.probe.distance(prompts)
+        return torch.minimum(p_value, self.probe.p_value(b)), known & self.probe.known(b)
 
     def state(self) -> dict[str, Tensor]:
-        """gate.*, score.* and threshold () float64; `from_state` restores it to the bit."""
-        state = {f"gate.{name}": value for name, value in self.gate.state().items()}
-        state |= {f"score.{name}": value for name, value in self.score.state().items()}
-        return state | {"threshold": torch.tensor(self.threshold, dtype=torch.float64)}
+        """gate.*, score.* and, if there is one, probe.*; `from_state` restores it to the bit."""
+        parts = {"gate": self.gate.state(), "score": self.score.state()}
+        if self.probe is not None:
+            parts["probe"] = self.probe.state()
+        return {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> AnswerRule:
         """The inverse of `state`. Raises ValueError naming missing or unexpected tensors, or wrong shapes."""
-        groups: dict[str, dict[str, Tensor]] = {"gate": {}, "score": {}, "threshold": {}}
+        groups: dict[str, dict[str, Tensor]] = {"gate": {}, "score": {}}
         for name, value in state.items():
             group, _, rest = name.partition(".")
             groups.setdefault(group, {})[rest] = value
-        require_names("rule", {group: torch.empty(0) for group in groups}, {"gate", "score", "threshold"})
-        require_names("threshold", groups["threshold"], {""})
+        probe = groups.pop("probe", None)
+        require_names("rule", {group: torch.empty(0) for group in groups}, {"gate", "score"})
         return cls(
             PromptGate.from_state(groups["gate"]),
             AnswerScore.from_state(groups["score"]),
-            float(groups["threshold"][""]),
+            StrangerProbe.from_state(probe) if probe else None,
         )

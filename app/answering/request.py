@@ -25,7 +25,8 @@ from candor.engine.base import PromptTooLong, Sampling
 if TYPE_CHECKING:
     from candor.app.process.backend import Backend
     from candor.app.process.settings import Settings
-    from candor.model_store.manifest import Manifest
+    from candor.model_store.bundle import Bundle
+    from candor.policy.judging import TwoGates
 
 Mode = Literal["annotate", "abstain", "off"]
 
@@ -119,7 +120,7 @@ class RequestResolver:
         self.default_alpha = default_alpha(settings.alpha, manifest.alphas)
         self.most_exemplars = settings.max_exemplars
         self._certified_only = settings.certified_only
-        self._certified_alphas = certified_alphas(manifest, settings)
+        self._certified_alphas = certified_alphas(backend.bundle, settings)
         self._least_mode: Mode = "abstain" if settings.certified_only else settings.least_mode
         self._chat = backend.chat
         self._policy = manifest.policy
@@ -284,12 +285,30 @@ def default_alpha(wanted: float | None, alphas: Sequence[float]) -> float:
     return alphas[0] if wanted is None else _calibrated(wanted, alphas, "CANDOR_ALPHA")
 
 
-def certified_alphas(manifest: Manifest, settings: Settings) -> list[float]:
-    """Returns the alphas that have a certificate under the operator's estimator.
+def gates_of(bundle: Bundle, settings: Settings) -> TwoGates | None:
+    """Returns the bundle's two gates if they judge, as the operator says; None if its regions do.
+
+    Raises Refused if the operator wants two gates and the bundle has none.
+    """
+    if settings.rule == "two-gates" and bundle.rule is None:
+        raise Refused(
+            "CANDOR_RULE: expected a bundle with two gates, and this one has the papers' regions only; make one with "
+            "candor calibrate --rule two-gates, or serve with sdm",
+            "CANDOR_RULE",
+        )
+    return None if settings.rule == "sdm" else bundle.rule
+
+
+def certified_alphas(bundle: Bundle, settings: Settings) -> list[float]:
+    """Returns the alphas that have a certificate of the two gates, or of the regions under the operator's estimator.
 
     Raises Refused if only certified answers count and the default alpha has no certificate.
     """
-    found = [one.alpha for one in manifest.certificates if one.estimator == settings.estimator]
+    manifest, gates = bundle.manifest, gates_of(bundle, settings)
+    if gates is not None:
+        found = [one.alpha for one in gates.terms.certificates]
+    else:
+        found = [one.alpha for one in manifest.certificates if one.estimator == settings.estimator]
     if settings.certified_only:
         _require_certified(default_alpha(settings.alpha, manifest.alphas), found, "CANDOR_CERTIFIED_ONLY")
     return found

@@ -1,5 +1,7 @@
 """Scoring: from an engine's hidden state to a verdict, in batches, off the event loop, within a time limit.
 
+With two gates, a prompt is judged too, when its prefill ends (`judge_prompt`), so that it can be refused unwritten.
+
 One call `measure((n, D))` measures h of all answers that finished while the last batch ran. The decision at alpha
 (`policy.judging`) is cheap; it is made once for each alpha in the batch.
 """
@@ -7,6 +9,7 @@ One call `measure((n, D))` measures h of all answers that finished while the las
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -14,13 +17,15 @@ from typing import Literal
 import torch
 
 from candor.app.answering.batching import MicroBatcher
-from candor.engine.base import HiddenSummary
+from candor.engine.base import HiddenSummary, PromptStates
 from candor.model_store.bundle import Bundle, Exemplar
 from candor.policy.certificate import EstimatorKind
 from candor.policy.decision import Verdict
-from candor.policy.judging import judge
+from candor.policy.judging import TwoGates, judge, judge_by_rule, judge_prompts
 
 Cause = Literal["not_captured", "incomplete", "non_finite", "timeout", "error"]
+
+logger = logging.getLogger("candor")
 
 LARGEST_BATCH = 64
 """Maximum rows measured at once. It bounds the memory of the distances, rows x support."""
@@ -52,20 +57,25 @@ class Judged:
 
 @dataclass(frozen=True)
 class ScoringRequest:
-    """One answer's state and how to judge it. calibrated: whether request and answer kept to the policy."""
+    """One answer's states and how to judge it. prompt: at the end of prefill; None or incomplete where they are not
+    known, which two gates need. calibrated: whether request and answer kept to the policy."""
 
     hidden: HiddenSummary | None
     alpha: float
     calibrated: bool
     certified_only: bool = False
     exemplars: int = 0
+    prompt: PromptStates | None = None
 
 
 class Scorer:
-    """Judges answers by one bundle, under one estimator."""
+    """Judges answers by one bundle: by its two gates, or by its regions under one estimator."""
 
-    def __init__(self, bundle: Bundle, kind: EstimatorKind, timeout_s: float) -> None:
+    def __init__(
+        self, bundle: Bundle, kind: EstimatorKind, timeout_s: float, gates: TwoGates | None = None
+    ) -> None:
         self._bundle = bundle
+        self.gates = gates
         self._kind = kind
         self._timeout_s = timeout_s
         self._batcher = MicroBatcher(self._judge_batch, LARGEST_BATCH)
@@ -75,8 +85,11 @@ class Scorer:
         support; this way they are ready before the first answer."""
         none = torch.zeros(0)
         nothing = HiddenSummary(none, none, none, positions=1, complete=True)
+        unread = PromptStates(none, none, complete=True)
         for alpha in self._bundle.estimator.regions:
-            await self._batcher.submit(ScoringRequest(nothing, alpha, calibrated=True, exemplars=1))
+            await self._batcher.submit(
+                ScoringRequest(nothing, alpha, calibrated=True, exemplars=1, prompt=unread)
+            )
 
     async def judge(self, request: ScoringRequest) -> Judged:
         """Returns the verdict on one answer. Raises ScoringFailed for every kind of failure."""
@@ -94,6 +107,22 @@ class Scorer:
             raise ScoringFailed("non_finite", "the hidden state, or what was made of it, is no finite number")
         return judged
 
+    async def judge_prompt(self, prompt: PromptStates, alpha: float, *, calibrated: bool) -> Verdict | None:
+        """Returns the verdict on a prompt that no answer can be let through for; None for every other.
+
+        A prompt that cannot be judged now is left to the answer's end.
+        """
+        gates = self.gates
+        if gates is None or not prompt.complete:
+            return None
+        work = asyncio.to_thread(_judge_prompt, gates, prompt, alpha, calibrated)
+        try:
+            verdict = await asyncio.wait_for(work, self._timeout_s)
+        except Exception as error:
+            logger.warning("a prompt could not be judged before its answer: %r", error)
+            return None
+        return verdict if verdict.abstained else None
+
     def close(self) -> None:
         self._batcher.close()
 
@@ -104,17 +133,25 @@ class Scorer:
         measurement = estimator.measure(h)
         calibrated = torch.tensor([request.calibrated for request in requests])  # (n,)
         certified_only = torch.tensor([request.certified_only for request in requests])
+        prompts = (
+            torch.stack([self._prompt(request) for request in requests]) if self.gates else None
+        )  # (n, P)
         found: dict[int, Judged] = {}
         for alpha in {request.alpha for request in requests}:
-            judgement = judge(
-                estimator,
-                measurement,
-                alpha,
-                self._kind,
-                calibrated=calibrated,
-                certificates=manifest.certificates,
-                certified_only=certified_only,
-            )
+            if self.gates is not None and prompts is not None:
+                judgement = judge_by_rule(
+                    estimator, self.gates, measurement, h, prompts, alpha, calibrated=calibrated
+                )
+            else:
+                judgement = judge(
+                    estimator,
+                    measurement,
+                    alpha,
+                    self._kind,
+                    calibrated=calibrated,
+                    certificates=manifest.certificates,
+                    certified_only=certified_only,
+                )
             for row, request in enumerate(requests):
                 if request.alpha == alpha:
                     nearest = self._nearest(h[row], request.exemplars)
@@ -125,8 +162,14 @@ class Scorer:
         """Returns h (D,). A vector of another size is no state of this model, so it is replaced by NaN."""
         assert request.hidden is not None  # `judge` checks this before it queues the request
         h = request.hidden.vector(self._bundle.manifest.representation)
-        expected = self._bundle.estimator.adaptor.mean  # (D,)
-        return h if h.shape == expected.shape else torch.full_like(expected, math.nan)
+        return _as(self._bundle.estimator.adaptor.mean, h)
+
+    def _prompt(self, request: ScoringRequest) -> torch.Tensor:
+        """Returns the prompt's states (P,); NaN where they are not known."""
+        assert self.gates is not None  # the caller checks this
+        prompt = request.prompt
+        known = torch.empty(0) if prompt is None or not prompt.complete else prompt.vector()
+        return _as(self.gates.rule.gate.mean, known)
 
     def _nearest(self, h: torch.Tensor, exemplars: int) -> tuple[NearExemplar, ...]:
         if not exemplars:
@@ -140,3 +183,15 @@ class Scorer:
             for distance, row in zip(squared[0].tolist(), rows[0].tolist(), strict=True)
             if row >= 0  # a state that is not finite has no neighbours: row -1
         )
+
+
+@torch.inference_mode()
+def _judge_prompt(gates: TwoGates, prompt: PromptStates, alpha: float, calibrated: bool) -> Verdict:
+    states = _as(gates.rule.gate.mean, prompt.vector()).unsqueeze(0)  # (1, P)
+    [verdict] = judge_prompts(gates, states, alpha, calibrated=torch.tensor([calibrated]))
+    return verdict
+
+
+def _as(expected: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Returns the states if they have the expected shape, else NaN of it: they are none of this model's."""
+    return states if states.shape == expected.shape else torch.full_like(expected, math.nan)

@@ -1,8 +1,10 @@
 """The path of one answer: generate, judge, decide.
 
-    AnswerRequest -> for each choice: Engine.generate -> Piece ...           while it is written
-                                      hidden state -> Scorer.judge -> Answer once, at its end
+    AnswerRequest -> for each choice: Engine.generate -> prompt states -> Scorer.judge_prompt   once prefill ends
+                                                         Piece ...                              while it is written
+                                                         hidden state -> Scorer.judge -> Answer once, at its end
 
+In mode abstain, a prompt that no answer can be let through for ends at prefill: nothing of it is written.
 Closing the iterator of `events` cancels the work that the engine still does for it.
 """
 
@@ -31,10 +33,11 @@ from candor.engine.base import (
     EngineError,
     Generation,
     HiddenSummary,
+    PromptStates,
     PromptTooLong,
     TokenLogprob,
 )
-from candor.policy.decision import unavailable
+from candor.policy.decision import Verdict, unavailable
 from candor.policy.policy import Policy
 
 logger = logging.getLogger("candor")
@@ -55,6 +58,7 @@ class Answer:
     """A finished choice. judged: None in mode off. replacement: shown to the client if the answer is withheld.
 
     attempts: number of answers written; this is the last. discarded_tokens: completion tokens of the earlier ones.
+    unwritten: its prompt was refused when prefill ended.
     """
 
     index: int
@@ -63,6 +67,7 @@ class Answer:
     replacement: Replacement | None
     attempts: int = 1
     discarded_tokens: int = 0
+    unwritten: bool = False
 
     @property
     def completion_tokens(self) -> int:
@@ -112,14 +117,17 @@ class AnswerService:
         """Returns the verdict on a given response."""
         with self._admission.admit(1, request.tokens):
             hidden: HiddenSummary | None = None
+            prompt: PromptStates | None = None
             try:
                 with self._watch.waiting():
                     hidden = await self._engine.summarise(request.prompt_ids, request.response_ids)
+                    if self._scorer.gates is not None:
+                        prompt = await self._engine.prompt_states(request.prompt_ids)
             except (EngineDead, PromptTooLong):
                 raise
             except EngineError as error:
                 logger.warning("no hidden state for a given pair: %s", error)
-            return await self._judge(hidden, request, calibrated=request.calibrated)
+            return await self._judge(hidden, prompt, request, calibrated=request.calibrated)
 
     async def _choice(
         self, index: int, choice: Choice, request: AnswerRequest
@@ -135,11 +143,13 @@ class AnswerService:
                         answer = replace(event, attempts=number + 1, discarded_tokens=discarded)
                     elif request.attempts == 1:
                         yield event
-            if answer and answer.judged and answer.judged.verdict.settles:
+            if answer and (answer.unwritten or (answer.judged and answer.judged.verdict.settles)):
                 break
         assert answer is not None  # every attempt yields an answer or raises
         if answer.judged is not None:
             self._metrics.count(answer.judged.verdict)
+        if answer.unwritten:
+            self._metrics.saved()
         if request.attempts > 1:
             yield Piece(index, answer.generation.text, answer.generation.logprobs)
         yield answer
@@ -148,28 +158,47 @@ class AnswerService:
         self, index: int, choice: Choice, request: AnswerRequest
     ) -> AsyncGenerator[Piece | Answer, None]:
         reliability = request.reliability
+        judges = reliability.mode != "off"
         with ExitStack() as stack:
             trace = stack.enter_context(closing(AnswerTrace(self._tracer, index))) if self._tracer else None
             outputs = self._watch.watched(
-                self._engine.generate(choice.prompt_ids, choice.sampling, capture=reliability.mode != "off")
+                self._engine.generate(
+                    choice.prompt_ids,
+                    choice.sampling,
+                    capture=judges,
+                    prompt_states=judges and self._scorer.gates is not None,
+                )
             )
             generation: Generation | None = None
+            refused: Verdict | None = None
             async with aclosing(outputs):
                 async for output in outputs:
                     if isinstance(output, Generation):
                         generation = output
+                    elif isinstance(output, PromptStates):
+                        if refused := await self._refused(output, request):
+                            generation = _unwritten(choice)
+                            break
                     elif isinstance(output, Delta):
                         yield Piece(index, output.text, output.logprobs)
             if generation is None:
                 raise EngineError("the engine ended without an answer")
             if trace:
                 trace.generated(generation)
-            if reliability.mode == "off":
+            if refused is not None:
+                if trace:
+                    trace.judged(refused)
+                yield Answer(index, generation, Judged(refused), reliability.replacement, unwritten=True)
+                return
+            if not judges:
                 yield Answer(index, generation, None, None)
                 return
             complete = self._policy.completed(generation.completion_tokens, ended=not generation.truncated)
             judged = await self._judge(
-                generation.hidden, reliability, calibrated=request.calibrated and complete
+                generation.hidden,
+                generation.prompt,
+                reliability,
+                calibrated=request.calibrated and complete,
             )
             if trace:
                 trace.judged(judged.verdict)
@@ -177,13 +206,25 @@ class AnswerService:
                 index, generation, judged, reliability.replacement if judged.verdict.abstained else None
             )
 
+    async def _refused(self, prompt: PromptStates, request: AnswerRequest) -> Verdict | None:
+        """Returns the verdict on a prompt whose answer would be withheld in any case; None if it is to be written."""
+        reliability = request.reliability
+        if reliability.mode != "abstain":
+            return None
+        return await self._scorer.judge_prompt(prompt, reliability.alpha, calibrated=request.calibrated)
+
     async def _judge(
-        self, hidden: HiddenSummary | None, asked: Reliability | PairRequest, *, calibrated: bool
+        self,
+        hidden: HiddenSummary | None,
+        prompt: PromptStates | None,
+        asked: Reliability | PairRequest,
+        *,
+        calibrated: bool,
     ) -> Judged:
         started = perf_counter()
         try:
             judged = await self._scorer.judge(
-                ScoringRequest(hidden, asked.alpha, calibrated, asked.certified_only, asked.exemplars)
+                ScoringRequest(hidden, asked.alpha, calibrated, asked.certified_only, asked.exemplars, prompt)
             )
         except ScoringFailed as error:
             logger.warning("an answer could not be scored: %s", error)
@@ -191,6 +232,20 @@ class AnswerService:
             return Judged(unavailable(asked.alpha, calibrated=calibrated))
         self._metrics.scored(perf_counter() - started)
         return judged
+
+
+def _unwritten(choice: Choice) -> Generation:
+    """Returns the empty answer to a prompt that was refused when prefill ended."""
+    return Generation(
+        text="",
+        token_ids=(),
+        finish_reason="stop",
+        tagged=False,
+        truncated=False,
+        hidden=None,
+        prompt_tokens=len(choice.prompt_ids),
+        completion_tokens=0,
+    )
 
 
 async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:

@@ -73,6 +73,19 @@ def _describe(bundle: Bundle) -> list[str]:
             if region.found
             else "none found: nothing is admitted"
         )
+    if (rule := manifest.rule) is not None:
+        rows["two gates"] = (
+            f"refuse at most {rule.refused_at_most:.1%} of prompts of the kind calibrated on, with confidence "
+            f"{rule.confidence:g}; score: {rule.score}"
+        )
+        for certified in rule.certificates:
+            rows[f"answers at {certified.alpha:g}"] = (
+                f"accuracy {certified.accuracy:g} with confidence {certified.confidence:g}, scores from "
+                f"{certified.score_min:.2f}: {certified.right} of {certified.answered} answered were right, of "
+                f"{certified.records} records"
+            )
+        if missing := [alpha for alpha in manifest.alphas if rule.at(alpha) is None]:
+            rows["answers nothing"] = f"at {', '.join(map(str, missing))}: nothing could be certified"
     for one in manifest.certificates:
         rows[f"certified at {one.alpha:g}, {one.estimator}"] = (
             f"accuracy {one.accuracy:g} with confidence {one.confidence:g}, rescaled similarity from "

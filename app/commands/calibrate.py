@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from candor.policy.policy import Policy
 
 
+class Rule(StrEnum):
+    two_gates = "two-gates"
+    sdm = "sdm"
+
+
 class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -86,14 +91,36 @@ def calibrate(
             help="Held-out records that only report; default: a fifth of the data. May be repeated."
         ),
     ] = None,
+    rule: Annotated[
+        Rule,
+        typer.Option(help="What lets answers through: two certified gates, or the papers' region alone."),
+    ] = Rule.two_gates,
     certify: Annotated[
         float | None,
-        typer.Option(help="Accuracy to certify among the answered, on records set aside; e.g. 0.95."),
+        typer.Option(
+            help="Accuracy to certify among the answered, at least; e.g. 0.95. Two gates certify alpha without it."
+        ),
     ] = None,
     delta: Annotated[float, typer.Option(help="Chance that a certificate is false, at most.")] = 0.05,
-    certify_share: Annotated[float, typer.Option(help="Share of the prompts set aside to certify on.")] = 0.2,
+    certify_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the prompts set aside to certify on; default: 0.4 for two gates, else 0.2."
+        ),
+    ] = None,
     certify_data: Annotated[
         Path | None, typer.Option(help="Records to certify on, in place of a share of the data.")
+    ] = None,
+    refuse: Annotated[
+        float, typer.Option(help="Share of prompts of the calibrated kind that the first gate may refuse.")
+    ] = 0.02,
+    strangers: Annotated[
+        Path | None,
+        typer.Option(help="Prompts to refuse that look like the task's, such as a changed instruction."),
+    ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(help="Score of the second gate, by its name in the report; default: the best."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the bundle; default: that of its folder.")] = None,
     represent: Annotated[
@@ -152,11 +179,12 @@ def calibrate(
     their own names (docs/settings.md).
     """
     vllm = vllm_options(context, engine.value)  # first, so that a wrong option is refused at once
+    from candor.calibration import certificate
     from candor.calibration.base_rates import base_rate_table
-    from candor.calibration.certificate import Claim, summary
     from candor.calibration.early import certificate_hope
     from candor.calibration.fit import FitSettings
     from candor.calibration.report import table
+    from candor.calibration.rule import RuleSettings
     from candor.calibration.run import (
         AnsweringOptions,
         Certifying,
@@ -181,16 +209,21 @@ def calibrate(
             settings = FitSettings(
                 tuple(sorted(set(alpha))), rounds, epochs, exemplar_dim, learning_rate, seed, pass_over
             )
-            if certify_data is not None and certify is None:
+            gates = RuleSettings(refuse, delta, seed=seed, score=score) if rule is Rule.two_gates else None
+            if certify_data is not None and certify is None and gates is None:
                 raise ValueError("--certify-data says where to certify; say with --certify which accuracy")
-            certifying = None if certify is None else Certifying(Claim(certify, delta), certify_share)
+            certifying = Certifying.of(certify, delta, certify_share, rule=gates is not None)
+            if strangers is not None and gates is None:
+                raise ValueError(
+                    "--strangers are refused by the first gate, which the rule sdm does not have"
+                )
             policy = Policy(temperature=temperature, max_tokens=max_tokens, resample=resample)
             arguments = _template_arguments(template_arguments)
             reading = reading_of(columns, verifier)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         require_free(out)
-        inputs = Inputs.load(data, test or [], certify_data, reading)
+        inputs = Inputs.load(data, test or [], certify_data, strangers, reading)
         for file in inputs.files:
             tell_what_was_read(file)
         asked = [record.messages for record in inputs.fitting.records]
@@ -219,38 +252,29 @@ def calibrate(
             hidden_size=hidden_size_of(model),
             max_model_len=max_model_len,
         )
-        agreed = None if human is None else _agreement(human, inputs, reading, asking.cache)
+        if human is not None and certifying is not None:
+            certifying = replace(certifying, agreement=_agreement(human, inputs, reading, asking.cache))
         if certifying is not None:
-            if agreed is not None:
-                certifying = replace(certifying, wanted=agreed.by_verifier(certifying.wanted))
-                typer.echo(
-                    f"Certificates of {certify:g} by people's labels (delta {delta:g}) take "
-                    f"{certifying.wanted.accuracy:.4g} by the verifier's (delta {certifying.wanted.delta:g}).",
-                    err=True,
-                )
             apart = inputs.certification
             share = 1.0 if apart else certifying.share
             prompts = len({record.prompt_digest for record in (apart or inputs.fitting).records})
-            if warning := certificate_hope(
-                prompts, share, certifying.wanted.accuracy, certifying.wanted.delta
-            ):
-                typer.echo(f"Note: {warning}.", err=True)
+            for claim in certifying.claims(settings.alphas if gates else ()):
+                if warning := certificate_hope(prompts, share, claim.accuracy, claim.delta):
+                    typer.echo(f"Note: {warning}.", err=True)
         answers = asyncio.run(_answer(adapter, engine_settings, chat, inputs, policy, asking))
-        agreement = None
-        if agreed is not None:
-            agreement = agreed.to_json() | {"accuracy_by_people": certify, "delta": delta}
-        made = make_bundle(
-            inputs, answers, settings, out, name or out.resolve().name, certifying, agreement=agreement
-        )
+        made = make_bundle(inputs, answers, settings, out, name or out.resolve().name, certifying, gates)
+    outcome = made.outcome
     if as_json:
-        typer.echo(json.dumps({"bundle": str(out), "digest": made.digest, "report": made.report}))
+        typer.echo(json.dumps({"bundle": str(out), "digest": made.digest, "report": outcome.report}))
         return
-    typer.echo(table({"held out": made.evaluation}))
-    if advice := str(made.advice):
+    if outcome.rule is not None:
+        typer.echo(f"{outcome.rule}\n")
+    typer.echo(table({"held out": outcome.evaluation}))
+    if advice := str(outcome.advice):
         typer.echo("\n" + advice)
-    typer.echo("\n" + base_rate_table(made.evaluation))
-    if made.certification is not None:
-        typer.echo("\n" + summary(made.certification))
+    typer.echo("\n" + base_rate_table(outcome.evaluation))
+    if outcome.certification is not None:
+        typer.echo("\n" + certificate.summary(outcome.certification))
     typer.echo(f"\n{out}: digest {made.digest}")
 
 

@@ -17,7 +17,7 @@ from candor.app.process.selftest import SelfTest
 from candor.app.telemetry.metrics import Metrics
 from candor.engine.base import Engine
 from candor.model_store.bundle import Bundle
-from candor.policy.certificate import EstimatorKind
+from candor.policy.certificate import EstimatorKind, RuleKind
 
 
 class ModelNotFound(Exception):
@@ -26,10 +26,14 @@ class ModelNotFound(Exception):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that requests can name, with its bundle: the base model, or that model under an adapter."""
+    """A model that requests can name, with its bundle: the base model, or that model under an adapter.
+
+    rule: by which its answers are let through.
+    """
 
     name: str
     bundle: Bundle
+    rule: RuleKind
     resolver: RequestResolver
     service: AnswerService
     selftest: SelfTest

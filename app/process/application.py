@@ -13,7 +13,7 @@ from fastapi.security import HTTPBearer
 from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry
 
-from candor.app.answering.request import RequestResolver
+from candor.app.answering.request import RequestResolver, gates_of
 from candor.app.answering.scoring import Scorer
 from candor.app.answering.service import AnswerService
 from candor.app.answering.waiting import EngineWatch
@@ -31,6 +31,7 @@ from candor.app.process.selftest import SelfTest
 from candor.app.process.settings import Settings
 from candor.app.telemetry.metrics import Metrics
 from candor.app.telemetry.tracing import Traced, exemplar
+from candor.policy.certificate import RuleKind
 
 
 def create_app(
@@ -67,13 +68,15 @@ def create_app(
         models: dict[str, ServedModel] = {}
         for name, one in backends.items():
             bundle, metrics = one.bundle, instruments.of(name)
-            metrics.describe(bundle, settings.estimator)
-            scorer = Scorer(bundle, settings.estimator, settings.scoring_timeout_s)
+            gates = gates_of(bundle, settings)
+            metrics.describe(bundle, settings.estimator, gates)
+            scorer = Scorer(bundle, settings.estimator, settings.scoring_timeout_s, gates)
             scorers.append(scorer)
             await scorer.warm_up()
             policy = bundle.manifest.policy
             service = AnswerService(one.engine, policy, scorer, admission, metrics, watch, tracer)
-            models[name] = ServedModel(name, bundle, resolvers[name], service, selftests[name], metrics)
+            rule: RuleKind = "two-gates" if gates else "sdm"
+            models[name] = ServedModel(name, bundle, rule, resolvers[name], service, selftests[name], metrics)
         services = Services(
             engine=backend.engine,
             models=models,

@@ -91,7 +91,7 @@ def _load(path: Path, settings: Settings) -> Bundle:
     """Loads a bundle. Raises Refused, before the slow engine start, if it lacks what the settings ask for."""
     bundle = load_bundle(path)
     default_alpha(settings.alpha, bundle.manifest.alphas)
-    certified_alphas(bundle.manifest, settings)
+    certified_alphas(bundle, settings)
     alphas = ",".join(map(str, bundle.manifest.alphas))
     logger.info("bundle name=%s digest=%s alphas=%s", bundle.manifest.name, bundle.digest, alphas)
     if min(bundle.report.get("reference_abstention_ratio", {}).values(), default=0) == 1:

@@ -68,10 +68,15 @@ class Settings(BaseSettings):
         default=False, description="Skip compilation: the server starts sooner and answers more slowly."
     )
 
+    rule: Literal["two-gates", "sdm"] | None = Field(
+        default=None,
+        description="What lets answers through: `two-gates`, which know the prompt and score the answer, or `sdm`, "
+        "the papers' region alone. Without it, two gates where the bundle has them.",
+    )
     estimator: Literal["lower", "plain"] = Field(
         default="lower",
-        description="Estimator that admits answers: `lower` accounts for the number of calibration points "
-        "behind an answer, `plain` does not.",
+        description="Estimator by which the papers' region admits answers: `lower` accounts for the number of "
+        "calibration points behind an answer, `plain` does not.",
     )
     alpha: float | None = Field(
         default=None,

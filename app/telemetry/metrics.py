@@ -21,6 +21,7 @@ from candor.app.answering.scoring import Cause
 from candor.model_store.bundle import Bundle
 from candor.policy.certificate import EstimatorKind
 from candor.policy.decision import REGION_OF, RegionName, Verdict
+from candor.policy.judging import TwoGates
 
 # The likelier of two classes has at least 0.5; buckets are finer where the calibrated accuracies lie.
 _PROBABILITIES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)
@@ -45,6 +46,7 @@ class Metrics:
         self._registry = registry
         self._exemplar = exemplar
         self._model = model_name
+        self._answer_tokens = 0.0
         label = ("model_name",)
         self._answers = Counter(
             "sdm_answers",
@@ -54,7 +56,7 @@ class Metrics:
         )
         self._probability = Histogram(
             "sdm_probability",
-            "The estimator's probability of its predicted class.",
+            "Probability that the answer is right, by two gates; by a region, of the predicted class.",
             label,
             buckets=_PROBABILITIES,
             registry=registry,
@@ -68,6 +70,19 @@ class Metrics:
         )
         self._rescaled_similarity = Histogram(
             "sdm_rescaled_similarity", "q'.", label, buckets=_COUNTS, registry=registry
+        )
+        self._prompt_p_value = Histogram(
+            "sdm_prompt_p_value",
+            "p of the prompt's gate: share of calibrated prompts that lie as far out.",
+            label,
+            buckets=_QUANTILES,
+            registry=registry,
+        )
+        self._tokens_saved = Counter(
+            "sdm_tokens_saved",
+            "Completion tokens not written: prompts refused at prefill, times the calibrated answers' mean length.",
+            label,
+            registry=registry,
         )
         self._scoring_duration = Histogram(
             "sdm_scoring_duration_seconds",
@@ -113,16 +128,24 @@ class Metrics:
         other._model = model_name
         return other
 
-    def describe(self, bundle: Bundle, estimator: EstimatorKind) -> None:
-        """Sets the gauges of the bundle, and starts all counters and histograms at 0."""
+    def describe(self, bundle: Bundle, estimator: EstimatorKind, gates: TwoGates | None = None) -> None:
+        """Sets the gauges of the bundle, and starts all counters and histograms at 0. gates: if two gates judge."""
+        self._answer_tokens = gates.terms.tokens if gates else 0.0
+        self._tokens_saved.labels(self._model)
         for alpha in bundle.manifest.alphas:
             self._bundle_info.labels(self._model, bundle.digest, str(alpha)).set(1)
-        if estimator == "lower":  # calibration measures the abstentions of this one only
-            for alpha_name, ratio in bundle.report.get("reference_abstention_ratio", {}).items():
+        reference = "reference_abstention_ratio" + ("_of_rule" if gates else "")
+        if gates or estimator == "lower":  # calibration measures the abstentions of these only
+            for alpha_name, ratio in bundle.report.get(reference, {}).items():
                 self._reference.labels(self._model, alpha_name).set(ratio)
         for label, size in Tally(one.label for one in bundle.exemplars).items():
             self._support_size.labels(self._model, str(label)).set(size)
-        if (ood := bundle.report.get("held_out", {}).get("ood")) is not None:
+        held_out = bundle.report.get("held_out", {})
+        if gates:
+            known = next(iter(held_out.get("rule", {}).values()), None)
+            if known is not None:
+                self._reference_ood.labels(self._model).set(1 - known["known"]["value"])
+        elif (ood := held_out.get("ood")) is not None:
             self._reference_ood.labels(self._model).set(ood["value"])
         self._begin(bundle.manifest.alphas)
 
@@ -140,6 +163,7 @@ class Metrics:
             self._probability,
             self._distance_quantile,
             self._rescaled_similarity,
+            self._prompt_p_value,
             self._scoring_duration,
         ):
             histogram.labels(self._model)
@@ -154,13 +178,20 @@ class Metrics:
             "abstained" if verdict.abstained else "answered",
             verdict.reason or "none",
         ).inc(exemplar=exemplar)
+        if (rule := verdict.rule) is not None:
+            self._prompt_p_value.labels(self._model).observe(rule.prompt_p_value, exemplar)
         if (figures := verdict.figures) is not None:
             for histogram, value in (
-                (self._probability, figures.probability),
+                (self._probability, figures.probability if rule is None else rule.probability),
                 (self._distance_quantile, figures.distance_quantile),
                 (self._rescaled_similarity, figures.rescaled_similarity),
             ):
-                histogram.labels(self._model).observe(value, exemplar)
+                if value is not None:
+                    histogram.labels(self._model).observe(value, exemplar)
+
+    def saved(self) -> None:
+        """Counts the tokens of one answer that was not written."""
+        self._tokens_saved.labels(self._model).inc(self._answer_tokens)
 
     def scored(self, seconds: float) -> None:
         self._scoring_duration.labels(self._model).observe(seconds, self._exemplar())

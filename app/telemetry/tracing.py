@@ -31,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from candor.engine.base import Generation
 from candor.policy.decision import Verdict
+from candor.policy.words import explanation
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _TRACED = "/v1/"
@@ -115,11 +116,12 @@ class AnswerTrace:
         result: dict[str, str | float] = {
             "gen_ai.evaluation.name": "sdm",
             "gen_ai.evaluation.score.label": verdict.region,
-            "gen_ai.evaluation.explanation": verdict.reason or "admitted",
+            "gen_ai.evaluation.explanation": explanation(verdict),
+            "candor.reason": verdict.reason or "none",
             "candor.alpha": verdict.alpha,
         }
-        if verdict.figures is not None:
-            result["gen_ai.evaluation.score.value"] = verdict.figures.probability
+        if verdict.probability is not None:
+            result["gen_ai.evaluation.score.value"] = verdict.probability
         span = self._tracer.start_span("score", self._here, start_time=self._since)
         span.add_event("gen_ai.evaluation.result", result)
         span.end()

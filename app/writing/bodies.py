@@ -23,7 +23,12 @@ from candor.app.answering.request import AnswerRequest
 from candor.app.answering.scoring import Judged
 from candor.app.answering.service import Answer, Piece
 from candor.app.edge.schemas.bundle import ShownCertificate
-from candor.app.edge.schemas.reliability import ReliabilityObject, ReliabilityResult, ShownExemplar
+from candor.app.edge.schemas.reliability import (
+    ReliabilityObject,
+    ReliabilityResult,
+    ShownExemplar,
+    ShownRule,
+)
 from candor.app.edge.schemas.responses import (
     AssistantMessage,
     ChatChoice,
@@ -34,6 +39,7 @@ from candor.app.edge.schemas.responses import (
 )
 from candor.app.writing.logprobs import chat_logprobs, completion_logprobs
 from candor.policy.decision import Figures
+from candor.policy.words import explanation
 
 # The output is ASCII: some clients split lines at U+2028 and the like, which would cut an event in two.
 _dumps = json.JSONEncoder(separators=(",", ":")).encode
@@ -257,22 +263,26 @@ def reliability(answers: Iterable[Answer]) -> ReliabilityObject | None:
     return ReliabilityObject(results=results) if results else None
 
 
-_UNMEASURED: dict[str, Any] = {field.name: None for field in fields(Figures)}
+_FIGURES = tuple(field.name for field in fields(Figures) if field.name != "probability")
 
 
 def verdict_result(index: int, judged: Judged, attempts: int = 1) -> ReliabilityResult:
     """Returns the verdict on the choice at `index` in the form that a client gets."""
     verdict = judged.verdict
-    certificate = verdict.certificate
+    certificate, figures, rule = verdict.certificate, verdict.figures, verdict.rule
     return ReliabilityResult(
         index=index,
         region=verdict.region,
         abstained=verdict.abstained,
         reason=verdict.reason,
+        explanation=explanation(verdict),
         alpha=verdict.alpha,
-        **(vars(verdict.figures) if verdict.figures else _UNMEASURED),
+        probability=verdict.probability,
+        sdm_probability=None if figures is None else figures.probability,
+        **{name: None if figures is None else getattr(figures, name) for name in _FIGURES},
+        rule=None if rule is None else ShownRule(**vars(rule)),
         calibrated=verdict.calibrated,
-        certificate=None if certificate is None else ShownCertificate(**vars(certificate)),
+        certificate=None if certificate is None else ShownCertificate.of(certificate),
         attempts=attempts,
         exemplars=[
             ShownExemplar(

@@ -23,6 +23,7 @@ from candor.comparison.comparators import (
     semantic_entropy,
     softmax,
     temperature,
+    two_gates,
     vbll_layer,
     verbalised,
 )
@@ -32,7 +33,7 @@ from candor.policy.conversation import Conversation
 from candor.policy.policy import Policy
 
 REFERENCE = "sdm_hr_lower"
-"""The method that is served; differences are taken to it."""
+"""The papers' region, which differences are taken to; every bundle has it."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ COMPARATORS = {
     "vbll": Comparator("VBLL", "2404.11599", vbll_layer.fit),
     "adue": Comparator("AdUE", "2505.15443", adue.fit),
     "abet": Comparator("AbeT", "2401.12129", abet.fit),
+    "two_gates": Comparator("Two gates", "served", two_gates.fit),
     "sdm_alpha": Comparator("SDM alpha", "2509.12760", sdm_layer.fit_alpha),
     "sdm_hr": Comparator("SDM HR", "2509.12760", sdm_layer.fit_region),
     "sdm_hr_lower": Comparator("SDM HR lower", "2509.12760", sdm_layer.fit_region_lower),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from candor.calibration.epochs import LayerSettings
 from candor.calibration.generate import Labelled
+from candor.policy.judging import TwoGates
 from candor.sdm.estimator import SDMEstimator
 from candor.sdm.outputs import Measurement
 from candor.sdm.region import minimum_points
@@ -24,21 +25,30 @@ from candor.sdm.region import minimum_points
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """n rows: h (n, D) as captured, x (n, D) standardised, and the measurement of the bundle's layer."""
+    """n rows: h (n, D) as captured, x (n, D) standardised, and the measurement of the bundle's layer.
+
+    prompts: (n, P), states at the end of prefill; NaN where they are not known.
+    """
 
     h: Tensor
     x: Tensor
     measurement: Measurement
+    prompts: Tensor
 
     @classmethod
-    def of(cls, estimator: SDMEstimator, h: Tensor) -> Rows:
-        return cls(h, estimator.adaptor.standardise(h), estimator.measure(h))
+    def of(cls, estimator: SDMEstimator, answers: Sequence[Labelled]) -> Rows:
+        """The first attempts of answers that can be scored."""
+        h = torch.stack([answer.h for answer in answers])
+        width = max(answer.prompt_states.numel() for answer in answers)
+        unknown = torch.full((width,), torch.nan)
+        prompts = [one.prompt_states if one.prompt_states.numel() else unknown for one in answers]
+        return cls(h, estimator.adaptor.standardise(h), estimator.measure(h), torch.stack(prompts))
 
     def __getitem__(self, rows: Tensor) -> Rows:
         """Some rows, by index."""
         seen = self.measurement
         part = {field.name: getattr(seen, field.name)[rows] for field in fields(seen)}
-        return Rows(self.h[rows], self.x[rows], Measurement(**part))
+        return Rows(self.h[rows], self.x[rows], Measurement(**part), self.prompts[rows])
 
     @property
     def z_prime(self) -> Tensor:
@@ -56,7 +66,7 @@ class Fitting:
     """The data that comparators are fitted on: the halves of the bundle's layer; every answer is scorable.
 
     layer: how the bundle's layer was trained. ensemble: how many layers the ensemble has.
-    alphas: target accuracies, those of the bundle.
+    alphas: target accuracies, those of the bundle. gates: the bundle's two gates; None if it has none.
     """
 
     estimator: SDMEstimator
@@ -66,14 +76,15 @@ class Fitting:
     alphas: tuple[float, ...]
     seed: int = 0
     ensemble: int = 3
+    gates: TwoGates | None = None
 
     @cached_property
     def train_rows(self) -> Rows:
-        return Rows.of(self.estimator, torch.stack([answer.h for answer in self.training]))
+        return Rows.of(self.estimator, self.training)
 
     @cached_property
     def calibration_rows(self) -> Rows:
-        return Rows.of(self.estimator, torch.stack([answer.h for answer in self.calibration]))
+        return Rows.of(self.estimator, self.calibration)
 
     @cached_property
     def train_labels(self) -> Tensor:

@@ -27,7 +27,6 @@ from candor.calibration.certificate import Claim, certify
 from candor.calibration.rule import FittedRule, RuleRows, RuleSettings, fit_rule
 from candor.calibration.rule_certificate import ceiling, certify_rule
 from candor.calibration.served import Attempts
-from candor.sdm.rule import AnswerRule
 from studies.two_gates.answers import Answered, load
 from studies.two_gates.deals import Deal, layer, rows
 
@@ -70,14 +69,14 @@ def by_rule(
     found = {}
     for accuracy in accuracies:
         made = certify_rule(fitted, apart, Claim(accuracy, DELTA))
-        rule: AnswerRule = made.rule(fitted.rule)
         outcome: Outcome = {"issued": made.certificate is not None, "chosen": fitted.chosen}
-        if made.certificate:
-            outcome["certified"] = made.certificate.answered / made.certificate.records
-            outcome["horizon"] = made.certificate.horizon()
+        outcome |= {"certified": made.answered, "horizon": made.horizon}
         for name, some in sets.items():
-            judged = rule.judge(some.prompts, some.h, some.figures)
-            outcome[name] = looked_at(judged.answered, judged.known, some.y, accuracy)
+            judged = fitted.rule.judge(some.prompts, some.h, some.figures)
+            through = torch.zeros_like(judged.known)
+            if made.certificate:
+                through = made.certificate.covers(judged.known, judged.score)
+            outcome[name] = looked_at(through, judged.known, some.y, accuracy)
             scored = judged.score.isfinite()
             outcome[name]["ece"] = ece(judged.probability[scored], some.y[scored])
         found[accuracy] = outcome

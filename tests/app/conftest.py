@@ -37,17 +37,22 @@ from candor.engine.base import (
     Generation,
     HiddenSummary,
     ModelIdentity,
+    PromptStates,
     Representation,
     Sampling,
     TokenLogprob,
 )
 from candor.model_store.bundle import Bundle, Exemplar
 from candor.model_store.manifest import Manifest
-from candor.policy.certificate import Certificate
+from candor.policy.certificate import Certificate, RuleCertificate, RuleTerms
 from candor.policy.conversation import Conversations, SystemPrompt
+from candor.policy.judging import TwoGates
 from candor.policy.policy import Policy
 from candor.sdm.adaptor import ExemplarAdaptor
 from candor.sdm.estimator import SDMEstimator
+from candor.sdm.gate import PromptGate
+from candor.sdm.rule import AnswerRule
+from candor.sdm.score import AnswerScore
 
 HIDDEN = 4
 ALPHAS = (0.9, 0.95)
@@ -153,6 +158,7 @@ class Script:
 
     pieces: tuple[str, ...] = ("The", " answer", ".")
     state: State = "follows"
+    kind: Literal["known", "stranger", "incomplete", "missing"] = "known"
     finish: Literal["stop", "length"] = "stop"
     completion_tokens: int = 3
     pause_s: float = 0.0
@@ -192,13 +198,20 @@ class ScriptedEngine:
         return [sampling for text, sampling, _ in self.asked if prompt in text]
 
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
-    ) -> AsyncGenerator[Delta | Generation, None]:
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        capture: bool = True,
+        prompt_states: bool = False,
+    ) -> AsyncGenerator[PromptStates | Delta | Generation, None]:
         text = LetterFormat().decode(prompt_ids)
         script = next((script for key, script in self.scripts.items() if key in text), Script())
         self.asked.append((text, sampling, capture))
         self.running += 1
         try:
+            if prompt_states and script.kind != "missing":
+                yield _prompt(script.kind)
             for delta in self._deltas(script, sampling):
                 await asyncio.sleep(script.pause_s)
                 yield delta
@@ -206,7 +219,10 @@ class ScriptedEngine:
                 await asyncio.Event().wait()
             if script.fails:
                 raise script.fails
-            yield self._generation(script, prompt_ids, sampling, capture)
+            generation = self._generation(script, prompt_ids, sampling, capture)
+            if prompt_states and script.kind != "missing":
+                generation = replace(generation, prompt=_prompt(script.kind))
+            yield generation
         except (GeneratorExit, asyncio.CancelledError):
             self.cancelled.append(text)
             raise
@@ -250,6 +266,11 @@ class ScriptedEngine:
         assert hidden is not None
         return hidden
 
+    async def prompt_states(self, prompt_ids: Sequence[int]) -> PromptStates:
+        text = LetterFormat().decode(prompt_ids)
+        script = next((script for key, script in self.scripts.items() if key in text), Script())
+        return _prompt(script.kind)
+
     async def check(self) -> None:
         if self.dead:
             raise EngineDead("the script ended")
@@ -261,6 +282,30 @@ class ScriptedEngine:
 def _logprob(piece: str) -> TokenLogprob:
     """With two alternatives, however many are asked for."""
     return TokenLogprob(1, piece, -0.5, ((1, piece, -0.5), (2, "other", float("-inf"))))
+
+
+SCORE_MIN = 1.5
+"""Between the score of the state "follows" (2) and that of "thin" (1), in the two-gate bundle."""
+
+
+@pytest.fixture(scope="session")
+def gates() -> TwoGates:
+    """S = the mean of h; prompts near 0 are known. Certified at 0.9 alone; answers had 12.5 tokens on average."""
+    draw = torch.Generator().manual_seed(0)
+    width = 2 * HIDDEN
+    states = [torch.randn(n, width, generator=draw) for n in (40, 60)]
+    gate = PromptGate.fit(states[0], states[1], (HIDDEN, HIDDEN), 2, 1)
+    weight = torch.cat([torch.zeros(width), torch.full((width,), 1 / width), torch.zeros(4)])
+    one = torch.ones((), dtype=torch.float64)
+    certificate = RuleCertificate(0.9, 0.9, 0.95, SCORE_MIN, 400, 200, 193, 300, 0.93)
+    terms = RuleTerms("last", 0.02, 0.019, 0.95, 12.5, 0, (certificate,))
+    return TwoGates(AnswerRule(gate, AnswerScore(weight, torch.tensor(0.0), one, one)), terms)
+
+
+def _prompt(kind: str) -> PromptStates:
+    """As the two-gate bundle's gate sees it: near its reference, or far off."""
+    half = torch.full((HIDDEN,), 50.0 if kind == "stranger" else 0.0)
+    return PromptStates(half, half, complete=kind != "incomplete")
 
 
 def _hidden(state: State) -> HiddenSummary | None:
@@ -377,21 +422,23 @@ Serve = Callable[..., AbstractContextManager[Running]]
 
 @pytest.fixture
 def serve(engine: ScriptedEngine, bundle: Bundle) -> Serve:
-    """`with serve(alpha=0.95) as server`: a server with these settings; `policy`, `report` and `certificates` go
-    into the bundle."""
+    """`with serve(alpha=0.95) as server`: a server with these settings; `policy`, `report`, `certificates`,
+    `gates` go into the bundle."""
 
     def start(
         policy: Policy | None = None,
         report: dict[str, Any] | None = None,
         tracer: Tracer | None = None,
         certificates: Sequence[Certificate] = (),
+        gates: TwoGates | None = None,
         adapted: Sequence[Backend] = (),
         **given: Any,
     ) -> AbstractContextManager[Running]:
-        manifest = replace(bundle.manifest, certificates=tuple(certificates))
-        served = replace(bundle, manifest=manifest)
+        terms = gates.terms if gates else None
+        manifest = replace(bundle.manifest, certificates=tuple(certificates), rule=terms)
+        served = replace(bundle, manifest=manifest, rule=gates)
         if policy is not None:
-            served = replace(bundle, manifest=replace(manifest, policy=policy))
+            served = replace(served, manifest=replace(manifest, policy=policy))
         if report is not None:
             served = replace(served, report=report)
         return running(

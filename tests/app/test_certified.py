@@ -15,6 +15,10 @@ BELOW = Certificate(0.9, "lower", 0.95, 0.95, 300.0, 400, 120, 119, 0.961)
 ABOVE = Certificate(0.95, "lower", 0.97, 0.95, 500.0, 400, 110, 110, 0.973)
 
 
+def shown(one: Certificate) -> dict[str, Any]:
+    return {"rule": "sdm", "score_min": None, "base_right": None, **asdict(one)}
+
+
 def result(response: Any) -> Any:
     assert response.status_code == 200, response.text
     [one] = response.json()["reliability"]["results"]
@@ -23,7 +27,7 @@ def result(response: Any) -> Any:
 
 def test_an_answer_says_what_was_certified_of_it(serve: Any) -> None:
     with serve(certificates=[BELOW, ABOVE]) as server:
-        assert result(server.chat("ask"))["certificate"] == asdict(BELOW)
+        assert result(server.chat("ask"))["certificate"] == shown(BELOW)
         uncovered = result(server.chat("ask", reliability={"alpha": 0.95}))
         assert (uncovered["region"], uncovered["abstained"], uncovered["certificate"]) == (
             "high",
@@ -31,11 +35,11 @@ def test_an_answer_says_what_was_certified_of_it(serve: Any) -> None:
             None,
         )
         pair = {"messages": [{"role": "user", "content": "ask"}], "response": "The answer."}
-        assert result(server.client.post("/v1/reliability", json=pair))["certificate"] == asdict(BELOW)
+        assert result(server.client.post("/v1/reliability", json=pair))["certificate"] == shown(BELOW)
         warm = result(server.chat("ask", temperature=0.5))
         assert (warm["calibrated"], warm["certificate"]) == (False, None)
         [last] = [chunk for chunk in server.chunks("ask") if "reliability" in chunk]
-        assert last["reliability"]["results"][0]["certificate"] == asdict(BELOW)
+        assert last["reliability"]["results"][0]["certificate"] == shown(BELOW)
 
 
 def test_a_request_may_ask_for_certified_answers_alone(serve: Any) -> None:
@@ -43,7 +47,7 @@ def test_a_request_may_ask_for_certified_answers_alone(serve: Any) -> None:
         asked = {"mode": "abstain", "certified": True}
         response = server.chat("ask", reliability=asked)
         assert response.json()["choices"][0]["message"]["content"] == "The answer."
-        assert result(response)["certificate"] == asdict(BELOW)
+        assert result(response)["certificate"] == shown(BELOW)
         withheld = server.chat("ask", reliability=asked | {"alpha": 0.95})
         assert withheld.json()["choices"][0]["message"]["content"] is None
         one = result(withheld)

@@ -46,6 +46,7 @@ def test_models(server: Any) -> None:
             "bundle": DIGEST,
             "alphas": [0.9, 0.95],
             "default_alpha": 0.9,
+            "rule": "sdm",
             "estimator": "lower",
             "class_names": ["does not follow", "follows"],
         },

@@ -56,7 +56,9 @@ def test_examples_are_prompts_known_to_be_answered_rightly_unless_texts_are_priv
 def test_certificates(serve: Any) -> None:
     one = Certificate(0.9, "lower", 0.95, 0.95, 300.0, 400, 120, 119, 0.961)
     with serve(certificates=[one]) as server:
-        assert server.client.get("/v1/reliability").json()["certificates"] == [asdict(one)]
+        assert server.client.get("/v1/reliability").json()["certificates"] == [
+            {"rule": "sdm", "score_min": None, "base_right": None, **asdict(one)}
+        ]
 
 
 def test_digests_of_prompts_are_not_sent(serve: Any) -> None:

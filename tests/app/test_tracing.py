@@ -72,7 +72,8 @@ def test_the_evaluation_is_an_event_with_score_and_region(
         "gen_ai.evaluation.name": "sdm",
         "gen_ai.evaluation.score.value": result["probability"],
         "gen_ai.evaluation.score.label": "high",
-        "gen_ai.evaluation.explanation": "admitted",
+        "gen_ai.evaluation.explanation": "It lies in the region calibrated for 90% accuracy.",
+        "candor.reason": "none",
         "candor.alpha": 0.9,
     }
 

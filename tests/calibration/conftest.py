@@ -23,6 +23,7 @@ from candor.engine.base import (
     Generation,
     HiddenSummary,
     ModelIdentity,
+    PromptStates,
     Representation,
     Sampling,
 )
@@ -57,6 +58,7 @@ class ScriptedEngine:
     """Answers the scripted task after `delay` seconds.
 
     asked: prompt and sampling of every call, in order. log: each finished prompt is appended to it.
+    read: how many prompts' states were asked for alone.
     overrides: by prompt number, fields of the Generation to replace.
     """
 
@@ -67,6 +69,7 @@ class ScriptedEngine:
         self.adapter: AdapterIdentity | None = None
         self.max_model_len = 200
         self.asked: list[tuple[str, Sampling | None]] = []
+        self.read = 0
         self.overrides: dict[int, dict[str, Any]] = {}
         self.running = self.most_running = 0
         self.closed = False
@@ -74,8 +77,13 @@ class ScriptedEngine:
         self._log = log
 
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, *, capture: bool = True
-    ) -> AsyncIterator[Delta | Generation]:
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        capture: bool = True,
+        prompt_states: bool = False,
+    ) -> AsyncIterator[PromptStates | Delta | Generation]:
         prompt = "".join(map(chr, prompt_ids))
         self.asked.append((prompt, sampling))
         self.running += 1
@@ -84,6 +92,9 @@ class ScriptedEngine:
             await asyncio.sleep(self._delay)
             i = _number(prompt)
             text = str(i) if hardness(i) <= 0.7 else f"{i}?"
+            states = _prompt_states(i) if prompt_states else None
+            if states is not None:
+                yield states
             yield Delta(text)
             fields: dict[str, Any] = {
                 "text": text,
@@ -94,6 +105,7 @@ class ScriptedEngine:
                 "hidden": _summary(i),
                 "prompt_tokens": len(prompt_ids),
                 "completion_tokens": len(text),
+                "prompt": states,
             }
             override = self.overrides.get(i, {})
             if "raises" in override:
@@ -108,6 +120,10 @@ class ScriptedEngine:
     async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
         self.asked.append(("".join(map(chr, [*prompt_ids, *response_ids])), None))
         return _summary(_number("".join(map(chr, prompt_ids))))
+
+    async def prompt_states(self, prompt_ids: Sequence[int]) -> PromptStates:
+        self.read += 1
+        return _prompt_states(_number("".join(map(chr, prompt_ids))))
 
     async def check(self) -> None: ...
 
@@ -124,6 +140,11 @@ def _summary(i: int) -> HiddenSummary:
     mean = torch.tensor([u, -u, 0.5, 2.0 * (u <= 0.7)], dtype=torch.float32)
     last = torch.tensor([hardness(-k - 10 * i - 1) for k in range(HIDDEN)], dtype=torch.float32)
     return HiddenSummary(mean, last, torch.empty(0), positions=10, complete=True)
+
+
+def _prompt_states(i: int) -> PromptStates:
+    drawn = torch.randn(2 * HIDDEN, generator=torch.Generator().manual_seed(i))
+    return PromptStates(drawn[:HIDDEN], drawn[HIDDEN:], complete=True)
 
 
 def scripted_chat() -> ChatFormat:

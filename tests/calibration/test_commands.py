@@ -168,9 +168,10 @@ def test_another_model_than_the_bundles_is_refused(model: Path, tmp_path: Path) 
         ({"--learning-rate": "0"}, "learning rate positive"),
         ({"--temperature": "-1"}, "--temperature"),
         ({"--certify": "95"}, "accuracy to certify must be between 0 and 1"),
-        ({"--certify": "0.9", "--delta": "0.5"}, "delta between 0 and 0.5"),
+        ({"--certify": "0.9", "--delta": "0.5"}, "delta in (0, 0.5)"),
         ({"--certify": "0.9", "--certify-share": "1"}, "share to certify on must be between 0 and 1"),
-        ({"--certify-data": "c.jsonl"}, "say with --certify which accuracy"),
+        ({"--certify-data": "c.jsonl", "--rule": "sdm"}, "say with --certify which accuracy"),
+        ({"--refuse": "0"}, "the share that the gate may refuse"),
         ({"--resample": "3"}, "needs a temperature above 0"),
         ({"--resample": "0"}, "--resample"),
         ({"--concurrency": "0"}, "--concurrency"),
@@ -335,7 +336,7 @@ def test_what_can_fail_fails_before_an_engine_starts(
         files[name].write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = given(tmp_path / "d.jsonl", range(120))
     values = {"--model": str(model), "--data": str(data), "--out": str(tmp_path / "b"), "--alpha": "0.9"}
-    values |= {"--max-tokens": "8", "--max-model-len": "128"}
+    values |= {"--max-tokens": "8", "--max-model-len": "128", "--rule": "sdm"}
     values |= {name: value.format(**files) for name, value in change.items()}
     found = candor(
         "calibrate", *(part for pair in values.items() for part in pair), "--engine", "transformers"
@@ -353,7 +354,7 @@ def test_killed_while_a_judge_is_asked_it_pays_for_no_verdict_twice(model: Path,
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = [
         "calibrate", "--model", model, "--data", tmp_path / "d.jsonl", "--verifier", "judge(judge.toml)",
-        "--out", tmp_path / "bundle", *FIT, *ENGINE, "--max-tokens", 8, "--dtype", "float32", "--json",
+        "--out", tmp_path / "bundle", *FIT, *ENGINE, "--max-tokens", 8, "--dtype", "float32", "--json", "--rule", "sdm",
     ]  # fmt: skip
     script = [sys.executable, "-c", "from candor.app.cli import main; main()", *map(str, arguments)]
     with listening() as endpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -330,8 +331,10 @@ asyncio.run(collect(
 
     whole = gather(make_engine(), chat, records, tmp_path / "other")
     for mine, reference in zip(resumed, whole, strict=True):
-        assert vars(mine) | {"h": None} == vars(reference) | {"h": None}
+        nothing = {"h": None, "prompt_states": None}
+        assert vars(mine) | nothing == vars(reference) | nothing
         assert mine.h.equal(reference.h)
+        assert mine.prompt_states.equal(reference.prompt_states)
 
 
 def test_the_cache_gives_back_every_bit(tmp_path: Path) -> None:
@@ -392,3 +395,21 @@ def test_given_responses_cannot_be_resampled(
     ):
         gather(engine, chat, [record], tmp_path, policy=replace(SAMPLED, resample=2))
     assert engine.asked == []
+
+
+def test_answers_kept_before_prompt_states_were_get_them_without_being_written_again(
+    make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
+) -> None:
+    records = load_records(task(tmp_path / "d.jsonl", range(5)))
+    first = gather(make_engine(), chat, records, tmp_path / "cache")
+    database = sqlite3.connect(tmp_path / "cache" / "answers.sqlite")
+    database.execute("ALTER TABLE answers DROP COLUMN prompt")
+    database.commit()
+    database.close()
+    for read in (5, 0):  # filled once, then kept
+        engine = make_engine()
+        again = gather(engine, chat, records, tmp_path / "cache")
+        assert (engine.asked, engine.read) == ([], read)
+        for mine, before in zip(again, first, strict=True):
+            assert mine.prompt_states.equal(before.prompt_states)
+            assert mine.h.equal(before.h)

@@ -197,7 +197,7 @@ def test_without_wrong_answers_it_says_what_to_add() -> None:
 
 
 def test_settings_and_rows_out_of_range() -> None:
-    with pytest.raises(ValueError, match="eps in"):
+    with pytest.raises(ValueError, match="expected eps"):
         RuleSettings(eps=0)
     with pytest.raises(ValueError, match="as many"):
         RuleRows(torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2, 0), torch.zeros(3), ["a", "b"])

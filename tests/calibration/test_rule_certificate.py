@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from benchmarks.rule_certificates import SCENARIOS, redraw
+from benchmarks.certificates.__main__ import SCENARIOS, redraw
 from candor.calibration.certificate import Claim
 from candor.calibration.errors import CalibrationError
 from candor.calibration.rule import FittedRule, RuleRows
 from candor.calibration.rule_certificate import (
     CUTS,
+    Drawn,
     certify_rule,
     horizon,
     start,
@@ -53,7 +54,7 @@ def fitted_rule(scores: Tensor, y: Tensor, known: Tensor | None = None) -> Fitte
         torch.tensor(0.0, dtype=double),
     )
     known = torch.ones(len(y), dtype=torch.bool) if known is None else known
-    return FittedRule(AnswerRule(gate, score, math.inf), scores.float(), known, y, "last", {}, {}, 0.02)
+    return FittedRule(AnswerRule(gate, score), scores.float(), known, y, "last", {}, {}, 0.02)
 
 
 def rows(scores: list[float], y: list[int], strangers: int = 0, digests: list[str] | None = None) -> RuleRows:
@@ -94,7 +95,7 @@ def test_the_walk_by_hand() -> None:
     judged = fitted_rule(torch.zeros(1), torch.zeros(1).long()).rule.judge(
         given.prompts, given.h, given.figures
     )
-    steps = walk(judged, given.y, (3.0, 2.0, 1.0), WANTED)
+    steps = walk(Drawn.of(judged, given.y), (3.0, 2.0, 1.0), WANTED)
     assert [(step.threshold, step.answered, step.right, step.passed) for step in steps] == [
         (3.0, 29, 29, True),
         (2.0, 44, 43, False),
@@ -123,13 +124,12 @@ def test_a_certificate_from_end_to_end() -> None:
     assert made is not None
     assert made.lower_bound >= 0.9
     assert (made.records, made.base_right) == (400, 300)
-    assert made.answered == int((fresh_scores >= made.threshold).sum())
-    assert made.ceiling == pytest.approx(0.75 / 0.9)
-    assert 0.9 < made.share_of_ceiling <= 1
-    assert (
-        found.rule(fitted.rule).judge(given.prompts, given.h, given.figures).answered.sum() == made.answered
-    )
-    assert found.to_json()["certificate"]["horizon"] == made.horizon()
+    assert made.answered == int((fresh_scores >= made.score_min).sum())
+    assert found.ceiling == pytest.approx(0.75 / 0.9)
+    assert 0.9 < found.answered / found.ceiling <= 1
+    judged = fitted.rule.judge(given.prompts, given.h, given.figures)
+    assert int(made.covers(judged.known, judged.score).sum()) == made.answered
+    assert found.to_json()["horizon"] == found.horizon
     json.dumps(found.to_json())
     assert [one.records for one in found.outlook] == [400, 800, 1_600, 3_200]
     shares = [one.share for one in found.outlook]
@@ -145,7 +145,7 @@ def test_what_the_gate_refuses_is_not_counted_as_answered() -> None:
     )
     assert found.refused == 50
     assert found.certificate is not None
-    assert found.certificate.answered == int((fresh_scores[50:] >= found.certificate.threshold).sum())
+    assert found.certificate.answered == int((fresh_scores[50:] >= found.certificate.score_min).sum())
 
 
 def test_each_prompt_counts_once_by_its_first_answer() -> None:
@@ -170,7 +170,7 @@ def test_an_answer_that_could_not_be_scored_is_not_let_through() -> None:
     made = certify_rule(fitted_rule(scores, y), rows(values, fresh_y.tolist()), WANTED).certificate
     assert made is not None
     assert made.records == 200
-    assert made.answered == int((fresh_scores[3:] >= made.threshold).sum())
+    assert made.answered == int((fresh_scores[3:] >= made.score_min).sum())
 
 
 def test_without_a_certificate_nothing_is_answered() -> None:
@@ -180,7 +180,7 @@ def test_without_a_certificate_nothing_is_answered() -> None:
     fitted = fitted_rule(scores, y)
     found = certify_rule(fitted, given, WANTED)
     assert found.certificate is None
-    assert found.rule(fitted.rule).threshold == math.inf
+    assert found.answered == 0
     assert found.to_json()["certificate"] is None
 
 
@@ -254,7 +254,8 @@ def test_what_is_certified_has_its_bound(seed: int, base: float, n: int) -> None
         made = found.certificate
         exact = stats.beta(made.right, made.answered - made.right + 1).ppf(0.05)
         assert exact >= 0.9 - 1e-9
-        assert made.horizon() <= 0.2 * 1_000
+        assert found.horizon is not None
+        assert found.horizon <= 0.2 * 1_000
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
@@ -286,7 +287,6 @@ def test_judged_rows_need_both_gates_to_count() -> None:
         torch.tensor([True, True, False, True]),
         torch.tensor([1.0, 0.0, 1.0, -math.inf]),
         torch.ones(4),
-        torch.zeros(4, dtype=torch.bool),
     )
-    (step,) = walk(judged, torch.ones(4).long(), (-1e30,), WANTED)
+    (step,) = walk(Drawn.of(judged, torch.ones(4).long()), (-1e30,), WANTED)
     assert step.answered == 2

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from candor.calibration.certificate import Claim
 from candor.calibration.errors import CalibrationError, DataError
 from candor.calibration.fit import FitSettings
 from candor.calibration.run import (
@@ -47,8 +46,9 @@ def calibrate(
     made = make_bundle(inputs, answers, SETTINGS, folder / "bundle", "scripted")
     bundle = load_bundle(folder / "bundle")
     assert bundle.digest == made.digest
-    assert made.report["held_out"] == made.evaluation.to_json()
-    return bundle, made.report
+    outcome = made.outcome
+    assert outcome.report["held_out"] == outcome.evaluation.to_json()
+    return bundle, outcome.report
 
 
 def test_a_bundle_holds_what_was_made_and_nothing_of_the_held_out_part(
@@ -187,7 +187,7 @@ def test_a_prompt_that_the_bundle_was_fitted_on_is_no_test(
         require_unseen(bundle, DataFile.load(seen))
 
 
-WANTED = Claim(0.8, 0.1)
+CERTIFYING = Certifying(0.8, 0.1, 0.3)
 
 
 def certified(
@@ -195,7 +195,7 @@ def certified(
 ) -> tuple[Bundle, Made]:
     asking = AnsweringOptions(folder / "cache", concurrency=8)
     answers = asyncio.run(answer_inputs(engine, chat, inputs, policy, asking))
-    made = make_bundle(inputs, answers, SETTINGS, folder / "bundle", "scripted", Certifying(WANTED, 0.3))
+    made = make_bundle(inputs, answers, SETTINGS, folder / "bundle", "scripted", CERTIFYING)
     return load_bundle(folder / "bundle"), made
 
 
@@ -204,7 +204,7 @@ def test_a_certificate_comes_from_prompts_that_nothing_else_saw(
 ) -> None:
     inputs = Inputs.load(task(tmp_path / "d.jsonl", range(400)), [])
     bundle, made = certified(make_engine(), chat, inputs, tmp_path)
-    found = made.certification
+    found = made.outcome.certification
     assert found is not None
     assert bundle.manifest.certificates == found.certificates != ()
     for one in found.certificates:
@@ -239,8 +239,8 @@ def test_a_file_to_certify_on_leaves_the_rest_as_it_was(
     assert all(one[name].equal(other[name]) for name in one)
     assert without.manifest.certificates == ()
     assert without.report["certification"] is None
-    assert made.certification is not None
-    assert len(made.certification.prompts) == 150
+    assert made.outcome.certification is not None
+    assert len(made.outcome.certification.prompts) == 150
     assert bundle.manifest.provenance["certification_data"]["file"] == "c.jsonl"
     assert bundle.manifest.provenance["certification_share"] is None
 
@@ -263,12 +263,16 @@ def test_a_policy_that_resamples_is_what_is_calibrated(
     assert len(engine.asked) == 600
     assert bundle.manifest.policy.resample == 2
     # The scripted engine says the same twice: what is not served at once costs a second answer.
-    reading = made.evaluation.plain[0.8]
+    reading = made.outcome.evaluation.plain[0.8]
     assert reading.answered.value is not None
     once = make_engine()
     (tmp_path / "once").mkdir()
     _, single = certified(once, chat, inputs, tmp_path / "once", replace(policy, resample=1))
-    assert reading.answered.hits == single.evaluation.plain[0.8].answered.hits
-    assert single.evaluation.plain[0.8].tokens < reading.tokens < 2 * single.evaluation.plain[0.8].tokens
+    assert reading.answered.hits == single.outcome.evaluation.plain[0.8].answered.hits
+    assert (
+        single.outcome.evaluation.plain[0.8].tokens
+        < reading.tokens
+        < 2 * single.outcome.evaluation.plain[0.8].tokens
+    )
     with pytest.raises(ValueError, match="share to certify on"):
-        Certifying(WANTED, 1.0)
+        Certifying(0.8, 0.1, 1.0)

@@ -15,6 +15,7 @@ from candor.calibration.evaluate import auroc
 from candor.calibration.generate import Labelled
 from candor.calibration.layer import LayerSettings, train_layer
 from candor.calibration.ranking import answer_order
+from candor.calibration.rule import RuleSettings, fit_rule, rows_of
 from candor.comparison.comparators import (
     COMPARATORS,
     adue,
@@ -33,6 +34,9 @@ from candor.comparison.comparators.base import (
     linear_head,
     selective_threshold,
 )
+from candor.policy.certificate import RuleCertificate, RuleTerms
+from candor.policy.judging import TwoGates
+from candor.sdm.score import sdm_figures
 
 ALPHAS = (0.8, 0.9)
 LAYER = LayerSettings(exemplar_dim=4, epochs=15, learning_rate=1e-2)
@@ -50,8 +54,11 @@ def task(n: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def labelled(h: Tensor, y: Tensor, prefix: str) -> list[Labelled]:
+    prompts = torch.randn(len(y), 6, generator=torch.Generator().manual_seed(5))
     return [
-        Labelled(f"{prefix}{i}", f"{prefix}{i}", (), "response", 1 if label else 0, row)
+        Labelled(
+            f"{prefix}{i}", f"{prefix}{i}", (), "response", 1 if label else 0, row, prompt_states=prompts[i]
+        )
         for i, (row, label) in enumerate(zip(h, y.tolist(), strict=True))
     ]
 
@@ -77,13 +84,21 @@ def fitting() -> Fitting:
         settings=LAYER,
     )
     halves = labelled(*train, "t"), labelled(*calibration, "c")
-    return Fitting(layer.estimator, *halves, LAYER, ALPHAS, seed=0, ensemble=2)
+    rows = rows_of(layer.estimator, [*halves[0], *halves[1]])
+    in_calibration = torch.arange(len(rows)) >= len(halves[0])
+    rule = fit_rule(rows, in_calibration, (("last", 5),), (3, 3), RuleSettings()).rule
+    certificates = tuple(
+        RuleCertificate(alpha, alpha, 0.95, least, 300, 100, 99, 150, 0.95)
+        for alpha, least in zip(ALPHAS, (0.5, 2.0), strict=True)
+    )
+    gates = TwoGates(rule, RuleTerms("last", 0.02, 0.02, 0.95, 1.0, 0, certificates))
+    return Fitting(layer.estimator, *halves, LAYER, ALPHAS, seed=0, ensemble=2, gates=gates)
 
 
 @pytest.fixture(scope="module")
 def test_rows(fitting: Fitting) -> tuple[Rows, Tensor]:
     h, y = task(300, 2)
-    return Rows.of(fitting.estimator, h), y
+    return Rows.of(fitting.estimator, labelled(h, y, "f")), y
 
 
 @pytest.fixture(scope="module")
@@ -265,3 +280,20 @@ def test_some_rows_are_the_same_rows(test_rows: tuple[Rows, Tensor]) -> None:
     assert part.x.equal(rows.x[[3, 1]])
     assert part.measurement.q.equal(rows.measurement.q[[3, 1]])
     assert part.z_prime.equal(rows.z_prime[[3, 1]])
+
+
+def test_two_gates_admit_what_is_served(
+    fitting: Fitting, test_rows: tuple[Rows, Tensor], scorers: dict[str, Scorer]
+) -> None:
+    rows, _ = test_rows
+    stranger = Rows(rows.h[:2], rows.x[:2], rows[torch.arange(2)].measurement, torch.full((2, 6), 99.0))
+    gates = fitting.gates
+    assert gates is not None
+    d, _, _ = fitting.estimator.activate(rows.measurement)
+    judged = gates.rule.judge(rows.prompts, rows.h, sdm_figures(rows.measurement, d))
+    found = scorers["two_gates"](rows)
+    for alpha, least in zip(ALPHAS, (0.5, 2.0), strict=True):
+        assert found.admitted[alpha].equal(judged.known & (judged.score >= least))
+        assert 0 < int(found.admitted[alpha].sum()) < len(rows.h)
+        assert (found.y_hat[found.admitted[alpha]] == 1).all()
+    assert not any(admitted.any() for admitted in scorers["two_gates"](stranger).admitted.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def older(
     exemplars = "".join(json.dumps(line) + "\n" for line in lines).encode()
     manifest: dict[str, Any] = json.loads(files[MANIFEST])
     manifest["format_version"] = version
+    del manifest["rule"]
     del manifest["policy"]["conversations"], manifest["model"]["engine_options"]
     manifest["policy"]["system_prompt"] = system_prompt
     if version < 3:
@@ -73,5 +75,17 @@ def test_null_means_what_the_exemplars_say(
 
 
 def test_which_formats_know_turns_and_the_latest_identity() -> None:
-    assert [knows_turns(version) for version in (1, 2, 3, 4)] == [False, False, False, True]
-    assert [identifies_as_before(version) for version in (1, 2, 3, 4)] == [True, True, True, False]
+    assert [knows_turns(version) for version in range(1, 6)] == [False, False, False, True, True]
+    assert [identifies_as_before(version) for version in range(1, 6)] == [True, True, True, False, False]
+
+
+def test_format_4_is_format_5_without_a_rule(
+    files: dict[str, bytes], write: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path
+) -> None:
+    manifest: dict[str, Any] = json.loads(files[MANIFEST]) | {"format_version": 4}
+    assert manifest.pop("rule") is None
+    written = json.dumps(manifest).encode()
+    old = load_bundle(write(tmp_path / "old", {**files, MANIFEST: written, SEAL: seal(written)}))
+    new = load_bundle(write(tmp_path / "new", files))
+    assert old.rule is None
+    assert replace(old.manifest, format_version=5) == new.manifest

@@ -147,6 +147,8 @@ def test_reasons(row: Row, region: Region, expected: str | None, kind: Estimator
         ("below_class_threshold", "low"),
         ("below_similarity_threshold", "low"),
         ("no_region_at_alpha", "low"),
+        ("below_score_threshold", "low"),
+        ("no_certificate_at_alpha", "low"),
         ("uncalibrated_request", "low"),
         ("out_of_distribution", "ood"),
         ("scoring_unavailable", "unavailable"),
@@ -155,7 +157,7 @@ def test_reasons(row: Row, region: Region, expected: str | None, kind: Estimator
 def test_each_reason_has_its_region(reason: Any, region: str) -> None:
     assert ({None: "high"} | REGION_OF)[reason] == region
     assert (None, *REGION_OF) == REASONS
-    assert len(REASONS) == 9
+    assert len(REASONS) == 11
 
 
 def test_the_estimator_in_force_admits() -> None:

@@ -95,8 +95,7 @@ def test_each_row_has_the_same_score_alone_and_in_any_batch() -> None:
     assert together.tolist() == torch.tensor(exact, dtype=torch.float64).float().tolist()
 
 
-def rule_of(threshold: float) -> AnswerRule:
-    return AnswerRule(gate_of(), score_of([0.0, 0.0, 0.0, 0.0, 1.0, 0.0]), threshold)
+RULE = AnswerRule(gate_of(), score_of([0.0, 0.0, 0.0, 0.0, 1.0, 0.0]))
 
 
 def rows(values: list[float]) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,34 +107,24 @@ def rows(values: list[float]) -> tuple[Tensor, Tensor, Tensor]:
     return prompts, h, torch.empty(len(values), 0)
 
 
-def test_an_answer_needs_both_gates() -> None:
-    found = rule_of(0.5).judge(*rows([0.5, 0.4999, 2.0, math.nan, 2.0]))
-    assert found.known.tolist() == [True, True, True, True, False]
-    assert found.answered.tolist() == [True, False, True, False, False]
+def test_the_rule_is_gate_and_score() -> None:
+    found = RULE.judge(*rows([0.5, 0.4999, math.nan, 2.0]))
+    assert found.known.tolist() == [True, True, True, False]
+    assert found.score.tolist() == [0.5, pytest.approx(0.4999), -math.inf, 2.0]
     assert float(found.p_value[-1]) == pytest.approx(1 / 31)
-
-
-def test_without_a_threshold_nothing_is_answered() -> None:
-    assert not rule_of(math.inf).judge(*rows([0.5, 1e30, 1e11, 0.0])).answered.any()
-
-
-def test_a_threshold_of_minus_infinity_lets_every_finite_known_row_through() -> None:
-    assert rule_of(-math.inf).judge(*rows([-5.0, math.nan, 0.0])).answered.tolist() == [True, False, False]
+    assert found.probability[2] == 0
 
 
 def test_state_restores_a_rule_to_the_bit() -> None:
-    rule = rule_of(0.1)
-    again = AnswerRule.from_state(rule.state())
+    again = AnswerRule.from_state(RULE.state())
     given = rows([0.1, 0.3, 0.0999, 5.0])
-    for name, value in vars(rule.judge(*given)).items():
+    for name, value in vars(RULE.judge(*given)).items():
         assert getattr(again.judge(*given), name).equal(value), name
-    assert again.threshold == rule.threshold
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda state: state.pop("threshold"), "threshold"),
         (lambda state: state.pop("gate.scale"), "scale"),
         (lambda state: state.update({"score.more": torch.zeros(1)}), "more"),
         (lambda state: state.update({"other": torch.zeros(1)}), "other"),
@@ -143,7 +132,7 @@ def test_state_restores_a_rule_to_the_bit() -> None:
     ],
 )
 def test_a_state_that_does_not_fit_is_named(change, said: str) -> None:  # type: ignore[no-untyped-def]
-    state = rule_of(0.1).state()
+    state = RULE.state()
     change(state)
     with pytest.raises(ValueError, match=said):
         AnswerRule.from_state(state)

@@ -138,7 +138,8 @@ async def _as_they_come(
             else:
                 answers.append(event)
                 note(event)
-                chunk = renderer.replacement(event, _SET_OFF) + renderer.finish(event)
+                separator = _SET_OFF if event.generation.text else ""
+                chunk = renderer.replacement(event, separator) + renderer.finish(event)
             yield opening + chunk
             opening = b""
     yield renderer.closing(sorted(answers, key=lambda answer: answer.index))

@@ -91,6 +91,7 @@ def _model(model: ServedModel, services: Services) -> Model:
             bundle=model.bundle.digest,
             alphas=list(model.resolver.alphas),
             default_alpha=model.resolver.default_alpha,
+            rule=model.rule,
             estimator=services.estimator,
             class_names=list(model.bundle.manifest.class_names),
         ),

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from candor.policy.certificate import Certificate, RuleCertificate, RuleKind
+
 
 class ShownRegion(BaseModel):
     """Algorithm 1's thresholds at alpha; null where no region was found.
@@ -20,24 +22,36 @@ class ShownRegion(BaseModel):
 
 
 class ShownCertificate(BaseModel):
-    """P(right | answered) >= accuracy, with this confidence, in the region at alpha from this q' on.
+    """P(right | answered) >= accuracy, with this confidence.
 
-    Of `records` prompts set aside for it, `answered` were answered there, `right` of them rightly.
+    Of the two gates (rule `two-gates`) from score_min on, or of the region at alpha under the estimator from q' =
+    rescaled_similarity_min on; what does not apply is null. Of `records` prompts set aside for it, `answered` were
+    answered there, `right` of them rightly; of all of them `base_right` were.
     """
 
+    rule: RuleKind
     alpha: float
-    estimator: Literal["lower", "plain"]
+    estimator: Literal["lower", "plain"] | None = None
     accuracy: float
     confidence: float
-    rescaled_similarity_min: float
+    score_min: float | None = None
+    rescaled_similarity_min: float | None = None
     records: int
     answered: int
     right: int
+    base_right: int | None = None
     lower_bound: float
+
+    @classmethod
+    def of(cls, certificate: Certificate | RuleCertificate) -> ShownCertificate:
+        rule: RuleKind = "two-gates" if isinstance(certificate, RuleCertificate) else "sdm"
+        return cls(rule=rule, **vars(certificate))
 
 
 class BundleReport(BaseModel):
-    """report: as calibration wrote it, without the digests of the prompts it was fitted on.
+    """rule: what judges here. certificates: of both rules, as far as there are any.
+
+    report: as calibration wrote it, without the digests of the prompts it was fitted on.
 
     most_exemplars: how many a request may ask to see. examples: prompts of exemplars, none where those are
     kept private. takes_feedback: whether labels for answers are kept.
@@ -49,6 +63,7 @@ class BundleReport(BaseModel):
     created: str
     model: str
     class_names: list[str]
+    rule: RuleKind
     estimator: Literal["lower", "plain"]
     default_alpha: float
     policy: dict[str, Any]

@@ -56,14 +56,32 @@ class ShownExemplar(BaseModel):
     response: str
 
 
-class ReliabilityResult(BaseModel):
-    """Everything measured is null where region is `unavailable`.
+class ShownRule(BaseModel):
+    """Both gates.
 
-    prediction: predicted class, 1 = follows its instruction.
-    probability, probability_lower, probability_upper: SDM(z') of that class, and its band.
+    prompt_known: the prompt is of the kind calibrated on. prompt_p_value: share of calibrated prompts that lie as far
+    out, in (0, 1]. score, score_min: what the answer has, and what it needs; null where the prompt was refused
+    unwritten, or nothing is certified. probability: that the answer is right; null likewise.
+    """
+
+    prompt_known: bool
+    prompt_p_value: float
+    score: float | None
+    score_min: float | None
+    probability: float | None
+
+
+class ReliabilityResult(BaseModel):
+    """Everything measured is null where region is `unavailable`, or the prompt was refused before it was answered.
+
+    explanation: a sentence for people.
+    probability: that the answer is right, where two gates judge (`rule`); else sdm_probability.
+    prediction: the SDM layer's class, 1 = follows its instruction.
+    sdm_probability, probability_lower, probability_upper: SDM(z') of that class, and its band.
     similarity: q. rescaled_similarity: q'. distance_quantile: d.
     magnitude: how far the predicted class's z' is above the others', >= 0.
     effective_sample_size: calibration points behind the estimate, per class.
+    rule: both gates' figures, null where the papers' region judges.
     calibrated: whether the request kept to the policy that was calibrated.
     certificate: what was certified of answers like this one, null where nothing was.
     attempts: answers written until this one, where the policy resamples.
@@ -73,9 +91,11 @@ class ReliabilityResult(BaseModel):
     region: RegionName
     abstained: bool
     reason: Reason | None
+    explanation: str
     prediction: int | None
     alpha: float
     probability: float | None
+    sdm_probability: float | None
     probability_lower: float | None
     probability_upper: float | None
     similarity: int | None
@@ -83,6 +103,7 @@ class ReliabilityResult(BaseModel):
     distance_quantile: float | None
     magnitude: float | None
     effective_sample_size: list[int] | None
+    rule: ShownRule | None
     calibrated: bool
     certificate: ShownCertificate | None
     attempts: int

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from candor.app.edge.schemas.reliability import ReliabilityObject
+from candor.policy.certificate import RuleKind
 
 
 class Usage(BaseModel):
@@ -98,6 +99,7 @@ class ServedBundle(BaseModel):
     bundle: str
     alphas: list[float]
     default_alpha: float
+    rule: RuleKind
     estimator: Literal["lower", "plain"]
     class_names: list[str]
 
