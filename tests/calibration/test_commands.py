@@ -354,7 +354,8 @@ def test_killed_while_a_judge_is_asked_it_pays_for_no_verdict_twice(model: Path,
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = [
         "calibrate", "--model", model, "--data", tmp_path / "d.jsonl", "--verifier", "judge(judge.toml)",
-        "--out", tmp_path / "bundle", *FIT, *ENGINE, "--max-tokens", 8, "--dtype", "float32", "--json", "--rule", "sdm",
+        "--out", tmp_path / "bundle", *FIT, *ENGINE, "--max-tokens", 8, "--dtype", "float32", "--json",
+        "--rule", "sdm",
     ]  # fmt: skip
     script = [sys.executable, "-c", "from candor.app.cli import main; main()", *map(str, arguments)]
     with listening() as endpoint:
