@@ -50,6 +50,7 @@ from candor.calibration.generate import Watch as Watching
 from candor.calibration.labels import ask_person, verifier_of
 from candor.calibration.report import build_report
 from candor.calibration.shapes import Reading
+from candor.calibration.verifiers import without_folders
 from candor.engine.base import AdapterIdentity, Engine, ModelIdentity, Representation
 from candor.engine.prompt import ChatFormat
 from candor.model_store.bundle import Bundle, Exemplar
@@ -82,7 +83,7 @@ class DataFile:
 
     def to_json(self) -> dict[str, Any]:
         """JSON without folders, which would reveal the machine."""
-        verifiers = {record.verifier.rpartition("/")[2] for record in self.records if record.verifier}
+        verifiers = {without_folders(record.verifier) for record in self.records if record.verifier}
         return {
             "file": self.path.name,
             "sha256": self.sha256,
