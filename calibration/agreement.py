@@ -26,6 +26,7 @@ from candor.calibration.errors import CalibrationError, DataError
 from candor.calibration.generate import close_verifiers
 from candor.calibration.intervals import lower_bound
 from candor.calibration.labels import label
+from candor.calibration.verifiers import without_folders
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Agreement:
         return Claim(wanted.accuracy / (1 - e), wanted.delta / 2)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"verifier": without_folders(self.verifier)}
 
     def __str__(self) -> str:
         e = self.error_bound(0.05)

@@ -55,6 +55,7 @@ from candor.calibration.rule import RuleSettings
 from candor.calibration.rule_certificate import CertifiedRule, RuleParts, certified_rule
 from candor.calibration.shapes import Reading
 from candor.calibration.strangers import load_strangers, read_strangers
+from candor.calibration.verifiers import without_folders
 from candor.engine.base import AdapterIdentity, Engine, ModelIdentity, Representation
 from candor.engine.prompt import ChatFormat
 from candor.model_store.bundle import Bundle, Exemplar
@@ -89,7 +90,7 @@ class DataFile:
 
     def to_json(self) -> dict[str, Any]:
         """JSON without folders, which would reveal the machine."""
-        verifiers = {record.verifier.rpartition("/")[2] for record in self.records if record.verifier}
+        verifiers = {without_folders(record.verifier) for record in self.records if record.verifier}
         return {
             "file": self.path.name,
             "sha256": self.sha256,

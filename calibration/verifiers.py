@@ -297,6 +297,11 @@ def _parts(name: str) -> tuple[str, str]:
     return (found[1], found[2].strip()) if found else (name, "")
 
 
+def without_folders(name: str) -> str:
+    """The verifier's name as reports show it, since folders would reveal the machine: "judge(judge.toml)"."""
+    return re.sub(r"[^(]*/", "", name)
+
+
 @cache
 def load_verifier(name: str, beside: Path | None = None) -> Verifier:
     """Loads the verifier of that name or path. beside: folder of the data file that names it.

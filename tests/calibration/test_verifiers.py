@@ -14,7 +14,7 @@ import pytest
 import candor
 from candor.calibration.data import load_records
 from candor.calibration.errors import DataError, VerifierError
-from candor.calibration.verifiers import Question, load_verifier, reference_problem
+from candor.calibration.verifiers import Question, load_verifier, reference_problem, without_folders
 from candor.finetune.data import load_pairs
 
 
@@ -220,6 +220,19 @@ def test_a_schema_in_a_file_needs_no_reference(tmp_path: Path) -> None:
         with pytest.raises(VerifierError, match=says):
             load_verifier("json_schema(bad.json)" if content else "json_schema(none.json)", tmp_path)
         load_verifier.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("/home/ann/checks.py:same", "checks.py:same"),
+        ("judge(/home/ann/judge.toml)", "judge(judge.toml)"),
+        ("engine.checks:same", "engine.checks:same"),
+        ("number(1%)", "number(1%)"),
+    ],
+)
+def test_a_report_shows_no_folders(name: str, shown: str) -> None:
+    assert without_folders(name) == shown
 
 
 @pytest.mark.parametrize("name", ["number(x)", "number(-1)", "number(1%%)", "number(inf)"])
