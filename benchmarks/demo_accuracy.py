@@ -2,9 +2,9 @@
 
     python -m benchmarks.demo_accuracy [--json]
 
-`demo.task` makes three sets from `demo/sentences.txt`: *test* of the same kind as the calibration's, *shifted*
-with longer sentences, *ood* of other tasks and noise. The table shows, for each alpha, the share answered and the
-accuracy among the answered. Answers are kept in var/demo, so a second run only scores.
+`demo.task` makes four sets from `demo/sentences.txt`: *test* of the same kind as the calibration's, *shifted*
+with longer sentences, *ood* of other tasks and noise, *near* with a changed instruction. The table shows, for each
+alpha, the share answered and the accuracy among the answered. Answers are kept in var/demo; a second run only scores.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def main(
         data=data / "test.jsonl",
         shifted=data / "shifted.jsonl",
         ood=data / "ood.jsonl",
+        near=made("near"),
         engine=EngineKind.vllm,
         hidden_cache=data / "answers",
         as_json=as_json,

@@ -2,6 +2,7 @@
 
     python -m benchmarks.serving                     the whole table, at most --minutes of load
     python -m benchmarks.serving --quick             concurrency 8, short prompts, for development
+    python -m benchmarks.serving --strangers         mode abstain, with 0, 10, 30 and 60 % strangers among the prompts
 
 Both servers run at once on the same model, with the same settings and prompts, one under load at a time. The client
 is vLLM's (`vllm bench serve`), called in this process so that it is imported once. In each round each server answers
@@ -9,7 +10,8 @@ every cell's prompts, which are new each round; who begins changes. A ratio is C
 round and cell. Every answer of Candor has to be scored, else there is no table.
 
 Both write the same tokens: plain vLLM is told to stop at the tag, where Candor ends an answer one step later (else it
-would write the verdict and the end besides, four steps more). Steps are counted by the engines, and shown.
+would write the verdict and the end besides, four steps more). Steps are counted by the engines, and shown. With
+--strangers Candor refuses what its first gate does not know when prefill ends, and plain vLLM writes everything.
 """
 
 from __future__ import annotations
@@ -24,23 +26,25 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.servers import Serving, bind_all_cores, plain_vllm, serving
 from candor.model_store.bundle import load_bundle
-from demo.task import LONGEST, completion, prompt
+from demo.task import LONGEST, completion, out_of_distribution, prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, BUNDLE = ROOT / "var/models/smollm2-135m-word-ordering", ROOT / "demo/bundle"
-SOLVED = {"short": 1, "long": 12}
-"""Solved examples before the question."""
+SOLVED = {"bare": 0, "short": 1, "long": 12}
+"""Solved examples before the question. The demo's gate knows bare prompts alone."""
+STRANGERS = (0.0, 0.1, 0.3, 0.6)
 
 MAX_TOKENS = 64  # the demo's policy
 LIMITS = {"max_model_len": 2048, "max_num_seqs": 64, "max_num_batched_tokens": 2048}
@@ -63,17 +67,21 @@ HIGHER_IS_BETTER = {"answers/s"}
 
 @dataclass(frozen=True)
 class Workload:
+    """strangers: share of prompts that are not the task's, in mode abstain; None: none, in mode annotate."""
+
     concurrency: int
     length: str
     shared: bool
+    strangers: float | None = None
 
     @property
     def requests(self) -> int:
-        """The number of requests: enough to fill the pipeline three times."""
-        return max(6, 3 * self.concurrency)
+        """The number of requests: enough to fill the pipeline three times, or to hold the share of strangers."""
+        return max(6, 3 * self.concurrency) if self.strangers is None else max(40, 5 * self.concurrency)
 
     def __str__(self) -> str:
-        return f"{self.concurrency} | {self.length} | {'yes' if self.shared else 'no'}"
+        length = self.length if self.strangers is None else f"{self.strangers:.0%} strangers"
+        return f"{self.concurrency} | {length} | {'yes' if self.shared else 'no'}"
 
 
 class Prompts:
@@ -87,10 +95,15 @@ class Prompts:
 
     def draw(self, cell: Workload) -> list[str]:
         common = self._solved(cell)
-        return [
+        drawn = [
             (common if cell.shared else self._solved(cell)) + self._question()[0]
             for _ in range(cell.requests)
         ]
+        strange = round((cell.strangers or 0) * cell.requests)
+        others = out_of_distribution(self._random.sample(self._lines, strange), self._random)
+        for at, other in zip(self._random.sample(range(cell.requests), strange), others, strict=True):
+            drawn[at] = other["messages"][0]["content"]
+        return drawn
 
     def _solved(self, cell: Workload) -> str:
         pairs = [self._question() for _ in range(SOLVED[cell.length])]
@@ -105,10 +118,10 @@ class Prompts:
 
 
 def drive(
-    server: Serving, model: Path, prompts: Sequence[str], concurrency: int, stop: str | None = None
+    server: Serving, model: Path, prompts: Sequence[str], concurrency: int, extra: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Runs one cell through `vllm bench serve`. stop: text at which answers end. Raises RuntimeError if a request
-    failed."""
+    """Runs one cell through `vllm bench serve`. extra: further fields of every request. Raises RuntimeError if a
+    request failed."""
     from vllm.benchmarks.serve import add_cli_args, main_async
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -126,8 +139,8 @@ def drive(
             f"--custom-output-len {MAX_TOKENS} --max-concurrency {concurrency} --base-url {server.url} "
             f"--model {model} --served-model-name {NAME}"
         ).split()
-        if stop is not None:
-            arguments += ["--extra-body", json.dumps({"stop": [stop]})]
+        if extra:
+            arguments += ["--extra-body", json.dumps(extra)]
         with contextlib.redirect_stdout(io.StringIO()) as said:
             figures: dict[str, float] = asyncio.run(main_async(parser.parse_args(arguments)))
     if figures["completed"] != len(prompts):
@@ -194,17 +207,18 @@ def measure(
 ) -> Rounds:
     """Runs whole rounds while there is time for another as long as the longest; at least one."""
     rounds: Rounds = defaultdict(list)
-    stops = {candor.pid: None, plain.pid: tag}
     for server in (candor, plain):
-        drive(server, model, prompts.draw(cells[-1]), cells[-1].concurrency)  # warms up
+        drive(server, model, prompts.draw(cells[-1]), cells[-1].concurrency, {})  # warms up
     end, longest, number = time.monotonic() + 60 * minutes, 0.0, 0
     while number == 0 or time.monotonic() + longest < end:
         began = time.monotonic()
         for cell in cells:
             asked = prompts.draw(cell)
+            ours: dict[str, Any] = {} if cell.strangers is None else {"reliability": {"mode": "abstain"}}
+            fields = {candor.pid: ours, plain.pid: {"stop": [tag]}}
             figures = {}
             for server in (candor, plain) if number % 2 else (plain, candor):
-                figures[server.pid] = drive(server, model, asked, cell.concurrency, stops[server.pid])
+                figures[server.pid] = drive(server, model, asked, cell.concurrency, fields[server.pid])
             require_scored(figures[candor.pid], len(asked))
             rounds[cell].append((figures[candor.pid], figures[plain.pid]))
             print(f"round {number + 1}: {cell}", file=sys.stderr)
@@ -244,7 +258,10 @@ def main() -> int:
     )
     parser.add_argument("--minutes", type=float, default=10.0, help="of load, servers' start not counted")
     parser.add_argument("--concurrency", type=int, action="append", help="default: 1, 8 and 32")
-    parser.add_argument("--prompts", choices=SOLVED, action="append", help="default: both")
+    parser.add_argument("--prompts", choices=SOLVED, action="append", help="default: short and long")
+    parser.add_argument(
+        "--strangers", action="store_true", help="mode abstain, with strangers among bare prompts"
+    )
     parser.add_argument("--quick", action="store_true", help="concurrency 8, short prompts, no shared prefix")
     parser.add_argument("--eager", action="store_true", help="neither server compiles")
     parser.add_argument("--seed", type=int, default=0)
@@ -255,8 +272,13 @@ def main() -> int:
     quick = [Workload(8, "short", False)]
     cells = [
         Workload(*one)
-        for one in product(given.concurrency or (1, 8, 32), given.prompts or SOLVED, (False, True))
+        for one in product(given.concurrency or (1, 8, 32), given.prompts or ("short", "long"), (False, True))
     ]
+    if given.strangers:
+        cells = [
+            Workload(concurrency, "bare", False, share)
+            for concurrency, share in product(given.concurrency or (8, 32), STRANGERS)
+        ]
     prompts = Prompts(ROOT / "demo/sentences.txt", given.seed)
     with both(given.model, given.bundle, given.eager) as (candor, plain):
         print(f"ready after {candor.start_s:.1f} s (vLLM: {plain.start_s:.1f} s)", file=sys.stderr)

@@ -55,6 +55,10 @@ def evaluate(
         Path | None, typer.Option(help="Records of a related kind, such as longer ones.")
     ] = None,
     ood: Annotated[Path | None, typer.Option(help="Records of another kind altogether.")] = None,
+    near: Annotated[
+        Path | None,
+        typer.Option(help="Records that look like the task's but are not, such as a changed instruction."),
+    ] = None,
     compare: Annotated[
         str | None,
         typer.Option(help="Other methods to stand beside the bundle: all, or names by commas."),
@@ -110,7 +114,7 @@ def evaluate(
             reading = reading_of(columns, verifier)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
-        paths = {"test": data, "shifted": shifted, "ood": ood}
+        paths = {"test": data, "shifted": shifted, "ood": ood, "near": near}
         sets = {name: DataFile.load(path, reading) for name, path in paths.items() if path is not None}
         for file in sets.values():
             tell_what_was_read(file)

@@ -5,7 +5,7 @@ import { percent } from "./words.js";
 
 export function showBundle(bundle) {
   showHeldOut(bundle);
-  showCertificates(bundle.certificates);
+  showCertificates(bundle.certificates, bundle.rule);
   const { counts, regions = {}, held_out: heldOut } = bundle.report;
   const { system_prompt: system, turns } = bundle.policy.conversations;
   const facts = {
@@ -17,7 +17,9 @@ export function showBundle(bundle) {
       + systemPrompt(system),
     Turns: turns.join("; "),
     Verdicts: bundle.class_names.map((name, c) => `${c}: ${name}`).join("; "),
-    Admits: bundle.estimator === "lower" ? "by the lower estimate, which counts how few calibration answers stand behind one"
+    "Lets through": bundle.rule === "two-gates" ? "by two gates: the prompt is known, and the answer’s score is certified"
+      : "by the papers’ region",
+    "Region admits": bundle.estimator === "lower" ? "by the lower estimate, which counts how few calibration answers stand behind one"
       : "by the plain estimate",
     "Training half": counts && half(counts.training_half),
     "Calibration half": counts && half(counts.calibration_half),
@@ -38,13 +40,17 @@ const half = (part) => part && `${part.records} answers, ${percent(part.base_rat
 
 function showHeldOut(bundle) {
   const heldOut = bundle.report.held_out;
-  const measured = heldOut?.[bundle.estimator];
-  const head = ["Asked for", "q′ from", "Answered", "Right of those"];
+  const gated = bundle.rule === "two-gates";
+  const measured = heldOut?.[gated ? "rule" : bundle.estimator];
+  const head = ["Asked for", gated ? "Score from" : "q′ from", "Answered", "Right of those"];
   const rows = bundle.regions.map((region) => {
     const figures = measured?.[String(region.alpha)];
-    return element("tr", {}, element("th", { scope: "row" }, percent(region.alpha)),
-      cell(region.found ? region.rescaled_similarity_threshold.toFixed(1) : "no region"),
-      share(region.found && figures?.answered), share(region.found && figures?.accuracy_answered));
+    const certificate = bundle.certificates.find((one) => one.rule === "two-gates" && one.alpha === region.alpha);
+    const serves = gated ? certificate !== undefined : region.found;
+    const from = gated ? certificate?.score_min.toFixed(2) ?? "no certificate"
+      : region.found ? region.rescaled_similarity_threshold.toFixed(1) : "no region";
+    return element("tr", {}, element("th", { scope: "row" }, percent(region.alpha)), cell(from),
+      share(serves && figures?.answered), share(serves && figures?.accuracy_answered));
   });
   $("held-out").replaceChildren(
     element("thead", {}, element("tr", {}, ...head.map((text, i) => element("th", i ? { scope: "col", class: "number" } : { scope: "col" }, text)))),
@@ -55,10 +61,11 @@ function showHeldOut(bundle) {
     : "This bundle's report has no held-out figures.";
 }
 
-function showCertificates(certificates) {
-  const lines = certificates.map((one) => element("li", {},
+function showCertificates(certificates, rule) {
+  const lines = certificates.filter((one) => one.rule === rule).map((one) => element("li", {},
     element("strong", {}, `At least ${percent(one.accuracy, 1)} right`),
-    ` among the answered at ${percent(one.alpha)} (${one.estimator} estimate, q′ from ${one.rescaled_similarity_min.toFixed(1)}), with `
+    ` among the answered at ${percent(one.alpha)} (${one.rule === "two-gates" ? `score from ${one.score_min.toFixed(2)}`
+      : `${one.estimator} estimate, q′ from ${one.rescaled_similarity_min.toFixed(1)}`}), with `
     + `${percent(one.confidence, 1)} confidence: of ${one.records} prompts set aside for it, ${one.answered} were answered and `
     + `${one.right} of them rightly.`));
   $("certificates").replaceChildren(element("h3", {}, "Certificates"), lines.length ? element("ul", {}, ...lines)

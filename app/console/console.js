@@ -5,7 +5,7 @@ import { showBundle } from "./bundle.js";
 import { $, element } from "./dom.js";
 import { Live } from "./live.js";
 import { Plane } from "./plane.js";
-import { headline, probability, reason } from "./words.js";
+import { headline, probability } from "./words.js";
 
 const SHOWN_EXEMPLARS = 3;
 const UNLIKE = "What will the weather be like in Berlin tomorrow?";
@@ -23,7 +23,9 @@ async function start() {
     model = models.data[0].id;
     $("served").textContent = `${model} · bundle ${bundle.bundle.slice(0, 12)}`;
     $("alpha").replaceChildren(...bundle.regions.map(({ alpha, found }) => {
-      const option = element("option", { value: alpha }, found ? `${100 * alpha} %` : `${100 * alpha} % (no region)`);
+      const certified = bundle.certificates.some((one) => one.rule === "two-gates" && one.alpha === alpha);
+      const lacks = bundle.rule === "two-gates" ? !certified && "nothing certified" : !found && "no region";
+      const option = element("option", { value: alpha }, `${100 * alpha} %${lacks ? ` (${lacks})` : ""}`);
       option.selected = alpha === bundle.default_alpha;
       return option;
     }));
@@ -94,13 +96,12 @@ function begin() {
 }
 
 function show({ id, content, refusal, result }) {
-  const region = bundle.regions.find((one) => one.alpha === result.alpha);
   $("answer").className = `card answer ${result.region}`;
   $("headline").textContent = headline(result);
-  $("reason").textContent = reason(result, region, bundle.class_names);
+  $("reason").textContent = result.explanation;
   $("text").textContent = refusal === null ? content || "(an empty answer)" : `Withheld. The client reads: “${refusal}”`;
   $("text").classList.toggle("withheld", refusal !== null);
-  $("measures").replaceChildren(...(result.probability === null ? [] : measures(result)));
+  $("measures").replaceChildren(...(result.rule ? gates(result) : []), ...(result.sdm_probability === null ? [] : measures(result)));
   if (bundle.takes_feedback && refusal === null) offerFeedback(id);
   plane.show(result, result.alpha);
   $("exemplars").hidden = result.exemplars.length === 0;
@@ -126,13 +127,24 @@ function offerFeedback(id) {
   buttons[1].onclick = () => send(false);
 }
 
+function gates({ rule }) {
+  const needed = rule.score_min === null ? "nothing is certified at this accuracy" : `${rule.score_min.toFixed(2)} is needed`;
+  const prompt = measure("Prompt", "p", rule.prompt_p_value.toFixed(3),
+    `${rule.prompt_known ? "known" : "not known"}: the share of calibrated prompts that lie as far out`);
+  return rule.score === null ? [prompt] : [
+    prompt,
+    measure("Score", "S", rule.score.toFixed(2), needed),
+    measure("Right with", null, probability(rule.probability), "calibrated probability that the answer is right"),
+  ];
+}
+
 function measures(result) {
   const sizes = result.effective_sample_size.map((n, c) => `${n} of “${bundle.class_names[c]}”`).join(", ");
   return [
     measure("Similarity", "q", result.similarity, "calibrated answers of the same verdict that are nearer than the first other one"),
     measure("Distance quantile", "d", result.distance_quantile.toFixed(3), "1 is as near as any calibration answer, 0 farther off than all"),
     measure("Magnitude", null, result.magnitude.toFixed(2), "how far the verdict’s logit leads"),
-    measure("Probability", "SDM(z′)", probability(result.probability), `that the verdict is right${discounted(result)}`),
+    measure("Probability", "SDM(z′)", probability(result.sdm_probability), `that “${bundle.class_names[result.prediction]}”${discounted(result)}`),
     measure("Rescaled similarity", "q′", result.rescaled_similarity.toFixed(1), "q, discounted by the probability"),
     measure("Sample size", null, Math.min(...result.effective_sample_size), `calibration answers with a smaller q′: ${sizes}`),
   ];
@@ -140,7 +152,7 @@ function measures(result) {
 
 // The probability at the lower end of its band, where that reads otherwise.
 function discounted(result) {
-  const [text, lower] = [result.probability, result.probability_lower].map(probability);
+  const [text, lower] = [result.sdm_probability, result.probability_lower].map(probability);
   return text === lower ? "" : `; counted as ${lower}`;
 }
 

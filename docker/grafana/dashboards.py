@@ -150,11 +150,29 @@ def calibration() -> list[Panel]:
     return [
         heat(
             "Probability",
-            "SDM(z') of the predicted class, for every answer that was scored.",
+            "Calibrated probability that the answer is right, for every answer that was scored; by the papers' "
+            "region, SDM(z') of the predicted class.",
             "Calibration",
             "sdm_probability",
             unit="percentunit",
             steps={"blue": 0.9},
+        ),
+        heat(
+            "How far out prompts lie, p",
+            "Share of calibrated prompts that lie as far out as this one. Traffic like the calibration's is spread "
+            "evenly; the gate refuses what is at the bottom.",
+            "Calibration",
+            "sdm_prompt_p_value",
+            unit="percentunit",
+            steps={"blue": 0.02},
+        ),
+        lines(
+            "Tokens not written",
+            "A second: answers whose prompt was refused at the end of prefill, times the mean length of the calibrated "
+            "ones.",
+            "Calibration",
+            {"{{model_name}}": rate("sdm_tokens_saved_total", by="model_name")},
+            unit="none",
         ),
         heat(
             "Distance quantile d",

@@ -97,7 +97,7 @@ def test_it_stands_beside_a_project_with_packages_of_the_same_names(python: Any,
         "import candor\n"
         "from candor.calibration.verifiers import load_verifier\n"
         f"bundle = candor.load_bundle({str(ROOT / 'demo/bundle')!r})\n"
-        "verdicts = candor.judge(bundle, [[0.0] * 1158])\n"
+        "verdicts = candor.judge(bundle, [[0.0] * 1158], prompt_states=[[0.0] * 1152])\n"
         "verify = load_verifier('engine.checks:same')\n"
         f"whose = [importlib.import_module(room).WHOSE for room in {ROOMS}]\n"
         "print(json.dumps([verdicts.region.tolist(), verify('a', 'a'), verify('a', 'b'), whose]))\n"

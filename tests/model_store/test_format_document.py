@@ -14,7 +14,7 @@ from candor.model_store import errors
 from candor.model_store.bundle import Exemplar
 from candor.model_store.layout import layout
 from candor.model_store.manifest import LIMITS, NAMES, Manifest
-from candor.policy.certificate import Certificate
+from candor.policy.certificate import Certificate, RuleCertificate, RuleTerms
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "bundle-format.md").read_text("utf-8")
 
@@ -51,6 +51,9 @@ def test_every_field_of_the_manifest_is_described(example: dict[str, Any]) -> No
             expected |= {"files", "files.*.sha256", "files.*.size"}
         elif key == "certificates":
             expected |= {"certificates"} | {f"certificates[].{field.name}" for field in fields(Certificate)}
+        elif key == "rule":
+            expected |= {"rule"} | {f"rule.{field.name}" for field in fields(RuleTerms)}
+            expected |= {f"rule.certificates[].{field.name}" for field in fields(RuleCertificate)}
         elif key == "policy":
             expected |= {f"policy.{inner}" for inner in value}
             expected |= {f"policy.conversations.{inner}" for inner in value["conversations"]}
@@ -65,7 +68,7 @@ def test_every_tensor_is_described() -> None:
     described = {row[0].strip("`"): (row[1], row[2]) for row in _rows(_section("estimator.safetensors"))}
     assert described == {
         name: (str(spec.dtype).removeprefix("torch."), f"({', '.join(spec.shape)})")
-        for name, spec in layout(2).items()
+        for name, spec in layout(2, rule=True, probe=True).items()
     }
 
 
