@@ -59,7 +59,7 @@ def ask_person(
     answers: Sequence[tuple[Record, str]],
     cache: AnswerCache,
     read: Callable[[str], str] = input,
-    out: TextIO = sys.stderr,
+    out: TextIO | None = None,
 ) -> int:
     """Asks at the terminal about answers, one by one, and keeps what is said; returns how many were labelled.
 
@@ -67,6 +67,7 @@ def ask_person(
     input. Raises CacheError.
     """
     done = 0
+    out = sys.stderr if out is None else out
     answers = [one for one in answers if cache.get_label(_key("person", *one)) is None]
     for number, (record, response) in enumerate(answers, start=1):
         reference = "" if record.reference is None else f"\nReference: {record.reference}"

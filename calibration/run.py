@@ -146,7 +146,7 @@ class AnsweringOptions:
     """How the engine is asked: the cache's folder, the number of records in flight, the seed of sampling.
 
     relabel: asks verifiers again whose verdicts are kept. person: somebody is at the terminal, and is asked about
-    what no verifier could label.
+    what no verifier could label. review: ids of records whose labels somebody at the terminal looks at.
     """
 
     cache: Path
@@ -154,6 +154,7 @@ class AnsweringOptions:
     seed: int = 0
     relabel: bool = False
     person: bool = False
+    review: frozenset[str] = frozenset()
 
 
 def require_free(out: Path) -> None:
@@ -525,9 +526,9 @@ async def answer_file(
             (record, attempt.response)
             for record, answer in zip(file.records, answers, strict=True)
             for attempt in answer.attempts
-            if attempt.unknown
+            if (attempt.unknown and asking.person) or record.id in asking.review
         ]
-        if left and asking.person and ask_person(left, cache):
+        if left and ask_person(left, cache):
             answers = await collected(cache, lambda *_: None)
     attempts = [attempt for answer in answers for attempt in answer.attempts]
     if unknown := sum(attempt.unknown for attempt in attempts):

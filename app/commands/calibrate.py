@@ -163,6 +163,12 @@ def calibrate(
     ] = None,
     relabel: Relabel = False,
     ask_person: AskPerson = False,
+    review: Annotated[
+        Path | None,
+        typer.Option(
+            help="An earlier bundle of these data: look at its suspects here, and mend their labels."
+        ),
+    ] = None,
     seed: Seed = 0,
     adapter: Adapter = None,
     engine: Kind = EngineKind.vllm,
@@ -237,7 +243,8 @@ def calibrate(
             eager=eager,
             vllm=vllm,
         )
-        asking = AnsweringOptions(hidden_cache or beside(out), concurrency, seed, relabel, ask_person)
+        cache = hidden_cache or beside(review or out)
+        asking = AnsweringOptions(cache, concurrency, seed, relabel, ask_person, _suspects(review))
         chat = ChatFormat.from_directory(model)
         chat.check(policy.conversations.template_arguments)
         require_possible(
@@ -294,6 +301,14 @@ async def _answer(
         return await answer_inputs(engine, chat, inputs, policy, asking)
 
     return await asked(engine_settings, chat, adapter, ask)
+
+
+def _suspects(bundle: Path | None) -> frozenset[str]:
+    """Ids of the answers whose labels a bundle's report names to be looked at. Raises BundleError."""
+    from candor.model_store.bundle import load_bundle
+
+    advice = {} if bundle is None else load_bundle(bundle).report.get("advice", {})
+    return frozenset(one["id"] for one in advice.get("suspects", ()))
 
 
 def _agreement(human: Path, inputs: Inputs, reading: Reading, cache: Path) -> Agreement:

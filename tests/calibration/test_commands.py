@@ -381,3 +381,36 @@ def test_killed_while_a_judge_is_asked_it_pays_for_no_verdict_twice(model: Path,
     report = json.loads(done.stdout)["report"]
     counts = report["counts"]
     assert sum(counts[part]["correct"] for part in ("training_half", "calibration_half", "held_out")) == 80
+
+
+def test_suspects_are_reviewed_at_the_terminal_without_asking_the_model_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = given(tmp_path / "d.jsonl", range(120))
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    for i in (7, 30):  # 7 is right and 30 is wrong
+        lines[i]["label"] = 1 - lines[i]["label"]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    common = ("--model", model, *ENGINE, "--data", data, *FIT)
+    first = candor("calibrate", *common, "--out", tmp_path / "first", "--json")
+    assert first.exit_code == 0, first.output
+    named = {one["id"] for one in json.loads(first.stdout)["report"]["advice"]["suspects"]}
+    assert {"r7", "r30"} <= named
+
+    async def refused(*_: Any) -> None:
+        raise AssertionError("an engine was started")
+
+    monkeypatch.setattr("candor.calibration.kept.start_with_adapter", refused)
+    monkeypatch.chdir(tmp_path)
+    numbers = sorted(int(name[1:]) for name in named)
+    says = "".join("right\n" if i % 3 else "w\n" for i in numbers)
+    commands = typer.Typer()
+    commands.command()(calibrate)
+    typed = [
+        str(one) for one in (*common, "--out", tmp_path / "second", "--review", tmp_path / "first", "--json")
+    ]
+    second = CliRunner().invoke(commands, typed, input=says)
+    assert second.exit_code == 0, second.output
+    assert f"[1 of {len(named)}] Item" in second.stderr
+    counts = json.loads(second.stdout[second.stdout.index("{") :])["report"]["counts"]
+    assert sum(counts[part]["correct"] for part in ("training_half", "calibration_half", "held_out")) == 80
