@@ -391,7 +391,7 @@ def test_suspects_are_reviewed_at_the_terminal_without_asking_the_model_again(
     for i in (7, 30):  # 7 is right and 30 is wrong
         lines[i]["label"] = 1 - lines[i]["label"]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    common = ("--model", model, *ENGINE, "--data", data, *FIT)
+    common = ("--model", model, *ENGINE, "--data", data, *FIT, "--rule", "sdm")
     first = candor("calibrate", *common, "--out", tmp_path / "first", "--json")
     assert first.exit_code == 0, first.output
     named = {one["id"] for one in json.loads(first.stdout)["report"]["advice"]["suspects"]}
