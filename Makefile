@@ -25,7 +25,7 @@ endif
 # What is imported is compiled once, not anew by each of vLLM's three processes at every start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup serve lint check test zoo lock ages clean
+.PHONY: setup serve lint check test zoo gpu-check lock ages clean
 
 setup: .venv/.ready $(DEMO)/config.json
 
@@ -53,6 +53,15 @@ test: check $(BASE)/config.json $(DEMO)/config.json
 # Tiny models of each family, vLLM held to transformers; hours on two cores, and a stopped run goes on.
 zoo: .venv/.dev
 	$(BIN)/python -m benchmarks.zoo --kept var/zoo.json
+
+# What an owner of a GPU runs once (docs/gpu.md): EXTRA=cuda.
+gpu-check: .venv/.dev $(BASE)/config.json $(DEMO)/config.json
+	$(BIN)/pytest tests/engine/test_capture.py -m gpu
+	$(BIN)/pytest tests/engine -m "model and not slow"
+	$(BIN)/pytest tests/engine/test_parallel.py -m slow
+	$(BIN)/python -m benchmarks.zoo --kept var/zoo-gpu.json --print
+	$(BIN)/python -m benchmarks.serving --quick
+	VLLM_BATCH_INVARIANT=1 $(BIN)/python -m benchmarks.stability --prompts 200 --same
 
 # Packages to serve and to calibrate with. PyTorch's own tests are 130 MB.
 .venv/.ready: requirements/$(EXTRA).txt requirements/cpu-overrides.txt pyproject.toml

@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "var/models/smollm2-135m-word-ordering")
     parser.add_argument("--bundle", type=Path, default=ROOT / "demo/bundle")
     parser.add_argument("--data", type=Path, help="JSON Lines with messages; default: the demo's test set")
+    parser.add_argument("--same", action="store_true", help="end with code 1 if a verdict differs")
     given = parser.parse_args()
     lines = (given.data or made("test")).read_text(encoding="utf-8").splitlines()[: given.prompts]
     prompts = [json.loads(line)["messages"][-1]["content"] for line in lines]
@@ -109,6 +110,8 @@ def main() -> None:
     report = {way: differences(yardstick, rows) for way, rows in ways.items()}
     regions = {region: sum(row["region"] == region for row in yardstick) for region in ("high", "low", "ood")}
     print(json.dumps({"prompts": len(prompts), "regions": regions, **report}, indent=2, ensure_ascii=False))
+    if given.same and any(found["verdicts_that_differ"] for found in report.values()):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,11 @@ VIEWS = {
 answer's states hardly do."""
 
 
+SUM_WITH_LAYER = "sum with the layer's"
+SCORES = (*VIEWS, "sum", "margin", "logit", SUM_WITH_LAYER, "stack")
+"""Names of all candidates; which of them there are depends on the representation."""
+
+
 @dataclass(frozen=True)
 class RuleSettings:
     """eps: share of prompts of the calibrated kind that the gate may refuse, with confidence 1 - delta over draws of
@@ -68,6 +73,8 @@ class RuleSettings:
     score: str | None = None
 
     def __post_init__(self) -> None:
+        if self.score not in (None, *SCORES):
+            raise ValueError(f"no score is named {self.score!r}; there are {', '.join(SCORES)}")
         if not (0 < self.eps < 1 and 0 < self.delta < 0.5 and self.components >= 1 and self.folds >= 2):
             raise ValueError(
                 "expected eps, the share that the gate may refuse, in (0, 1), delta in (0, 0.5), components >= 1 and "
@@ -159,6 +166,14 @@ def refusal_bound(references: int, cut: int, delta: float) -> float:
     return clopper_pearson(cut - 1, references, confidence=1 - 2 * delta)[1]
 
 
+def gate_halves(rows: RuleRows, in_calibration: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompt states to fit gates on, and to measure against: each prompt once, since its records are one draw."""
+    first = {digest: row for row, digest in reversed(list(enumerate(rows.digests)))}
+    once = torch.zeros(len(rows), dtype=torch.bool)
+    once[list(first.values())] = True
+    return rows.prompts[once & ~in_calibration], rows.prompts[once & in_calibration]
+
+
 def fit_gate(
     training: Tensor, calibration: Tensor, widths: Sequence[int], settings: RuleSettings
 ) -> PromptGate:
@@ -208,7 +223,7 @@ def fit_rule(
     Raises CalibrationError where a fold lacks right or wrong answers, ValueError where the
     settings name a score that these rows do not provide.
     """
-    known, reference = rows.prompts[~in_calibration], rows.prompts[in_calibration]
+    known, reference = gate_halves(rows, in_calibration)
     gate, probe = fit_gate(known, reference, prompt_widths, settings), None
     refused = refusal_bound(len(reference), int(gate.rank_cut), settings.delta)
     if strangers is not None:  # both bounds hold together, each at half of delta
@@ -348,7 +363,7 @@ def _candidates(
     layers = [name for name in ("margin", "logit") if name in columns.names]
     sums |= {name: ((name,), in_calibration) for name in layers}
     if layers:
-        sums["sum with the layer's"] = ((*views, *layers), in_calibration)
+        sums[SUM_WITH_LAYER] = ((*views, *layers), in_calibration)
     found = {}
     for name, (names, rows) in sums.items():
         weights = of(names)

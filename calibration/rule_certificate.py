@@ -12,10 +12,11 @@ with probability at most delta.
 Those scores only fix where to look: if they are wrong, a certificate is missed, not false. The certificate is about
 prompts drawn as the certification records were, on average, not about each group among them.
 
-The *ceiling* holds for every rule: with base accuracy b and wanted accuracy a, P(answered) a <= P(answered, right)
-<= b, so at most b / a is answered and at least ((1 - b) - (1 - a)) / a withheld (2606.29054).
-The *horizon*: with k wrong of n, at most u of the next m let through are wrong with confidence 1 - delta. u is the
-(1 - delta) quantile of BetaBinomial(m; k + 1, n - k), the prediction of the upper Clopper-Pearson posterior.
+The *ceiling* holds for every rule: with base accuracy b (of the best of a prompt's attempts) and wanted accuracy a,
+P(answered) a <= P(answered, right) <= b, so at most b / a is answered and at least ((1 - b) - (1 - a)) / a withheld
+(2606.29054). The *horizon*: with k wrong of n, at most u of the next m let through are wrong with confidence 1 -
+delta. u is the (1 - delta) quantile of BetaBinomial(m; k + 1, n - k), the prediction of the upper Clopper-Pearson
+posterior.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from candor.calibration.rule import (
     RuleSettings,
     fit_gate,
     fit_rule,
+    gate_halves,
     rows_of,
     with_probabilities,
 )
@@ -77,9 +79,9 @@ class Outlook:
 
 @dataclass(frozen=True)
 class RuleCertification:
-    """alpha: at which the rule serves. prompts: digests of the records, each counted once. base_right: the right ones
-    among their first answers. refused: how many of them the gate refused. steps: in test order; the last may have
-    failed. certificate: None where the first failed."""
+    """alpha: at which the rule serves. prompts: digests of the records, each counted once. base_right: those with a
+    right answer among their attempts. refused: how many of them the gate refused. steps: in test order; the last may
+    have failed. certificate: None where the first failed."""
 
     alpha: float
     wanted: Claim
@@ -142,7 +144,7 @@ def certify_rule(
     order = thresholds(fitted)
     steps = walk(drawn, order[start(fitted, order, len(drawn), wanted) :], wanted)
     passed = [step for step in steps if step.passed]
-    base_right = int((drawn.y[:, 0] == 1).sum())
+    base_right = int((drawn.y == 1).any(dim=1).sum())
     certificate = None
     if passed:
         last = passed[-1]
@@ -162,7 +164,7 @@ def certify_rule(
         wanted,
         frozenset(first),
         base_right,
-        int((~drawn.known).sum()),
+        int((~drawn.known.any(dim=1)).sum()),
         steps,
         certificate,
         outlook(drawn, order, wanted),
@@ -171,7 +173,7 @@ def certify_rule(
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """n prompts with k attempts each. scores, y: (n, k); known: (n,) bool."""
+    """n prompts with k attempts each. scores, y: (n, k); known: (n, k) bool."""
 
     scores: Tensor
     known: Tensor
@@ -180,7 +182,7 @@ class Drawn:
     @classmethod
     def of(cls, judged: RuleEstimate, y: Tensor, attempts: int = 1) -> Drawn:
         """judged, y: n k rows, the attempts of a prompt next to each other."""
-        known = judged.known.view(-1, attempts).all(dim=1)
+        known = judged.known.view(-1, attempts)
         return cls(judged.score.view(-1, attempts), known, y.view(-1, attempts))
 
     def __len__(self) -> int:
@@ -188,7 +190,7 @@ class Drawn:
 
     def count(self, threshold: float) -> tuple[int, int]:
         """(number of prompts let through at the threshold, number whose first such answer is right)."""
-        through = self.known.unsqueeze(1) & (self.scores.double() >= threshold) & self.scores.isfinite()
+        through = self.known & (self.scores.double() >= threshold) & self.scores.isfinite()
         first = through.int().argmax(dim=1, keepdim=True)
         answered = through.any(dim=1)
         right = self.y.gather(1, first).squeeze(1) == 1
@@ -205,7 +207,12 @@ class CertifiedRule:
     passing: Passing | None = None
 
     def __str__(self) -> str:
+        terms = self.gates.terms
         said = [summary(one) for one in self.searches]
+        said.append(
+            f"the first gate refuses at most {terms.refused_at_most:.1%} of prompts like those scored here, with "
+            f"confidence {terms.confidence:g}"
+        )
         return "\n".join([*said, str(self.passing)] if self.passing else said)
 
     def to_json(self) -> dict[str, Any]:
@@ -258,7 +265,7 @@ def certified_rule(
     rule = with_probabilities(found, apart[torch.arange(0, len(apart), attempts)])
     passing = None
     if taught is not None and held is not None:
-        known, reference = rows.prompts[~in_calibration], rows.prompts[in_calibration]
+        known, reference = gate_halves(rows, in_calibration)
         alone = fit_gate(known, reference, how.prompt_widths, how.settings)
         passing = Passing(
             len(taught),
@@ -310,7 +317,7 @@ def thresholds(fitted: FittedRule) -> tuple[float, ...]:
 
 def start(fitted: FittedRule, order: Sequence[float], records: int, wanted: Claim) -> int:
     """The index in `order` to begin at, from what the fitting records predict for this many certification records."""
-    seen = Drawn(fitted.scores.unsqueeze(1), fitted.known, fitted.y.unsqueeze(1))
+    seen = Drawn(*(one.unsqueeze(1) for one in (fitted.scores, fitted.known, fitted.y)))
     powers = []
     for threshold in order:
         answered, right = seen.count(threshold)

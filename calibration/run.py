@@ -54,7 +54,7 @@ from candor.calibration.report import build_report
 from candor.calibration.rule import RuleSettings
 from candor.calibration.rule_certificate import CertifiedRule, RuleParts, certified_rule
 from candor.calibration.shapes import Reading
-from candor.calibration.strangers import load_strangers, read_strangers
+from candor.calibration.strangers import Strangers, load_strangers, read_strangers
 from candor.calibration.verifiers import without_folders
 from candor.engine.base import AdapterIdentity, Engine, ModelIdentity, Representation
 from candor.engine.prompt import ChatFormat
@@ -62,7 +62,6 @@ from candor.model_store.bundle import Bundle, Exemplar
 from candor.model_store.manifest import Manifest
 from candor.model_store.store import publish
 from candor.policy.certificate import Certificate
-from candor.policy.conversation import Turn
 from candor.policy.judging import TwoGates
 from candor.policy.policy import Policy
 from candor.sdm.adaptor import Block
@@ -110,7 +109,7 @@ class Inputs:
     fitting: DataFile
     held_out: tuple[DataFile, ...]
     certification: DataFile | None = None
-    strangers: tuple[tuple[Turn, ...], ...] = ()
+    strangers: Strangers | None = None
 
     @classmethod
     def load(
@@ -129,7 +128,7 @@ class Inputs:
         )
         if strangers is not None:
             digests = [record.prompt_digest for file in inputs.files for record in file.records]
-            inputs = replace(inputs, strangers=tuple(load_strangers(strangers, digests)))
+            inputs = replace(inputs, strangers=load_strangers(strangers, digests))
         purposes = [[inputs.fitting], [inputs.certification] if inputs.certification else [], inputs.held_out]
         for one, other in combinations(purposes, 2):
             for file, against in product(one, other):
@@ -312,11 +311,10 @@ async def answer_inputs(
             engine, chat, inputs.certification, policy, asking, "answering records to certify on"
         )
     strangers = None
-    if inputs.strangers:
-        with tqdm(total=len(inputs.strangers), desc="reading strangers", unit="prompt") as bar:
-            strangers = await read_strangers(
-                engine, chat, inputs.strangers, policy, asking.concurrency, bar.update
-            )
+    if inputs.strangers is not None:
+        asked = inputs.strangers.conversations
+        with tqdm(total=len(asked), desc="reading strangers", unit="prompt") as bar:
+            strangers = await read_strangers(engine, chat, asked, policy, asking.concurrency, bar.update)
     return Answers(
         engine.identity,
         engine.adapter,
@@ -357,8 +355,13 @@ def make_bundle(
             certification=answers.certification,
             progress=bar.update,
         )
+    if inputs.strangers is not None:
+        fitted = outcome.report["fitted_prompts"]
+        outcome.report["fitted_prompts"] = sorted({*fitted, *inputs.strangers.digests})
     data = {
         "data": inputs.fitting.to_json(),
+        "strangers": inputs.strangers and inputs.strangers.to_json(),
+        "rule": rule and rule.to_json(),
         "certification_data": inputs.certification and inputs.certification.to_json(),
         "certification_share": certifying.share if certifying and not inputs.certification else None,
         "held_out_data": [file.to_json() for file in inputs.held_out],

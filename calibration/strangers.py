@@ -6,6 +6,7 @@ Half of them teach the probe (`sdm.probe`). The other half only shows how many s
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,25 @@ from candor.policy.conversation import Turn
 from candor.policy.policy import Policy
 
 REMEDY = 'Give one JSON object a line, with "messages"; other fields are ignored.'
+FEWEST = 20
+"""Half of them must be told apart in five folds."""
+
+
+@dataclass(frozen=True)
+class Strangers:
+    """A file of conversations that are to be refused, each once. sha256: of its bytes."""
+
+    path: Path
+    conversations: tuple[tuple[Turn, ...], ...]
+    sha256: str
+
+    @property
+    def digests(self) -> list[str]:
+        return [prompt_digest(turns) for turns in self.conversations]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON without folders, which would reveal the machine."""
+        return {"file": self.path.name, "sha256": self.sha256, "conversations": len(self.conversations)}
 
 
 @dataclass(frozen=True)
@@ -44,10 +64,11 @@ class Passing:
         )
 
 
-def load_strangers(path: Path, calibrated: Sequence[str]) -> list[tuple[Turn, ...]]:
+def load_strangers(path: Path, calibrated: Sequence[str]) -> Strangers:
     """Conversations of a JSON Lines file. calibrated: digests of the prompts to calibrate on.
 
-    Raises DataError that lists the offending lines, also where a prompt is both strange and calibrated on.
+    Raises DataError that lists the offending lines, also where a prompt is both strange and calibrated on, or there
+    are too few.
     """
     found = parse_lines(path, lambda fields, _: read_messages(fields.get("messages")), REMEDY)
     known = set(calibrated)
@@ -58,7 +79,12 @@ def load_strangers(path: Path, calibrated: Sequence[str]) -> list[tuple[Turn, ..
     ]
     if problems:
         raise DataError.from_problems(path, problems, "A prompt is either of the task or a stranger to it.")
-    return found
+    once = {prompt_digest(turns): turns for turns in found}
+    if len(once) < FEWEST:
+        raise DataError(
+            f"{path}: expected at least {FEWEST} different strangers, got {len(once)}; declare more"
+        )
+    return Strangers(path, tuple(once.values()), hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 async def read_strangers(

@@ -141,6 +141,10 @@ def judge(
         prompts = as_states(prompt_states, len(gates.rule.gate.mean), name="prompt_states")
         if len(prompts) != len(h):
             raise ValueError(f"expected as many prompt_states as states, {len(h)}; got {len(prompts)}")
+        if certified_only and gates.terms.at(at) is None:
+            raise ValueError(
+                f"certified_only needs a certificate of the two gates at alpha {at}; there is none"
+            )
     elif certified_only and certificate_at(certificates, at, estimator) is None:
         raise ValueError(
             f"certified_only needs a certificate at alpha {at} under the estimator {estimator}; there is none: "

@@ -23,7 +23,7 @@ class EngineSettings:
         (a given size excludes attention backends that do not support it), or is 32 on CPUs.
     max_num_batched_tokens: tokens computed per step; longer prompts are computed in chunks of this size.
     eager: disables compilation: the engine starts sooner and runs slower.
-    asynchronous: vLLM plans a step while it computes the one before.
+    asynchronous: vLLM plans a step while it computes the one before, where it can (not in its CPU build).
     served_model_name: the model's name in the engine's own metrics; default: its directory.
     vllm: further vLLM options under vLLM's names (engine/vllm_options.py); they override the settings here.
     adapters: directories of LoRA adapters that can be served on the model (`VLLMEngine.with_adapter`).

@@ -4,7 +4,8 @@ It tracks vLLM 0.32 (0.16 to 0.33 have the same seams), with both of its model r
 - between `execute_model` and `sample_tokens`, the runner's `execute_model_state` holds the states that go to the LM
   head, already normed and outside compiled code, and the slots of the step's keys and values;
 - the runner's `sampler` takes the model's logits and returns the drawn tokens as `sampled_token_ids`;
-- the sampler exists once the worker's `load_model` is done;
+- the sampler exists once the worker's `load_model` is done; rows with draft tokens go to `rejection_sampler` instead;
+- the engine reads the output of one worker alone, the first of the last pipeline stage (`_get_output_rank`);
 - `initialize_from_config` tells a worker its blocks, from the memory that `determine_available_memory` leaves;
 - `sample_tokens` returns a ModelRunnerOutput, or an object whose `get_output` gives one later.
 
@@ -51,7 +52,8 @@ WAITING_ROWS = 16
 class _Step:
     """One step; the rows of `hidden` (R, H) float32 and `slots` (R,) are its tokens, request after request.
 
-    starts: first row of each request, then the end of the last; each request samples from its last row.
+    starts: first row of each request, then the end of the last; each request samples from its last row, and
+    from those of its draft tokens.
     drawn: slots of those rows (n,), drawn tokens (n,) and their logits (n, V); None if no request needs them.
     """
 
@@ -73,6 +75,7 @@ class WorkerCapture:
 
     model_runner: Any
     vllm_config: Any
+    rank: int
     device: torch.device
     _sums: BlockSums
     _evidence: SlotEvidence
@@ -87,7 +90,11 @@ class WorkerCapture:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         # Before vLLM measures how much memory a step takes: float32 logits are copied.
-        self.model_runner.sampler = _ObservedSampler(self.model_runner.sampler, self._note_drawn)
+        runner = self.model_runner
+        if self._reports:
+            runner.sampler = _ObservedSampler(runner.sampler, self._note_drawn)
+        if self._reports and getattr(runner, "rejection_sampler", None) is not None:
+            runner.rejection_sampler = _ObservedRejection(runner.rejection_sampler, self._note_accepted)
 
     def get_kv_cache_spec(self) -> Any:
         return keep_whole_sequences(super().get_kv_cache_spec())  # type: ignore[misc]
@@ -113,13 +120,15 @@ class WorkerCapture:
         wanted = getattr(scheduler_output, KEY, None) or StepPlan()
         if wanted.fresh or scheduler_output.finished_req_ids or scheduler_output.preempted_req_ids:
             self._enter()  # this step may write to blocks of another request
-        if wanted.fresh:
+        if wanted.fresh and self._reports:
             fresh = _to_device(wanted.fresh, self.device)
             self._sums.clear(fresh)
             self._evidence.clear_blocks(fresh)
         result = super().execute_model(scheduler_output)  # type: ignore[misc]
         state = self.model_runner.execute_model_state
-        if state is not None and scheduler_output.total_num_scheduled_tokens:
+        # Each tensor rank of the last stage computes its part of the logits; the stages before have no states.
+        needed = self._reports or (wanted.scored and self._in_last_stage)
+        if state is not None and needed and scheduler_output.total_num_scheduled_tokens:
             self._step = self._look(scheduler_output, state, wanted)
         return result
 
@@ -129,17 +138,15 @@ class WorkerCapture:
             output = super().sample_tokens(grammar_output)  # type: ignore[misc]
         step, self._step = self._step, None
         if step is not None:
-            self._waiting.append(step)
             wanted = step.wanted
-            if (
-                wanted.scored
-                or wanted.reports
-                or sum(len(one.slots) for one in self._waiting) >= WAITING_ROWS
-            ):
-                self._enter()
+            if self._reports:
+                self._waiting.append(step)
+                rows = sum(len(one.slots) for one in self._waiting)
+                if wanted.scored or wanted.reports or rows >= WAITING_ROWS:
+                    self._enter()
             for request_id, (offset, tokens) in wanted.scored.items():
                 self._score(step, request_id, offset, tokens)
-            if wanted.reports:
+            if wanted.reports and self._reports:
                 _deliver(output, self._report(step))
         return output
 
@@ -166,6 +173,24 @@ class WorkerCapture:
                 slots = slots[_to_device(last, self.device)]
             step.drawn = slots, sampled[:, 0], logits
 
+    def _note_accepted(self, logits: torch.Tensor, sampled: torch.Tensor, drafts: Sequence[int]) -> None:
+        """logits: (n, V), unmodified: each request's last row before its drafts, then one for each of its drafts.
+
+        sampled: (requests, most drafts + 1), the tokens after those rows, -1 after the first that was not accepted.
+        drafts: draft tokens of each request. The row of a rejected draft counts for nothing.
+        """
+        step = self._step
+        if step is None:
+            return
+        ends = [int(end) for end in step.starts[1 : len(drafts) + 1]]
+        rows = [row for end, count in zip(ends, drafts, strict=True) for row in range(end - count - 1, end)]
+        firsts = [at * sampled.shape[1] + i for at, count in enumerate(drafts) for i in range(count + 1)]
+        row, tokens = _to_device(rows, self.device), sampled.flatten()[_to_device(firsts, self.device)]
+        slots = torch.where(tokens < 0, -1, step.slots[row])
+        step.slots[row] = slots
+        if step.wanted.evidence:
+            step.drawn = slots, tokens.clamp_min(0), logits
+
     def _enter(self) -> None:
         """Enters the waiting steps into sums and evidence."""
         if not self._waiting:
@@ -185,7 +210,8 @@ class WorkerCapture:
             rows = slice(start + at, start + at + len(some))
             states = step.hidden[rows].to(self.vllm_config.model_config.dtype)  # exact: it was this dtype
             logits = _logits(self.model_runner.model, states)
-            self._evidence.write(step.slots[rows], _to_device(some, self.device), logits)
+            if self._reports:
+                self._evidence.write(step.slots[rows], _to_device(some, self.device), logits)
 
     def _report(self, step: _Step) -> Callable[[], dict[str, Record]]:
         """Starts copying the due reports to the host; the returned function waits for them."""
@@ -219,13 +245,33 @@ class WorkerCapture:
 
     def _allocate(self) -> None:
         """Allocates at start-up, so that a lack of memory shows before the server reports ready."""
+        self._waiting = []
         config = self.model_runner.kv_cache_config
         group = config.kv_cache_groups[full_attention_group(config)]
-        block_size = group.kv_cache_spec.block_size
+        if not self._in_last_stage:
+            return
+        if not group.layer_names:
+            raise ValueError(
+                "the last pipeline stage has no full-attention layer, whose KV blocks hold the whole sequence; use "
+                "--tensor-parallel-size, or fewer stages"
+            )
         self._layer = group.layer_names[0]
-        self._waiting = []
+        if not self._reports:
+            return
+        block_size = group.kv_cache_spec.block_size
         self._sums = BlockSums(config.num_blocks, block_size, self._hidden_size, self.device)
         self._evidence = SlotEvidence(config.num_blocks, block_size, self.device)
+
+    @property
+    def _in_last_stage(self) -> bool:
+        parallel = self.vllm_config.parallel_config
+        return bool(self.rank >= parallel.world_size - parallel.tensor_parallel_size)
+
+    @property
+    def _reports(self) -> bool:
+        """Whether the engine reads this worker's output: the first of the last stage."""
+        parallel = self.vllm_config.parallel_config
+        return bool(self.rank == parallel.world_size - parallel.tensor_parallel_size)
 
     @property
     def _hidden_size(self) -> int:
@@ -244,6 +290,27 @@ class _ObservedSampler:
         kept = logits.clone() if logits.dtype == torch.float32 else logits  # float32 is changed in place
         output = self._sampler(logits, *args, **kwargs)
         self._note_drawn(kept, output.sampled_token_ids)
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
+
+
+class _ObservedRejection:
+    """Wraps vLLM's rejection sampler. accepted: called with its unmodified logits, its tokens, the draft counts."""
+
+    def __init__(
+        self, sampler: Any, accepted: Callable[[torch.Tensor, torch.Tensor, Sequence[int]], None]
+    ) -> None:
+        self._sampler = sampler
+        self._note_accepted = accepted
+
+    def __call__(
+        self, metadata: Any, draft_probs: Any, logits: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        kept = logits.clone()
+        output = self._sampler(metadata, draft_probs, logits, *args, **kwargs)
+        self._note_accepted(kept, output.sampled_token_ids, metadata.num_draft_tokens)
         return output
 
     def __getattr__(self, name: str) -> Any:

@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip  - before the rest of vLLM
+
+import torch
+from vllm.distributed.parallel_state import get_pp_group
 
 from candor.engine.vllm_capture import WorkerCapture
 
 
 class CaptureCPUWorker(WorkerCapture, CPUWorker):
-    pass
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        runner = self.model_runner
+        if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+            # vLLM makes this in its warm-up, which its CPU build leaves out where nothing is compiled.
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+            )
+
+
+def _keep_what_was_compiled() -> None:
+    """vLLM 0.32 compiles anew at every start on a CPU: it loads what it compiled before, then calls a method that its
+    own compiler's results have, but not inductor's, which the CPU build uses. So an empty method is added.
+    """
+    load: Any = torch.compiler.load_compiled_function
+
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        function = load(*args, **kwargs)
+        compiled = function._artifacts.compiled_fn
+        if not hasattr(compiled, "finalize_loading"):
+            compiled.finalize_loading = lambda _: None
+        return function
+
+    torch.compiler.load_compiled_function = loaded
+
+
+_keep_what_was_compiled()

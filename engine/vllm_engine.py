@@ -80,7 +80,14 @@ class VLLMEngine:
         _require_torchvision(settings.model)
         with start_failures.collecting() as failures:
             try:
-                self._llm = AsyncLLM.from_engine_args(_engine_args(settings))
+                args = _engine_args(settings)
+                self._llm = AsyncLLM.from_vllm_config(
+                    _config(args),
+                    enable_log_requests=args.enable_log_requests,
+                    disable_log_stats=args.disable_log_stats,
+                )
+            except EngineError:
+                raise
             except Exception as error:  # whatever it is, the server has one message for it
                 why = start_failures.first_cause(failures) or start_failures.sentence(error)
                 raise EngineError(f"vLLM did not start: {why} (its log above says where)") from error
@@ -149,6 +156,7 @@ class VLLMEngine:
         ended = answer.tag_found or (
             completion.finish_reason == "stop" and not isinstance(completion.stop_reason, str)
         )
+        beyond = answer.token_ids[:-1][-len(self._tag_ids) :] == self._tag_ids  # the token after the tag
         token_ids = (
             answer.token_ids[:length] if length is not None else self._chat.encode_response(answer.text)
         )
@@ -160,7 +168,7 @@ class VLLMEngine:
             truncated=not ended,
             hidden=hidden,
             prompt_tokens=len(prompt_ids),
-            completion_tokens=len(answer.token_ids) - (record is not None),  # without the one after the tag
+            completion_tokens=len(answer.token_ids) - beyond,
             logprobs=answer.reported_logprobs,
             queued_s=_queued(output),
             prompt=prompt,
@@ -289,6 +297,24 @@ class VLLMEngine:
         return {KEY: {"tag": self._tag_ids, "first": first, "evidence": evidence, "prompt": prompt}}
 
 
+def _config(args: AsyncEngineArgs) -> Any:
+    """Returns vLLM's configuration. Raises EngineError, before a process starts, for what cannot be served."""
+    config = args.create_engine_config()
+    if config.model_config.is_attention_free:
+        raise EngineError(
+            f"{config.model_config.architecture} has no attention layer: no KV block holds the whole sequence, so "
+            "its mean hidden state cannot be taken; serve a model with attention layers"
+        )
+    if config.speculative_config is not None and config.use_v2_model_runner:
+        raise EngineError(
+            "speculation is served by vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0, or leave it out"
+        )
+    # vLLM decides whether it can plan a step ahead: its CPU build does not, nor does n-gram speculation.
+    scheduler = "CaptureAsyncScheduler" if config.scheduler_config.async_scheduling else "CaptureScheduler"
+    config.scheduler_config.scheduler_cls = f"candor.engine.vllm_scheduler.{scheduler}"
+    return config
+
+
 def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
     on_cpu = current_platform.is_cpu()
     kv_cache_bytes = settings.kv_cache_bytes
@@ -297,11 +323,9 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
     if on_cpu and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
         cores = sorted(os.sched_getaffinity(0))
         if len(cores) <= 4:  # vLLM reserves one core, which is half of a small machine
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _shared_out(cores, settings.vllm)
     block_size = settings.block_size or (32 if on_cpu else None)  # vLLM's default on CPUs is 128
     worker = "vllm_cpu_worker.CaptureCPUWorker" if on_cpu else "vllm_gpu_worker.CaptureGPUWorker"
-    asynchronous = settings.vllm.get("async_scheduling", settings.asynchronous)
-    scheduler = "CaptureAsyncScheduler" if asynchronous else "CaptureScheduler"
     ours: dict[str, Any] = dict(
         model=str(settings.model),
         served_model_name=settings.served_model_name,
@@ -312,9 +336,8 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         block_size=block_size,
         kv_cache_memory_bytes=kv_cache_bytes,
         enforce_eager=settings.eager,
-        async_scheduling=asynchronous,
+        async_scheduling=None if settings.asynchronous else False,  # None: where vLLM can
         worker_cls=f"candor.engine.{worker}",
-        scheduler_cls=f"candor.engine.vllm_scheduler.{scheduler}",
         enable_lora=bool(settings.adapters),
         # On a CPU, vLLM 0.32 applies its last adapter slot to requests without one (index -1), so it stays empty.
         max_loras=max(1, len(settings.adapters) + on_cpu),
@@ -326,13 +349,23 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
     return AsyncEngineArgs(**ours | dict(settings.vllm))
 
 
+def _shared_out(cores: Sequence[int], options: Mapping[str, Any]) -> str:
+    """Cores in vLLM's form: every rank's list, in the order of ranks."""
+    ranks = 1
+    for name in ("data_parallel_size", "pipeline_parallel_size", "tensor_parallel_size"):
+        ranks *= options.get(name, 1)
+    each = max(1, len(cores) // ranks)
+    lists = (cores[rank * each % len(cores) :][:each] for rank in range(ranks))
+    return "|".join(",".join(map(str, some)) for some in lists)
+
+
 def _require_torchvision(model: Path) -> None:
     """Raises EngineError if vLLM needs torchvision to read the model, although only text is served."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     if "vision_config" in config and find_spec("torchvision") is None:
         raise EngineError(
-            f"{model} reads images too, and vLLM's code for it needs torchvision, which is not installed: install "
-            "the one made for this torch, or serve the text model of the same family"
+            f"{model.name} reads images too, and vLLM's code for it needs torchvision, which is not installed: "
+            "install the one made for this torch, or serve the text model of the same family"
         )
 
 

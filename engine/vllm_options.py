@@ -10,7 +10,10 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
 
 VARIABLE = "CANDOR_VLLM"
@@ -73,19 +76,19 @@ CHANGES_H = (
 """Options under which the same weights have other states, beyond rounding. Options that only choose kernels, sizes or
 devices are not included: the batch changes the rounding too."""
 
-_SPECULATION = "the rows of rejected tokens would count as the answer's; leave it out"
+_SPECULATION = (
+    "states under a draft model have not been shown to be right; use n-grams (--speculative-config)"
+)
 _BLOCKS = (
     "no sums come with KV blocks that were computed elsewhere; leave it out, the local prefix cache stays"
 )
 _CONTEXT = "each rank would count its own positions alone; use --tensor-parallel-size"
 
 CAPTURE_WRONG: Mapping[str, str] = {
-    "speculative_config": _SPECULATION,
     "spec_method": _SPECULATION,
     "spec_model": _SPECULATION,
     "spec_tokens": _SPECULATION,
     "diffusion_config": "an answer's states are those of tokens written one after the other; leave it out",
-    "pipeline_parallel_size": "only the last stage has the states; use --tensor-parallel-size",
     "decode_context_parallel_size": _CONTEXT,
     "prefill_context_parallel_size": _CONTEXT,
     "enable_hc_sp": "each rank would hold the states of its own tokens alone; leave it out",
@@ -104,7 +107,6 @@ _HARMLESS = {"None", "False", "1"}
 """Values of these options, as text, that request the default."""
 
 _SHORT = {
-    "-pp": "pipeline_parallel_size",
     "-dcp": "decode_context_parallel_size",
     "-sc": "speculative_config",
 }
@@ -128,7 +130,9 @@ def read(words: Sequence[str], engine: str = "vllm") -> dict[str, Any]:
         return {}
     if engine != "vllm":
         raise OptionError(f"{words[0]} is no option of Candor's, and --engine {engine} takes none of vLLM's")
-    _refuse(_named(words))
+    named = _named(words)
+    _refuse(named)
+    _require_known(named)
     options = _parsed(words)
     _refuse(options)
     return options
@@ -156,8 +160,33 @@ def _refuse(options: Mapping[str, Any]) -> None:
             raise OptionError(f"{_flag(name)} is not served: {CAPTURE_WRONG[name]}")
     if options.get("load_format") == "dummy":
         raise OptionError("--load-format dummy is not served: the weights are made up; leave it out")
+    if _speculation(options.get("speculative_config")) not in (None, "ngram"):
+        raise OptionError(f"--speculative-config is not served: {_SPECULATION}")
     if options.get("distributed_executor_backend") == "external_launcher":
         raise OptionError("--distributed-executor-backend external_launcher is not served: use mp or ray")
+
+
+def _speculation(given: Any) -> str | None:
+    """The method in a mapping or its JSON; "draft_model" if it names none, None if that cannot be read."""
+    try:
+        config = json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        return None  # vLLM's parser says what is wrong
+    return str(config.get("method", "draft_model")) if isinstance(config, Mapping) else None
+
+
+def _require_known(names: Iterable[str]) -> None:
+    """Raises OptionError for a name that vLLM's source does not hold; reading that takes no import."""
+    found = find_spec("vllm")
+    if found is None or found.origin is None:
+        return
+    source = Path(found.origin).with_name("engine").joinpath("arg_utils.py").read_text(encoding="utf-8")
+    known = {"config", *re.findall(r'"--([a-z0-9-]+)"', source)}
+    for name in names:
+        flag = name.replace("_", "-")
+        if flag.removeprefix("no-") not in known:
+            near = [f"; did you mean --{one}?" for one in get_close_matches(flag, known, 1)]
+            raise OptionError(f"neither Candor nor vLLM has an option --{flag}{''.join(near)}")
 
 
 def _named(words: Sequence[str]) -> dict[str, str]:

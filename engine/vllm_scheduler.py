@@ -20,6 +20,10 @@ whole prompt is in the prefix cache, vLLM computes the last block again.
 The synchronous scheduler knows which step feeds the tag's last token: the token was sampled a step earlier. The
 asynchronous one plans a step before it has seen the token that the step feeds. So a request reports if its tokens so
 far are the tag's except the last, and the report counts if the last one came (a one-token tag reports in every step).
+
+With speculative decoding a step feeds tokens of which nobody knows yet whether they stay. So a generated answer does
+not report: it ends at its tag, and the API process sends a second request, over the answer and its tag, which finds
+all but the last block in the prefix cache.
 """
 
 from __future__ import annotations
@@ -107,10 +111,7 @@ class SchedulerCapture:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         report_here()
         super().__init__(*args, **kwargs)
-        if self.vllm_config.speculative_config is not None:
-            raise ValueError(
-                "hidden states are captured without speculative decoding: it rewrites the slots of what it drops"
-            )
+        self._speculates = self.vllm_config.speculative_config is not None
         self._group = full_attention_group(self.kv_cache_config)
         self._block_size = self.kv_cache_config.kv_cache_groups[self._group].kv_cache_spec.block_size
         self._reported: dict[str, tuple[list[int], int, int]] = {}  # in the step whose outputs are processed
@@ -158,7 +159,12 @@ class SchedulerCapture:
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
     ) -> tuple[list[int], bool]:
-        tokens, stopped = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)  # type: ignore[misc]
+        # One token after the tag, as without speculation: vLLM shows no text of a stopped answer's last one.
+        end = _end_after_tag(request, new_token_ids) if self._speculates else None
+        tokens, stopped = super()._update_request_with_output(request, new_token_ids[:end], *args, **kwargs)  # type: ignore[misc]
+        if end is not None and not stopped:
+            request.status = RequestStatus.FINISHED_STOPPED
+            stopped = True
         if request.request_id in self._reported:
             if not _has_tag(request, self._reported[request.request_id][1]):
                 self._reported.pop(request.request_id)
@@ -179,7 +185,8 @@ class SchedulerCapture:
                 wanted.scored[request.request_id] = (low - begin, following)
         # After preemption the prompt is fed again, but its report was already sent with the first token.
         is_prompt = wish["prompt"] and end == request.num_prompt_tokens and not request.num_output_tokens
-        if is_prompt or _may_feed_tag(request, wish, end):
+        may_end = not (self._speculates and wish["first"] is None) and _may_feed_tag(request, wish, end)
+        if is_prompt or may_end:
             blocks = self.kv_cache_manager.get_block_ids(request.request_id)[self._group]
             kept = list(blocks[: -(-end // self._block_size)])
             wanted.reports[request.request_id] = (kept, end, end if is_prompt else first)
@@ -210,6 +217,18 @@ def _may_feed_tag(request: Request, wish: dict[str, Any], end: int) -> bool:
         return False
     seen = list(request.output_token_ids[start:stop])  # without tokens not sampled yet
     return bool(seen == tag[: len(seen)])
+
+
+def _end_after_tag(request: Request, new_token_ids: list[int]) -> int | None:
+    """Number of the new tokens up to the one after a generated answer's first tag; None if none comes after one."""
+    wish = _wish(request)
+    if not wish or wish["first"] is not None:
+        return None
+    tag, before = wish["tag"], request.num_output_tokens
+    tokens = [*request.output_token_ids, *new_token_ids]
+    tagged = (end for end in range(before, len(tokens)) if tokens[max(0, end - len(tag)) : end] == tag)
+    end = next(tagged, None)
+    return None if end is None else end + 1 - before
 
 
 def _has_tag(request: Request, end: int) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from candor.engine.base import AdapterIdentity, Engine, IdentityMismatch
-from candor.engine.identity import differences
+from candor.engine.identity import as_before, differences, identify
+from candor.engine.prompt import ChatFormat
 from candor.engine.vllm_options import changing_h
 from candor.model_store.bundle import Bundle
 from candor.model_store.formats import identifies_as_before
@@ -41,6 +43,18 @@ def check_options(bundle: Bundle, vllm: Mapping[str, Any]) -> None:
     """Checks vLLM's options alone, before an engine starts with them. Raises IdentityMismatch."""
     made_for = bundle.manifest.model
     if found := differences(made_for, replace(made_for, engine_options=changing_h(vllm))):
+        raise _mismatch(bundle, found)
+
+
+def check_model(
+    bundle: Bundle, model: Path, chat: ChatFormat, max_model_len: int, vllm: Mapping[str, Any]
+) -> None:
+    """Checks the model's files, before an engine starts with them. Raises EngineError or IdentityMismatch."""
+    made_for = bundle.manifest.model
+    identity = identify(model, chat, made_for.dtype, max_model_len, changing_h(vllm))
+    if identifies_as_before(bundle.manifest.format_version):
+        identity = as_before(identity, model)
+    if found := differences(made_for, identity):
         raise _mismatch(bundle, found)
 
 

@@ -62,7 +62,7 @@ class RuleCertificate:
     certified value, at least alpha. confidence: 1 - delta.
 
     score_min: lowest score that is let through. records: prompts set aside. answered: those let through.
-    right: number of these with a right answer. base_right: the right ones of all records. lower_bound: exact
+    right: number of these with a right answer. base_right: records with a right attempt. lower_bound: exact
     one-sided bound for P(right | answered) at `confidence`.
 
     Raises ValueError if counts, bound and accuracy do not agree.
@@ -81,10 +81,10 @@ class RuleCertificate:
     def __post_init__(self) -> None:
         if not isfinite(self.score_min):
             raise ValueError(f"score_min must be finite, got {self.score_min}")
-        if not self.right <= self.base_right <= self.records - (self.answered - self.right):
-            raise ValueError(
-                f"{self.right} right of {self.answered} answered do not go with {self.base_right} of {self.records}"
-            )
+        if self.accuracy < self.alpha:
+            raise ValueError(f"an accuracy of {self.accuracy} does not serve at alpha {self.alpha}")
+        if not self.right <= self.base_right <= self.records:
+            raise ValueError(f"{self.right} right do not go with {self.base_right} of {self.records}")
         _require_shown(self)
 
     def covers(self, known: Tensor, score: Tensor) -> Tensor:

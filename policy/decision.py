@@ -193,13 +193,15 @@ class Figures:
 class RuleFigures:
     """What both gates measured of one answer.
 
-    prompt_known, prompt_p_value: the first gate's verdict and p, in (0, 1]. score: S; probability: that the answer is
-    right, in [0, 1]; both None if the prompt was refused before an answer was written. score_min: what S must reach;
-    None if nothing is certified at this alpha.
+    prompt_known: the first gate's verdict. prompt_p_value: share of calibrated prompts that lie as far out, in (0,
+    1]. like_strangers: a probe for declared strangers refused it; never, if none were declared. score: S;
+    probability: that the answer is right, in [0, 1]; both None if the prompt was refused before an answer was
+    written. score_min: what S must reach; None if nothing is certified at this alpha.
     """
 
     prompt_known: bool
     prompt_p_value: float
+    like_strangers: bool
     score: float | None
     score_min: float | None
     probability: float | None
@@ -223,6 +225,12 @@ class Verdict:
     certificate: Certificate | RuleCertificate | None = None
     figures: Figures | None = None
     rule: RuleFigures | None = None
+
+    @property
+    def final(self) -> bool:
+        """Whether no further attempt at the prompt could be let through."""
+        unknown = self.rule is not None and not self.rule.prompt_known
+        return unknown or self.reason == "no_certificate_at_alpha"
 
     @property
     def probability(self) -> float | None:
@@ -290,6 +298,7 @@ def _rule_figures(
     return RuleFigures(
         prompt_known=bool(rule.known[row]),
         prompt_p_value=float(rule.p_value[row]),
+        like_strangers=bool(rule.strange[row]),
         score=score if written else None,
         score_min=certificate.score_min if isinstance(certificate, RuleCertificate) else None,
         probability=float(rule.probability[row]) if written else None,

@@ -97,7 +97,7 @@ def judge_by_rule(
     where they are missing. Raises ValueError for an alpha without a region."""
     estimate, certificate = estimator.judge(seen, alpha), gates.terms.at(alpha)
     judged = gates.rule.judge(prompts, h, sdm_figures(seen, estimate.d))
-    finite = seen.finite & prompts.isfinite().all(dim=1)
+    finite = seen.finite & prompts.isfinite().all(dim=1) & judged.score.isfinite()
     decisions = decide_by_rule(judged, certificate, finite=finite, calibrated=calibrated)
     return Judgement(alpha, estimate, decisions, calibrated, certificate, judged)
 

@@ -8,7 +8,7 @@ from candor.policy.decision import Verdict
 
 def explanation(verdict: Verdict) -> str:
     """Returns one sentence on why the answer may be relied on, or why not."""
-    asked, rule, figures = f"{verdict.alpha:.1%}".replace(".0%", "%"), verdict.rule, verdict.figures
+    asked, rule, figures = f"{100 * verdict.alpha:.10g}%", verdict.rule, verdict.figures
     match verdict.reason:
         case None if rule is not None:
             return f"The prompt is of the kind calibrated on, and {_score(verdict)}.{_certified(verdict.certificate)}"
@@ -16,6 +16,8 @@ def explanation(verdict: Verdict) -> str:
             return f"It lies in the region calibrated for {asked} accuracy.{_certified(verdict.certificate)}"
         case "scoring_unavailable":
             return "It could not be checked, so nothing is known of it."
+        case "out_of_distribution" if rule is not None and rule.like_strangers:
+            return "The prompt is like those that were declared strange."
         case "out_of_distribution" if rule is not None:
             return (
                 "The prompt is unlike those calibrated on: a share of "
@@ -54,6 +56,6 @@ def _certified(certificate: Certificate | RuleCertificate | None) -> str:
     if certificate is None:
         return ""
     return (
-        f" Of such answers at least {certificate.accuracy:.1%} are right, certified with confidence "
-        f"{certificate.confidence:.0%}."
-    ).replace(".0% are", "% are")
+        f" Of such answers at least {100 * certificate.accuracy:.10g}% are right, certified with confidence "
+        f"{100 * certificate.confidence:.10g}%."
+    )

@@ -21,11 +21,12 @@ from candor.sdm.score import AnswerScore
 
 @dataclass(frozen=True, eq=False)
 class RuleEstimate:
-    """n rows. p_value (n,) float64 in (0, 1], the smaller of gate and probe; known (n,) bool; score, probability (n,)
-    float32."""
+    """n rows. p_value (n,) float64 in (0, 1], of the gate; known (n,) bool; strange (n,) bool: the probe
+    refuses it, so it is not known; score, probability (n,) float32."""
 
     p_value: Tensor
     known: Tensor
+    strange: Tensor
     score: Tensor
     probability: Tensor
 
@@ -43,14 +44,13 @@ class AnswerRule:
         score = self.score(prompts, h, figures)
         return RuleEstimate(*self.know(prompts), score, self.score.probability(score))
 
-    def know(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        """prompts (n, P) -> p_value (n,), known (n,)."""
+    def know(self, prompts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """prompts (n, P) -> p_value, known, strange (n,)."""
         distance = self.gate.distance(prompts)
-        p_value, known = self.gate.p_value(distance), self.gate.known(distance)
-        if self.probe is None:
-            return p_value, known
-        b = self.probe.distance(prompts)
-        return torch.minimum(p_value, self.probe.p_value(b)), known & self.probe.known(b)
+        known, strange = self.gate.known(distance), torch.zeros(len(prompts), dtype=torch.bool)
+        if self.probe is not None:
+            strange = ~self.probe.known(self.probe.distance(prompts))
+        return self.gate.p_value(distance), known & ~strange, strange
 
     def state(self) -> dict[str, Tensor]:
         """gate.*, score.* and, if there is one, probe.*; `from_state` restores it to the bit."""

@@ -29,6 +29,8 @@ logger = logging.getLogger("candor")
 
 LARGEST_BATCH = 64
 """Maximum rows measured at once. It bounds the memory of the distances, rows x support."""
+_PROMPTS = 16
+"""Maximum prompts judged at once; more are no cheaper together."""
 
 
 class ScoringFailed(Exception):
@@ -79,6 +81,8 @@ class Scorer:
         self._kind = kind
         self._timeout_s = timeout_s
         self._batcher = MicroBatcher(self._judge_batch, LARGEST_BATCH)
+        # A thread of its own: a prompt that is refused early saves more than it could gain in a larger batch.
+        self._prompts = MicroBatcher(self._judge_prompts, _PROMPTS)
 
     async def warm_up(self) -> None:
         """Judges an empty state at every alpha. The first comparison builds caches, which takes seconds for a large
@@ -97,6 +101,10 @@ class Scorer:
             raise ScoringFailed("not_captured", "the engine gave no hidden state")
         if not request.hidden.complete:
             raise ScoringFailed("incomplete", "the engine did not count every position")
+        if self.gates is not None and request.prompt is None:
+            raise ScoringFailed("not_captured", "the engine gave no states of the prompt")
+        if self.gates is not None and request.prompt is not None and not request.prompt.complete:
+            raise ScoringFailed("incomplete", "the engine did not count every position of the prompt")
         try:
             judged = await asyncio.wait_for(self._batcher.submit(request), self._timeout_s)
         except TimeoutError as error:
@@ -112,19 +120,31 @@ class Scorer:
 
         A prompt that cannot be judged now is left to the answer's end.
         """
-        gates = self.gates
-        if gates is None or not prompt.complete:
+        if self.gates is None or not prompt.complete:
             return None
-        work = asyncio.to_thread(_judge_prompt, gates, prompt, alpha, calibrated)
+        work = self._prompts.submit((prompt, alpha, calibrated))
         try:
             verdict = await asyncio.wait_for(work, self._timeout_s)
         except Exception as error:
             logger.warning("a prompt could not be judged before its answer: %r", error)
             return None
-        return verdict if verdict.abstained else None
+        return verdict if verdict.abstained and verdict.reason != "scoring_unavailable" else None
 
     def close(self) -> None:
         self._batcher.close()
+        self._prompts.close()
+
+    @torch.inference_mode()
+    def _judge_prompts(self, asked: list[tuple[PromptStates, float, bool]]) -> list[Verdict]:
+        gates = self.gates
+        assert gates is not None  # `judge_prompt` checks this
+        states = torch.stack([_as(gates.rule.gate.mean, prompt.vector()) for prompt, _, _ in asked])  # (n, P)
+        calibrated = torch.tensor([kept for _, _, kept in asked])
+        found: dict[int, Verdict] = {}
+        for wanted in {alpha for _, alpha, _ in asked}:
+            verdicts = judge_prompts(gates, states, wanted, calibrated=calibrated)
+            found |= {row: verdicts[row] for row, (_, alpha, _) in enumerate(asked) if alpha == wanted}
+        return [found[row] for row in range(len(asked))]
 
     @torch.inference_mode()
     def _judge_batch(self, requests: list[ScoringRequest]) -> list[Judged]:
@@ -183,13 +203,6 @@ class Scorer:
             for distance, row in zip(squared[0].tolist(), rows[0].tolist(), strict=True)
             if row >= 0  # a state that is not finite has no neighbours: row -1
         )
-
-
-@torch.inference_mode()
-def _judge_prompt(gates: TwoGates, prompt: PromptStates, alpha: float, calibrated: bool) -> Verdict:
-    states = _as(gates.rule.gate.mean, prompt.vector()).unsqueeze(0)  # (1, P)
-    [verdict] = judge_prompts(gates, states, alpha, calibrated=torch.tensor([calibrated]))
-    return verdict
 
 
 def _as(expected: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

@@ -143,14 +143,14 @@ class AnswerService:
                         answer = replace(event, attempts=number + 1, discarded_tokens=discarded)
                     elif request.attempts == 1:
                         yield event
-            if answer and (answer.unwritten or (answer.judged and answer.judged.verdict.settles)):
+            if answer and answer.judged and (answer.judged.verdict.settles or answer.judged.verdict.final):
                 break
         assert answer is not None  # every attempt yields an answer or raises
         if answer.judged is not None:
             self._metrics.count(answer.judged.verdict)
         if answer.unwritten:
             self._metrics.saved()
-        if request.attempts > 1:
+        if request.attempts > 1 and answer.replacement is None:
             yield Piece(index, answer.generation.text, answer.generation.logprobs)
         yield answer
 

@@ -12,7 +12,7 @@ from candor.app.answering.request import certified_alphas, default_alpha
 from candor.app.edge.limits import Refused
 from candor.engine.base import Engine, EngineError
 from candor.model_store.bundle import Bundle, load_bundle
-from candor.model_store.identity import check_identity, check_options
+from candor.model_store.identity import check_identity, check_model, check_options
 
 if TYPE_CHECKING:
     from candor.app.process.settings import Settings
@@ -56,6 +56,7 @@ async def start_backend(
     chat = ChatFormat.from_directory(settings.model)
     for one in (bundle, *(other for _, other in adapted)):
         chat.check(one.manifest.policy.conversations.template_arguments)
+        check_model(one, settings.model, chat, settings.max_model_len, vllm or {})
     engine = await start_engine(
         EngineSettings(
             model=settings.model,

@@ -23,8 +23,27 @@ from candor.policy.certificate import EstimatorKind
 from candor.policy.decision import REGION_OF, RegionName, Verdict
 from candor.policy.judging import TwoGates
 
-# The likelier of two classes has at least 0.5; buckets are finer where the calibrated accuracies lie.
-_PROBABILITIES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)
+# Buckets are finer where the calibrated accuracies lie.
+_PROBABILITIES = (
+    0.1,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.85,
+    0.9,
+    0.925,
+    0.95,
+    0.97,
+    0.98,
+    0.99,
+    0.995,
+    0.999,
+    1.0,
+)
 # d is uniform if answers resemble the calibration's, but the smallest quantiles matter most.
 _QUANTILES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _COUNTS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)

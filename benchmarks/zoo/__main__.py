@@ -39,6 +39,7 @@ def main() -> None:
         "--family", action="append", choices=FAMILIES, metavar="FAMILY", help="one of them; again for another"
     )
     parser.add_argument("--kept", type=Path, help="file of results: those there are not run again")
+    parser.add_argument("--print", action="store_true", help="leave docs/models.md as it is")
     parser.add_argument("--here", choices=FAMILIES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.here:
@@ -51,13 +52,13 @@ def main() -> None:
             if given.kept:
                 given.kept.write_text(json.dumps(kept, indent=1))
         print(_row(family, kept[family]), flush=True)
-    if not given.family:
+    if not given.family and not given.print:
         rows = (_row(family, kept[family]) + "\n" for family in FAMILIES if family in kept)
         _put(TABLE + "".join(rows), Path("docs/models.md"))
 
 
 def hold(family: str) -> dict[str, Any]:
-    """{"errors": {way: error}} or {"refused": sentence}."""
+    """{"errors": {way: error}}, {"refused": our sentence} or {"not run": vLLM's}."""
     from candor.engine.base import EngineError
     from candor.engine.factory import start_engine
     from candor.engine.prompt import ChatFormat
@@ -81,11 +82,11 @@ def hold(family: str) -> dict[str, Any]:
         try:
             engine = runner.run(start_engine(replace(settings, kind="vllm"), chat))
         except EngineError as error:
-            return {"refused": str(error)}
+            return {"not run" if str(error).startswith("vLLM did not start") else "refused": str(error)}
         try:
             found = runner.run(Contract(engine, reference, chat).hold())
         except EngineError as error:
-            return {"refused": str(error)}
+            return {"not run": str(error)}
         finally:
             runner.run(engine.close())
     return {"errors": {one.where: one.error for one in found}}
@@ -102,10 +103,10 @@ def _in_a_process_of_its_own(family: str) -> dict[str, Any]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
-        return {"refused": f"no result within {LIMIT_S} s"}
+        return {"not run": f"no result within {LIMIT_S} s"}
     last = done.stdout.strip().rsplit("\n", 1)[-1]
-    result: dict[str, Any] = json.loads(last) if last.startswith("{") else {"refused": "no result"}
-    if "refused" in result:
+    result: dict[str, Any] = json.loads(last) if last.startswith("{") else {"not run": "no result"}
+    if "not run" in result:
         result["why"] = _reasons(done.stderr.splitlines() + done.stdout.splitlines())
     return result
 
@@ -120,11 +121,16 @@ def _reasons(lines: Iterable[str]) -> list[str]:
 def _row(family: str, result: dict[str, Any]) -> str:
     architecture = FAMILIES[family][1]
     if "refused" in result:
-        why = next((reason for reason in result.get("why", ()) if len(reason) > 20), result["refused"])
+        return f"| {family} | {architecture} | refused: {result['refused']} |"
+    if "not run" in result:
+        why = next((reason for reason in result.get("why", ()) if len(reason) > 20), result["not run"])
         return f"| {family} | {architecture} | not run: {why.replace('|', '/')} |"
     where, error = max(result["errors"].items(), key=lambda item: item[1])
     if error <= EXACT:
-        return f"| {family} | {architecture} | exact, {error:.0e} |"
+        unseen = ", but no tag of its own writing was seen" * any(
+            "none found" in way for way in result["errors"]
+        )
+        return f"| {family} | {architecture} | exact, {error:.0e}{unseen} |"
     return f"| {family} | {architecture} | differs: {error:.0e} ({where}) |"
 
 

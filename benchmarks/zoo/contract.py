@@ -20,6 +20,8 @@ from candor.engine.prompt import SEPARATOR, ChatFormat
 REPRESENTATION = Representation(order=("mean", "last", "evidence"), evidence=EVIDENCE)
 CHUNK = 64
 """Tokens per step of the engine under test; some prompts here take several steps."""
+TRIED = 30
+"""Prompts whose answers may give a tag: random models repeat themselves, and what was written before is none."""
 SEA = "The old man walked slowly by the sea, and the boats lay in the harbor. "
 
 
@@ -58,8 +60,9 @@ class Contract:
     async def _tagged(self, tokens: int) -> Deviation:
         """An answer that ends with its tag by itself; the tag is made of text that the model writes anyway."""
         way, greedy = f"tag of {tokens}", Sampling(max_tokens=40)
-        for number in range(8):
-            prompt = self._ask(f"{SEA}{number}")
+        words = SEA.split()
+        for number in range(TRIED):
+            prompt = self._ask(" ".join(words[number % len(words) :] + words[: number // 2]))
             written = (await _finish(self._reference, prompt, greedy)).token_ids
             if found := self._tag_in(written, tokens):
                 break
@@ -81,7 +84,7 @@ class Contract:
         return _deviation(way, have.hidden, want.hidden)
 
     def _tag_in(self, written: Sequence[int], tokens: int) -> tuple[list[int], str] | None:
-        for at in range(3, len(written) - tokens):
+        for at in range(1, len(written) - tokens):
             tag = list(written[at : at + tokens])
             text = self._chat.decode(tag)
             before, whole = (self._chat.decode(written[:end]) for end in (at + tokens - 1, at + tokens))

@@ -168,8 +168,8 @@ def calibration() -> list[Panel]:
         ),
         lines(
             "Tokens not written",
-            "A second: answers whose prompt was refused at the end of prefill, times the mean length of the calibrated "
-            "ones.",
+            "A second: answers whose prompt was refused at the end of prefill, times the mean length of those that "
+            "were calibrated.",
             "Calibration",
             {"{{model_name}}": rate("sdm_tokens_saved_total", by="model_name")},
             unit="none",

@@ -88,6 +88,15 @@ def test_what_is_let_through_is_what_calibration_counts(
     assert 0 < known.answered.sum() < len(states)
 
 
+def test_certified_only_by_two_gates_needs_their_certificate(bundle: candor.Bundle) -> None:
+    assert bundle.rule is not None
+    without = replace(bundle, rule=replace(bundle.rule, terms=replace(bundle.rule.terms, certificates=())))
+    states, prompts = numpy.zeros((1, 1158)), numpy.zeros((1, 1152))
+    assert candor.judge(without, states, prompt_states=prompts).abstained.all()
+    with pytest.raises(ValueError, match=r"needs a certificate of the two gates at alpha 0\.9"):
+        candor.judge(without, states, prompt_states=prompts, certified_only=True)
+
+
 @pytest.fixture(scope="module")
 def prompt_states(bundle: candor.Bundle) -> numpy.ndarray:
     """(150, P): near the gate's centre but for some noise, every fifth far off, one broken."""

@@ -21,13 +21,16 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
+from benchmarks.zoo.tiny import save, small
 from candor.app.edge.limits import Refused
 from candor.app.process.backend import Backend, _load
 from candor.app.process.server import run
 from candor.app.process.settings import Settings
 from candor.engine.base import EngineError, IdentityMismatch, Representation
+from candor.engine.identity import identify
+from candor.engine.prompt import ChatFormat
 from candor.model_store.bundle import Bundle
-from candor.model_store.identity import check_identity, check_options
+from candor.model_store.identity import check_identity, check_model, check_options
 from candor.model_store.manifest import AdapterIdentity
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +137,12 @@ class TestSettings:
             settings(max_choices=10, max_in_flight=9)
 
 
+def tiny_model(directory: Path) -> Path:
+    from transformers import LlamaConfig
+
+    return save(directory, LlamaConfig(**small(num_hidden_layers=1)), "LlamaForCausalLM")
+
+
 class TestIdentity:
     def test_the_same(self, backend: Backend) -> None:
         check_identity(backend.engine, backend.bundle)
@@ -164,6 +173,15 @@ class TestIdentity:
             )
         with pytest.raises(IdentityMismatch, match="engine_options"):
             check_identity(backend.engine, bundle)
+
+    def test_another_model_is_told_by_its_files_alone(
+        self, backend: Backend, identity: Any, tmp_path: Path
+    ) -> None:
+        model, chat = tiny_model(tmp_path), ChatFormat.from_directory(tmp_path)
+        with pytest.raises(IdentityMismatch, match="weights_sha256: the bundle was made for"):
+            check_model(backend.bundle, model, chat, 512, {})
+        same = replace(backend.bundle.manifest, model=identify(model, chat, "float32", 512))
+        check_model(replace(backend.bundle, manifest=same), model, chat, 512, {"seed": 1})
 
     def test_an_adapter_that_is_not_served(self, backend: Backend) -> None:
         manifest = replace(backend.bundle.manifest, adapter=AdapterIdentity("lora", "d" * 64))

@@ -116,6 +116,13 @@ def test_a_refused_prompt_is_not_tried_again(serve: Any, gates: Any) -> None:
         assert len(server.engine.samplings("strange")) == 1
         server.engine.script("thin", state="thin")
         assert result(server.chat("thin", reliability=ABSTAIN))["attempts"] == 4
+        # Nothing of a withheld answer is streamed, though it was known to be the last.
+        chunks = server.chunks("thin", reliability=ABSTAIN | {"stream": "optimistic"})
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
+        assert not any(delta.get("content") for delta in deltas)
+        # Nor is a stranger asked again where it is only marked.
+        server.engine.script("odd", kind="stranger")
+        assert result(server.chat("odd"))["attempts"] == 1
 
 
 def test_what_can_never_be_let_through_is_not_written(serve: Any, gates: Any) -> None:
@@ -145,6 +152,9 @@ def test_without_the_prompts_states_an_answer_is_not_known_to_be_right(
         assert (one["region"], one["reason"]) == ("unavailable", "scoring_unavailable")
         content = response.json()["choices"][0]["message"]["content"]
         assert content == ("The answer." if mode == "annotate" else None)
+        cause = {"missing": "not_captured", "incomplete": "incomplete"}[prompt]
+        assert metric(server, "sdm_scoring_failures_total", cause=cause) == 1
+        assert metric(server, "sdm_tokens_saved_total") == 0
 
 
 def test_a_given_pair_is_judged_by_both_gates(serve: Any, gates: Any) -> None:

@@ -189,6 +189,36 @@ def test_the_gates_reference_is_the_calibration_half() -> None:
     assert fitted.refusal_bound == refusal_bound(200, int(gate.rank_cut), 0.05)
 
 
+def test_a_prompt_counts_once_in_the_gates_reference() -> None:
+    """Five answers to a prompt are one draw of it."""
+    rows, half = world(400, 12)
+    five = [torch.arange(400).repeat_interleave(5), half.repeat_interleave(5)]
+    many, halves = rows[five[0]], five[1]
+    alone = fit_rule(rows, half, PARTS, (3, 3), RuleSettings(eps=0.05, score="evidence"))
+    repeated = fit_rule(many, halves, PARTS, (3, 3), RuleSettings(eps=0.05, score="evidence"))
+    assert repeated.rule.gate.reference.equal(alone.rule.gate.reference)
+    assert repeated.refusal_bound == alone.refusal_bound
+
+
+def test_a_probe_is_fitted_beside_the_gate_which_keeps_its_cut() -> None:
+    rows, half = world(600, 14)
+    strangers = torch.randn(60, 6, generator=torch.Generator().manual_seed(15))
+    strangers[:, 0] += 2.5  # inside the gate's reach
+    without = fit_rule(rows, half, PARTS, (3, 3), RuleSettings(score="evidence"))
+    fitted = fit_rule(rows, half, PARTS, (3, 3), RuleSettings(score="evidence"), strangers[:40])
+    assert fitted.rule.gate.rank_cut == without.rule.gate.rank_cut
+    assert fitted.rule.probe is not None
+    assert int(fitted.rule.probe.rank_cut) == 1
+    assert fitted.refusal_bound > without.refusal_bound
+    passing = [int(one.rule.know(strangers[40:])[1].sum()) for one in (without, fitted)]
+    assert passing[1] < passing[0]
+    fresh, _ = world(4_000, 16)
+    refused = float((~fitted.rule.know(fresh.prompts)[1]).double().mean())
+    assert refused <= fitted.refusal_bound
+    with pytest.raises(CalibrationError, match="at least 5 declared strangers"):
+        fit_rule(rows, half, PARTS, (3, 3), RuleSettings(score="evidence"), strangers[:4])
+
+
 def test_without_wrong_answers_it_says_what_to_add() -> None:
     rows, half = world(60, 13)
     sure = RuleRows(rows.prompts, rows.h, rows.figures, torch.ones(60, dtype=torch.int64), rows.digests)
@@ -197,6 +227,8 @@ def test_without_wrong_answers_it_says_what_to_add() -> None:
 
 
 def test_settings_and_rows_out_of_range() -> None:
+    with pytest.raises(ValueError, match="no score is named 'best'; there are evidence"):
+        RuleSettings(score="best")
     with pytest.raises(ValueError, match="expected eps"):
         RuleSettings(eps=0)
     with pytest.raises(ValueError, match="as many"):

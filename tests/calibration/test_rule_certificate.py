@@ -285,8 +285,35 @@ def test_judged_rows_need_both_gates_to_count() -> None:
     judged = RuleEstimate(
         torch.ones(4),
         torch.tensor([True, True, False, True]),
+        torch.tensor([False, False, True, False]),
         torch.tensor([1.0, 0.0, 1.0, -math.inf]),
         torch.ones(4),
     )
     (step,) = walk(Drawn.of(judged, torch.ones(4).long()), (-1e30,), WANTED)
     assert step.answered == 2
+
+
+def test_of_several_attempts_the_first_that_is_let_through_counts() -> None:
+    """Two attempts: the first is too low or unknown, so the second is served; a prompt counts once."""
+    drawn = Drawn(
+        torch.tensor([[0.0, 2.0], [2.0, 2.0], [2.0, 3.0], [0.0, 0.0]]),
+        torch.tensor([[True, True], [True, True], [False, True], [True, True]]),
+        torch.tensor([[0, 1], [0, 1], [1, 0], [1, 1]]),
+    )
+    assert drawn.count(1.0) == (3, 1)  # right: the second; wrong: the first; wrong: the second
+
+
+def test_more_can_be_right_of_what_is_served_than_of_first_attempts() -> None:
+    """The ceiling is about the best attempt: resampling finds right answers that the first attempt had not."""
+    generator = torch.Generator().manual_seed(0)
+    n, k = 300, 4
+    y = (torch.rand(n * k, generator=generator) < 0.5).long()
+    scores = y + 0.3 * torch.randn(n * k, generator=generator)
+    given = rows(scores.tolist(), y.tolist(), digests=[str(i // k) for i in range(n * k)])
+    fitted = fitted_rule(scores[::k], y[::k])
+    found = certify_rule(fitted, given, WANTED, attempts=k)
+    made = found.certificate
+    assert made is not None
+    assert made.records == n
+    assert made.right > int(y[::k].sum())
+    assert found.answered <= found.ceiling

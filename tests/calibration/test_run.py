@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from candor.calibration.errors import CalibrationError, DataError
 from candor.calibration.fit import FitSettings
+from candor.calibration.rule import RuleSettings
 from candor.calibration.run import (
     AnsweringOptions,
     Certifying,
@@ -276,3 +278,123 @@ def test_a_policy_that_resamples_is_what_is_calibrated(
     )
     with pytest.raises(ValueError, match="share to certify on"):
         Certifying(0.8, 0.1, 1.0)
+
+
+def two_gates(
+    engine: Any, chat: ChatFormat, inputs: Inputs, folder: Path, policy: Policy = POLICY
+) -> tuple[Bundle, Made]:
+    asking = AnsweringOptions(folder / "cache", concurrency=8)
+    answers = asyncio.run(answer_inputs(engine, chat, inputs, policy, asking))
+    certifying = Certifying(None, 0.1, 0.4)
+    made = make_bundle(inputs, answers, SETTINGS, folder / "bundle", "scripted", certifying, RuleSettings())
+    return load_bundle(folder / "bundle"), made
+
+
+def test_a_rule_is_certified_at_each_alpha_and_measured_as_it_serves(
+    make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
+) -> None:
+    inputs = Inputs.load(
+        task(tmp_path / "d.jsonl", range(500)), [task(tmp_path / "t.jsonl", range(900, 1000))]
+    )
+    bundle, made = two_gates(make_engine(), chat, inputs, tmp_path)
+    rule = made.outcome.rule
+    assert rule is not None
+    assert bundle.rule is not None
+    assert bundle.manifest.rule == rule.gates.terms
+    assert [one.alpha for one in rule.gates.terms.certificates] == [0.8, 0.9]
+    assert [one.accuracy for one in rule.gates.terms.certificates] == [0.8, 0.9]
+    assert bundle.manifest.certificates == ()  # of regions: none was asked for
+    report = bundle.report
+    assert report["rule"] == json.loads(json.dumps(rule.to_json()))
+    [first, _] = report["rule"]["certification"]
+    assert first["records"] == 200
+    assert 0 < first["answered"] <= first["ceiling"]
+    fitted = set(report["fitted_prompts"])
+    for search in rule.searches:
+        assert search.prompts <= fitted
+    # Held out: what the report says is what the loaded bundle's rule does, row by row.
+    for alpha in (0.8, 0.9):
+        reading = report["held_out"]["rule"][str(alpha)]
+        assert report["reference_abstention_ratio_of_rule"][str(alpha)] == pytest.approx(
+            1 - reading["answered"]["value"]
+        )
+        assert reading["answered"]["of"] == 100
+        assert reading["answered"]["hits"] > 40
+    assert 0 <= report["held_out"]["probabilities"]["calibration_error"] < 0.2
+
+
+def test_certify_asks_for_at_least_that_accuracy(
+    make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
+) -> None:
+    certifying = Certifying(0.85, 0.1, 0.4)
+    assert [certifying.of_rule(alpha).accuracy for alpha in (0.8, 0.9)] == [0.85, 0.9]
+    assert certifying.of_regions is not None
+    assert Certifying.of(None, 0.1, None, rule=False) is None
+    assert Certifying.of(None, 0.1, None, rule=True) == Certifying(None, 0.1, 0.4)
+    assert Certifying.of(0.9, 0.1, None, rule=False) == Certifying(0.9, 0.1, 0.2)
+
+
+def test_a_rule_of_a_policy_that_resamples_is_about_what_is_served(
+    make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
+) -> None:
+    policy = replace(POLICY, temperature=0.7, resample=2)
+    inputs = Inputs.load(task(tmp_path / "d.jsonl", range(400)), [])
+    bundle, made = two_gates(make_engine(), chat, inputs, tmp_path, policy)
+    assert made.outcome.rule is not None
+    search = made.outcome.rule.searches[0]
+    assert len(search.prompts) == 160  # each prompt once, whatever its attempts
+    reading = made.outcome.evaluation.rule[0.8]
+    assert bundle.manifest.policy.resample == 2
+    # The scripted engine says the same twice: what is not let through at once costs a second answer.
+    assert reading.answered.value is not None
+    assert reading.tokens > 0
+
+
+def test_declared_strangers_are_learnt_from_and_counted(
+    make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
+) -> None:
+    data, strange = task(tmp_path / "d.jsonl", range(400)), task(tmp_path / "s.jsonl", range(5000, 5060))
+    engine = make_engine()
+    bundle, made = two_gates(engine, chat, Inputs.load(data, [], None, strange), tmp_path)
+    assert engine.read == 60
+    assert bundle.rule is not None
+    assert bundle.rule.rule.probe is not None
+    assert bundle.rule.terms.strangers == 30
+    provenance = bundle.manifest.provenance
+    assert (provenance["strangers"]["file"], provenance["strangers"]["conversations"]) == ("s.jsonl", 60)
+    assert provenance["rule"]["eps"] == 0.02
+    with pytest.raises(DataError, match="the bundle was fitted on this prompt"):
+        require_unseen(bundle, DataFile.load(strange))
+    passing = bundle.report["rule"]["declared_strangers"]
+    assert (passing["fitted"], passing["kept_apart"]) == (30, 30)
+    assert 0 <= passing["both"] <= passing["gate_alone"] <= 30
+    assert made.outcome.rule is not None
+    assert "declared strangers kept apart" in str(made.outcome.rule)
+
+
+def test_a_stranger_is_no_record_to_calibrate_on(task: Task, tmp_path: Path) -> None:
+    data = task(tmp_path / "d.jsonl", range(10))
+    with pytest.raises(DataError, match="conversation 2: it is also a record to calibrate on"):
+        Inputs.load(data, [], None, task(tmp_path / "s.jsonl", [70, 3]))
+    with pytest.raises(DataError, match="expected at least 20 different strangers, got 2"):
+        Inputs.load(data, [], None, task(tmp_path / "s.jsonl", [70, 71]))
+
+
+def test_without_prompt_states_there_is_no_rule(
+    make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
+) -> None:
+    inputs = Inputs.load(task(tmp_path / "d.jsonl", range(200)), [])
+    asking = AnsweringOptions(tmp_path / "cache", concurrency=8)
+    answers = asyncio.run(answer_inputs(make_engine(), chat, inputs, POLICY, asking))
+    blind = [replace(one, prompt_states=torch.empty(0)) for one in answers.fitting]
+    with pytest.raises(CalibrationError, match="calibrate with the rule sdm"):
+        make_bundle(
+            inputs,
+            replace(answers, fitting=blind),
+            SETTINGS,
+            tmp_path / "bundle",
+            "scripted",
+            Certifying(None, 0.1, 0.4),
+            RuleSettings(),
+        )
+    assert not (tmp_path / "bundle").exists()

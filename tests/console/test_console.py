@@ -85,7 +85,10 @@ def test_a_stricter_accuracy(open_page: Open) -> None:
     page = open_page()
     page.get_by_label("Accuracy asked for").select_option("0.98")
     ask(page, "example 1")
-    assert "98% are right" in page.locator("#reason").inner_text() or "is below" in page.locator("#reason").inner_text()
+    assert (
+        "98% are right" in page.locator("#reason").inner_text()
+        or "is below" in page.locator("#reason").inner_text()
+    )
     assert "no region at 98 %" in page.locator("#plane-legend").inner_text()
 
 

@@ -64,6 +64,7 @@ class Runner:
         group = SimpleNamespace(kv_cache_spec=spec(1), layer_names=["layer"])
         self.kv_cache_config = SimpleNamespace(num_blocks=8, kv_cache_groups=[group])
         self.execute_model_state: Any = None
+        self.accepted: list[int] = []
         # As vLLM's own: each step writes over the last one's.
         self.states = torch.zeros(16, HIDDEN, device=device)
         self.slots = torch.full((16,), -1, device=device)
@@ -72,6 +73,18 @@ class Runner:
         drawn = logits.argmax(1)
         logits.zero_()  # samplers change float32 logits in place
         return SimpleNamespace(sampled_token_ids=drawn.unsqueeze(1))
+
+    def rejection_sampler(
+        self, metadata: SimpleNamespace, _: object, logits: torch.Tensor, __: object
+    ) -> SimpleNamespace:
+        """Accepts as many drafts as `accepted` says of each request; draws after them."""
+        table = torch.full((len(self.accepted), max(metadata.num_draft_tokens) + 1), -1, device=logits.device)
+        row = 0
+        for at, (drafts, taken) in enumerate(zip(metadata.num_draft_tokens, self.accepted, strict=True)):
+            table[at, : taken + 1] = logits[row : row + taken + 1].argmax(1)
+            row += drafts + 1
+        logits.zero_()
+        return SimpleNamespace(sampled_token_ids=table)
 
 
 class Steps:
@@ -117,12 +130,23 @@ class Steps:
             runner.query_start_loc = SimpleNamespace(np=starts)
             runner.execute_model_state = SimpleNamespace(slot_mappings=mapping, hidden_states=runner.states)
         self.last = starts_there[1:] - 1
+        self.drafts = list(step.drafts.values())
 
     def sample_tokens(self, grammar_output: object) -> Any:
         runner = self.model_runner
-        logits = runner.model.compute_logits(runner.execute_model_state.hidden_states[self.last])
+        rows = self.last
+        if self.drafts:
+            before = [range(-drafts, 1) for drafts in self.drafts]
+            rows = torch.tensor(
+                [int(last) + i for last, some in zip(rows, before, strict=True) for i in some]
+            )
+        logits = runner.model.compute_logits(runner.execute_model_state.hidden_states[rows])
         runner.execute_model_state = None
-        drawn = runner.sampler(logits, None).sampled_token_ids
+        if self.drafts:
+            metadata = SimpleNamespace(num_draft_tokens=self.drafts)
+            drawn = runner.rejection_sampler(metadata, None, logits, None).sampled_token_ids
+        else:
+            drawn = runner.sampler(logits, None).sampled_token_ids
         output = SimpleNamespace(sampled_token_ids=drawn)
         return Later(output) if self.later else output
 
@@ -131,10 +155,12 @@ class Worker(WorkerCapture, Steps):
     def __init__(self, device: torch.device, *, second: bool, later: bool) -> None:
         self.device = device
         self.later = later
+        self.rank = 0
         self.model_runner = Runner(device, second=second)
         self.vllm_config = SimpleNamespace(
             model_config=SimpleNamespace(get_hidden_size=lambda: HIDDEN, dtype=torch.float32),
             cache_config=SimpleNamespace(kv_cache_memory_bytes=None),
+            parallel_config=SimpleNamespace(world_size=1, tensor_parallel_size=1),
         )
         self.load_model()
         self.initialize_from_config(self.model_runner.kv_cache_config)
@@ -148,8 +174,10 @@ class Driver:
         self.states: dict[str, list[torch.Tensor]] = {name: [] for name in BLOCKS}
         self.drawn: dict[str, list[int]] = {name: [] for name in BLOCKS}
 
-    def step(self, counts: dict[str, int], wanted: StepPlan, **gone: set[str]) -> Any:
-        """gone: `finished_req_ids` or `preempted_req_ids`."""
+    def step(
+        self, counts: dict[str, int], wanted: StepPlan, drafts: dict[str, int] | None = None, **gone: set[str]
+    ) -> Any:
+        """drafts: how many of each request's tokens are drafts. gone: `finished_req_ids` or `preempted_req_ids`."""
         device = self.worker.device
         hidden = torch.randn(sum(counts.values()) + 2, HIDDEN, generator=self.worker.model_runner.generator)
         scheduled = SimpleNamespace(
@@ -157,6 +185,7 @@ class Driver:
             total_num_scheduled_tokens=sum(counts.values()),
             fed={name: (len(self.states[name]), count) for name, count in counts.items()},
             hidden=hidden.to(device),
+            drafts=drafts or {},
             **{"finished_req_ids": set(), "preempted_req_ids": None, **gone},
             starts_there=torch.tensor(np.cumsum([0, *counts.values()])).to(device),
         )
@@ -251,6 +280,71 @@ def test_a_prompt_reports_before_its_answer_begins_in_the_same_block(
         assert torch.equal(_floats(last), states[-1])
     assert answer[1]
     assert torch.allclose(_floats(answer[2]), torch.stack(driver.states["a"]).mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "beside other steps"])
+def test_rejected_drafts_count_for_nothing(waits: bool) -> None:
+    """Speculation is served by the first runner alone."""
+    driver = Driver(Worker(torch.device("cpu"), second=False, later=False))
+    states, drawn = driver.states["a"], driver.drawn["a"]
+    driver.step({"a": 6, "b": 3}, StepPlan(evidence=True))
+    for taken in (1, 0, 2):  # of three drafts; positions up to 15, in four blocks
+        if not waits:
+            driver.worker._enter()
+        driver.worker.model_runner.accepted = [0, taken]
+        output = driver.step({"b": 1, "a": 4}, StepPlan(evidence=True), {"b": 0, "a": 3})
+        drawn[-1:] = output.sampled_token_ids[1, : taken + 1].tolist()
+        del states[len(states) - 3 + taken :]
+    due = StepPlan({"a": (BLOCKS["a"], 13, 6), "b": (BLOCKS["b"][:2], 7, 3)}, evidence=True)
+    records = getattr(driver.step({"b": 1, "a": 1}, due), KEY)
+    for name, positions in (("a", 13), ("b", 7)):
+        _, whole, mean, last, kept = records[name]
+        assert whole
+        assert torch.allclose(_floats(mean), torch.stack(driver.states[name]).mean(0), atol=1e-6)
+        assert torch.equal(_floats(last), driver.states[name][-1])
+        answer = driver.drawn[name][: positions - PROMPTS[name]]
+        found = of_answer(_floats(kept).view(-1, 3), answer)
+        assert found is not None
+        predicting = torch.stack(driver.states[name])[PROMPTS[name] - 1 : -1]
+        logprobs = (predicting @ driver.worker.model_runner.head).log_softmax(1)
+        own = logprobs.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
+        assert found[0] == pytest.approx((-own).tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_of_the_last_stage_s_two_ranks_one_keeps_and_reports(rank: int) -> None:
+    worker = Worker(torch.device("cpu"), second=False, later=False)
+    worker.rank = rank
+    worker.vllm_config.parallel_config = SimpleNamespace(world_size=4, tensor_parallel_size=2)
+    del worker._sums, worker._evidence
+    worker.initialize_from_config(worker.model_runner.kv_cache_config)
+    driver = Driver(worker)
+    asked: list[int] = []
+    compute = worker.model_runner.model.compute_logits
+    worker.model_runner.model.compute_logits = lambda some: (asked.append(len(some)), compute(some))[1]
+    wanted = StepPlan({"a": (BLOCKS["a"][:2], 6, 2)}, {"a": (1, [3, 14, 15, 9])}, fresh=[7, 2], evidence=True)
+    output = driver.step({"a": 6}, wanted)
+    assert asked == [1, 4]  # the second rank has its part in the logits
+    assert hasattr(output, KEY) == hasattr(worker, "_sums") == (rank == 2)
+
+
+def test_a_stage_before_the_last_keeps_nothing(second: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second runner leaves a state there too, without hidden states."""
+    worker = Worker(torch.device("cpu"), second=second, later=False)
+    worker.vllm_config.parallel_config = SimpleNamespace(world_size=2, tensor_parallel_size=1)
+    worker.initialize_from_config(worker.model_runner.kv_cache_config)
+    state = SimpleNamespace(hidden_states=None, slot_mappings=None, slot_mappings_by_layer=None)
+    monkeypatch.setattr(
+        Steps, "execute_model", lambda self, _: setattr(self.model_runner, "execute_model_state", state)
+    )
+    monkeypatch.setattr(Steps, "sample_tokens", lambda *_: None)
+    given = StepPlan({"a": (BLOCKS["a"][:2], 6, 2)}, {"a": (1, [3, 14])}, fresh=[7], evidence=True)
+    step = SimpleNamespace(
+        total_num_scheduled_tokens=6, finished_req_ids={"b"}, preempted_req_ids=None, **{KEY: given}
+    )
+    worker.execute_model(step)
+    assert worker._step is None
+    assert worker.sample_tokens(None) is None
 
 
 @pytest.mark.parametrize("why", ["finished_req_ids", "preempted_req_ids"])

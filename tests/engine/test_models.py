@@ -127,3 +127,27 @@ def test_a_vision_checkpoint_is_refused_without_torchvision(tmp_path: Path, runn
     model = build("Gemma 3 (vision checkpoint)", tmp_path / "model")
     with pytest.raises(EngineError, match="needs torchvision"):
         runner.run(start_engine(EngineSettings(model, representation=REPRESENTATION, dtype="float32")))
+
+
+def test_a_model_without_attention_is_refused_before_a_process_starts(
+    tmp_path: Path, runner: asyncio.Runner
+) -> None:
+    pytest.importorskip("vllm")
+    model = build("Mamba", tmp_path / "model")
+    settings = EngineSettings(model, representation=REPRESENTATION, dtype="float32", max_model_len=512)
+    with pytest.raises(EngineError, match="MambaForCausalLM has no attention layer"):
+        runner.run(start_engine(settings))
+
+
+@pytest.mark.parametrize(
+    ("cores", "options", "lists"),
+    [
+        ([0, 1], {}, "0,1"),
+        ([0, 1], {"tensor_parallel_size": 2}, "0|1"),
+        ([2, 3, 5, 7], {"data_parallel_size": 2}, "2,3|5,7"),
+        ([0, 1], {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, "0|1|0|1"),
+    ],
+)
+def test_every_process_has_cores(cores: list[int], options: dict[str, int], lists: str) -> None:
+    engine = pytest.importorskip("candor.engine.vllm_engine")
+    assert engine._shared_out(cores, options) == lists

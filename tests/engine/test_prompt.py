@@ -162,3 +162,8 @@ def test_template_arguments_reach_the_template() -> None:
     chat = ChatFormat(tokenizer(template=switch))
     assert chat.encode_chat(TALK, {"enable_thinking": False})[-1:] == chat.encode_continuation("no")
     assert chat.encode_chat(TALK, {"enable_thinking": True}) == chat.encode_chat(TALK)
+
+
+def test_a_directory_that_is_not_there() -> None:
+    with pytest.raises(EngineError, match="nowhere is not a directory, and Candor asks no model hub"):
+        ChatFormat.from_directory(Path("nowhere"))

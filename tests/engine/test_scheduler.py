@@ -83,7 +83,7 @@ BLOCKS, PROMPT, TAG = [7, 2, 5], [3] * 6, [8, 9]
 class Steps:
     """vLLM's scheduler of one request, as far as capture looks at it."""
 
-    def __init__(self, *, asks: bool = True) -> None:
+    def __init__(self, *, asks: bool = True, speculates: bool = False) -> None:
         wish = {"tag": TAG, "first": None, "evidence": False, "prompt": asks}
         self.request = SimpleNamespace(
             request_id="a",
@@ -95,7 +95,8 @@ class Steps:
         )
         self.requests = {"a": self.request}
         self.kv_cache_manager = SimpleNamespace(get_block_ids=lambda _: [BLOCKS])
-        self._group, self._block_size, self._fresh = 0, 4, []  # what SchedulerCapture's start finds out
+        # What SchedulerCapture's start finds out.
+        self._group, self._block_size, self._fresh, self._speculates = 0, 4, [], speculates
 
     def schedule(self, count: int) -> Any:
         self.request.num_computed_tokens += count
@@ -190,3 +191,30 @@ def test_what_vllm_joins_keeps_the_prompt_s_record() -> None:
     joined = queue.get_nowait()
     assert joined.outputs[0].text == "012"
     assert joined.kv_transfer_params == {PROMPT_KEY: "prompt", KEY: "answer"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "kept"),
+    [
+        ([[5, *TAG, 1, 4]], [5, *TAG, 1]),
+        ([[5, TAG[0]], [TAG[1], 1, 4]], [5, *TAG, 1]),
+        ([[5, *TAG], [1, 4]], [5, *TAG, 1]),
+        ([[*TAG, 1, *TAG, 1]], [*TAG, 1]),
+    ],
+    ids=["within a step", "over two", "at a step's end", "twice"],
+)
+def test_with_speculation_an_answer_ends_after_its_tag_and_does_not_report(
+    steps: list[list[int]], kept: list[int]
+) -> None:
+    scheduler = OneRequest(speculates=True)
+    first = scheduler.plan(6)
+    assert list(reports(first)) == ["a"]  # the prompt's
+    scheduler.came(first, steps[0][0])
+    steps[0] = steps[0][1:]
+    for number, tokens in enumerate(steps, 1):
+        step = scheduler.plan(len(tokens))
+        assert reports(step) == {}
+        ((reason, record),) = scheduler.came(step, *tokens)
+        assert record is None
+        assert (reason == "stop") == (number == len(steps))
+    assert scheduler.request.output_token_ids == kept

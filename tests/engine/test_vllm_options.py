@@ -41,6 +41,11 @@ def test_the_three_lists_do_not_overlap_and_name_options_of_vllms() -> None:
     assert set.union(*lists) <= AsyncEngineArgs.__dataclass_fields__.keys()
 
 
+def test_speculation_by_n_grams_is_passed_on() -> None:
+    line = '--speculative-config {"method":"ngram","num_speculative_tokens":3}'
+    assert read([*line.split()])["speculative_config"]["method"] == "ngram"
+
+
 def test_what_is_given_and_no_more() -> None:
     line = "--tensor-parallel-size 4 --gpu-memory-utilization=0.8 --quantization awq --max_num_seqs 8"
     assert read(line.split()) == {
@@ -87,25 +92,23 @@ def test_a_refusal_names_the_option_and_what_to_do(name: str) -> None:
 
 def test_refusals_hold_in_every_spelling(tmp_path: Path) -> None:
     file = tmp_path / "vllm.yaml"
-    file.write_text("pipeline-parallel-size: 2\n", encoding="utf-8")
+    file.write_text("decode-context-parallel-size: 2\n", encoding="utf-8")
     for line in (
-        "--pipeline-parallel-size 2",
-        "--pipeline_parallel_size=2",
-        "-pp 2",
+        "--decode-context-parallel-size 2",
+        "--decode_context_parallel_size=2",
+        "-dcp 2",
         f"--config {file}",
-        "-pp=2",
+        "-dcp=2",
     ):
-        assert told(line).startswith("--pipeline-parallel-size is not served: "), line
-    for line in ('--speculative-config {"method":"ngram"}', "--speculative-config.method ngram"):
+        assert told(line).startswith("--decode-context-parallel-size is not served: "), line
+    for line in ('--speculative-config {"method":"eagle"}', "--speculative-config.model X", "-sc.method mtp"):
         assert told(line).startswith("--speculative-config is not served: "), line
     assert "made up" in told("--load-format dummy")
     assert "mp or ray" in told("--distributed-executor-backend external_launcher")
 
 
 def test_what_vllm_does_not_know_or_take_is_its_own_message() -> None:
-    assert told("--tensor-paralel-size 4") == (
-        "vLLM's options: unrecognized arguments: --tensor-paralel-size 4"
-    )
+    assert told("--no-such-thing") == "neither Candor nor vLLM has an option --no-such-thing"
     assert "--tensor-parallel-size/-tp: invalid int value: 'four'" in told("--tensor-parallel-size four")
     assert "--kv-cache-dtype: invalid choice: 'fp9'" in told("--kv-cache-dtype fp9")
     assert "No such file" in told("--config nowhere.yaml")
@@ -128,8 +131,11 @@ def test_what_changes_h_is_told_in_one_order() -> None:
 def test_a_refusal_does_not_wait_for_vllm() -> None:
     code = (
         "import sys\nfrom candor.engine.vllm_options import OptionError, read\n"
-        "try: read(['--worker-cls', 'mine.Worker'])\n"
-        "except OptionError: print(sorted({'torch', 'vllm'} & set(sys.modules)))"
+        "for words in (['--worker-cls', 'mine.Worker'], ['--tensor-paralel-size', '4']):\n"
+        "    try: read(words)\n"
+        "    except OptionError as error: print(error, sorted({'torch', 'vllm'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    ours, unknown = done.stdout.splitlines()
+    assert ours.endswith(" leave it out []")
+    assert unknown.endswith("an option --tensor-paralel-size; did you mean --tensor-parallel-size? []")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -17,6 +18,7 @@ from candor.policy.words import explanation
 from candor.sdm.adaptor import ExemplarAdaptor
 from candor.sdm.estimator import SDMEstimator
 from candor.sdm.gate import PromptGate
+from candor.sdm.probe import StrangerProbe
 from candor.sdm.rule import AnswerRule, RuleEstimate
 from candor.sdm.score import AnswerScore
 
@@ -53,7 +55,7 @@ def test_many_rows_are_one_row_after_the_other(
     known, score, finite, calibrated = zip(*rows, strict=True)
     ones = torch.ones(len(rows))
     found = decide_by_rule(
-        RuleEstimate(ones, torch.tensor(known), torch.tensor(score), ones),
+        RuleEstimate(ones, torch.tensor(known), ~torch.tensor(known), torch.tensor(score), ones),
         AT_0_9 if certified else None,
         finite=torch.tensor(finite),
         calibrated=torch.tensor(calibrated),
@@ -147,6 +149,38 @@ def test_an_early_verdict_knows_no_score(gates: TwoGates) -> None:
     )
 
 
+def test_declared_strangers_are_named(gates: TwoGates) -> None:
+    """b = s0: a prompt at (2, 0) is near enough for the gate, and strange to the probe."""
+    probe = StrangerProbe.fit(torch.tensor([1.0, 0.0]), torch.zeros(9, 2), 1)
+    probed = replace(gates, rule=replace(gates.rule, probe=probe))
+    [verdict] = judge_prompts(probed, torch.tensor([[1.0, 0.0]]), 0.9, calibrated=torch.tensor([True]))
+    assert verdict.reason == "out_of_distribution"
+    assert verdict.rule is not None
+    assert verdict.rule.like_strangers
+    assert verdict.rule.prompt_p_value > 0.1  # the gate's, which knows it
+    assert explanation(verdict) == "The prompt is like those that were declared strange."
+
+
+def test_a_score_beyond_bounds_is_not_measured(estimator: SDMEstimator, gates: TwoGates) -> None:
+    weight = torch.full((7,), 3e38)
+    broken = replace(gates, rule=replace(gates.rule, score=replace(gates.rule.score, weight=weight)))
+    h, prompts = torch.full((1, 1), 1e6), torch.zeros(1, 2)
+    found = judge_by_rule(
+        estimator, broken, estimator.measure(h), h, prompts, 0.9, calibrated=torch.tensor([True])
+    )
+    assert found.verdict(0).reason == "scoring_unavailable"
+
+
+def test_which_verdicts_no_further_attempt_changes(estimator: SDMEstimator, gates: TwoGates) -> None:
+    h = torch.tensor([[1.0], [2.0], [2.0]])
+    prompts = torch.tensor([[0.0, 0.0], [90.0, 0.0], [0.0, 0.0]])
+    for alpha, expected in ((0.9, [False, True, False]), (0.95, [True, True, True])):
+        found = judge_by_rule(
+            estimator, gates, estimator.measure(h), h, prompts, alpha, calibrated=torch.ones(3).bool()
+        )
+        assert [found.verdict(row).final for row in range(3)] == expected
+
+
 def test_the_words(estimator: SDMEstimator, gates: TwoGates) -> None:
     h, prompts = torch.tensor([[2.0], [1.0]]), torch.zeros(2, 2)
     found = judge_by_rule(
@@ -166,10 +200,11 @@ def test_the_words(estimator: SDMEstimator, gates: TwoGates) -> None:
     [
         ({"score_min": math.inf}, "finite"),
         ({"base_right": 196}, "do not go with"),
-        ({"base_right": 398}, "do not go with"),
+        ({"base_right": 401}, "do not go with"),
         ({"right": 201}, "do not go with|expected 0 < right"),
         ({"lower_bound": 0.94}, "does not show"),
         ({"confidence": 1.0}, "confidence"),
+        ({"alpha": 0.96}, "does not serve at alpha 0.96"),
     ],
 )
 def test_certificates_that_do_not_fit(changed: dict[str, float], said: str) -> None:

@@ -60,12 +60,13 @@ def test_a_prompt_must_be_known_to_both() -> None:
     alone = rule_without()
     rule = replace(alone, probe=probe())
     prompts = torch.tensor([[0.0, 0, 0, 0], [3.0, 0, 0, 0], [0.0, 900, 0, 0], [900.0, 0, 0, 0]])
-    p_value, known = rule.know(prompts)
-    by_gate_p, by_gate = alone.know(prompts)
+    p_value, known, strange = rule.know(prompts)
+    by_gate_p, by_gate, none = alone.know(prompts)
+    assert not none.any()
+    assert strange.tolist() == (~probe().known(probe().distance(prompts))).tolist()
     assert by_gate.tolist() == [True, True, False, False]
     assert known.tolist() == [True, False, False, False]
-    by_probe = probe().p_value(probe().distance(prompts))
-    assert p_value.equal(torch.minimum(by_gate_p, by_probe))
+    assert p_value.equal(by_gate_p)
 
 
 def test_state_restores_it_to_the_bit() -> None:

@@ -60,12 +60,14 @@ class ShownRule(BaseModel):
     """Both gates.
 
     prompt_known: the prompt is of the kind calibrated on. prompt_p_value: share of calibrated prompts that lie as far
-    out, in (0, 1]. score, score_min: what the answer has, and what it needs; null where the prompt was refused
-    unwritten, or nothing is certified. probability: that the answer is right; null likewise.
+    out, in (0, 1]. like_strangers: it is like prompts that were declared strange, so it is not known. score,
+    score_min: what the answer has, and what it needs; null where the prompt was refused unwritten, or nothing is
+    certified. probability: that the answer is right; null likewise.
     """
 
     prompt_known: bool
     prompt_p_value: float
+    like_strangers: bool
     score: float | None
     score_min: float | None
     probability: float | None
