@@ -43,7 +43,7 @@ from candor.calibration.rule import (
     rows_of,
     with_probabilities,
 )
-from candor.calibration.strangers import Passing, halves
+from candor.calibration.strangers import Passing, dealt
 from candor.policy.certificate import RuleCertificate, RuleTerms
 from candor.policy.judging import TwoGates
 from candor.sdm.rule import RuleEstimate
@@ -60,12 +60,13 @@ MORE = (1, 2, 4, 8)
 @dataclass(frozen=True, eq=False)
 class RuleParts:
     """How a rule is fitted. parts: h's blocks by name and width. prompt_widths: of the prompt states' blocks.
-    strangers: (s, P), states of declared strangers; None: none were."""
+    strangers: (s, P), states of declared strangers; None: none were. of: as in `strangers.Strangers`."""
 
     settings: RuleSettings
     parts: Sequence[tuple[str, int]]
     prompt_widths: Sequence[int]
     strangers: Tensor | None = None
+    of: Sequence[str | None] = ()
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,10 @@ def certified_rule(
     in_calibration = torch.arange(len(answers)) >= len(fitted.training)
     usable = rows.prompts.isfinite().all(dim=1)  # h is, since the layer was fitted on it
     rows, in_calibration = rows[usable], in_calibration[usable]
-    taught, held = (None, None) if how.strangers is None else halves(how.strangers, how.settings.seed)
+    taught, held = None, None
+    if how.strangers is not None:
+        training = {answer.prompt_digest for answer in fitted.training}
+        taught, held = dealt(how.strangers, how.of, training, how.settings.seed)
     try:
         found = fit_rule(rows, in_calibration, how.parts, how.prompt_widths, how.settings, taught)
     except ValueError as error:

@@ -127,8 +127,8 @@ class Inputs:
             None if certification is None else DataFile.load(certification, reading),
         )
         if strangers is not None:
-            digests = [record.prompt_digest for file in inputs.files for record in file.records]
-            inputs = replace(inputs, strangers=load_strangers(strangers, digests))
+            records = [record for file in inputs.files for record in file.records]
+            inputs = replace(inputs, strangers=load_strangers(strangers, records))
         purposes = [[inputs.fitting], [inputs.certification] if inputs.certification else [], inputs.held_out]
         for one, other in combinations(purposes, 2):
             for file, against in product(one, other):
@@ -348,7 +348,13 @@ def make_bundle(
             standardisation_blocks(answers.representation, hidden),
             settings,
             certifying,
-            RuleParts(rule, answers.representation.parts(hidden), (hidden, hidden), answers.strangers)
+            RuleParts(
+                rule,
+                answers.representation.parts(hidden),
+                (hidden, hidden),
+                answers.strangers,
+                inputs.strangers.of if inputs.strangers else (),
+            )
             if rule
             else None,
             held_out=answers.held_out,

@@ -1,13 +1,17 @@
 """Declared strangers: prompts that must be refused although they look like the task, such as a changed instruction.
 
-Half of them teach the probe (`sdm.probe`). The other half only shows how many still pass, with the probe and without.
+Some teach the probe (`sdm.probe`); the others only show how many still pass, with the probe and without.
+
+    "of": a record's id    it teaches if that record is in the layer's training half. So nothing that certifies, or
+                           that the gates are measured against, has a twin among what fitted them
+    no "of"                half of these teach, at random
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,24 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from candor.calibration.data import parse_lines, prompt_digest, read_messages
+from candor.calibration.data import Record, parse_lines, prompt_digest, read_messages
 from candor.calibration.errors import CalibrationError, DataError
 from candor.engine.base import Engine
 from candor.engine.prompt import ChatFormat
 from candor.policy.conversation import Turn
 from candor.policy.policy import Policy
 
-REMEDY = 'Give one JSON object a line, with "messages"; other fields are ignored.'
+REMEDY = (
+    'Give one JSON object a line, with "messages" and, if it was made of a record of the data, "of": its id.'
+)
 FEWEST = 20
 """Half of them must be told apart in five folds."""
 
 
 @dataclass(frozen=True)
 class Strangers:
-    """A file of conversations that are to be refused, each once. sha256: of its bytes."""
+    """A file of conversations that are to be refused, each once. of: digest of the prompt that each was made of; None
+    if it is of its own. sha256: of the file's bytes."""
 
     path: Path
     conversations: tuple[tuple[Turn, ...], ...]
+    of: tuple[str | None, ...]
     sha256: str
 
     @property
@@ -64,27 +72,38 @@ class Passing:
         )
 
 
-def load_strangers(path: Path, calibrated: Sequence[str]) -> Strangers:
-    """Conversations of a JSON Lines file. calibrated: digests of the prompts to calibrate on.
+def load_strangers(path: Path, records: Sequence[Record]) -> Strangers:
+    """Conversations of a JSON Lines file. records: all that are calibrated, certified or reported on.
 
-    Raises DataError that lists the offending lines, also where a prompt is both strange and calibrated on, or there
-    are too few.
+    Raises DataError that lists the offending lines, also where a prompt is both strange and such a record's, where
+    there is no record that one is said to be of, or there are too few.
     """
-    found = parse_lines(path, lambda fields, _: read_messages(fields.get("messages")), REMEDY)
-    known = set(calibrated)
-    problems = [
-        f"conversation {number}: it is also a record to calibrate on"
-        for number, turns in enumerate(found, start=1)
-        if prompt_digest(turns) in known
-    ]
+
+    def read(fields: dict[str, Any], _: int) -> tuple[tuple[Turn, ...], str | None]:
+        if not isinstance(of := fields.get("of"), str | None):
+            raise ValueError('"of" must be the id of a record')
+        return read_messages(fields.get("messages")), of
+
+    found = parse_lines(path, read, REMEDY)
+    known, by_id = (
+        {record.prompt_digest for record in records},
+        {record.id: record.prompt_digest for record in records},
+    )
+    problems = []
+    for number, (turns, of) in enumerate(found, start=1):
+        if prompt_digest(turns) in known:
+            problems.append(f"conversation {number}: it is also a record to calibrate on")
+        if of is not None and of not in by_id:
+            problems.append(f'conversation {number}: there is no record "{of}"')
     if problems:
         raise DataError.from_problems(path, problems, "A prompt is either of the task or a stranger to it.")
-    once = {prompt_digest(turns): turns for turns in found}
+    once = {prompt_digest(turns): (turns, None if of is None else by_id[of]) for turns, of in found}
     if len(once) < FEWEST:
         raise DataError(
             f"{path}: expected at least {FEWEST} different strangers, got {len(once)}; declare more"
         )
-    return Strangers(path, tuple(once.values()), hashlib.sha256(path.read_bytes()).hexdigest())
+    conversations, of_digests = zip(*once.values(), strict=True)
+    return Strangers(path, conversations, of_digests, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 async def read_strangers(
@@ -119,8 +138,15 @@ async def read_strangers(
     return torch.stack([task.result() for task in tasks])
 
 
-def halves(strangers: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """(those to fit on, those kept apart), at random."""
-    order = torch.randperm(len(strangers), generator=torch.Generator().manual_seed(seed))
-    middle = (len(strangers) + 1) // 2
-    return strangers[order[:middle]], strangers[order[middle:]]
+def dealt(
+    strangers: Tensor, of: Sequence[str | None], training: Collection[str], seed: int
+) -> tuple[Tensor, Tensor]:
+    """(those to fit on, those kept apart). strangers (s, P); of: `Strangers.of`.
+
+    training: digests of the prompts of the training half.
+    """
+    coin = torch.rand(len(strangers), generator=torch.Generator().manual_seed(seed)) < 0.5
+    teaches = torch.tensor(
+        [bool(coin[row]) if one is None else one in training for row, one in enumerate(of)]
+    )
+    return strangers[teaches], strangers[~teaches]

@@ -11,9 +11,10 @@ The command writes train and development (pairs to fine-tune on), calibration, t
 sentences) and ood (other tasks, shuffled words, other languages) as JSON lines.
 Every sentence is in one file only and gives one prompt there, or two in train and development.
 
-strangers and near change the instruction by a word, over sentences of their own and over test's. The model gives the
+strangers and near change the instruction by a word, over the prompts of calibration and of test. The model gives the
 right order all the same, so no answer to them is right. strangers are declared when the demo is calibrated
-(DECLARED); near has others too (UNDECLARED), which show what a declaration does for changes that it does not name.
+(DECLARED); each says of which record it was made. near has others too (UNDECLARED), which show what a declaration
+does for changes that it does not name.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ DECLARED = ("the wrong order", "alphabetical order", "reverse order")
 UNDECLARED = ("a random order", "the order of their length")
 SEED = 20261121
 DEVELOPMENT = 100  # sentences to choose the checkpoint by
-STRANGERS = 200  # sentences of declared strangers alone: their twins must not be calibrated or certified on
 
 
 def prompt(start: str, words: Sequence[str]) -> str:
@@ -130,6 +130,7 @@ def changed(kind: str, asked: Sequence[dict[str, Any]], orders: Sequence[str]) -
         content = one["messages"][0]["content"].replace(USUAL, orders[index % len(orders)], 1)
         yield {
             "id": f"{kind}-{index:05d}",
+            "of": one["id"],
             "messages": [{"role": "user", "content": content}],
             "reference": NO_ANSWER,
             "verifier": "exact",
@@ -165,14 +166,12 @@ def main(
         "development": list(lessons("development", taught[-DEVELOPMENT:], random.Random(SEED + 6))),
         "test": list(questions("test", usual[:test], random.Random(SEED + 2))),
         "ood": list(out_of_distribution(usual[test : test + ood], random.Random(SEED + 3))),
-        "calibration": list(
-            questions("calibration", usual[test + ood : -STRANGERS], random.Random(SEED + 4))
-        ),
+        "calibration": list(questions("calibration", usual[test + ood :], random.Random(SEED + 4))),
         "shifted": list(questions("shifted", longer[:test], random.Random(SEED + 5))),
     }
-    own = list(questions("strangers", usual[-STRANGERS:], random.Random(SEED + 7)))
-    made["strangers"] = list(changed("strangers", own * len(DECLARED), DECLARED))
-    made["near"] = list(changed("near", made["test"], (*DECLARED, *UNDECLARED)))
+    made["strangers"] = list(changed("strangers", made["calibration"], DECLARED))
+    near = changed("near", made["test"], (*DECLARED, *UNDECLARED))
+    made["near"] = [{name: value for name, value in one.items() if name != "of"} for one in near]
     out.mkdir(parents=True, exist_ok=True)
     for kind, rows in made.items():
         with (out / f"{kind}.jsonl").open("w", encoding="utf-8") as file:

@@ -27,6 +27,7 @@ from candor.calibration.run import (
     require_unseen,
     run_evaluation,
 )
+from candor.calibration.strangers import dealt
 from candor.engine.base import AdapterIdentity, EngineDead
 from candor.engine.prompt import ChatFormat
 from candor.model_store.bundle import Bundle, load_bundle
@@ -359,17 +360,43 @@ def test_declared_strangers_are_learnt_from_and_counted(
     assert engine.read == 60
     assert bundle.rule is not None
     assert bundle.rule.rule.probe is not None
-    assert bundle.rule.terms.strangers == 30
+    taught = bundle.rule.terms.strangers
+    assert 20 <= taught <= 40  # each by a coin
     provenance = bundle.manifest.provenance
     assert (provenance["strangers"]["file"], provenance["strangers"]["conversations"]) == ("s.jsonl", 60)
     assert provenance["rule"]["eps"] == 0.02
     with pytest.raises(DataError, match="the bundle was fitted on this prompt"):
         require_unseen(bundle, DataFile.load(strange))
     passing = bundle.report["rule"]["declared_strangers"]
-    assert (passing["fitted"], passing["kept_apart"]) == (30, 30)
-    assert 0 <= passing["both"] <= passing["gate_alone"] <= 30
+    assert (passing["fitted"], passing["kept_apart"]) == (taught, 60 - taught)
+    assert 0 <= passing["both"] <= passing["gate_alone"] <= 60 - taught
     assert made.outcome.rule is not None
     assert "declared strangers kept apart" in str(made.outcome.rule)
+
+
+def test_a_stranger_made_of_a_record_teaches_if_that_record_fitted_the_gate(
+    make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
+) -> None:
+    """Else the gate would know twins of what certifies it, and of what it is measured against."""
+    data, strange = task(tmp_path / "d.jsonl", range(400)), tmp_path / "s.jsonl"
+    with strange.open("w") as file:
+        for i in range(400):
+            messages = [{"role": "user", "content": f"number {10_000 + i}"}]
+            file.write(json.dumps({"of": f"r{i}", "messages": messages}) + "\n")
+    inputs = Inputs.load(data, [], None, strange)
+    assert inputs.strangers is not None
+    bundle, made = two_gates(make_engine(), chat, inputs, tmp_path)
+    training = made.outcome.fitted.training
+    assert bundle.rule is not None
+    assert bundle.rule.terms.strangers == len(training)
+    states = torch.arange(400.0).unsqueeze(1)  # each its own number
+    taught, held = dealt(states, inputs.strangers.of, {one.prompt_digest for one in training}, 0)
+    assert sorted(taught.flatten().int().tolist()) == sorted(int(one.id[1:]) for one in training)
+    assert len(held) == 400 - len(training)
+    with strange.open("a") as file:
+        file.write(json.dumps({"of": "nobody", "messages": [{"role": "user", "content": "number 9"}]}) + "\n")
+    with pytest.raises(DataError, match='there is no record "nobody"'):
+        Inputs.load(data, [], None, strange)
 
 
 def test_a_stranger_is_no_record_to_calibrate_on(task: Task, tmp_path: Path) -> None:
