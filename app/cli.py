@@ -8,8 +8,9 @@ from candor.app.clients.batch import batch
 from candor.app.clients.chat import chat
 from candor.app.commands.bundle import bundle_app
 from candor.app.commands.calibrate import calibrate
+from candor.app.commands.data import data_app
 from candor.app.commands.evaluate import evaluate
-from candor.app.commands.finetune import data_app, finetune
+from candor.app.commands.finetune import finetune
 from candor.app.commands.key import key
 from candor.app.commands.serve import serve
 

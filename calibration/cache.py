@@ -2,7 +2,8 @@
 
 An answer costs a generation; a label, a split and a layer cost little. So the response and its h are
 committed as soon as the engine returns them, under a key that digests everything the answer depends on.
-Labels are not cached: a changed verifier needs no new generation.
+Labels that somebody was asked for (a judge, a function of the user's, a person) are kept beside them, under keys of
+their own: a changed verifier needs no new generation, and no verdict is paid for twice.
 
 The file is one SQLite database in write-ahead mode. A process that dies by any signal leaves the answers
 committed so far intact. Several runs may share a cache. Files from before prompts' states were kept get the column;
@@ -62,6 +63,9 @@ class AnswerCache:
                 "(key TEXT PRIMARY KEY, response TEXT NOT NULL, truncated INTEGER NOT NULL, h BLOB NOT NULL, "
                 "prompt BLOB NOT NULL DEFAULT x'')"
             )
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS labels (key TEXT PRIMARY KEY, label INTEGER)"  # NULL: unknown
+            )
             columns = {row[1] for row in self._database.execute("PRAGMA table_info(answers)")}
             if "prompt" not in columns:
                 self._database.execute("ALTER TABLE answers ADD COLUMN prompt BLOB NOT NULL DEFAULT x''")
@@ -93,6 +97,36 @@ class AnswerCache:
             self._database.execute(
                 "INSERT OR REPLACE INTO answers (key, response, truncated, h, prompt) VALUES (?, ?, ?, ?, ?)",
                 (key, answer.response, answer.truncated, h, prompt),
+            )
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+
+    def __contains__(self, key: str) -> bool:
+        """Whether an answer is kept whole, with its prompt's states."""
+        try:
+            return (
+                self._database.execute(
+                    "SELECT 1 FROM answers WHERE key = ? AND length(prompt)", (key,)
+                ).fetchone()
+                is not None
+            )
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+
+    def get_label(self, key: str) -> tuple[bool | None] | None:
+        """The verdict that is kept, None for unknown, in a tuple; None where none is kept."""
+        try:
+            row = self._database.execute("SELECT label FROM labels WHERE key = ?", (key,)).fetchone()
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+        return None if row is None else (None if row[0] is None else bool(row[0]),)
+
+    def put_label(self, key: str, verdict: bool | None) -> None:
+        """Stores a verdict; once this returns, it survives the death of this process."""
+        try:
+            self._database.execute(
+                "INSERT OR REPLACE INTO labels VALUES (?, ?)",
+                (key, None if verdict is None else int(verdict)),
             )
         except sqlite3.Error as error:
             raise self._failed(error) from error

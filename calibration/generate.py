@@ -4,6 +4,8 @@ A layer is valid only for answers made as those it was calibrated on, so this as
 the server does (`candor.policy`). Where the policy resamples, all attempts are made, since the region decides which
 one is served (`calibration.served`). Given responses are summarised instead of generated. Answers that the server
 could never admit are marked by their fault and not fitted on; held-out figures count them as not answered.
+
+Each answer is labelled as soon as it is there (`calibration.labels`), so a verifier that fails does so on the first.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ import torch
 from candor.calibration.cache import AnswerCache, CachedAnswer, cache_key
 from candor.calibration.data import Label, Record
 from candor.calibration.errors import CalibrationError, DataError
-from candor.calibration.verifiers import load_verifier
+from candor.calibration.kept import KeptAnswers, NotKept
+from candor.calibration.labels import label, verifier_of
+from candor.calibration.verifiers import Verdict
 from candor.engine.base import (
     Engine,
     Generation,
@@ -51,6 +55,7 @@ class Labelled:
     tokens: of the response. more: further attempts at the same prompt, in order, where the policy resamples.
     prompt_states: (P,) float32, at the end of prefill (`engine.base.PromptStates.vector`); (0,) where they are not
     known, and then no gate knows the prompt.
+    unknown: nobody could say whether it is right; then the label is 0.
     """
 
     id: str
@@ -62,6 +67,7 @@ class Labelled:
     fault: Fault | None = None
     tokens: int = 0
     more: tuple[Labelled, ...] = ()
+    unknown: bool = False
     prompt_states: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
@@ -83,6 +89,10 @@ def count_faults(answers: Sequence[Labelled]) -> dict[str, int]:
     return dict(Counter(answer.fault for answer in answers if answer.fault is not None))
 
 
+Watch = Callable[[Record, CachedAnswer, Verdict], object]
+"""Sees every answer with its verdict, None for unknown, as they come; what it raises ends the run."""
+
+
 async def collect(
     engine: Engine,
     chat: ChatFormat,
@@ -93,18 +103,27 @@ async def collect(
     concurrency: int,
     progress: Callable[[int], object],
     seed: int = 0,
+    watch: Watch = lambda *_: None,
+    relabel: bool = False,
 ) -> list[Labelled]:
     """Answers and labels every record, in order; answers in `cache` are not generated again.
 
-    concurrency: answers in flight at once. progress: called with 1 for each answer done; each record has
-    `policy.resample` answers.
+    concurrency: answers in flight at once. progress: called with 1 for each answer labelled; each record has
+    `policy.resample` answers. relabel: asks verifiers again whose verdicts are kept.
     seed: for sampled policies; every record draws its own stream from it.
     Raises DataError (a prompt that the model cannot take, one answer with two labels), VerifierError,
     CacheError, or the engine's own EngineDead and EngineError.
     """
-    prompts = _encode(engine, chat, records, policy)
+    prompts = encode_prompts(engine.max_model_len, chat, records, policy)
     answers: dict[tuple[int, int], CachedAnswer] = {}
-    todo = iter(list(product(range(len(records)), range(policy.resample))))
+    verdicts: dict[tuple[int, int], Verdict] = {}
+    every = list(product(range(len(records)), range(policy.resample)))
+    if isinstance(engine, KeptAnswers):  # before anybody is asked for a label, which would be lost
+        for index, attempt in every:
+            drawn = _sampling(policy, records[index], seed, attempt)
+            if _key(engine, records[index], policy, representation, drawn) not in cache:
+                raise NotKept(f'the answer to "{records[index].id}" is not in the cache')
+    todo = iter(every)
 
     async def work() -> None:
         for index, attempt in todo:  # workers share the iterator, so each item goes to one of them
@@ -120,7 +139,15 @@ async def collect(
                 answer = replace(answer, prompt=_prompt_vector(await engine.prompt_states(prompts[index])))
                 cache.put(key, answer)
             answers[index, attempt] = answer
-            progress(1)
+            # By itself, so that a slow judge does not hold up the next answer.
+            workers.create_task(judge(index, attempt, answer))
+
+    async def judge(index: int, attempt: int, answer: CachedAnswer) -> None:
+        record = records[index]
+        verdict = await label(record, answer.response, cache, relabel)
+        verdicts[index, attempt] = verdict
+        watch(record, answer, verdict)
+        progress(1)
 
     try:
         async with asyncio.TaskGroup() as workers:
@@ -128,15 +155,25 @@ async def collect(
                 workers.create_task(work())
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from errors
+    finally:
+        await close_verifiers(records)
     labelled = []
     for index, record in enumerate(records):
         fault: Fault | None = "uncalibrated" if departure(record, policy, chat, representation.tag) else None
         first, *more = (
-            _label(record, answers[index, attempt], chat, fault) for attempt in range(policy.resample)
+            _labelled(record, answers[index, attempt], verdicts[index, attempt], chat, fault)
+            for attempt in range(policy.resample)
         )
         labelled.append(replace(first, more=tuple(more)))
     _refuse_contradictions(records, labelled)
     return labelled
+
+
+async def close_verifiers(records: Sequence[Record]) -> None:
+    """Ends the connections of these records' verifiers."""
+    for verifier in {one for record in records if (one := verifier_of(record)) is not None}:
+        if verifier.close is not None:
+            await verifier.close()
 
 
 def departure(record: Record, policy: Policy, chat: ChatFormat, tag: str) -> str | None:
@@ -152,7 +189,7 @@ def require_calibrated(
 ) -> None:
     """Raises DataError that lists every record that the server would not call calibrated."""
     problems = [
-        f'line {record.line} (id "{record.id}"): {why}'
+        f'{record.place} (id "{record.id}"): {why}'
         for record in records
         if (why := departure(record, policy, chat, tag))
     ]
@@ -165,24 +202,29 @@ def require_calibrated(
         )
 
 
-def _encode(engine: Engine, chat: ChatFormat, records: Sequence[Record], policy: Policy) -> list[list[int]]:
-    """Encodes every prompt before the first is answered, so that a prompt too long is found now, not hours later."""
+def encode_prompts(
+    max_model_len: int, chat: ChatFormat, records: Sequence[Record], policy: Policy
+) -> list[list[int]]:
+    """Encodes every prompt before the first is answered, so that a prompt too long is found now, not hours later.
+
+    Raises DataError.
+    """
     prompts, problems = [], []
     for record in records:
         try:
             ids = policy.conversations.resolve(record.messages).encode(chat)
         except ValueError as error:
-            problems.append(f'line {record.line} (id "{record.id}"): {error}')
+            problems.append(f'{record.place} (id "{record.id}"): {error}')
             continue
         if record.response is not None and policy.resample > 1:
             problems.append(
-                f'line {record.line} (id "{record.id}"): its response is given, but this policy resamples'
+                f'{record.place} (id "{record.id}"): its response is given, but this policy resamples'
             )
         answer = policy.max_tokens if record.response is None else len(chat.encode_response(record.response))
-        if len(ids) + answer > engine.max_model_len:
+        if len(ids) + answer > max_model_len:
             problems.append(
-                f'line {record.line} (id "{record.id}"): {len(ids)} prompt tokens and {answer} for the '
-                f"answer exceed the model's {engine.max_model_len}"
+                f'{record.place} (id "{record.id}"): {len(ids)} prompt tokens and {answer} for the '
+                f"answer exceed the model's {max_model_len}"
             )
         prompts.append(ids)
     if problems:
@@ -240,7 +282,7 @@ async def _ask(
                 generation = piece
     except PromptTooLong as error:
         raise DataError(
-            f'line {record.line} (id "{record.id}"): {error}; shorten or remove the record, '
+            f'{record.place} (id "{record.id}"): {error}; shorten or remove the record, '
             "or raise --max-model-len"
         ) from error
     if generation is None:
@@ -264,21 +306,19 @@ def _prompt_vector(states: PromptStates | None) -> torch.Tensor:
     return torch.empty(0) if states is None or not states.complete else states.vector().to(torch.float32)
 
 
-def _label(record: Record, answer: CachedAnswer, chat: ChatFormat, fault: Fault | None) -> Labelled:
-    label = record.label
-    if label is None:
-        assert record.verifier is not None  # one of the two, by `load_records`
-        verify = load_verifier(record.verifier, record.folder)
-        label = 1 if verify(answer.response, record.reference) else 0
+def _labelled(
+    record: Record, answer: CachedAnswer, verdict: Verdict, chat: ChatFormat, fault: Fault | None
+) -> Labelled:
     return Labelled(
         record.id,
         record.prompt_digest,
         record.messages,
         answer.response,
-        label,
+        1 if verdict else 0,
         answer.h,
         fault or _fault(answer),
         len(chat.encode_response(answer.response)),
+        unknown=verdict is None,
         prompt_states=answer.prompt,
     )
 
@@ -298,11 +338,13 @@ def _refuse_contradictions(records: Sequence[Record], labelled: Sequence[Labelle
         (record, one) for record, answer in zip(records, labelled, strict=True) for one in answer.attempts
     ]
     for record, answer in answers:
-        other, label = first.setdefault((answer.prompt_digest, answer.response), (record, answer.label))
-        if label != answer.label:
+        if answer.unknown:
+            continue
+        other, before = first.setdefault((answer.prompt_digest, answer.response), (record, answer.label))
+        if before != answer.label:
             problems.append(
-                f"lines {other.line} and {record.line}: same prompt, same answer, but "
-                f"labels {label} and {answer.label}"
+                f"{other.unit}s {other.line} and {record.line}: same prompt, same answer, but "
+                f"labels {before} and {answer.label}"
             )
     if problems:
         raise DataError.from_problems(

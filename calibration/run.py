@@ -14,7 +14,6 @@ The caller passes the engine; the same engine serves.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,9 +25,12 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from candor.calibration.advice import Advice, advise
+from candor.calibration.agreement import Agreement
 from candor.calibration.cache import AnswerCache
 from candor.calibration.certificate import Certification, Claim, certify
-from candor.calibration.data import Record, load_records, require_disjoint
+from candor.calibration.data import Loaded, Record, earlier_prompt_digest, load, require_disjoint
+from candor.calibration.early import Watch, require_disk, require_enough, require_writable, try_verifiers
 from candor.calibration.errors import CalibrationError, DataError
 from candor.calibration.evaluate import Evaluation, evaluate
 from candor.calibration.fit import (
@@ -39,11 +41,21 @@ from candor.calibration.fit import (
     set_aside_for_certification,
     standardisation_blocks,
 )
-from candor.calibration.generate import Labelled, collect, count_faults, require_calibrated
+from candor.calibration.generate import (
+    Labelled,
+    collect,
+    count_faults,
+    encode_prompts,
+    require_calibrated,
+)
+from candor.calibration.generate import Watch as Watching
+from candor.calibration.labels import ask_person, verifier_of
 from candor.calibration.report import build_report
 from candor.calibration.rule import RuleSettings
 from candor.calibration.rule_certificate import CertifiedRule, RuleParts, certified_rule
+from candor.calibration.shapes import Reading
 from candor.calibration.strangers import Strangers, load_strangers, read_strangers
+from candor.calibration.verifiers import without_folders
 from candor.engine.base import AdapterIdentity, Engine, ModelIdentity, Representation
 from candor.engine.prompt import ChatFormat
 from candor.model_store.bundle import Bundle, Exemplar
@@ -62,26 +74,28 @@ HELD_OUT_SHARE = 0.2
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of records that was read and checked. sha256: of its bytes."""
+    """A file of records that was read and checked. sha256: of its bytes. loaded: how it was understood."""
 
     path: Path
     records: list[Record]
     sha256: str
+    loaded: Loaded | None = None
 
     @classmethod
-    def load(cls, path: Path) -> DataFile:
+    def load(cls, path: Path, reading: Reading | None = None) -> DataFile:
         """Raises DataError."""
-        records = load_records(path)
-        return cls(path, records, hashlib.sha256(path.read_bytes()).hexdigest())
+        found = load(path, reading)
+        return cls(path, found.records, found.rows.sha256, found)
 
     def to_json(self) -> dict[str, Any]:
         """JSON without folders, which would reveal the machine."""
-        verifiers = {record.verifier.rpartition("/")[2] for record in self.records if record.verifier}
+        verifiers = {without_folders(record.verifier) for record in self.records if record.verifier}
         return {
             "file": self.path.name,
             "sha256": self.sha256,
             "records": len(self.records),
             "given_responses": sum(record.response is not None for record in self.records),
+            **({"unknown_labels": self.loaded.unknown} if self.loaded and self.loaded.unknown else {}),
             "verifiers": sorted(verifiers),
         }
 
@@ -104,20 +118,16 @@ class Inputs:
         held_out: Sequence[Path],
         certification: Path | None = None,
         strangers: Path | None = None,
+        reading: Reading | None = None,
     ) -> Inputs:
         """Raises DataError, also where a prompt is in files with different purposes."""
         inputs = cls(
-            DataFile.load(fitting),
-            tuple(map(DataFile.load, held_out)),
-            None if certification is None else DataFile.load(certification),
+            DataFile.load(fitting, reading),
+            tuple(DataFile.load(path, reading) for path in held_out),
+            None if certification is None else DataFile.load(certification, reading),
         )
         if strangers is not None:
-            files = [
-                inputs.fitting,
-                *inputs.held_out,
-                *([inputs.certification] if inputs.certification else []),
-            ]
-            records = [record for file in files for record in file.records]
+            records = [record for file in inputs.files for record in file.records]
             inputs = replace(inputs, strangers=load_strangers(strangers, records))
         purposes = [[inputs.fitting], [inputs.certification] if inputs.certification else [], inputs.held_out]
         for one, other in combinations(purposes, 2):
@@ -125,14 +135,25 @@ class Inputs:
                 require_disjoint(file.path, file.records, against.path, against.records)
         return inputs
 
+    @property
+    def files(self) -> list[DataFile]:
+        return [self.fitting, *self.held_out, *([self.certification] if self.certification else [])]
+
 
 @dataclass(frozen=True)
 class AnsweringOptions:
-    """How the engine is asked: the cache's folder, the number of records in flight, the seed of sampling."""
+    """How the engine is asked: the cache's folder, the number of records in flight, the seed of sampling.
+
+    relabel: asks verifiers again whose verdicts are kept. person: somebody is at the terminal, and is asked about
+    what no verifier could label. review: ids of records whose labels somebody at the terminal looks at.
+    """
 
     cache: Path
     concurrency: int
     seed: int = 0
+    relabel: bool = False
+    person: bool = False
+    review: frozenset[str] = frozenset()
 
 
 def require_free(out: Path) -> None:
@@ -167,11 +188,13 @@ REGION_SHARE = 0.2
 @dataclass(frozen=True)
 class Certifying:
     """accuracy: the least to certify; None: a rule's alphas alone say, and no region is certified. share: of the
-    prompts, set aside to certify where no certification file is given. Raises ValueError out of range."""
+    prompts, set aside to certify where no certification file is given. agreement: of the verifier with people, by
+    whose labels the accuracy then is. Raises ValueError out of range."""
 
     accuracy: float | None
     delta: float
     share: float
+    agreement: Agreement | None = None
 
     def __post_init__(self) -> None:
         Claim(0.5 if self.accuracy is None else self.accuracy, self.delta)  # raises out of range
@@ -191,11 +214,19 @@ class Certifying:
     @property
     def of_regions(self) -> Claim | None:
         """What is to be certified of every region; None: nothing."""
-        return None if self.accuracy is None else Claim(self.accuracy, self.delta)
+        return None if self.accuracy is None else self._by_verifier(Claim(self.accuracy, self.delta))
 
     def of_rule(self, alpha: float) -> Claim:
         """What is to be certified of the rule at alpha: that accuracy, or the least that was asked for."""
-        return Claim(max(alpha, self.accuracy or 0.0), self.delta)
+        return self._by_verifier(Claim(max(alpha, self.accuracy or 0.0), self.delta))
+
+    def claims(self, rule_alphas: Sequence[float]) -> list[Claim]:
+        """All of them. Raises CalibrationError where the verifier agrees too little with people."""
+        regions = [] if self.of_regions is None else [self.of_regions]
+        return regions + [self.of_rule(alpha) for alpha in rule_alphas]
+
+    def _by_verifier(self, wanted: Claim) -> Claim:
+        return wanted if self.agreement is None else self.agreement.by_verifier(wanted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,6 +239,7 @@ class Outcome:
     rule: CertifiedRule | None
     evaluation: Evaluation
     report: dict[str, Any]
+    advice: Advice
 
     @property
     def gates(self) -> TwoGates | None:
@@ -232,6 +264,37 @@ def require_inputs_calibrated(chat: ChatFormat, inputs: Inputs, policy: Policy, 
     for file in (inputs.fitting, inputs.certification):
         if file is not None:
             require_calibrated(file.path, file.records, policy, chat, tag)
+
+
+def require_possible(
+    chat: ChatFormat,
+    inputs: Inputs,
+    policy: Policy,
+    representation: Representation,
+    settings: FitSettings,
+    certifying: Certifying | None,
+    out: Path,
+    cache: Path,
+    *,
+    hidden_size: int,
+    max_model_len: int,
+) -> None:
+    """Raises CalibrationError for all that would otherwise fail after the last answer."""
+    width = sum(representation.block_sizes(hidden_size))
+    require_writable(out.parent, "the bundle's folder")
+    require_writable(cache, "the cache")
+    require_disk(cache, sum(len(file.records) for file in inputs.files), width, policy)
+    require_enough(
+        inputs.fitting.records,
+        min(settings.alphas),
+        certifying.share if certifying and not inputs.certification else 0,
+        0 if inputs.held_out else HELD_OUT_SHARE,
+        str(inputs.fitting.path),
+    )
+    require_inputs_calibrated(chat, inputs, policy, representation.tag)
+    for file in inputs.files:
+        encode_prompts(max_model_len, chat, file.records, policy)
+        try_verifiers(file.records, cache)
 
 
 async def answer_inputs(
@@ -334,12 +397,15 @@ def calibrate_answers(
     progress: called with the number of epochs done since the last call. Raises CalibrationError.
     """
     fitting, reporting, apart = list(answers), list(held_out), list(certification)
+    unknown = sum(one.unknown for one in (*fitting, *reporting, *apart))
     if certifying is not None and not apart:
         fitting, apart = set_aside_for_certification(fitting, certifying.share, settings.seed)
     if not reporting:
         fitting, reporting = set_aside(fitting, HELD_OUT_SHARE, settings.seed)
     if not reporting:
         raise DataError("no record is left for the held-out part: add records, or give a file with --test")
+    # Nobody said that these are right: they are not learnt from, and count as wrong where figures are reported.
+    fitting = [one for one in fitting if not one.unknown]
     fitted = fit(fitting, blocks, settings, progress)
     certified = None
     if certifying is not None and certifying.of_regions is not None:
@@ -352,7 +418,12 @@ def calibrate_answers(
     gates = certified_gates.gates if certified_gates else None
     evaluation = evaluate(fitted.estimator, reporting, settings.alphas, settings.seed, gates)
     report = build_report(fitted, settings, fitting, reporting, evaluation, certified, certified_gates)
-    return Outcome(settings, fitted, certified, certified_gates, evaluation, report)
+    report["counts"]["unknown_labels"] = unknown
+    if certifying is not None and certifying.agreement is not None:
+        report["agreement_with_people"] = certifying.agreement.to_json()
+    advice = advise(fitted, fitting, evaluation)
+    report["advice"] = advice.to_json()
+    return Outcome(settings, fitted, certified, certified_gates, evaluation, report, advice)
 
 
 def publish_outcome(
@@ -417,9 +488,9 @@ def require_unseen(bundle: Bundle, file: DataFile) -> None:
     """Raises DataError where the bundle was fitted on one of the file's prompts."""
     fitted = set(bundle.report["fitted_prompts"])
     problems = [
-        f"line {record.line}: the bundle was fitted on this prompt"
+        f"{record.place}: the bundle was fitted on this prompt"
         for record in file.records
-        if record.prompt_digest in fitted
+        if fitted & {record.prompt_digest, earlier_prompt_digest(record.messages)}
     ]
     if problems:
         raise DataError.from_problems(
@@ -428,24 +499,55 @@ def require_unseen(bundle: Bundle, file: DataFile) -> None:
 
 
 async def answer_file(
-    engine: Engine, chat: ChatFormat, file: DataFile, policy: Policy, asking: AnsweringOptions, title: str
+    engine: Engine,
+    chat: ChatFormat,
+    file: DataFile,
+    policy: Policy,
+    asking: AnsweringOptions,
+    title: str,
+    watch: Watching | None = None,
 ) -> list[Labelled]:
-    with (
-        AnswerCache(asking.cache) as cache,
-        tqdm(total=len(file.records) * policy.resample, desc=title, unit="answer") as bar,
-    ):
-        answers = await collect(
-            engine,
-            chat,
-            file.records,
-            policy,
-            engine.representation,
-            cache,
-            asking.concurrency,
-            bar.update,
-            asking.seed,
-        )
+    """Answers and labels a file's records. watch: sees each answer; by default `early.Watch`."""
+    number = len(file.records) * policy.resample
+    seen = watch or Watch(
+        number, policy.max_tokens, lambda line: tqdm.write(f"{file.path}: {line}", sys.stderr)
+    )
+
+    async def collected(cache: AnswerCache, watch: Watching) -> list[Labelled]:
+        with tqdm(total=number, desc=title, unit="answer", delay=1) as bar:
+            return await collect(
+                engine,
+                chat,
+                file.records,
+                policy,
+                engine.representation,
+                cache,
+                asking.concurrency,
+                bar.update,
+                asking.seed,
+                watch,
+                asking.relabel,
+            )
+
+    with AnswerCache(asking.cache) as cache:
+        answers = await collected(cache, seen)
+        left = [
+            (record, attempt.response)
+            for record, answer in zip(file.records, answers, strict=True)
+            for attempt in answer.attempts
+            if (attempt.unknown and asking.person) or record.id in asking.review
+        ]
+        if left and ask_person(left, cache):
+            answers = await collected(cache, lambda *_: None)
     attempts = [attempt for answer in answers for attempt in answer.attempts]
+    if unknown := sum(attempt.unknown for attempt in attempts):
+        tqdm.write(
+            f"{file.path}: {unknown} of {len(attempts)} answers ({unknown / len(attempts):.0%}) have no known label: "
+            "left out of fitting, counted as wrong in figures and certificates. --ask-person asks you about them",
+            file=sys.stderr,
+        )
+    for told in {one.costs() for record in file.records if (one := verifier_of(record)) and one.costs}:
+        tqdm.write(f"{file.path}: {told}", file=sys.stderr)
     if faults := count_faults(attempts):
         told = ", ".join(f"{count} {fault}" for fault, count in faults.items())
         tqdm.write(

@@ -4,6 +4,7 @@
     judge, Verdicts           verdicts on many answers, from their states
     Model                     a language model in this process: states of texts, and the verdict on one answer
     calibrate, Calibrated     a bundle from states and labels
+    read_records, Record      labelled data from files of any kind
     Verdict                   the verdict on one answer
     Region, Certificate       the region where answers are admitted, and its certified accuracy
     Policy, Conversations     what was calibrated: how answers are drawn, and to which conversations
@@ -29,6 +30,7 @@ __all__ = [
     "EngineError",
     "Model",
     "Policy",
+    "Record",
     "Region",
     "Representation",
     "Verdict",
@@ -36,10 +38,12 @@ __all__ = [
     "calibrate",
     "judge",
     "load_bundle",
+    "read_records",
 ]
 
 _HOMES = {
     "candor.calibrating": ("Calibrated", "calibrate"),
+    "candor.calibration.data": ("Record",),
     "candor.calibration.errors": ("CalibrationError",),
     "candor.engine.base": ("EngineError", "Representation"),
     "candor.judging": ("Verdicts", "judge"),
@@ -50,12 +54,14 @@ _HOMES = {
     "candor.policy.conversation": ("Conversations",),
     "candor.policy.decision": ("Verdict",),
     "candor.policy.policy": ("Policy",),
+    "candor.records": ("read_records",),
     "candor.sdm.region": ("Region",),
 }
 """The module of each name, repeated for lazy loading at run time (PEP 562)."""
 
 if TYPE_CHECKING:
     from candor.calibrating import Calibrated, calibrate
+    from candor.calibration.data import Record
     from candor.calibration.errors import CalibrationError
     from candor.engine.base import EngineError, Representation
     from candor.judging import Verdicts, judge
@@ -66,6 +72,7 @@ if TYPE_CHECKING:
     from candor.policy.conversation import Conversations
     from candor.policy.decision import Verdict
     from candor.policy.policy import Policy
+    from candor.records import read_records
     from candor.sdm.region import Region
 else:
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from candor.calibration.data import earlier_prompt_digest
 from candor.calibration.epochs import LayerSettings
 from candor.calibration.errors import DataError
 from candor.calibration.fit import standardisation_blocks
@@ -129,7 +130,11 @@ def halves(bundle: Bundle, answers: Sequence[Labelled], seed: int, ensemble: int
     known = {answer.id: answer for answer in scorable(answers)}
     exemplars = {one.id: None for one in bundle.exemplars}
     training = [known[one] for one in exemplars if one in known]
-    calibration = [one for one in known.values() if one.prompt_digest in second and one.id not in exemplars]
+    calibration = [
+        one
+        for one in known.values()
+        if second & {one.prompt_digest, earlier_prompt_digest(one.messages)} and one.id not in exemplars
+    ]
     estimator = bundle.estimator
     for half, found, expected in (
         ("training", training, estimator.support.labels.tolist()),

@@ -18,9 +18,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from candor.calibration.cache import AnswerCache
-from candor.calibration.generate import Labelled, scorable
+from candor.calibration.cache import AnswerCache, CachedAnswer
+from candor.calibration.data import Record
+from candor.calibration.errors import DataError
+from candor.calibration.generate import Labelled, Watch, scorable
 from candor.calibration.run import AnsweringOptions, DataFile, answer_file
+from candor.calibration.verifiers import Verdict
 from candor.comparison.comparators import COMPARATORS, REFERENCE, SAMPLERS
 from candor.comparison.comparators.base import Fitting, MethodVerdicts
 from candor.comparison.comparators.passes import Asked, ask
@@ -84,7 +87,13 @@ async def gather(
     """Raises CalibrationError or EngineError."""
     policy = bundle.manifest.policy
     fitted = await answer_file(
-        engine, chat, calibration, policy, asking, "answering what the bundle was made from"
+        engine,
+        chat,
+        calibration,
+        policy,
+        asking,
+        "answering what the bundle was made from",
+        _same_as(bundle),
     )
     fitting = halves(bundle, fitted, settings.seed, settings.ensemble)
     answers = {
@@ -114,6 +123,27 @@ async def gather(
                 for one, reply in zip(part, replies, strict=True)
             ]
     return ComparisonData(fitting, answers, asked)
+
+
+def _same_as(bundle: Bundle) -> Watch:
+    """Ends the run at the first answer that is not the bundle's: another machine may give others."""
+    exemplars = {one.id: one for one in bundle.exemplars}
+
+    def watch(record: Record, answer: CachedAnswer, verdict: Verdict) -> None:
+        one = exemplars.get(record.id)
+        if one is not None and not answer.truncated and one.response != answer.response:
+            raise DataError(
+                f"{record.place}: the bundle was made from the answer {one.response!r}, and this is "
+                f"{answer.response!r}. Another processor may give other answers: copy the folder of kept answers "
+                "from where the bundle was made, and name it with --hidden-cache"
+            )
+        if one is not None and verdict is not None and int(verdict) != one.label:
+            raise DataError(
+                f"{record.place}: the bundle was made with the label {one.label}, and this is {int(verdict)}: give "
+                "--calibration the file that it was made from"
+            )
+
+    return watch
 
 
 def run_comparison(material: ComparisonData, settings: CompareSettings) -> Comparison:

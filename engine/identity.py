@@ -98,6 +98,11 @@ def _shown(value: object) -> object:
     return options_as_typed(value) if isinstance(value, dict) else value
 
 
+def hidden_size_of(model: Path) -> int:
+    """Returns the width of the model's states, without reading its weights. Raises EngineError."""
+    return _hidden_size(model, _read_config(model))
+
+
 def _read_config(model: Path) -> dict[str, Any]:
     file = model / "config.json"
     if not file.is_file() or not any(model.glob("*.safetensors")):

@@ -49,16 +49,25 @@ class ChatFormat:
     def from_directory(cls, path: Path) -> ChatFormat:
         """Reads tokenizer and template of the model at `path`, without access to a hub or remote code.
 
-        Raises EngineError if there is no such directory, or if the model names several templates and none of them is
-        the default.
+        Raises EngineError if there is no such directory, if it has no tokenizer, or if the model names several
+        templates and none of them is the default.
         """
         if not path.is_dir():
             raise EngineError(
-                f"there is no directory {path}: expected the model's, with config.json, *.safetensors and a tokenizer"
+                f"{path} is not a directory, and Candor asks no model hub: download the model, for example with "
+                "`hf download NAME --local-dir DIR`, and give its directory"
             )
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise EngineError(
+                f"{path} has no tokenizer that transformers can read; expected tokenizer.json or the like, and "
+                f"tokenizer_config.json beside the model: {str(error).splitlines()[0]}"
+            ) from error
         chat = cls(tokenizer, _end_ids(path))
         chat.template  # noqa: B018  known at start
         return chat

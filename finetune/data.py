@@ -17,6 +17,7 @@ from typing import Any
 
 from candor.calibration.data import parse_lines, prompt_digest, read_messages
 from candor.calibration.errors import DataError, VerifierError
+from candor.calibration.shapes import messages_of
 from candor.calibration.verifiers import load_verifier, reference_problem
 
 FIELDS = frozenset({"id", "messages", "reference", "verifier", "positive", "negative"})
@@ -36,7 +37,8 @@ class Pair:
     folder: Path | None = None
 
     def is_right(self, response: str) -> bool:
-        return load_verifier(self.verifier, self.folder)(response, self.reference)
+        """Whether the verifier says so; False where it cannot say."""
+        return load_verifier(self.verifier, self.folder)(response, self.reference) is True
 
 
 def load_pairs(path: Path) -> list[Pair]:
@@ -67,7 +69,7 @@ def _parse(fields: dict[str, Any], _line: int, folder: Path) -> Pair:
         raise ValueError(str(error)) from error
     if problem := reference_problem(fields["verifier"], fields["reference"]):
         raise ValueError(problem)
-    made = Pair(**(fields | {"messages": read_messages(fields["messages"])}), folder=folder)
+    made = Pair(**(fields | {"messages": read_messages(messages_of(fields["messages"]))}), folder=folder)
     if not made.is_right(made.positive):
         raise ValueError(f'"positive" is wrong by verifier "{made.verifier}"')
     if made.is_right(made.negative):

@@ -6,6 +6,10 @@
 Each line of the output is one write at the end of the file, so a killed command leaves whole lines and at most
 one torn line. The next run removes the torn line, skips requests that have a line, and sends the rest. So no line
 is lost and none appears twice.
+
+A line that cannot be sent is answered with an error that names it, and the others go on:
+
+    out   {"id": ..., "custom_id": null or its own, "response": null, "error": {"code", "message", "line"}}
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from candor.app.clients.remote import Url, client_settings, explanation
+from candor.model_store import strict_json
 
 if TYPE_CHECKING:
     import httpx
@@ -52,9 +57,14 @@ def batch(
 ) -> None:
     """Answer a file of requests in OpenAI's batch format. Run again, it goes on where it was stopped."""
     try:
-        known = check_requests(requests)
+        if results.exists() and results.samefile(requests):
+            raise BatchError(f"{results} is IN and OUT: answers are added to OUT, so give it another name")
+        known, faults = check_requests(requests)
         with open_results(results, known) as out:
-            asyncio.run(_answer_all(requests, out, len(known), url, concurrency, patience_s))
+            for fault in faults:
+                if _key(fault) not in out.done:
+                    out.add(fault)
+            asyncio.run(_answer_all(requests, out, known, url, concurrency, patience_s))
     except (BatchError, OSError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
@@ -65,35 +75,68 @@ def batch(
     raise typer.Exit(1 if out.tally["failed"] else 0)
 
 
-def check_requests(path: Path) -> set[str]:
-    """Returns all custom_ids. Raises BatchError, which names the faulty line, before any request is sent."""
+def check_requests(path: Path) -> tuple[set[str | int], list[dict[str, Any]]]:
+    """Returns the keys of all results (`_key`), and results of the lines that cannot be sent.
+
+    Raises BatchError, which names the first of them, where no line can be sent.
+    """
     lines: dict[str, int] = {}
+    faults: list[dict[str, Any]] = []
     for number, line in _lines(path):
-        one = _parsed(line, f"{path}, line {number}")
-        custom_id = one.get("custom_id")
-        fault = None
-        if not isinstance(custom_id, str) or not custom_id:
-            fault = f"expected a custom_id, a text, got {custom_id!r}"
-        elif custom_id in lines:
-            fault = f"the custom_id {custom_id!r} stands in line {lines[custom_id]} too; each needs its own"
-        elif one.get("method") != "POST" or one.get("url") not in URLS:
-            fault = (
-                f"expected POST to one of {', '.join(URLS)}, got {one.get('method')!r} to {one.get('url')!r}"
+        custom_id = None
+        try:
+            one = _parsed(line)
+            custom_id = one.get("custom_id")
+            _check(one, lines)
+        except ValueError as error:
+            faults.append(
+                {
+                    "id": f"batch_req_{uuid.uuid4().hex}",
+                    "custom_id": custom_id if isinstance(custom_id, str) else None,
+                    "response": None,
+                    "error": {
+                        "code": "invalid_request",
+                        "message": f"line {number}: {error}",
+                        "line": number,
+                    },
+                }
             )
-        elif not isinstance(one.get("body"), dict) or one["body"].get("stream"):
-            fault = "expected a body, an object, that does not ask for a stream"
-        if fault:
-            raise BatchError(f"{path}, line {number}: {fault}")
-        lines[one["custom_id"]] = number
-    return set(lines)
+        else:
+            lines[one["custom_id"]] = number
+    if faults and not lines:
+        raise BatchError(f"{path}: no line can be sent; {faults[0]['error']['message']}")
+    return {*lines, *(fault["error"]["line"] for fault in faults)}, faults
+
+
+def _key(result: dict[str, Any]) -> str | int | None:
+    """What a result answers: a custom_id, or the number of a line that could not be sent."""
+    error = result.get("error")
+    key: str | int | None = error.get("line") if isinstance(error, dict) else None
+    return key or result.get("custom_id")
+
+
+def _check(one: dict[str, Any], lines: dict[str, int]) -> None:
+    """Raises ValueError for a request that cannot be sent. lines: by custom_id, where it stood before."""
+    custom_id = one.get("custom_id")
+    fault = None
+    if not isinstance(custom_id, str) or not custom_id:
+        fault = f"expected a custom_id, a text, got {custom_id!r}"
+    elif custom_id in lines:
+        fault = f"the custom_id {custom_id!r} stands in line {lines[custom_id]} too; each needs its own"
+    elif one.get("method") != "POST" or one.get("url") not in URLS:
+        fault = f"expected POST to one of {', '.join(URLS)}, got {one.get('method')!r} to {one.get('url')!r}"
+    elif not isinstance(one.get("body"), dict) or one["body"].get("stream"):
+        fault = "expected a body, an object, that does not ask for a stream"
+    if fault:
+        raise ValueError(fault)
 
 
 @dataclass
 class Results:
-    """The output, open for appending. done: custom_ids that have a line. tally: count of lines per outcome."""
+    """The output, open for appending. done: keys (`_key`) that have a line. tally: count of lines per outcome."""
 
     file: int
-    done: set[str] = field(default_factory=set)
+    done: set[str | int | None] = field(default_factory=set)
     tally: Counter[str] = field(default_factory=Counter)
 
     def add(self, line: dict[str, Any]) -> None:
@@ -103,7 +146,7 @@ class Results:
         self.count(line)
 
     def count(self, line: dict[str, Any]) -> None:
-        self.done.add(line["custom_id"])
+        self.done.add(_key(line))
         self.tally[_outcome(line)] += 1
 
     def summary(self) -> str:
@@ -112,8 +155,8 @@ class Results:
 
 
 @contextmanager
-def open_results(path: Path, known: set[str]) -> Iterator[Results]:
-    """known: custom_ids of the requests. Raises BatchError if another run writes, or the file does not match."""
+def open_results(path: Path, known: set[str | int]) -> Iterator[Results]:
+    """known: keys of all results. Raises BatchError if another run writes, or the file does not match."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         try:
@@ -127,8 +170,11 @@ def open_results(path: Path, known: set[str]) -> Iterator[Results]:
                 if not line.endswith(b"\n"):
                     break  # a killed run left it torn
                 whole += len(line)
-                one = _parsed(line, f"{path}, line {number}")
-                if one.get("custom_id") not in known or one["custom_id"] in results.done:
+                try:
+                    one = _parsed(line)
+                except ValueError as error:
+                    raise BatchError(f"{path}, line {number}: {error}") from None
+                if _key(one) not in known or _key(one) in results.done:
                     raise BatchError(
                         f"{path}, line {number}: its custom_id {one.get('custom_id')!r} is not among the "
                         "requests, or answered twice; give another output"
@@ -141,12 +187,15 @@ def open_results(path: Path, known: set[str]) -> Iterator[Results]:
 
 
 async def _answer_all(
-    requests: Path, out: Results, total: int, url: str, concurrency: int, patience_s: float
+    requests: Path, out: Results, known: set[str | int], url: str, concurrency: int, patience_s: float
 ) -> None:
     import httpx
     from tqdm import tqdm
 
-    todo = (one for _, line in _lines(requests) if (one := json.loads(line))["custom_id"] not in out.done)
+    faulty = {key for key in known if isinstance(key, int)}
+    lines = (_parsed(line) for number, line in _lines(requests) if number not in faulty)
+    todo = (one for one in lines if one["custom_id"] not in out.done)
+    total = len(known)
     limits = httpx.Limits(max_connections=concurrency)
     with tqdm(total=total, initial=len(out.done), unit="answer", smoothing=0.1) as bar:
         async with httpx.AsyncClient(**client_settings(url), limits=limits) as client:
@@ -221,13 +270,14 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _parsed(line: bytes, where: str) -> dict[str, Any]:
+def _parsed(line: bytes) -> dict[str, Any]:
+    """Raises ValueError, also for what cannot be sent on: half a surrogate pair, NaN, a key twice, too deep."""
     try:
-        one = json.loads(line)
+        one = strict_json.parse(line)
     except ValueError as error:
-        raise BatchError(f"{where}: not JSON: {error}") from None
+        raise ValueError(f"not JSON that can be sent: {error}") from None
     if not isinstance(one, dict):
-        raise BatchError(f"{where}: expected an object, got {type(one).__name__}")
+        raise ValueError(f"expected an object, got {type(one).__name__}")
     return one
 
 

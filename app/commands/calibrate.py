@@ -1,15 +1,17 @@
 """`candor calibrate`: makes a bundle from labelled data. `candor evaluate` shares its options and its error handling.
 
-Files are read and checked before the engine starts. Progress goes to standard error and results go to standard
-output, so that `--json` gives one JSON object alone.
+Files are read, and all that can fail is tried, before the engine starts. Progress goes to standard error and results
+go to standard output, so that `--json` gives one JSON object alone, whatever the engine prints.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -21,7 +23,11 @@ from candor.app.commands.serve import EngineKind, vllm_options
 from candor.app.process.ending import ending_children
 
 if TYPE_CHECKING:
-    from candor.calibration.run import AnsweringOptions, Answers, Inputs
+    from candor.calibration.agreement import Agreement
+    from candor.calibration.run import AnsweringOptions, Answers, DataFile, Inputs
+    from candor.calibration.shapes import Reading
+    from candor.engine.base import Engine
+    from candor.engine.prompt import ChatFormat
     from candor.engine.settings import EngineSettings
     from candor.policy.policy import Policy
 
@@ -53,12 +59,28 @@ Cache = Annotated[
     typer.Option(help="Folder where finished answers are kept for the next run; default: beside the bundle."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print all figures as one JSON object.")]
+Columns = Annotated[
+    str,
+    typer.Option(help='Columns of the data by field, such as "prompt=question, reference=answer".'),
+]
+VerifierName = Annotated[
+    str | None,
+    typer.Option(
+        help="How answers are judged where a record does not say: exact, number(1%), judge(FILE), ..."
+    ),
+]
+Relabel = Annotated[bool, typer.Option("--relabel", help="Ask verifiers again whose verdicts are kept.")]
+AskPerson = Annotated[
+    bool, typer.Option("--ask-person", help="Ask here, at the terminal, about answers of unknown label.")
+]
 
 
 def calibrate(
     context: typer.Context,
     model: Model,
-    data: Annotated[Path, typer.Option(help="Labelled records, JSON Lines (docs/calibration.md).")],
+    data: Annotated[
+        Path, typer.Option(help="Labelled records: JSON, CSV, Parquet, hf:NAME, ... (docs/your-data.md).")
+    ],
     out: Annotated[Path, typer.Option(help="Where the bundle is published; must not exist yet.")],
     alpha: Annotated[
         list[float], typer.Option(help="Target accuracy, between 0.5 and 1; may be given several times.")
@@ -131,6 +153,22 @@ def calibrate(
     pass_over: Annotated[
         int, typer.Option(min=0, help="Invalid neighbours that do not end q yet; the papers': 0.")
     ] = 0,
+    columns: Columns = "",
+    verifier: VerifierName = None,
+    human: Annotated[
+        Path | None,
+        typer.Option(
+            help="Answers labelled by people: the verifier is held to them, and so are certificates."
+        ),
+    ] = None,
+    relabel: Relabel = False,
+    ask_person: AskPerson = False,
+    review: Annotated[
+        Path | None,
+        typer.Option(
+            help="An earlier bundle of these data: look at its suspects here, and mend their labels."
+        ),
+    ] = None,
     seed: Seed = 0,
     adapter: Adapter = None,
     engine: Kind = EngineKind.vllm,
@@ -149,16 +187,26 @@ def calibrate(
     vllm = vllm_options(context, engine.value)  # first, so that a wrong option is refused at once
     from candor.calibration import certificate
     from candor.calibration.base_rates import base_rate_table
+    from candor.calibration.early import certificate_hope
     from candor.calibration.fit import FitSettings
     from candor.calibration.report import table
     from candor.calibration.rule import RuleSettings
-    from candor.calibration.run import AnsweringOptions, Certifying, Inputs, make_bundle, require_free
+    from candor.calibration.run import (
+        AnsweringOptions,
+        Certifying,
+        Inputs,
+        make_bundle,
+        require_free,
+        require_possible,
+    )
     from candor.engine.base import EVIDENCE, Representation
+    from candor.engine.identity import hidden_size_of
+    from candor.engine.prompt import ChatFormat
     from candor.engine.settings import EngineSettings
     from candor.policy.conversation import Conversations
     from candor.policy.policy import Policy
 
-    with reporting_errors(), ending_children(143):
+    with reporting_errors(), ending_children(143), results_alone_on_stdout():
         try:
             parts = _by_commas(represent)
             unnamed = EVIDENCE if "evidence" in parts else ()
@@ -177,10 +225,13 @@ def calibrate(
                 )
             policy = Policy(temperature=temperature, max_tokens=max_tokens, resample=resample)
             arguments = _template_arguments(template_arguments)
+            reading = reading_of(columns, verifier)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         require_free(out)
-        inputs = Inputs.load(data, test or [], certify_data, strangers)
+        inputs = Inputs.load(data, test or [], certify_data, strangers, reading)
+        for file in inputs.files:
+            tell_what_was_read(file)
         asked = [record.messages for record in inputs.fitting.records]
         policy = replace(policy, conversations=Conversations.of_records(asked, system_prompt, arguments))
         engine_settings = EngineSettings(
@@ -192,8 +243,32 @@ def calibrate(
             eager=eager,
             vllm=vllm,
         )
-        asking = AnsweringOptions(hidden_cache or beside(out), concurrency, seed)
-        answers = asyncio.run(_answer(adapter, engine_settings, inputs, policy, asking))
+        cache = hidden_cache or beside(review or out)
+        asking = AnsweringOptions(cache, concurrency, seed, relabel, ask_person, _suspects(review))
+        chat = ChatFormat.from_directory(model)
+        chat.check(policy.conversations.template_arguments)
+        require_possible(
+            chat,
+            inputs,
+            policy,
+            representation,
+            settings,
+            certifying,
+            out,
+            asking.cache,
+            hidden_size=hidden_size_of(model),
+            max_model_len=max_model_len,
+        )
+        if human is not None and certifying is not None:
+            certifying = replace(certifying, agreement=_agreement(human, inputs, reading, asking.cache))
+        if certifying is not None:
+            apart = inputs.certification
+            share = 1.0 if apart else certifying.share
+            prompts = len({record.prompt_digest for record in (apart or inputs.fitting).records})
+            for claim in certifying.claims(settings.alphas if gates else ()):
+                if warning := certificate_hope(prompts, share, claim.accuracy, claim.delta):
+                    typer.echo(f"Note: {warning}.", err=True)
+        answers = asyncio.run(_answer(adapter, engine_settings, chat, inputs, policy, asking))
         made = make_bundle(inputs, answers, settings, out, name or out.resolve().name, certifying, gates)
     outcome = made.outcome
     if as_json:
@@ -202,12 +277,9 @@ def calibrate(
     if outcome.rule is not None:
         typer.echo(f"{outcome.rule}\n")
     typer.echo(table({"held out": outcome.evaluation}))
-    missing = [alpha for alpha, region in outcome.report["regions"].items() if not region["found"]]
-    if missing:
-        typer.echo(
-            f"\nThe papers' region: none at alpha = {', '.join(missing)}; it admits nothing there. "
-            "More records or easier prompts may help."
-        )
+    if advice := str(outcome.advice):
+        about = "Of the layer and the papers' region, whatever the gates let through:\n"
+        typer.echo("\n" + (about if outcome.rule else "") + advice)
     typer.echo("\n" + base_rate_table(outcome.evaluation))
     if outcome.certification is not None:
         typer.echo("\n" + certificate.summary(outcome.certification))
@@ -217,23 +289,56 @@ def calibrate(
 async def _answer(
     adapter: Path | None,
     engine_settings: EngineSettings,
+    chat: ChatFormat,
     inputs: Inputs,
     policy: Policy,
     asking: AnsweringOptions,
 ) -> Answers:
     """Answers all inputs, then closes the engine, since training needs its memory and cores."""
-    from candor.calibration.run import answer_inputs, require_inputs_calibrated
-    from candor.engine.factory import start_with_adapter
-    from candor.engine.prompt import ChatFormat
+    from candor.calibration.kept import asked
+    from candor.calibration.run import answer_inputs
 
-    chat = ChatFormat.from_directory(engine_settings.model)
-    chat.check(policy.conversations.template_arguments)
-    require_inputs_calibrated(chat, inputs, policy, engine_settings.representation.tag)
-    engine = await start_with_adapter(adapter, engine_settings, chat)
-    try:
+    async def ask(engine: Engine) -> Answers:
         return await answer_inputs(engine, chat, inputs, policy, asking)
-    finally:
-        await engine.close()
+
+    return await asked(engine_settings, chat, adapter, ask)
+
+
+def _suspects(bundle: Path | None) -> frozenset[str]:
+    """Ids of the answers whose labels a bundle's report names to be looked at. Raises BundleError."""
+    from candor.model_store.bundle import load_bundle
+
+    advice = {} if bundle is None else load_bundle(bundle).report.get("advice", {})
+    return frozenset(one["id"] for one in advice.get("suspects", ()))
+
+
+def _agreement(human: Path, inputs: Inputs, reading: Reading, cache: Path) -> Agreement:
+    """Holds the verifier of the data to answers that people labelled, and says how often it agrees."""
+    from candor.calibration.agreement import agreement
+    from candor.calibration.errors import DataError
+    from candor.calibration.run import DataFile
+
+    file = DataFile.load(human, reading)
+    tell_what_was_read(file)
+    names = {record.verifier for record in inputs.fitting.records if record.verifier is not None}
+    if len(names) != 1:
+        raise DataError(f"--human holds one verifier to people's labels, and the data has {len(names)}")
+    found = agreement(file.records, names.pop(), cache)
+    typer.echo(f"{human}: {found}", err=True)
+    return found
+
+
+def reading_of(columns: str, verifier: str | None) -> Reading:
+    """Raises ValueError."""
+    from candor.calibration.shapes import Reading
+
+    return Reading.parse(columns, verifier)
+
+
+def tell_what_was_read(file: DataFile) -> None:
+    """Says on standard error how a file was understood."""
+    if file.loaded is not None:
+        typer.echo(file.loaded.summary(), err=True)
 
 
 def _template_arguments(text: str) -> dict[str, Any]:
@@ -254,6 +359,21 @@ def beside(bundle: Path, suffix: str = ".cache") -> Path:
     """Returns the default cache path, beside the bundle: the bundle's own folder may hold its verified files only."""
     bundle = bundle.resolve()
     return bundle.with_name(bundle.name + suffix)
+
+
+@contextmanager
+def results_alone_on_stdout() -> Iterator[None]:
+    """Sends to standard error whatever is printed meanwhile, by this process or by the engine's."""
+    sys.stdout.flush()
+    with redirect_stdout(sys.stderr):
+        kept = os.dup(1)
+        os.dup2(2, 1)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 @contextmanager

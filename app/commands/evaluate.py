@@ -16,16 +16,23 @@ import typer
 
 from candor.app.commands.calibrate import (
     Adapter,
+    AskPerson,
     Cache,
+    Columns,
     Concurrency,
     ContextLength,
     Eager,
     Json,
     Kind,
     Model,
+    Relabel,
     Seed,
+    VerifierName,
     beside,
+    reading_of,
     reporting_errors,
+    results_alone_on_stdout,
+    tell_what_was_read,
 )
 from candor.app.commands.serve import EngineKind, vllm_options
 from candor.app.process.ending import ending_children
@@ -34,6 +41,7 @@ if TYPE_CHECKING:
     from candor.calibration.evaluate import Evaluation
     from candor.calibration.run import AnsweringOptions, DataFile
     from candor.comparison.run import CompareSettings, ComparisonData
+    from candor.engine.base import Engine
     from candor.engine.settings import EngineSettings
     from candor.model_store.bundle import Bundle
 
@@ -73,6 +81,10 @@ def evaluate(
             help="With --compare: records of each file that methods which ask the model again are tried on; 0: none.",
         ),
     ] = 200,
+    columns: Columns = "",
+    verifier: VerifierName = None,
+    relabel: Relabel = False,
+    ask_person: AskPerson = False,
     seed: Seed = 0,
     adapter: Adapter = None,
     engine: Kind = EngineKind.vllm,
@@ -88,20 +100,26 @@ def evaluate(
     options are taken by their own names (docs/settings.md).
     """
     vllm = vllm_options(context, engine.value)  # first, so that a wrong option is refused at once
+    from candor.calibration.early import require_writable, try_verifiers
     from candor.calibration.run import AnsweringOptions, DataFile, require_unseen
     from candor.engine.settings import EngineSettings
     from candor.model_store.bundle import load_bundle
     from candor.model_store.identity import check_options
 
-    with reporting_errors(), ending_children(143):
+    with reporting_errors(), ending_children(143), results_alone_on_stdout():
         settings = _compare_settings(compare, calibration, ensemble, asked, seed)
         loaded = load_bundle(bundle)
         check_options(loaded, vllm)
+        try:
+            reading = reading_of(columns, verifier)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
         paths = {"test": data, "shifted": shifted, "ood": ood, "near": near}
-        sets = {name: DataFile.load(path) for name, path in paths.items() if path is not None}
+        sets = {name: DataFile.load(path, reading) for name, path in paths.items() if path is not None}
         for file in sets.values():
+            tell_what_was_read(file)
             require_unseen(loaded, file)
-        fitted = DataFile.load(calibration) if settings and calibration else None
+        fitted = DataFile.load(calibration, reading) if settings and calibration else None
         engine_settings = EngineSettings(
             model=model,
             kind=engine.value,
@@ -111,17 +129,23 @@ def evaluate(
             eager=eager,
             vllm=vllm,
         )
-        asking = AnsweringOptions(hidden_cache or beside(bundle), concurrency, seed)
+        asking = AnsweringOptions(hidden_cache or beside(bundle), concurrency, seed, relabel, ask_person)
+        require_writable(asking.cache, "the cache")
+        for file in sets.values():
+            try_verifiers(file.records, asking.cache)
         evaluations, material = asyncio.run(
             _ask(loaded, adapter, engine_settings, sets, fitted, settings, asking)
         )
         figures = {name: evaluation.to_json() for name, evaluation in evaluations.items()}
         told: dict[str, Any] = {"bundle": str(bundle), "digest": loaded.digest, "sets": figures}
         if settings and material:
-            told |= _compare(loaded, material, settings, report or beside(bundle, ".comparison"), as_json)
+            more, tables = _compare(loaded, material, settings, report or beside(bundle, ".comparison"))
+            told |= more
     if as_json:
         typer.echo(json.dumps(told))
-    elif not settings:
+    elif settings:
+        typer.echo(tables)
+    else:
         from candor.calibration.report import table
 
         typer.echo(table(evaluations))
@@ -159,41 +183,41 @@ async def _ask(
     asking: AnsweringOptions,
 ) -> tuple[dict[str, Evaluation], ComparisonData | None]:
     """Answers all records, then closes the engine, since comparators need its memory and cores."""
+    from candor.calibration.kept import asked
     from candor.calibration.run import run_evaluation
-    from candor.engine.factory import start_with_adapter
     from candor.engine.prompt import ChatFormat
     from candor.model_store.identity import check_identity
 
     chat = ChatFormat.from_directory(engine_settings.model)
-    engine = await start_with_adapter(adapter, engine_settings, chat)
-    try:
-        check_identity(engine, bundle)
-        evaluations = await run_evaluation(engine, chat, bundle, sets, asking)
-        if settings is None or fitted is None:
-            return evaluations, None
-        from candor.comparison.run import gather
 
-        return evaluations, await gather(engine, chat, bundle, fitted, sets, settings, asking)
-    finally:
-        await engine.close()
+    async def ask(engine: Engine) -> tuple[dict[str, Evaluation], ComparisonData | None]:
+        material = None
+        if (
+            settings is not None and fitted is not None
+        ):  # first: it may find that these are not the bundle's answers
+            from candor.comparison.run import gather
+
+            material = await gather(engine, chat, bundle, fitted, sets, settings, asking)
+        return await run_evaluation(engine, chat, bundle, sets, asking), material
+
+    return await asked(engine_settings, chat, adapter, ask, lambda engine: check_identity(engine, bundle))
 
 
 def _compare(
-    bundle: Bundle, material: ComparisonData, settings: CompareSettings, folder: Path, as_json: bool
-) -> dict[str, Any]:
-    """Writes the report and prints its tables, except with --json. Returns the comparison's part of the JSON."""
+    bundle: Bundle, material: ComparisonData, settings: CompareSettings, folder: Path
+) -> tuple[dict[str, Any], str]:
+    """Writes the report. Returns the comparison's part of the JSON, and its tables."""
     from candor.comparison.run import run_comparison, write
     from candor.comparison.tables import as_text, cost_table, heading, tables
 
     comparison = run_comparison(material, settings)
     written = write(bundle, comparison, folder)
-    if not as_json:
-        for name, one in comparison.sets.items():
-            typer.echo(heading(name, one) + "\n")
-            typer.echo("\n\n".join(as_text(table) for table in tables(comparison, name, one)) + "\n")
-        for name, one in comparison.sampled.items():
-            typer.echo(f"{heading(name, one)}, also by methods that ask again\n")
-            several = (cost_table(name, one), *tables(comparison, name, one))
-            typer.echo("\n\n".join(as_text(table) for table in several) + "\n")
-        typer.echo("Intervals and figures: " + ", ".join(str(path) for path in written))
-    return {"comparison": comparison.to_json(), "report": [str(path) for path in written]}
+    shown = []
+    for name, one in comparison.sets.items():
+        shown += [heading(name, one), *(as_text(table) for table in tables(comparison, name, one))]
+    for name, one in comparison.sampled.items():
+        several = (cost_table(name, one), *tables(comparison, name, one))
+        shown += [f"{heading(name, one)}, also by methods that ask again", *map(as_text, several)]
+    shown.append("Intervals and figures: " + ", ".join(str(path) for path in written))
+    told = {"comparison": comparison.to_json(), "report": [str(path) for path in written]}
+    return told, "\n\n".join(shown)

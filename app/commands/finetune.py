@@ -13,8 +13,7 @@ from typing import Annotated
 import typer
 
 from candor.app.commands.calibrate import reporting_errors
-
-data_app = typer.Typer(help="Data to fine-tune and calibrate on.", no_args_is_help=True)
+from candor.app.commands.data import data_app
 
 
 class Loss(StrEnum):

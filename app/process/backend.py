@@ -95,4 +95,10 @@ def _load(path: Path, settings: Settings) -> Bundle:
     certified_alphas(bundle, settings)
     alphas = ",".join(map(str, bundle.manifest.alphas))
     logger.info("bundle name=%s digest=%s alphas=%s", bundle.manifest.name, bundle.digest, alphas)
+    if min(bundle.report.get("reference_abstention_ratio", {}).values(), default=0) == 1:
+        logger.warning(
+            "bundle %s answered none of its held-out prompts at any alpha: expect every answer to be abstained from. "
+            "Its report.json says what may help (advice); then calibrate again",
+            bundle.manifest.name,
+        )
     return bundle

@@ -116,7 +116,7 @@ class BatchedModel:
         rows = []
         for record, answer, (prompt, h) in zip(records, answers, parts, strict=True):
             assert record.verifier is not None
-            right = load_verifier(record.verifier)(answer.text, record.reference)
+            right = load_verifier(record.verifier)(answer.text, record.reference) is True
             complete = answer.tag_found or self.chat.end_id in answer.token_ids
             rows.append(
                 {

@@ -157,24 +157,65 @@ def test_a_server_that_is_gone_is_given_up_and_nothing_is_written(run: Any, tmp_
     assert (tmp_path / "out.jsonl").read_bytes() == b""
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("{", "line 2: not JSON"),
-        ("[]", "line 2: expected an object"),
-        (json.dumps(request("a")), "line 2: the custom_id 'a' stands in line 1 too"),
-        (json.dumps(request("")), "line 2: expected a custom_id"),
-        (json.dumps(request("b") | {"url": "/v1/embeddings"}), "line 2: expected POST to one of"),
-        (json.dumps(request("b", stream=True)), "line 2: expected a body, an object, that does not ask"),
-    ],
-)
-def test_a_wrong_line_is_named_before_anything_is_asked(
+POISON = [
+    ("{", "line 2: not JSON"),
+    ("[]", "line 2: expected an object"),
+    (json.dumps(request("a")), "line 2: the custom_id 'a' stands in line 1 too"),
+    (json.dumps(request("")), "line 2: expected a custom_id"),
+    (json.dumps(request("b") | {"url": "/v1/embeddings"}), "line 2: expected POST to one of"),
+    (json.dumps(request("b", stream=True)), "line 2: expected a body, an object, that does not ask"),
+    (
+        json.dumps(request("b", "emoji \ud83d")),
+        "line 2: not JSON that can be sent: 'utf-8' codec can't encode",
+    ),
+    (
+        json.dumps(request("b", temperature=float("nan"))),
+        "line 2: not JSON that can be sent: NaN is not JSON",
+    ),
+    (
+        json.dumps(request("b")).replace('"POST"', '"POST", "method": "POST"'),
+        'stand twice in one object: "method"',
+    ),
+    ('{"custom_id": "b", "body": ' + "[" * 100_000, "nested too deeply"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), POISON)
+def test_a_line_that_cannot_be_sent_is_an_error_and_the_others_go_on(
     server: Any, run: Any, tmp_path: Path, line: str, words: str
 ) -> None:
-    (tmp_path / "in.jsonl").write_text(f"{json.dumps(request('a'))}\n{line}\n", encoding="utf-8")
+    lines = [json.dumps(request("a")), line, json.dumps(request("c"))]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines), encoding="utf-8")
     done = run(server.url)
-    assert (done.exit_code, words in done.stderr) == (1, True), done.stderr
+    assert (done.exit_code, done.stdout) == (1, "3 requests: 2 answered, 1 failed\n"), done.stderr
+    written = read(tmp_path / "out.jsonl")
+    [bad] = [line for line in written if line["response"] is None]
+    assert bad["error"]["line"] == 2
+    assert words in bad["error"]["message"]
+    assert sorted(line["custom_id"] for line in written if line["response"]) == ["a", "c"]
+    server.engine.asked.clear()
+    assert run(server.url).stdout == done.stdout
+    assert read(tmp_path / "out.jsonl") == written
     assert server.engine.asked == []
+
+
+def test_a_file_of_which_no_line_can_be_sent_is_refused(server: Any, run: Any, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("prompt,answer\na,b\n", encoding="utf-8")
+    done = run(server.url)
+    assert done.exit_code == 1
+    assert "no line can be sent; line 1: not JSON" in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_answers_are_not_added_to_the_requests(server: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "in.jsonl", [request("a")])
+    (tmp_path / "link").symlink_to(path)
+    before = path.read_bytes()
+    for out in (path, tmp_path / "link"):
+        done = CliRunner().invoke(cli, ["batch", str(path), str(out), "--url", server.url])
+        assert done.exit_code == 1
+        assert "is IN and OUT" in done.stderr
+    assert path.read_bytes() == before
 
 
 def test_results_of_other_requests_are_left_alone(server: Any, run: Any, tmp_path: Path) -> None:

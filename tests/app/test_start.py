@@ -23,12 +23,13 @@ from pydantic import ValidationError
 
 from benchmarks.zoo.tiny import save, small
 from candor.app.edge.limits import Refused
-from candor.app.process.backend import Backend
+from candor.app.process.backend import Backend, _load
 from candor.app.process.server import run
 from candor.app.process.settings import Settings
 from candor.engine.base import EngineError, IdentityMismatch, Representation
 from candor.engine.identity import identify
 from candor.engine.prompt import ChatFormat
+from candor.model_store.bundle import Bundle
 from candor.model_store.identity import check_identity, check_model, check_options
 from candor.model_store.manifest import AdapterIdentity
 
@@ -426,3 +427,20 @@ class TestRun:
             capsys.readouterr().err
         )
         assert engine.closed
+
+
+@pytest.mark.parametrize(
+    ("ratios", "warns"), [({"0.9": 1.0, "0.95": 1.0}, True), ({"0.9": 0.99, "0.95": 1.0}, False)]
+)
+def test_a_bundle_that_always_abstained_is_said_at_start(
+    bundle: Bundle,
+    settings: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ratios: dict[str, float],
+    warns: bool,
+) -> None:
+    one = replace(bundle, report={"reference_abstention_ratio": ratios})
+    monkeypatch.setattr("candor.app.process.backend.load_bundle", lambda _: one)
+    _load(Path("bundle"), settings())
+    assert ("expect every answer to be abstained from" in caplog.text) is warns

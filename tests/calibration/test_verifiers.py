@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import candor
 from candor.calibration.data import load_records
 from candor.calibration.errors import DataError, VerifierError
-from candor.calibration.verifiers import load_verifier, reference_problem
+from candor.calibration.verifiers import Question, load_verifier, reference_problem, without_folders
 from candor.finetune.data import load_pairs
 
 
@@ -54,6 +55,33 @@ from candor.finetune.data import load_pairs
         ("json", "[" * 100_000, [], False),
         ("json", "9" * 10_000, 9, False),
         ("json", '"\\ud800"', "x", False),
+        ("exact", "Rome", ["Roma", "Rome"], True),
+        ("normalised", "roma", ["Roma", "Rome"], True),
+        ("exact", "roma", ["Roma", "Rome"], False),
+        ("contains", "It is Paris, I think.", "paris", True),
+        ("contains", "It is Parisian.", "Paris", False),
+        ("contains", "15", "5", False),
+        ("contains", "a C++ one", "c++", True),
+        ("contains", "New  York", ["Boston", "new york"], True),
+        ("number", "The answer is 1,234.50 dollars.", "1234.5", True),
+        ("number", "It is 3, so 4.", 3, False),
+        ("number", "10-5", "5", True),
+        ("number", "-5", "5", False),
+        ("number", "\u22125", -5, True),
+        ("number", "none", 0, False),
+        ("number", "1e3", "1000", True),
+        ("number", ".5", 0.5, True),
+        ("number", "0.3000000001", 0.3, True),
+        ("number", "1,2", 12, False),
+        ("number", "72", "He sold 48 + 24.\n#### 72", True),
+        ("number(0.01)", "3.15", "3.14", True),
+        ("number(0.01)", "3.16", "3.14", False),
+        ("number(1%)", "101", "100", True),
+        ("number(1%)", "102", "100", False),
+        ("number(1%)", "-100.5", -100, True),
+        ("json_schema", '{"a": 1}', {"type": "object", "required": ["a"]}, True),
+        ("json_schema", '{"b": 1}', {"type": "object", "required": ["a"]}, False),
+        ("json_schema", "a", {"type": "object"}, False),
     ],
 )
 def test_built_in_verifiers(verifier: str, response: str, reference: Any, follows: bool) -> None:
@@ -71,6 +99,13 @@ def test_built_in_verifiers(verifier: str, response: str, reference: Any, follow
         ("exact", "(", None),
         ("json", {"any": "value"}, None),
         ("some.module:function", 3, None),
+        ("exact", ["a", 3], "must be a string"),
+        ("exact", [], "must be a string"),
+        ("number", "many", "must be a number"),
+        ("number(1%)", True, "must be a number"),
+        ("number", "1,000", None),
+        ("json_schema", "x", "must be a JSON schema"),
+        ("json_schema", {"type": "objekt"}, "is no JSON schema"),
     ],
 )
 def test_references_are_checked_against_their_verifier(
@@ -114,7 +149,7 @@ def test_a_callable_that_cannot_be_loaded(tmp_path: Path, code: str | None, func
     ("body", "says"),
     [
         ("raise KeyError('x')", "failed with KeyError"),
-        ("return 1", "must return True or False"),
+        ("return 1", "must return True, False or"),
         ("pass", "None"),
     ],
 )
@@ -126,9 +161,121 @@ def test_a_callable_that_fails_on_an_answer(tmp_path: Path, body: str, says: str
         verify("response", "reference")
 
 
+CHOICES = ["positive", "negative", "not positive"]
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "options", "follows"),
+    [
+        ("Positive.", "positive", CHOICES, True),
+        ("It is negative", "positive", CHOICES, False),
+        ("positive or negative", "positive", CHOICES, False),
+        ("not positive", "positive", CHOICES, False),
+        ("not positive", "not positive", CHOICES, True),
+        ("neither", "positive", CHOICES, False),
+        ("B", "B", ["A", "B"], True),
+        ("(B) Rome", "B", ["A", "B"], True),
+        ("It is a B", "B", ["A", "B"], True),
+        ("b", "B", ["A", "B"], False),
+        ("A and B", "B", ["A", "B"], False),
+    ],
+)
+def test_a_choice(response: str, answer: str, options: list[str], follows: bool) -> None:
+    assert load_verifier("choice")(response, {"answer": answer, "options": options}) is follows
+
+
+def test_where_options_come_from(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"verifier": "choice(A, B)", "reference": "B"},
+        {"verifier": "choice", "reference": "B", "choices": {"text": ["Rome", "Paris"], "label": ["A", "B"]}},
+        {"verifier": "choice", "reference": "B", "options": ["A", "B"]},
+        {"verifier": "choice", "reference": "B", "options": "A|B"},
+    ]
+    lines = [json.dumps({"prompt": f"q{i}"} | row) for i, row in enumerate(rows)]
+    for record in load_records(write(tmp_path / "d.jsonl", "\n".join(lines))):
+        assert record.reference == {"answer": "B", "options": ["A", "B"]}
+    for row, says in (
+        ({"verifier": "choice", "reference": "B"}, 'needs the options: --verifier "choice(A, B, C)"'),
+        ({"verifier": "choice(A, B)", "reference": "C"}, "must be one of A, B, not"),
+    ):
+        with pytest.raises(DataError) as raised:
+            load_records(write(tmp_path / "d.jsonl", json.dumps({"prompt": "q"} | row)))
+        assert says in str(raised.value)
+
+
+def test_a_schema_in_a_file_needs_no_reference(tmp_path: Path) -> None:
+    write(tmp_path / "city.json", json.dumps({"type": "object", "required": ["city"]}))
+    data = write(tmp_path / "d.jsonl", json.dumps({"prompt": "q", "verifier": "json_schema(city.json)"}))
+    (record,) = load_records(data)
+    assert record.verifier is not None
+    verify = load_verifier(record.verifier, record.folder)
+    assert [verify(said, None) for said in ('{"city": "Rome"}', "{}", "Rome")] == [True, False, False]
+    for content, says in (
+        ("{", "is not JSON"),
+        ('{"type": 3}', "is no JSON schema"),
+        (None, "was not found in"),
+    ):
+        if content is not None:
+            write(tmp_path / "bad.json", content)
+        with pytest.raises(VerifierError, match=says):
+            load_verifier("json_schema(bad.json)" if content else "json_schema(none.json)", tmp_path)
+        load_verifier.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("/home/ann/checks.py:same", "checks.py:same"),
+        ("judge(/home/ann/judge.toml)", "judge(judge.toml)"),
+        ("engine.checks:same", "engine.checks:same"),
+        ("number(1%)", "number(1%)"),
+    ],
+)
+def test_a_report_shows_no_folders(name: str, shown: str) -> None:
+    assert without_folders(name) == shown
+
+
+@pytest.mark.parametrize("name", ["number(x)", "number(-1)", "number(1%%)", "number(inf)"])
+def test_tolerances_that_are_none(name: str) -> None:
+    with pytest.raises(VerifierError, match="the tolerance is a number"):
+        load_verifier(name)
+
+
+RICH = """
+import numpy
+async def later(response, reference):
+    return response == reference
+def numpys(response, reference):
+    return numpy.array([response == reference])[0]
+def whole(response, reference, prompt, record):
+    return (prompt, record["level"], response) == ("2 + 2?", 3, reference)
+def unsure(response, reference, record):
+    return "unknown"
+def asks(response, reference, *, prompt):
+    return prompt == "2 + 2?"
+"""
+
+
+def test_functions_may_be_async_and_see_prompt_and_record(tmp_path: Path) -> None:
+    write(tmp_path / "rich.py", RICH)
+    row = {"prompt": "2 + 2?", "reference": "4", "level": 3}
+    names = ["later", "numpys", "whole", "unsure", "asks"]
+    verdicts = []
+    for name in names:
+        data = write(tmp_path / "d.jsonl", json.dumps(row | {"verifier": f"rich.py:{name}"}))
+        (record,) = load_records(data)
+        assert record.verifier is not None
+        question = Question("4", record.reference, record.messages, record.row)
+        verdicts.append(asyncio.run(load_verifier(record.verifier, record.folder).label(question)))
+    assert verdicts == [True, True, True, None, True]
+    assert all(type(verdict) is bool for verdict in verdicts if verdict is not None)
+
+
 @pytest.mark.parametrize("name", ["", "exakt", "Exact"])
 def test_unknown_names_list_the_known_ones(name: str) -> None:
-    with pytest.raises(VerifierError, match="exact, normalised, regex, json"):
+    with pytest.raises(
+        VerifierError, match="exact, normalised, contains, choice, number, regex, json, json_schema"
+    ):
         load_verifier(name)
 
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner, Result
 
 from candor.app.commands.evaluate import evaluate
+from candor.calibration.cache import CachedAnswer
+from candor.calibration.data import Record
+from candor.calibration.errors import DataError
+from candor.comparison.run import _same_as
+from candor.model_store.bundle import Exemplar
 
 
 def run(*arguments: object) -> Result:
@@ -39,3 +47,19 @@ def test_mistakes_are_told(
     assert says in result.stderr
     assert isinstance(result.exception, SystemExit)  # told, not a traceback
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_machines_answers_are_told_at_the_first_not_after_all() -> None:
+    question = ({"role": "user", "content": "q"},)
+    bundle: Any = SimpleNamespace(exemplars=[Exemplar("a", 1, 1, question, "Paris")])
+    watch = _same_as(bundle)
+    a, b = (Record(name, question, 7, reference="Paris", verifier="exact") for name in "ab")
+    h = torch.zeros(1)
+    watch(a, CachedAnswer("Paris", False, h), True)
+    watch(b, CachedAnswer("Rome", False, h), False)
+    with pytest.raises(
+        DataError, match=r"line 7: the bundle was made from the answer 'Paris', and this is 'Rome'"
+    ):
+        watch(a, CachedAnswer("Rome", False, h), False)
+    with pytest.raises(DataError, match="was made with the label 1, and this is 0"):
+        watch(a, CachedAnswer("Paris", False, h), False)

@@ -159,7 +159,8 @@ def every_command(command: Any = COMMAND, words: tuple[str, ...] = ()) -> list[l
 def test_variables_are_read(document: str) -> None:
     known = {f"CANDOR_{name.upper()}" for name in Settings.model_fields}
     source = "".join(
-        path.read_text(encoding="utf-8") for path in (*ROOT.glob("app/**/*.py"), *ROOT.glob("engine/*.py"))
+        path.read_text(encoding="utf-8")
+        for path in (*ROOT.glob("app/**/*.py"), *ROOT.glob("calibration/*.py"), *ROOT.glob("engine/*.py"))
     )
     for name in re.findall(r"\bCANDOR_[A-Z_]*[A-Z]\b", text_of(document)):
         assert name in known or f'"{name}"' in source, f"{document} names {name}"

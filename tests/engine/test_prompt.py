@@ -165,5 +165,5 @@ def test_template_arguments_reach_the_template() -> None:
 
 
 def test_a_directory_that_is_not_there() -> None:
-    with pytest.raises(EngineError, match="there is no directory nowhere: expected the model's"):
+    with pytest.raises(EngineError, match="nowhere is not a directory, and Candor asks no model hub"):
         ChatFormat.from_directory(Path("nowhere"))

@@ -52,7 +52,7 @@ def test_the_line_is_named(change: dict[str, Any], said: str, tmp_path: Path) ->
 
 
 def test_the_same_prompt_on_both_sides_is_refused(tmp_path: Path) -> None:
-    other = GOOD | {"id": "b", "messages": [{"role": "user", "content": "say  YES."}]}
+    other = GOOD | {"id": "b", "messages": [{"role": "user", "content": " Say  yes."}]}
     one, two = written(tmp_path / "1.jsonl", GOOD), written(tmp_path / "2.jsonl", other)
     with pytest.raises(DataError, match='first "b"'):
         require_apart(one, load_pairs(one), two, load_pairs(two))
