@@ -91,6 +91,11 @@ class ChatFormat:
         end: int = self._tokenizer.eos_token_id
         return end
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Maximum characters of a text that one token stands for. A control token counts as the text it is."""
+        return max(map(len, self._tokenizer.get_vocab()))
+
     def encode_chat(
         self, messages: Messages, template_arguments: Mapping[str, Any] | None = None
     ) -> list[int]:

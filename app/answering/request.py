@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from candor.app.edge.limits import Limits, Refused, at_most
 from candor.app.edge.schemas.reliability import ReliabilityOptions
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 Mode = Literal["annotate", "abstain", "off"]
 
 _STRICTNESS: dict[Mode, int] = {"off": 0, "annotate": 1, "abstain": 2}
+
+_MOST_LOGPROBS = 1 << 16
+"""Of one request; their JSON is made in one go."""
 
 _APART = 2**32
 """Step between the seeds of one choice's attempts, so that they never equal those of another choice."""
@@ -81,6 +84,7 @@ class AnswerRequest:
 
     calibrated: whether the request keeps to the policy, as far as that is known before the answer.
     attempts: maximum answers written for one choice until one is reliable; 1 outside the policy.
+    caller: whose places the request takes.
     """
 
     choices: tuple[Choice, ...]
@@ -88,6 +92,7 @@ class AnswerRequest:
     calibrated: bool
     reliability: Reliability
     attempts: int = 1
+    caller: str = "anyone"
 
     @property
     def tokens(self) -> int:
@@ -105,10 +110,18 @@ class PairRequest:
     alpha: float
     certified_only: bool
     exemplars: int
+    caller: str = "anyone"
 
     @property
     def tokens(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+
+class Bulk(NamedTuple):
+    """What is known of a request before its texts are tokenised."""
+
+    choices: int
+    characters: int
 
 
 class RequestResolver:
@@ -129,6 +142,31 @@ class RequestResolver:
         self._limits = Limits.of(settings, backend.engine.max_model_len)
         self._refusal_text = settings.refusal_text
         self._fallback_text = settings.fallback_text
+
+    def measure(self, body: ChatCompletionRequest | CompletionRequest | ScoreRequest) -> Bulk:
+        """Returns what a body asks for, and refuses what its counts and lengths alone forbid.
+
+        The other methods take time that grows with this number: call them off the event loop.
+        """
+        prompts, choices = 1, 1
+        if isinstance(body, CompletionRequest):
+            texts, param, prompts = list(body.prompt), "prompt", len(body.prompt)
+        elif body.messages is not None:
+            texts, param = [message.to_template()["content"] for message in body.messages], "messages"
+        else:
+            texts, param = [body.prompt or ""], "prompt"
+        if isinstance(body, ScoreRequest):
+            texts.append(body.response)
+        else:
+            choices = (body.n or 1) * prompts
+            at_most(self._limits.choices, choices, "answers in one request (n times prompts)", "n")
+        characters, longest = sum(map(len, texts)), self._chat.longest_token
+        if characters > prompts * longest * self._room:
+            raise PromptTooLong(
+                f"this model's maximum context length is {self._room} tokens, of at most {longest} characters each; "
+                f"{param} has {characters} characters: shorten it"
+            )
+        return Bulk(choices, characters)
 
     def chat(self, body: ChatCompletionRequest) -> AnswerRequest:
         prompt_ids, calibrated = self._encode_chat(body.messages, body.chat_template_kwargs)
@@ -183,7 +221,6 @@ class RequestResolver:
         calibrated: bool,
     ) -> AnswerRequest:
         n = body.n or 1
-        at_most(self._limits.choices, n * len(prompts), "answers in one request (n times prompts)", "n")
         if max_tokens is not None:
             at_most(self._limits.output_tokens, max_tokens, "max_tokens", "max_tokens")
         sampling = self._policy.sampling(
@@ -203,6 +240,10 @@ class RequestResolver:
             for _ in range(n):
                 seed = None if body.seed is None else _wrapped(body.seed + len(choices))  # one seed a choice
                 choices.append(Choice(prompt_ids, replace(sampling, max_tokens=length, seed=seed)))
+        reported = 0 if logprobs is None else (1 + logprobs) * sum(one.sampling.max_tokens for one in choices)
+        at_most(
+            _MOST_LOGPROBS, reported, "log-probabilities in one request (answers, tokens, each's)", "logprobs"
+        )
         calibrated = calibrated and self._policy.draws(sampling)
         reliability = self._reliability(body.reliability or ReliabilityOptions(), streamed=body.wants_stream)
         return AnswerRequest(

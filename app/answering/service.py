@@ -101,7 +101,7 @@ class AnswerService:
 
     async def events(self, request: AnswerRequest) -> AsyncGenerator[Piece | Answer, None]:
         """Yields the pieces of all choices as they arrive, and each choice's Answer when it is finished."""
-        with self._admission.admit(len(request.choices), request.tokens):
+        with self._admission.admit(request.caller, len(request.choices), request.tokens):
             choices = [self._choice(index, choice, request) for index, choice in enumerate(request.choices)]
             async with aclosing(merged(choices)) as events:
                 async for event in events:
@@ -115,7 +115,7 @@ class AnswerService:
 
     async def judge_pair(self, request: PairRequest) -> Judged:
         """Returns the verdict on a given response."""
-        with self._admission.admit(1, request.tokens):
+        with self._admission.admit(request.caller, 1, request.tokens):
             hidden: HiddenSummary | None = None
             prompt: PromptStates | None = None
             try:

@@ -2,12 +2,16 @@
 
 A process whose engine is dead or stuck can answer nothing, so it has to end:
 
-    dead    the engine's check reports death, fails, or does not return within `stall_s`
-    stuck   a request waits, and the engine has given no output to any request for `stall_s`;
-            it is then asked for one token, and does not write it within another `stall_s`
+    dead      the engine's check reports death, fails, or does not return within `stall_s`
+    stuck     a request waits, and the engine has given no output to any request for `stall_s`, nor made a step;
+              it is then asked for one token, and does not write it within another `stall_s`
+    starved   a request waits without output for `STARVED_S`, and the engine gets less than half of the processor
+              time that it asks for: new requests are refused until it gives output again
 
-The one-token probe is needed because clients that all leave before their first token look the same from here as a
-stuck engine, and anybody could do that on purpose.
+Seconds of silence are weighed with the share of the processor time that the engine gets. So a starved engine is
+given longer in proportion, and one that does not even ask for the processor is not. The one-token probe is needed
+because clients that all leave before their first token look the same from here as a stuck engine, and anybody could
+do that on purpose.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import aclosing, contextmanager
-from typing import Any, TypeVar
+from time import monotonic
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.types import Receive
@@ -35,8 +40,23 @@ HEADER = "x-request-timeout"
 """Header by which a client asks for a shorter time limit than the server's, in seconds."""
 
 
+STARVED_S = 5.0
+"""Minimum seconds without output before an engine counts as starved."""
+
 _CANCEL_S = 5.0
 """Maximum seconds to wait for cancelled work to end. In a stuck engine it never ends."""
+
+
+class Processors(Protocol):
+    """What the system tells of the engine's work (`candor.app.process.processors`)."""
+
+    def share(self) -> float:
+        """Returns the share of the processor time asked for that the engine got since the last call, in [0, 1]."""
+        ...
+
+    def steps(self) -> float:
+        """Returns how many steps the engine has made."""
+        ...
 
 
 class ClientGone(Exception):
@@ -47,19 +67,41 @@ class DeadlineExceeded(Exception):
     """The answer was not finished within its time limit."""
 
 
+class Deadline:
+    """The end of a request's time, which its preparation and its answer share."""
+
+    def __init__(self, within_s: float) -> None:
+        self._end = monotonic() + within_s
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self._end - monotonic())
+
+
 class EngineWatch:
     """Watches whether the engine lives. death: a future, done with the reason once the engine is known to be dead."""
 
     def __init__(
-        self, engine: Engine, interval_s: float, stall_s: float, on_death: Callable[[], None]
+        self,
+        engine: Engine,
+        interval_s: float,
+        stall_s: float,
+        on_death: Callable[[], None],
+        processors: Processors | None = None,
     ) -> None:
         self.death: asyncio.Future[EngineDead] = asyncio.get_running_loop().create_future()
         self._engine = engine
         self._interval_s = interval_s
         self._stall_s = stall_s
         self._on_death = on_death
+        self._processors = processors
         self._waiting = 0  # number of requests that wait for the engine's next output
-        self._silence_s = 0.0  # seconds of waiting without output, in steps of `interval_s`
+        self._silence_s = 0.0  # seconds of waiting without output, weighed with the engine's share
+        self._wall_s = 0.0  # the same seconds, not weighed
+        self._looked = monotonic()
+        self._steps = 0.0
+        self.share = 1.0
+        self.starved = False
 
     @property
     def alive(self) -> bool:
@@ -94,7 +136,7 @@ class EngineWatch:
         self._waiting += 1
         try:
             yield
-            self._silence_s = 0.0
+            self._silence_s = self._wall_s = 0.0
         finally:
             self._waiting -= 1
 
@@ -109,19 +151,46 @@ class EngineWatch:
                 yield output
 
     async def _listen(self) -> None:
-        self._silence_s += self._interval_s if self._waiting else 0.0
+        self._weigh()
         if self._silence_s < self._stall_s or not self.alive:
             return
-        logger.warning("the engine has said nothing for %.3g s; asking it for one token", self._silence_s)
+        if self._processors is not None and self._steps != (steps := self._processors.steps()):
+            self._steps, self._silence_s = steps, 0.0  # it works, though nobody got output of it
+            return
+        logger.warning("the engine has said nothing for %.3g s; asking it for one token", self._wall_s)
         probe = asyncio.create_task(self._one_token())
-        await asyncio.wait({probe}, timeout=self._stall_s)
+        began = self._silence_s
+        while self._silence_s - began < self._stall_s and self._silence_s:
+            done, _ = await asyncio.wait({probe}, timeout=self._interval_s)
+            if done:
+                break
+            self._weigh(asked=True)
         if not probe.done():
             probe.cancel()  # not awaited: a stuck engine may not even react to cancelling
             if self._silence_s:  # no other request got output meanwhile
                 self.report(EngineDead(f"it is stuck: no token within {self._stall_s:g} s"))
         elif error := probe.exception():
             self.report(EngineDead(f"it could not write one token: {error!r}"))
-        self._silence_s = 0.0
+        self._silence_s = self._wall_s = 0.0
+
+    def _weigh(self, *, asked: bool = False) -> None:
+        """Adds the time since the last look to the silence. asked: whether the probe waits."""
+        now = monotonic()
+        passed, self._looked = now - self._looked, now
+        self.share = 1.0 if self._processors is None else self._processors.share()
+        if self._waiting or asked:
+            self._silence_s += passed * self.share
+            self._wall_s += passed
+        starved = self._wall_s >= STARVED_S and self._silence_s < self._wall_s / 2
+        if starved != self.starved:
+            self.starved = starved
+            if starved:
+                logger.warning(
+                    "the engine is starved: it gets %.0f %% of the processor time it asks for; refusing new requests",
+                    100 * self._silence_s / self._wall_s,
+                )
+            else:
+                logger.info("the engine gives output again")
 
     async def _one_token(self) -> None:
         async with aclosing(
@@ -164,7 +233,7 @@ async def unless_interrupted(
             raise EngineDead(str(watch.death.result()))
         if gone.done():
             raise ClientGone
-        raise DeadlineExceeded(f"not answered within {within_s:g} s; try later, or ask for less")
+        raise DeadlineExceeded("not answered in time; try later, or ask for less")
     finally:
         task.cancel()
         gone.cancel()

@@ -31,6 +31,7 @@ from candor.app.edge.limits import Overloaded, Refused, TooFast
 from candor.app.edge.schemas.errors import Error, ErrorBody, ErrorType
 from candor.app.edge.services import ModelNotFound
 from candor.app.feedback import FeedbackLost, NoSuchAnswer
+from candor.app.process.ending import ShuttingDown
 from candor.app.process.selftest import GoldenMismatch
 from candor.engine.base import EngineDead, EngineError, PromptTooLong
 
@@ -94,10 +95,15 @@ def describe(error: Exception) -> HttpError:
             return _describe_validation(error.errors())
         case HTTPException():
             return _describe_http(error)
+        case ShuttingDown():
+            return HttpError(503, str(error), None, "shutting_down", {"Retry-After": "1"})
         case GoldenMismatch():
             return HttpError(503, str(error), None, "golden_mismatch", {"Retry-After": "30"})
         case EngineError():
-            return HttpError(500, f"the engine could not answer: {error}", None, "engine_error")
+            # The engine's own words may hold a prompt or a path.
+            return HttpError(
+                500, "the engine could not answer; the server's log has the reason", None, "engine_error"
+            )
         case _:
             return HttpError(500, "the server failed; its log has the reason", None, "internal_error")
 
@@ -113,6 +119,7 @@ def install(app: FastAPI) -> None:
         FeedbackLost,
         DeadlineExceeded,
         EngineError,
+        ShuttingDown,
         RequestValidationError,
         HTTPException,
     ):
@@ -132,10 +139,8 @@ async def _respond_to_nobody(request: Request, error: Exception) -> Response:
 
 
 def _describe_http(error: HTTPException) -> HttpError:
-    if error.status_code == 400:  # FastAPI raises it if Python's JSON parser gives up
-        return HttpError(
-            400, "the body is not JSON that can be read: too deep, or a number too long", None, "invalid_json"
-        )
+    if error.status_code == 400:
+        return HttpError(400, error.detail, None, "invalid_json")
     messages = {
         404: "there is nothing at this path",
         405: "this path does not take this method",
@@ -179,5 +184,7 @@ def _path(location: Sequence[str | int]) -> str:
 
 def _clip(value: Any, longest: int = 80) -> str:
     """Shortens a value for a message and makes it ASCII, so that it can always be sent."""
+    if isinstance(value, list | dict):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     shown = ascii(value[:longest] if isinstance(value, str) else value)
     return shown if len(shown) <= longest else f"{shown[:longest]}..."

@@ -11,7 +11,7 @@ one minute's worth is served and paid for afterwards, rather than never served.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -37,7 +37,7 @@ class Overloaded(Exception):
 
 
 class TooFast(Overloaded):
-    """A key has exceeded its rate."""
+    """A key has exceeded its rate, its quota or its share of the places."""
 
 
 @dataclass(frozen=True)
@@ -66,39 +66,78 @@ def at_most(limit: int, value: int, what: str, param: str) -> None:
 
 
 class Admission:
-    """Counts answers in flight (running or waiting) and their tokens, prompts and longest answers."""
+    """Counts answers in flight (running or waiting) and their tokens, prompts and longest answers.
 
-    def __init__(self, most: int, most_tokens: int) -> None:
-        self._most = most
-        self._most_tokens = most_tokens
-        self.in_flight = 0
-        self.tokens = 0
+    Half of both is shared out among the keys by their weight, and a key's unused part is kept for it; the other half
+    is for whoever comes first:
 
-    def check(self, choices: int, tokens: int) -> None:
-        """Raises Overloaded if the request does not fit now, and Refused if it can never fit."""
-        at_most(self._most_tokens, tokens, "tokens in one request, answers at their longest", "max_tokens")
-        if self.in_flight + choices > self._most or self.tokens + tokens > self._most_tokens:
+        sure(k) = most / 2 * weight(k) / sum of weights
+        admitted if amount <= free, and held(k) + amount <= sure(k) or free - amount >= what is kept for others
+
+    weights: of all keys that may ask, by name. With fewer than two, whoever comes first gets everything.
+    """
+
+    def __init__(
+        self, most: int, most_tokens: int, weights: Callable[[], Mapping[str, float]] = dict
+    ) -> None:
+        self._most = (most, most_tokens)
+        self._weights = weights
+        self._held: dict[str, tuple[int, int]] = {}  # caller: (answers, tokens)
+
+    @property
+    def in_flight(self) -> int:
+        return sum(answers for answers, _ in self._held.values())
+
+    @property
+    def tokens(self) -> int:
+        return sum(tokens for _, tokens in self._held.values())
+
+    def check(self, caller: str, choices: int, tokens: int) -> None:
+        """Raises Overloaded if the request does not fit now, TooFast if only others' share is left, and Refused if
+        it can never fit."""
+        at_most(self._most[1], tokens, "tokens in one request, answers at their longest", "max_tokens")
+        wanted, free = (choices, tokens), (self._most[0] - self.in_flight, self._most[1] - self.tokens)
+        if any(amount > left for amount, left in zip(wanted, free, strict=True)):
             raise Overloaded(
                 f"{self.in_flight} answers of up to {self.tokens} tokens are being written or waiting, the most "
-                f"are {self._most} and {self._most_tokens}; try later",
+                f"are {self._most[0]} and {self._most[1]}; try later",
                 # Answers take from a fraction of a second to minutes: start short, since clients double the wait.
                 retry_after_s=1,
             )
+        weights = self._weights()
+        if len(weights) < 2:
+            return
+        total = sum(weights.values())
+        for kind, (most, amount, left) in enumerate(zip(self._most, wanted, free, strict=True)):
+            unused = {
+                name: most / 2 * weight / total - self._held.get(name, (0, 0))[kind]
+                for name, weight in weights.items()
+            }
+            kept = sum(max(0.0, part) for name, part in unused.items() if name != caller)
+            if amount > unused.get(caller, 0.0) and left - amount < kept:
+                own, what = self._held.get(caller, (0, 0))[kind], ("answers", "tokens")[kind]
+                raise TooFast(
+                    f"this key has {own} {what} in flight, and what is left is kept for others; try later",
+                    retry_after_s=1,
+                )
 
     @contextmanager
-    def admit(self, choices: int, tokens: int) -> Iterator[None]:
+    def admit(self, caller: str, choices: int, tokens: int) -> Iterator[None]:
         """Counts one request as in flight. tokens: those of its prompts and of its longest answers.
 
         Raises what `check` raises.
         """
-        self.check(choices, tokens)
-        self.in_flight += choices
-        self.tokens += tokens
+        self.check(caller, choices, tokens)
+        self._hold(caller, choices, tokens)
         try:
             yield
         finally:
-            self.in_flight -= choices
-            self.tokens -= tokens
+            self._hold(caller, -choices, -tokens)
+
+    def _hold(self, caller: str, choices: int, tokens: int) -> None:
+        held = self._held.pop(caller, (0, 0))
+        if (now := (held[0] + choices, held[1] + tokens)) != (0, 0):
+            self._held[caller] = now
 
 
 class RateLimit:
@@ -124,3 +163,9 @@ class RateLimit:
                 f"at most {self._rate} {self._unit} a minute for each key; try in {wait} s", max(wait, 1)
             )
         self._buckets[caller] = (left - amount, now)
+
+    def settle(self, caller: str, amount: int) -> None:
+        """Corrects what `take` took by `amount`, which may be negative. Raises nothing."""
+        if caller in self._buckets:
+            left, then = self._buckets[caller]
+            self._buckets[caller] = (left - amount, then)

@@ -1,6 +1,6 @@
 """Middleware of every request: its id and log line, the check of its key and rate, and the limits on its body.
 
-The order, outermost first, is RequestId, Gate, BodyLimit, the application.
+The order, outermost first, is RequestId, (CORS,) Hosts, Gate, BodyLimit, HeadAsGet, the application.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from candor.app.edge.connections import BODY_TIMEOUT_S
 from candor.app.edge.errors import CLIENT_CLOSED_REQUEST, describe
 from candor.app.edge.keys import Forbidden, KeyRing, Unauthorized
 from candor.app.edge.keys import Scope as KeyScope
 from candor.app.edge.limits import RateLimit, TooFast
+from candor.app.process.ending import Leaving
+from candor.app.telemetry.audit import AuditLog
 from candor.app.telemetry.logs import request_id
 
 logger = logging.getLogger("candor")
@@ -27,9 +30,10 @@ _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _QUIET = frozenset({"/livez", "/readyz", "/health", "/metrics", "/load"})
 """Machines poll these paths every few seconds; their log lines would bury the others."""
 
+_AUDITED = "/v1/"
 _MOST_LOGGED = 1 << 16
-BODY_TIMEOUT_S = 60.0
-"""Maximum seconds until a whole body has arrived."""
+_BODIES_AT_ONCE = 64
+"""Bodies of the largest size that are held at once, in bytes; beyond it, 503."""
 
 
 OPEN = frozenset({"/livez", "/readyz", "/health"})
@@ -57,11 +61,14 @@ class RequestId:
     """Sets `x-request-id` on every response: the client's own if it is well formed, else a new one.
 
     It surrounds the other layers, so it also responds if they fail, and it logs one line per request.
-    log_bodies: whether it also logs the bodies of requests and responses.
+    log_bodies: whether it also logs the bodies of requests and responses. leaving: once begun, each response asks
+    its client to connect anew, so that it comes to another server.
     """
 
-    def __init__(self, app: ASGIApp, log_bodies: bool = False) -> None:
+    def __init__(self, app: ASGIApp, leaving: Leaving, audit: AuditLog, log_bodies: bool = False) -> None:
         self._app = app
+        self._leaving = leaving
+        self._audit = audit
         self._log_bodies = log_bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,7 +91,10 @@ class RequestId:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = current
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = current
+                if self._leaving.begun:
+                    headers["connection"] = "close"
             elif self._log_bodies:
                 went.extend(message.get("body", b"")[: _MOST_LOGGED - len(went)])
             await send(message)
@@ -99,6 +109,8 @@ class RequestId:
         finally:
             seconds = perf_counter() - began
             self._log(scope, status, seconds)
+            if scope["path"].startswith(_AUDITED):
+                self._audit.write(scope, current, status, seconds)
             if self._log_bodies:
                 logger.info("came=%r went=%r", bytes(came), bytes(went))
 
@@ -114,6 +126,47 @@ class RequestId:
         }
         message = "%(method)s %(path)s %(status)d in %(seconds).3f s for %(caller)s"
         logger.log(level, message, fields, extra=fields)
+
+
+class Hosts:
+    """Responds 421 to a request for a host name that is not this server's.
+
+    A web page can make its own name point to this machine (DNS rebinding), and the browser that shows it then takes
+    this server for the page's own. allowed: names without port; None allows all. Probes may use any.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: frozenset[str] | None) -> None:
+        self._app = app
+        self._allowed = allowed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._allowed is not None and scope["path"] not in OPEN:
+            given = Headers(scope=scope).get("host", "")
+            if _without_port(given) not in self._allowed:
+                error = HTTPException(
+                    421,
+                    f"this server has not the name {given[:100]!a}; its operator can set CANDOR_ALLOWED_HOSTS",
+                )
+                await describe(error).response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _without_port(host: str) -> str:
+    name = host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
+    return name.lower().rstrip(".")
+
+
+class HeadAsGet:
+    """Answers HEAD as GET; the server leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
 
 
 class Gate:
@@ -139,19 +192,20 @@ class Gate:
     def _admit(self, scope: Scope) -> None:
         needed = scope_of(scope["path"], deep=_asks_deep(scope))
         state = scope.setdefault("state", {})
-        state["caller"] = caller = "anyone"
+        state["caller"], state["key"] = "anyone", None
         if needed is None:
             return
         if self._keys is not None:
+            state["caller"] = "unknown"
             kind, _, presented = Headers(scope=scope).get("authorization", "").partition(" ")
             key = self._keys.find(presented.strip()) if kind.lower() == "bearer" else None
             if key is None:
                 raise Unauthorized
-            state["caller"] = caller = key.name
+            state["caller"], state["key"] = key.name, key
             if needed not in key.scopes:
                 raise Forbidden(needed)
         if needed == "answer" and scope["method"] == "POST":
-            self._rate.take(caller)
+            self._rate.take(state["caller"])
 
 
 class BodyLimit:
@@ -161,6 +215,7 @@ class BodyLimit:
         self._app = app
         self._most = most
         self._timeout_s = timeout_s
+        self._held = 0  # bytes of all bodies whose requests are not answered yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -181,12 +236,21 @@ class BodyLimit:
                 raise HTTPException(
                     408, f"the body has to be here within {self._timeout_s:g} s, this one is not"
                 ) from None
-            received += len(message.get("body", b""))
+            came = len(message.get("body", b""))
+            received += came
+            self._held += came
             whole = not message.get("more_body", False)
             if max(size, received) > self._most:
                 raise HTTPException(
                     413, f"the body may have {self._most} bytes on this server, this one has more"
                 )
+            if self._held > self._most * _BODIES_AT_ONCE:
+                raise HTTPException(
+                    503, "the bodies of too many requests are held at once; try later", {"retry-after": "1"}
+                )
             return message
 
-        await self._app(scope, receive_at_most, send)
+        try:
+            await self._app(scope, receive_at_most, send)
+        finally:
+            self._held -= received

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,26 +13,37 @@ from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry
+from starlette.middleware.cors import CORSMiddleware
 
+from candor.app.answering.preparing import Preparing
 from candor.app.answering.request import RequestResolver, gates_of
 from candor.app.answering.scoring import Scorer
 from candor.app.answering.service import AnswerService
 from candor.app.answering.waiting import EngineWatch
 from candor.app.edge import errors
+from candor.app.edge.connections import Connections, most_connections
 from candor.app.edge.keys import KeyRing
 from candor.app.edge.limits import Admission, RateLimit
-from candor.app.edge.middleware import BodyLimit, Gate, RequestId
+from candor.app.edge.middleware import BodyLimit, Gate, HeadAsGet, Hosts, RequestId
+from candor.app.edge.quotas import Quotas
 from candor.app.edge.routes import answers, feedback, operations, reliability, served
 from candor.app.edge.routes.console import Console
 from candor.app.edge.routes.documented import ERRORS
 from candor.app.edge.services import LifespanState, ServedModel, Services
 from candor.app.feedback import FeedbackStore
 from candor.app.process.backend import Backend
+from candor.app.process.ending import Leaving
+from candor.app.process.processors import EngineProcessors
 from candor.app.process.selftest import SelfTest
 from candor.app.process.settings import Settings
+from candor.app.telemetry.audit import AuditLog
+from candor.app.telemetry.health import ServerMetrics
 from candor.app.telemetry.metrics import Metrics
 from candor.app.telemetry.tracing import Traced, exemplar
 from candor.policy.certificate import RuleKind
+
+_PREPARED_AT_ONCE = 1 << 21
+"""Characters that wait to be tokenised; a second or two of one processor's work."""
 
 
 def create_app(
@@ -39,14 +51,25 @@ def create_app(
     backend: Backend,
     on_engine_death: Callable[[], None] = lambda: None,
     tracer: Tracer | None = None,
+    leaving: Leaving | None = None,
 ) -> FastAPI:
     """Returns the application that serves `backend` and owns it: it closes the engine when it ends.
 
     on_engine_death: called once; the caller should then end the application. tracer: None disables tracing.
-    Raises Refused if the settings ask for an alpha that the bundle does not have, and KeyFileError or
-    FeedbackFileError for a file that cannot be used.
+    leaving: set by the caller before it ends the application. `app.state.connections` bounds connections: give its
+    `protocol` to uvicorn.
+    Raises Refused if the settings ask for an alpha that the bundle does not have, and KeyFileError, QuotaFileError,
+    AuditFileError or FeedbackFileError for a file that cannot be used.
     """
-    keys = KeyRing(settings.keys) if settings.keys else None
+    keys = KeyRing(settings.keys, settings.keys_grace_s) if settings.keys else None
+    weights = keys.weights if keys else dict
+    leaving = leaving or Leaving()
+    registry = CollectorRegistry()
+    health = ServerMetrics(registry)
+    if keys:
+        health.watch_keys(keys.stale_s)
+    quotas = Quotas(settings.quotas)
+    audit = AuditLog(settings.audit_log)
     first = settings.served_model_name or backend.bundle.manifest.name
     backends = {first: backend} | {one.bundle.manifest.name: one for one in backend.adapted}
     resolvers = {name: RequestResolver(one, settings) for name, one in backends.items()}
@@ -60,10 +83,11 @@ def create_app(
             settings.engine_check_interval_s,
             settings.engine_stall_timeout_s,
             on_engine_death,
+            EngineProcessors(),
         )
         traces = {"exemplar": exemplar} if tracer else {}
-        instruments = Metrics(CollectorRegistry(), first, **traces)
-        admission = Admission(settings.max_in_flight, settings.max_in_flight_tokens)
+        instruments = Metrics(registry, first, **traces)
+        admission = Admission(settings.max_in_flight, settings.max_in_flight_tokens, weights)
         scorers: list[Scorer] = []
         models: dict[str, ServedModel] = {}
         for name, one in backends.items():
@@ -82,17 +106,27 @@ def create_app(
             models=models,
             admission=admission,
             token_rate=RateLimit(settings.tokens_per_minute, "tokens"),
+            quotas=quotas,
+            preparing=Preparing(_PREPARED_AT_ONCE, lambda: len(weights()) < 2),
+            leaving=leaving,
             watch=watch,
             feedback=store,
             estimator=settings.estimator,
             request_timeout_s=settings.request_timeout_s,
             started=int(time.time()),
         )
-        watching = asyncio.create_task(watch.run())
+        running = [asyncio.create_task(work) for work in (watch.run(), quotas.run(), health.run(watch))]
+        # Whatever was loaded stays: the collector need not look at it again, which takes longer than a request may.
+        gc.collect()
+        gc.freeze()
         try:
             yield {"services": services}
         finally:
-            watching.cancel()
+            for task in running:
+                task.cancel()
+            services.preparing.close()
+            await asyncio.to_thread(quotas.write)
+            await asyncio.to_thread(audit.close)
             for scorer in scorers:
                 scorer.close()
             if store is not None:
@@ -109,9 +143,24 @@ def create_app(
         app.include_router(module.router, dependencies=keyed, responses=turned_away)
     app.mount("/console", Console(), name="console")
     errors.install(app)
+    app.state.connections = Connections(
+        most_connections(settings.max_connections),
+        settings.max_connections_per_address,
+        health.refused_connection,
+    )
+    app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, most=settings.max_body_bytes)
     app.add_middleware(Gate, keys=keys, rate=RateLimit(settings.requests_per_minute, "requests"))
-    app.add_middleware(RequestId, log_bodies=settings.log_bodies)
+    app.add_middleware(Hosts, allowed=settings.hosts)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id", "x-request-timeout"],
+            expose_headers=["x-request-id", "x-sdm-region", "x-sdm-abstained", "x-sdm-bundle", "retry-after"],
+        )
+    app.add_middleware(RequestId, leaving=leaving, audit=audit, log_bodies=settings.log_bodies)
     if tracer is not None:
         app.add_middleware(Traced, tracer=tracer)
     return app

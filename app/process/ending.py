@@ -1,4 +1,4 @@
-"""Shutdown: on SIGTERM, a command ends itself and every process that it started."""
+"""Shutdown: on SIGTERM, a command ends itself and every process that it started; a server leaves first."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ import psutil
 
 PATIENCE_S = 4.0
 """Seconds for an orderly shutdown; what remains after them is killed."""
+
+
+class ShuttingDown(Exception):
+    """The server is about to end, and is not ready for new requests."""
+
+
+class Leaving:
+    """Whether this server is about to end. Meanwhile it answers, but says that it is not ready."""
+
+    def __init__(self) -> None:
+        self.begun = False
 
 
 @contextmanager

@@ -61,7 +61,8 @@ class SelfTest:
         async with self._one_at_a_time:
             try:
                 for case in self._cases:
-                    self._compare(case, await self._answer(case))
+                    hidden = await self._answer(case)
+                    await asyncio.to_thread(self._compare, case, hidden)  # it looks at the whole support
             except GoldenMismatch as mismatch:
                 self.fault = mismatch
                 raise

@@ -12,23 +12,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
+import signal
 import socket
 import ssl
 import sys
 import threading
 from collections.abc import Awaitable, Callable
+from time import monotonic
+from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
+from candor.app.edge.connections import KEEP_ALIVE_S
 from candor.app.edge.keys import KeyFileError, read_keys
 from candor.app.edge.limits import Refused
+from candor.app.edge.quotas import QuotaFileError
 from candor.app.feedback import FeedbackFileError
 from candor.app.process.application import create_app
 from candor.app.process.backend import Backend, start_backend
-from candor.app.process.ending import ending_children
+from candor.app.process.ending import Leaving, ending_children
 from candor.app.process.selftest import SelfTest
-from candor.app.process.settings import Settings
+from candor.app.process.settings import LOOPBACK, Settings
+from candor.app.telemetry.audit import AuditFileError
 from candor.app.telemetry.tracing import tracer_from_environment
 from candor.engine.base import EngineError
 from candor.model_store.errors import BundleError
@@ -37,9 +45,19 @@ logger = logging.getLogger("candor")
 
 Start = Callable[[Settings], Awaitable[Backend]]
 
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _GRACE_S = 30
 """Seconds, beyond the drain, in which a server with a dead engine may end by itself."""
+
+
+_FORESEEN = (
+    AuditFileError,
+    BundleError,
+    EngineError,
+    FeedbackFileError,
+    KeyFileError,
+    QuotaFileError,
+    Refused,
+)
 
 
 class StartError(Exception):
@@ -57,14 +75,17 @@ def run(settings: Settings, start: Start = start_backend) -> int:
             return runner.run(_serve(settings, start))
     except KeyboardInterrupt:
         return 0
-    except (BundleError, EngineError, FeedbackFileError, KeyFileError, Refused, StartError) as error:
+    except (*_FORESEEN, StartError) as error:
         print(f"candor: {error}", file=sys.stderr)
         return 1
 
 
 async def _serve(settings: Settings, start: Start) -> int:
     _check_access(settings)
-    with _bind(settings.host, settings.port) as listener, tracer_from_environment() as tracer:
+    with (
+        _bind(settings.host, settings.port) as listener,
+        tracer_from_environment() as tracer,
+    ):
         backend = await start(settings)
         engine_died = False
         last_resort = threading.Timer(settings.drain_timeout_s + _GRACE_S, os._exit, [1])
@@ -78,20 +99,13 @@ async def _serve(settings: Settings, start: Start) -> int:
         try:
             for one in (backend, *backend.adapted):
                 await _prove(one, settings.engine_stall_timeout_s)
-            app = create_app(settings, backend, on_engine_death=end, tracer=tracer)
+            leaving = Leaving()
+            app = create_app(settings, backend, end, tracer, leaving)
         except BaseException:
             await backend.engine.close()
             raise
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=settings.drain_timeout_s,
-            ssl_certfile=settings.tls_certificate,
-            ssl_keyfile=settings.tls_key,
-        )
-        server = _Server(config, settings.served_model_name or backend.bundle.manifest.name)
+        name = settings.served_model_name or backend.bundle.manifest.name
+        server = _Server(uvicorn_config(app, settings), name, leaving, settings.shutdown_delay_s)
         try:
             await server.serve(sockets=[listener])
         finally:
@@ -99,12 +113,28 @@ async def _serve(settings: Settings, start: Start) -> int:
         return 1 if engine_died else 0
 
 
+def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """app: from `create_app`."""
+    return uvicorn.Config(
+        app,
+        http=app.state.connections.protocol,
+        ws="none",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=settings.drain_timeout_s,
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
+    )
+
+
 def _check_access(settings: Settings) -> None:
     """Checks keys, host and certificate. Raises StartError or KeyFileError."""
     if settings.keys is not None:
         names = ", ".join(key.name for key in read_keys(settings.keys))
         logger.info("keys of %s: whoever has none of them is refused", names)
-    elif settings.host in _LOOPBACK:
+    elif settings.host in LOOPBACK:
         logger.info("no API keys: listening on %s alone, whoever is on this machine may ask", settings.host)
     elif settings.open_to_all:
         logger.warning("no API keys: whoever reaches %s may ask", settings.host)
@@ -117,9 +147,17 @@ def _check_access(settings: Settings) -> None:
     if settings.tls_certificate is not None:
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(settings.tls_certificate, settings.tls_key)
+            context.load_cert_chain(settings.tls_certificate, settings.tls_key, _no_passphrase)
         except OSError as error:  # also ssl.SSLError
             raise StartError(f"cannot use the certificate {settings.tls_certificate}: {error}") from error
+
+
+def _no_passphrase() -> str:
+    # Without this, OpenSSL asks at the terminal, where nobody is.
+    raise StartError(
+        "the TLS key has a passphrase, and nobody is there to type it: give CANDOR_TLS_KEY one without, made by "
+        "`openssl pkey -in KEY -out NEW`, readable for this server alone"
+    )
 
 
 async def _prove(backend: Backend, within_s: float) -> None:
@@ -136,11 +174,33 @@ async def _prove(backend: Backend, within_s: float) -> None:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that logs its address once it listens."""
+    """A uvicorn server that logs its address once it listens, and that leaves in two steps.
 
-    def __init__(self, config: uvicorn.Config, model_name: str) -> None:
+        SIGTERM -> `/readyz` fails, requests are still taken, connections are closed after their response
+                -> `delay_s` later no more is taken; what runs is finished
+
+    A second SIGTERM, or SIGINT, ends the first step.
+    """
+
+    def __init__(self, config: uvicorn.Config, model_name: str, leaving: Leaving, delay_s: float) -> None:
         super().__init__(config)
         self._model_name = model_name
+        self._leaving = leaving
+        self._delay_s = delay_s
+        self._leaves_at = math.inf
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig == signal.SIGTERM and not self._leaving.begun and self._delay_s:
+            self._captured_signals.append(sig)
+            self._leaving.begun = True
+            self._leaves_at = monotonic() + self._delay_s
+        else:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        if monotonic() >= self._leaves_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
@@ -159,6 +219,8 @@ class _Server(uvicorn.Server):
 
 
 def _bind(host: str, port: int) -> socket.socket:
+    if host == "::" and not socket.has_dualstack_ipv6():
+        host = "0.0.0.0"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -166,6 +228,8 @@ def _bind(host: str, port: int) -> socket.socket:
         raise StartError(f"cannot listen on {host}: {error}; choose another address with --host") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if host == "::":  # every address, of IPv4 too
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         listener.bind(address)
     except OSError as error:
         listener.close()

@@ -8,10 +8,20 @@ cannot be set: a server that deviates from the bundle would not be calibrated.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+def _split(value: Any) -> Any:
+    return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+"""Separated by commas in the environment."""
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class Settings(BaseSettings):
@@ -38,6 +48,32 @@ class Settings(BaseSettings):
         default=None,
         description="File of API key hashes, made by `candor key`. Without it, everybody who reaches the "
         "server may use it.",
+    )
+    keys_grace_s: float = Field(
+        default=60.0,
+        ge=0,
+        description="Seconds that the keys read last stay valid while their file cannot be read; then everybody is "
+        "locked out.",
+    )
+    quotas: Path | None = Field(
+        default=None,
+        description="SQLite file of the tokens that each key used in a day. Without it, a restart forgives them.",
+    )
+    audit_log: Path | None = Field(
+        default=None,
+        description="File with one JSON line per request: who asked what kind of thing and got which verdict, no "
+        "texts. Without it, none is kept.",
+    )
+    allowed_hosts: Names | None = Field(
+        default=None,
+        description="Host names that requests may use, separated by commas; `*` allows all. Without it, a server "
+        "without keys on a loopback address takes that address and localhost, any other takes all.",
+    )
+    cors_origins: Names = Field(
+        default="",
+        validate_default=True,
+        description="Origins of web pages that may use this server, such as `https://app.example`, separated by "
+        "commas. Without it, none from elsewhere.",
     )
     open_to_all: bool = Field(
         default=False,
@@ -107,6 +143,12 @@ class Settings(BaseSettings):
         10.0, description="Maximum seconds to score an answer; beyond it, the region is `unavailable`."
     )
 
+    max_connections: PositiveInt = Field(
+        default=1024, description="Maximum open connections; beyond it, 503. Open files may allow fewer."
+    )
+    max_connections_per_address: PositiveInt = Field(
+        default=512, description="Maximum open connections from one address; beyond it, 503."
+    )
     max_body_bytes: PositiveInt = Field(
         default=1 << 20, description="Maximum bytes of a request body; beyond it, 413."
     )
@@ -167,9 +209,24 @@ class Settings(BaseSettings):
         description="Seconds without a token, while a request waits, before the engine is asked for one; "
         "after as long again without it, the server ends with code 1.",
     )
-    drain_timeout_s: PositiveInt = Field(
-        default=30, description="Seconds that running answers get after SIGTERM."
+    shutdown_delay_s: float = Field(
+        default=5.0,
+        ge=0,
+        description="Seconds after SIGTERM in which the server still takes requests while `/readyz` fails, so that "
+        "load balancers send them elsewhere. SIGINT ends at once.",
     )
+    drain_timeout_s: PositiveInt = Field(
+        default=30, description="Seconds that running answers get after that."
+    )
+
+    @property
+    def hosts(self) -> frozenset[str] | None:
+        """Host names that requests may use, as `host` headers have them, without port; None allows all."""
+        local = self.keys is None and not self.open_to_all and self.host in LOOPBACK
+        names = self.allowed_hosts or (LOOPBACK if local else ("*",))
+        if "*" in names:
+            return None
+        return frozenset(f"[{name}]" if ":" in name and "[" not in name else name.lower() for name in names)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -29,6 +29,7 @@ from opentelemetry.trace import Tracer
 
 from candor.app.process.application import create_app
 from candor.app.process.backend import Backend
+from candor.app.process.server import uvicorn_config
 from candor.app.process.settings import Settings
 from candor.engine.base import (
     AdapterIdentity,
@@ -78,8 +79,7 @@ def _clusters(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     return h, (centres > 0).long()
 
 
-@pytest.fixture(scope="session")
-def estimator() -> SDMEstimator:
+def fitted() -> SDMEstimator:
     """h' = h, z' = (-s, s) with s = mean(h) / 2: the two clusters lie at s = -1 and 1."""
     width = 2 * HIDDEN
     adaptor = ExemplarAdaptor(torch.zeros(width), torch.ones(width), width, 2)
@@ -93,12 +93,24 @@ def estimator() -> SDMEstimator:
 
 
 @pytest.fixture(scope="session")
+def estimator() -> SDMEstimator:
+    return fitted()
+
+
+IDENTITY = ModelIdentity("tiny", "TinyForCausalLM", HIDDEN, "float32", "d" * 64, "a" * 64, "b" * 64, "c" * 64)
+
+
+@pytest.fixture(scope="session")
 def identity() -> ModelIdentity:
-    return ModelIdentity("tiny", "TinyForCausalLM", HIDDEN, "float32", "d" * 64, "a" * 64, "b" * 64, "c" * 64)
+    return IDENTITY
 
 
 @pytest.fixture(scope="session")
 def bundle(estimator: SDMEstimator, identity: ModelIdentity) -> Bundle:
+    return bundle_of(estimator, identity)
+
+
+def bundle_of(estimator: SDMEstimator, identity: ModelIdentity) -> Bundle:
     support = estimator.support
     rows = zip(support.labels.tolist(), support.predictions.tolist(), strict=True)
     exemplars = tuple(
@@ -129,6 +141,7 @@ class LetterFormat:
     """Stands in for a chat format: one token a letter; turns are set off by control tokens above Unicode."""
 
     START, END = 0x110000, 0x110001
+    longest_token = 4  # so that what a body's tokens refuse is not always known from its characters
 
     def encode_chat(
         self, messages: Sequence[dict[str, str]], template_arguments: dict[str, Any] | None = None
@@ -395,13 +408,13 @@ def running(
     settings: Settings,
     tracer: Tracer | None = None,
     adapted: Sequence[Backend] = (),
+    chat: LetterFormat | None = None,
 ) -> Iterator[Running]:
     """A server in a thread; afterwards, everything that the engine was asked for must have ended."""
-    backend = Backend(engine, LetterFormat(), bundle, tuple(adapted))  # type: ignore[arg-type]
+    backend = Backend(engine, chat or LetterFormat(), bundle, tuple(adapted))  # type: ignore[arg-type]
     ended = threading.Event()
     app = create_app(settings, backend, ended.set, tracer)
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(uvicorn_config(app, settings.model_copy(update={"drain_timeout_s": 2})))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -432,6 +445,7 @@ def serve(engine: ScriptedEngine, bundle: Bundle) -> Serve:
         certificates: Sequence[Certificate] = (),
         gates: TwoGates | None = None,
         adapted: Sequence[Backend] = (),
+        chat: LetterFormat | None = None,
         **given: Any,
     ) -> AbstractContextManager[Running]:
         terms = gates.terms if gates else None
@@ -442,7 +456,7 @@ def serve(engine: ScriptedEngine, bundle: Bundle) -> Serve:
         if report is not None:
             served = replace(served, report=report)
         return running(
-            engine, served, make_settings(**{"engine_check_interval_s": 0.02, **given}), tracer, adapted
+            engine, served, make_settings(**{"engine_check_interval_s": 0.02, **given}), tracer, adapted, chat
         )
 
     return start

@@ -73,17 +73,17 @@ class TestRate:
 class TestAdmission:
     def test_places_and_tokens_come_back(self) -> None:
         admission = Admission(3, 100)
-        with admission.admit(2, 60):
+        with admission.admit("alice", 2, 60):
             assert (admission.in_flight, admission.tokens) == (2, 60)
             for choices, tokens in ((2, 1), (1, 41)):
-                with pytest.raises(Overloaded), admission.admit(choices, tokens):
+                with pytest.raises(Overloaded), admission.admit("alice", choices, tokens):
                     pass
-            with admission.admit(1, 40):
+            with admission.admit("bob", 1, 40):
                 assert (admission.in_flight, admission.tokens) == (3, 100)
         assert (admission.in_flight, admission.tokens) == (0, 0)
 
     def test_what_never_fits_is_not_told_to_come_back(self) -> None:
-        with pytest.raises(Refused, match="at most 100"), Admission(3, 100).admit(1, 101):
+        with pytest.raises(Refused, match="at most 100"), Admission(3, 100).admit("alice", 1, 101):
             pass
 
 

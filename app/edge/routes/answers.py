@@ -6,6 +6,7 @@ A later failure sends a last chunk with the error body, and no [DONE].
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -13,26 +14,28 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
-from candor.app.answering.request import AnswerRequest
 from candor.app.answering.service import Answer, Piece
 from candor.app.answering.waiting import (
     ClientGone,
+    Deadline,
     DeadlineExceeded,
     EngineWatch,
     seconds_for,
     unless_interrupted,
 )
 from candor.app.edge.errors import describe
+from candor.app.edge.parsing import BoundedRoute
 from candor.app.edge.routes.documented import ERRORS, STREAMED
 from candor.app.edge.schemas.requests import ChatCompletionRequest, CompletionRequest
 from candor.app.edge.schemas.responses import ChatCompletion, Completion
-from candor.app.edge.services import InjectedServices, ServedModel, Services
+from candor.app.edge.services import InjectedServices, Services
 from candor.app.feedback import GivenVerdict
+from candor.app.telemetry.audit import audited
 from candor.app.writing.bodies import ChatRenderer, CompletionRenderer, Envelope, Renderer
 from candor.engine.base import EngineError
 
 logger = logging.getLogger("candor")
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 _STREAM = "text/event-stream"
 _SET_OFF = "\n\n"
@@ -44,11 +47,7 @@ async def create_chat_completion(
     body: ChatCompletionRequest, request: Request, services: InjectedServices
 ) -> Response:
     """An answer to a conversation, with its reliability."""
-    model = services.model(body.model)
-    wanted = model.resolver.chat(body)
-    envelope = Envelope.new("chatcmpl", model.name, model.bundle.digest)
-    renderer = ChatRenderer(envelope, wanted, include_usage=body.wants_usage)
-    return await _respond(request, wanted, renderer, model, services, stream=body.wants_stream)
+    return await _respond(request, body, services, ChatRenderer)
 
 
 @router.post("/v1/completions", response_model=Completion, responses=ERRORS | STREAMED)
@@ -56,45 +55,56 @@ async def create_completion(
     body: CompletionRequest, request: Request, services: InjectedServices
 ) -> Response:
     """A plain prompt, continued. It leaves the chat format, so its reliability is never calibrated."""
-    model = services.model(body.model)
-    wanted = model.resolver.completion(body)
-    envelope = Envelope.new("cmpl", model.name, model.bundle.digest)
-    renderer = CompletionRenderer(envelope, wanted, include_usage=body.wants_usage)
-    return await _respond(request, wanted, renderer, model, services, stream=body.wants_stream)
+    return await _respond(request, body, services, CompletionRenderer)
 
 
 async def _respond(
     request: Request,
-    wanted: AnswerRequest,
-    renderer: Renderer,
-    model: ServedModel,
+    body: ChatCompletionRequest | CompletionRequest,
     services: Services,
-    *,
-    stream: bool,
+    renders: type[ChatRenderer] | type[CompletionRenderer],
 ) -> Response:
     """Raises Refused, Overloaded, TooFast, DeadlineExceeded, ClientGone, or an error of the service."""
-    service, watch, digest = model.service, services.watch, model.bundle.digest
-    within_s = seconds_for(request, services.request_timeout_s)
-    services.admission.check(len(wanted.choices), wanted.tokens)  # first: a refused request costs nothing
-    services.token_rate.take(request.state.caller, wanted.tokens)
+    model = services.model(body.model)
+    service, resolver, watch, digest = model.service, model.resolver, services.watch, model.bundle.digest
+    record = audited(request, model.name, digest)
+    bulk = resolver.measure(body)
+    deadline = Deadline(seconds_for(request, services.request_timeout_s))
+    chat = isinstance(body, ChatCompletionRequest)
+    wanted = await unless_interrupted(
+        services.prepare(
+            request,
+            bulk,
+            lambda: resolver.chat(body) if chat else resolver.completion(body),  # type: ignore[arg-type]
+        ),
+        request.receive,
+        watch,
+        deadline.left_s,
+    )
+    envelope = Envelope.new("chatcmpl" if chat else "cmpl", model.name, digest)
+    renderer = renders(envelope, wanted, include_usage=body.wants_usage)
 
     def note(*answers: Answer) -> None:
+        given = [
+            GivenVerdict(renderer.envelope.id, answer.index, answer.judged.verdict, digest)
+            for answer in answers
+            if answer.judged
+        ]
+        record.verdicts += [(one.index, one.verdict) for one in given]
         if services.feedback is not None:
-            services.feedback.note(
-                GivenVerdict(renderer.envelope.id, answer.index, answer.judged.verdict, digest)
-                for answer in answers
-                if answer.judged
-            )
+            services.feedback.note(given)
 
-    if stream and not wanted.reliability.buffered:
+    if body.wants_stream and not wanted.reliability.buffered:
         chunks = _as_they_come(service.events(wanted), renderer, len(wanted.choices), note)
-        return EventStream(chunks, watch, within_s)
-    answers = await unless_interrupted(service.answers(wanted), request.receive, watch, within_s)
+        return EventStream(chunks, watch, deadline.left_s)
+    answers = await unless_interrupted(service.answers(wanted), request.receive, watch, deadline.left_s)
     note(*answers)
     headers = verdict_headers(answers, digest)
-    if stream:
-        return Response(_buffered(answers, renderer), headers=headers, media_type=_STREAM)
-    return Response(renderer.body(answers), headers=headers, media_type="application/json")
+    if body.wants_stream:
+        content = await asyncio.to_thread(_buffered, answers, renderer)
+        return Response(content, headers=headers, media_type=_STREAM)
+    content = await asyncio.to_thread(renderer.body, answers)
+    return Response(content, headers=headers, media_type="application/json")
 
 
 def verdict_headers(answers: Sequence[Answer], digest: str) -> Mapping[str, str]:

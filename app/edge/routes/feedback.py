@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
+from candor.app.edge.parsing import BoundedRoute
 from candor.app.edge.routes.documented import ERRORS
 from candor.app.edge.schemas.feedback import FeedbackReceipt, FeedbackRequest
 from candor.app.edge.services import InjectedServices
 from candor.app.feedback import Feedback, NoSuchAnswer
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 
 @router.post("/v1/reliability/feedback", responses=ERRORS)

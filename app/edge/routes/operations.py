@@ -11,6 +11,7 @@ from candor.app.answering.waiting import seconds_for, unless_interrupted
 from candor.app.edge.routes.documented import ERRORS
 from candor.app.edge.schemas.responses import Model, ModelList, ServedBundle
 from candor.app.edge.services import InjectedServices, ServedModel, Services
+from candor.app.process.ending import ShuttingDown
 from candor.engine.base import EngineDead
 
 router = APIRouter()
@@ -45,6 +46,8 @@ async def ready(request: Request, services: InjectedServices, deep: bool = False
         within_s = seconds_for(request, services.request_timeout_s)
         for model in services.models.values():
             await unless_interrupted(model.selftest.check(), request.receive, services.watch, within_s)
+    if services.leaving.begun:
+        raise ShuttingDown("this server is about to end; send requests to another")
     for model in services.models.values():
         if model.selftest.fault is not None:
             raise model.selftest.fault

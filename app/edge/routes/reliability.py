@@ -6,29 +6,33 @@ import uuid
 
 from fastapi import APIRouter, Request
 
-from candor.app.answering.waiting import seconds_for, unless_interrupted
+from candor.app.answering.waiting import Deadline, seconds_for, unless_interrupted
+from candor.app.edge.parsing import BoundedRoute
 from candor.app.edge.routes.documented import ERRORS
 from candor.app.edge.schemas.reliability import ReliabilityObject
 from candor.app.edge.schemas.scoring import ScoreRequest, ScoreResponse
 from candor.app.edge.services import InjectedServices
 from candor.app.feedback import GivenVerdict
+from candor.app.telemetry.audit import audited
 from candor.app.writing.bodies import fingerprint, verdict_result
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 
 @router.post("/v1/reliability", responses=ERRORS)
 async def score_response(body: ScoreRequest, request: Request, services: InjectedServices) -> ScoreResponse:
     """The verdict on a given prompt and response, by the same estimator as for answers."""
     model = services.model(body.model)
-    wanted = model.resolver.pair(body)
-    within_s = seconds_for(request, services.request_timeout_s)
-    services.admission.check(1, wanted.tokens)
-    services.token_rate.take(request.state.caller, wanted.tokens)
-    judged = await unless_interrupted(
-        model.service.judge_pair(wanted), request.receive, services.watch, within_s
-    )
+    record = audited(request, model.name, model.bundle.digest)
+    resolver, watch = model.resolver, services.watch
+    bulk = resolver.measure(body)
+    deadline = Deadline(seconds_for(request, services.request_timeout_s))
+    preparation = services.prepare(request, bulk, lambda: resolver.pair(body))
+    wanted = await unless_interrupted(preparation, request.receive, watch, deadline.left_s)
+    judging = model.service.judge_pair(wanted)
+    judged = await unless_interrupted(judging, request.receive, watch, deadline.left_s)
     given = GivenVerdict(f"rel-{uuid.uuid4().hex}", 0, judged.verdict, model.bundle.digest)
+    record.verdicts.append((0, judged.verdict))
     if services.feedback is not None:
         services.feedback.note([given])
     return ScoreResponse(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
+from candor.app.edge.schemas.bounds import FewFields
 from candor.app.edge.schemas.requests import INT64, Unicode
 from candor.policy.decision import RegionName
 
 
-class FeedbackRequest(BaseModel):
+class FeedbackRequest(FewFields):
     """The comment is kept as it is: put nothing into it that must not be kept."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     id: Unicode = Field(max_length=200, description="The response's `id`.")
     index: int = Field(default=0, ge=0, lt=INT64, description="Of the choice.")

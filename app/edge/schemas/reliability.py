@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
+from candor.app.edge.schemas.bounds import FewFields
 from candor.app.edge.schemas.bundle import ShownCertificate
 from candor.policy.decision import Reason, RegionName
 
 
-class ReliabilityOptions(BaseModel):
+class ReliabilityOptions(FewFields):
     """Unlike in OpenAI's objects, an unknown field is refused: a mistyped `alpha` must not go unnoticed."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     mode: Literal["annotate", "abstain", "off"] = Field(
         default="annotate",

@@ -24,9 +24,12 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from candor.app.edge.schemas.bounds import few_values
 from candor.app.edge.schemas.reliability import ReliabilityOptions
 
 INT64 = 2**63
+MOST_MESSAGES = 1024
+MOST_PROMPTS = 1024
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def _one_or_many(items: dict[str, Any], limits: dict[str, int]) -> WithJsonSchem
 
 Stop = Annotated[
     list[Annotated[Unicode, Field(min_length=1)]],
-    Field(max_length=16),
+    Field(max_length=16, fail_fast=True),
     BeforeValidator(_as_list),
     _one_or_many({"type": "string", "minLength": 1}, {"maxItems": 16}),
 ]
@@ -112,9 +115,9 @@ Stop = Annotated[
 
 Prompts = Annotated[
     list[Unicode],
-    Field(min_length=1),
+    Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True),
     BeforeValidator(_as_list),
-    _one_or_many({"type": "string"}, {"minItems": 1}),
+    _one_or_many({"type": "string"}, {"minItems": 1, "maxItems": MOST_PROMPTS}),
 ]
 """One plain prompt or several. Token ids are refused, because they could forge control tokens."""
 
@@ -141,6 +144,10 @@ class ChatMessage(BaseModel):
         """Returns the message in the form that chat templates take."""
         role = "system" if self.role == "developer" else self.role
         return {"role": role, "content": self.content if self.content is not None else self.refusal or ""}
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
+"""The first message that is wrong ends the check: a million of them would take seconds to report."""
 
 
 class StreamOptions(BaseModel):
@@ -193,7 +200,7 @@ class GenerationRequest(BaseModel):
 
 
 class ChatCompletionRequest(GenerationRequest):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Messages
     max_completion_tokens: int | None = Field(default=None, ge=1, description="Goes before `max_tokens`.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -207,7 +214,7 @@ class ChatCompletionRequest(GenerationRequest):
     prediction: Annotated[Any, Only([None])] = None
     web_search_options: Annotated[Any, Only([None])] = None
     chat_template: Annotated[Any, Only([None])] = None
-    chat_template_kwargs: dict[str, Any] | None = Field(
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(few_values)] | None = Field(
         default=None,
         description="Arguments of the chat template; others than the calibrated are not calibrated.",
     )

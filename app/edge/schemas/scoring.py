@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from candor.app.edge.schemas.bounds import FewFields
 from candor.app.edge.schemas.reliability import ReliabilityObject
-from candor.app.edge.schemas.requests import ChatMessage, Unicode
+from candor.app.edge.schemas.requests import Messages, Unicode
 
 
-class ScoreRequest(BaseModel):
+class ScoreRequest(FewFields):
     """Either messages or a plain prompt, and the response to score.
 
     The verdict holds for a response that the served model gave under the calibrated policy.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid")
-
     model: str | None = None
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+    messages: Messages | None = None
     prompt: Unicode | None = None
     response: Unicode
     alpha: float | None = Field(default=None, allow_inf_nan=False)

@@ -1,0 +1,63 @@
+"""A server in a process of its own, from its settings to its exit code, with the script of conftest.py as its engine.
+
+    python replica.py PORT           settings from the environment
+
+What a prompt gets: "slow" 40 pieces in 2 s, anything else an answer at once. Every second it prints the longest time
+for which its event loop ran without a pause, in seconds of its thread's processor time, so that a busy machine does
+not count: `held 0.012`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from candor.app.process.backend import Backend
+from candor.app.process.server import run
+from candor.app.process.settings import Settings
+from candor.app.telemetry import logs
+
+
+def _doubles() -> Any:
+    spec = importlib.util.spec_from_file_location("doubles", Path(__file__).with_name("conftest.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["doubles"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+async def _watch_loop() -> None:
+    longest, told, last = 0.0, time.monotonic(), time.thread_time()
+    while True:
+        await asyncio.sleep(0.001)
+        now = time.thread_time()
+        longest, last = max(longest, now - last), now
+        if time.monotonic() - told > 0.5:
+            print(f"held {longest:.4f} threads {threading.active_count()}", flush=True)
+            longest, told = 0.0, time.monotonic()
+
+
+def main() -> int:
+    doubles = _doubles()
+    bundle = doubles.bundle_of(doubles.fitted(), doubles.IDENTITY)
+    engine = doubles.scripted(doubles.IDENTITY, bundle)
+    engine.script("slow", pieces=("a ",) * 40, pause_s=0.05)
+    tasks = []
+
+    async def start(_: Settings) -> Backend:
+        tasks.append(asyncio.create_task(_watch_loop()))
+        return Backend(engine, doubles.LetterFormat(), bundle)
+
+    logs.configure("text")
+    return run(Settings(model=Path("m"), bundle=Path("b"), port=int(sys.argv[1])), start)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
