@@ -1,10 +1,10 @@
 """Bounds on connections: they hold before a request is complete, so before its key is known.
 
-    a connection  ->  at most so many, in all and from one address
-    a head        ->  whole within `HEAD_TIMEOUT_S`, of `MOST_HEAD_BYTES` and `MOST_HEADERS`; else 408, 414 or 431
-    a body        ->  whole within `BODY_TIMEOUT_S` (BodyLimit answers 408; here the connection ends a little later)
-    pipelining    ->  at most `MOST_PIPELINED` requests wait on a connection; what follows them is not read
-    a response    ->  read by the client within `READ_TIMEOUT_S` where the connection is full, else it is cut
+    a connection  ->  at most so many, in all and from one address; else 503
+    a head        ->  so many bytes and headers, within so many seconds; else 408, 414 or 431
+    a body        ->  within so many seconds (BodyLimit answers 408; here the connection ends a little later)
+    pipelining    ->  so many requests wait on a connection; what follows them is not read
+    a response    ->  the client reads on within so many seconds; else the connection is cut
 
 uvicorn bounds none of these with httptools: that parser keeps a line until it is whole, and a connection that sends
 nothing, or half a head, stays for good. So this is uvicorn's protocol with counts and timers around its parser.
@@ -19,6 +19,7 @@ import logging
 import resource
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -27,21 +28,33 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 logger = logging.getLogger("candor")
 
-MOST_HEAD_BYTES = 1 << 15
-MOST_HEADERS = 100
-MOST_PIPELINED = 8
-HEAD_TIMEOUT_S = 10.0
-"""Maximum seconds until a head is whole, from a new connection's beginning or from the head's first byte."""
 KEEP_ALIVE_S = 75
 """Seconds that an idle connection stays open: longer than clients keep one, so none sends into a closed one."""
 BODY_TIMEOUT_S = 60.0
-READ_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Of one connection. Times are in seconds, sizes in bytes.
+
+    head_s: from the connection's beginning, or from the head's first byte, until the head is whole.
+    body_s: from the head's end until the body is whole. read_s: until the client reads on.
+    """
+
+    head_bytes: int = 1 << 15
+    url_bytes: int = 1 << 14
+    headers: int = 100
+    pipelined: int = 8
+    head_s: float = 10.0
+    body_s: float = BODY_TIMEOUT_S + 5.0  # the application answers first
+    read_s: float = 60.0
+
+
+DEFAULT = Bounds()
 
 _FILES_KEPT = 64
 _SLICE = 1 << 14
-_AFTER_BODY_S = 5.0  # the application answers first
 _LINGER_S = 2.0  # a close with unread input would reset the connection before the client reads the answer
-_LONGEST_URL = MOST_HEAD_BYTES // 2
 _NOT_HTTP = "expected a request in HTTP/1.1, got something else"
 
 
@@ -69,15 +82,29 @@ class Connections:
     refused: called with the cause, one of `CAUSES`, for every connection that is refused or cut.
     """
 
-    CAUSES = ("connections", "address", "head_size", "head_time", "body_time", "pipelined", "unread")
+    CAUSES = (
+        "connections",
+        "address",
+        "head_size",
+        "head_time",
+        "body_time",
+        "pipelined",
+        "upgrade",
+        "unread",
+    )
 
     def __init__(
-        self, most: int, most_each: int, refused: Callable[[str], None] = lambda cause: None
+        self,
+        most: int,
+        most_each: int,
+        refused: Callable[[str], None] = lambda cause: None,
+        bounds: Bounds = DEFAULT,
     ) -> None:
         self._most = most
         self._most_each = most_each
         self._by_address: Counter[str] = Counter()
         self.refused = refused
+        self.bounds = bounds
 
     def come(self, address: str) -> str | None:
         """Counts a connection that was opened. Returns why it must be refused, or None."""
@@ -114,7 +141,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if cause := self.all.come(self._address):
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections are open; try later", cause)
             return
-        self._expect(HEAD_TIMEOUT_S, self._head_is_late)
+        self._expect(self.all.bounds.head_s, self._head_is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.all.go(self._address)
@@ -128,11 +155,13 @@ class BoundedProtocol(HttpToolsProtocol):
         while view and not self._deaf and not self.transport.is_closing():
             part, view = view[:_SLICE], view[_SLICE:]
             if self._in_head and not self._head_bytes:
-                self._expect(HEAD_TIMEOUT_S, self._head_is_late)
+                self._expect(self.all.bounds.head_s, self._head_is_late)
             self._head_bytes += len(part)
             self._feed(part)
-            if self._head_bytes > MOST_HEAD_BYTES and not self._deaf:
-                self._refuse_head(f"the request's head may have {MOST_HEAD_BYTES} bytes, this one has more")
+            if self._head_bytes > self.all.bounds.head_bytes and not self._deaf:
+                self._refuse_head(
+                    f"the request's head may have {self.all.bounds.head_bytes} bytes, this one has more"
+                )
 
     def _feed(self, part: memoryview) -> None:
         self._unset_keepalive_if_required()
@@ -141,44 +170,44 @@ class BoundedProtocol(HttpToolsProtocol):
         except httptools.HttpParserCallbackError as error:
             match error.__context__:
                 case _Full():
-                    self._leave_rest()
+                    self._leave_rest("pipelined")
                 case _TooMuch() as fault:
                     self._refuse(fault.status, str(fault), "head_size")
                 case other:
                     logger.warning("a request that the parser gives up on: %r", other)
                     self._refuse(HTTPStatus.BAD_REQUEST, _NOT_HTTP, None)
         except httptools.HttpParserUpgrade:
-            self._leave_rest()  # no route speaks another protocol; the request itself is answered
+            self._leave_rest("upgrade")  # no route speaks another protocol; the request itself is answered
         except httptools.HttpParserError:
             self._refuse(HTTPStatus.BAD_REQUEST, _NOT_HTTP, None)
 
     # httptools' callbacks
 
     def on_message_begin(self) -> None:
-        if len(self.pipeline) >= MOST_PIPELINED:
+        if len(self.pipeline) >= self.all.bounds.pipelined:
             raise _Full
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
-        if len(self.url) > _LONGEST_URL:
+        if len(self.url) > self.all.bounds.url_bytes:
             raise _TooMuch(
                 HTTPStatus.REQUEST_URI_TOO_LONG,
-                f"the URL may have {_LONGEST_URL} bytes, this one has more",
+                f"the URL may have {self.all.bounds.url_bytes} bytes, this one has more",
             )
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if len(self.headers) >= MOST_HEADERS:
+        if len(self.headers) >= self.all.bounds.headers:
             raise _TooMuch(
                 HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-                f"a request may have {MOST_HEADERS} headers, this one has more",
+                f"a request may have {self.all.bounds.headers} headers, this one has more",
             )
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._head_bytes = 0
-        self._expect(BODY_TIMEOUT_S + _AFTER_BODY_S, self._body_is_late)
+        self._expect(self.all.bounds.body_s, self._body_is_late)
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -196,7 +225,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._unread is None:
-            self._unread = self.loop.call_later(READ_TIMEOUT_S, self._is_unread)
+            self._unread = self.loop.call_later(self.all.bounds.read_s, self._is_unread)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -232,9 +261,9 @@ class BoundedProtocol(HttpToolsProtocol):
         status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE if self.url else HTTPStatus.REQUEST_URI_TOO_LONG
         self._refuse(status, message, "head_size")
 
-    def _leave_rest(self) -> None:
+    def _leave_rest(self, cause: str) -> None:
         """Answers what came so far, then closes."""
-        self.all.refused("pipelined")
+        self.all.refused(cause)
         self._deaf = True
         self._expect(None)
         self.cycle.keep_alive = False

@@ -72,7 +72,8 @@ class Services:
             return next(iter(self.models.values()))
         if name is None or name not in self.models:
             served = ", ".join(map(repr, self.models)) or "none for this key"
-            raise ModelNotFound(f"the model {name!a} is not served here; this server has {served}")
+            shown = ascii(name if name is None else name[:100])
+            raise ModelNotFound(f"the model {shown} is not served here; this server has {served}")
         return self.models[name]
 
     async def prepare(self, request: Request, bulk: Bulk, resolve: Callable[[], Resolved]) -> Resolved:

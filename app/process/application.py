@@ -116,6 +116,7 @@ def create_app(
             started=int(time.time()),
         )
         running = [asyncio.create_task(work) for work in (watch.run(), quotas.run(), health.run(watch))]
+        app.openapi()  # kept; it takes longer than a request may
         # Whatever was loaded stays: the collector need not look at it again, which takes longer than a request may.
         gc.collect()
         gc.freeze()

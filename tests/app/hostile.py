@@ -2,6 +2,7 @@
 
 BROKEN     bodies that are no request at all
 WRONG      every field of every route with values of types it does not take
+HEAVY      bodies of up to a megabyte that cost much to parse, check or report; whatever they get, at little cost
 TEXTS      prompts that try to be more than text: to be answered and judged as any other text
 """
 
@@ -171,6 +172,52 @@ def wrong() -> Iterator[Attack]:
                 yield Attack(f"{path} {field}: {name}", path, body, 404 if unserved else 422, codes)
 
 
+_MB = (1 << 20) - 300
+_SHAPES: dict[str, bytes] = {
+    "numbers": b"[" + b"1," * (_MB // 2 - 2) + b"1]",
+    "fractions": b"[" + b"1e5," * (_MB // 4 - 2) + b"1]",
+    "words": b"[" + b'"a",' * (_MB // 4 - 2) + b'"a"]',
+    "empty texts": b"[" + b'"",' * (_MB // 3 - 2) + b'""]',
+    "lists": b"[" + b"[]," * 300_000 + b"[]]",
+    "fewer lists": b"[" + b"[]," * 32_000 + b"[]]",
+    "objects": b"[" + b"{}," * 32_000 + b"{}]",
+    "messages": b"[" + b'{"role":"user","content":""},' * (_MB // 30) + b'{"role":"user","content":""}]',
+    "fewer messages": b"[" + b'{"role":"user","content":"x"},' * 1_000 + b'{"role":"user","content":"x"}]',
+    "keys": b"{" + b",".join(b'"%x":1' % i for i in range(90_000)) + b"}",
+    "one key again": b"{" + b'"a":[],' * 16_000 + b'"a":1}',
+    "a text": b'"' + b"a" * (_MB - 2) + b'"',
+    "escapes": b'"' + rb"\u00e9" * (_MB // 6 - 2) + b'"',
+    "digits": b"[" + b",".join([b"9" * 4_300] * 240) + b"]",
+    "depth": b"[" * 900 + b"]" * 900,
+    "parts": b"[" + b'{"type":"text","text":"a"},' * 16_000 + b'{"type":"text","text":"a"}]',
+}
+_HEAVY_FIELDS: dict[str, tuple[str, ...]] = {
+    CHAT: ("messages", "model", "n", "stop", "reliability", "chat_template_kwargs", "tools", "unknown"),
+    COMPLETION: ("prompt", "logit_bias"),
+    PAIR: ("response", "unknown"),
+    FEEDBACK: ("comment", "unknown"),
+}
+
+
+class Heavy(NamedTuple):
+    name: str
+    path: str
+    body: bytes
+
+
+def heavy() -> Iterator[Heavy]:
+    for path, fields in _HEAVY_FIELDS.items():
+        for field in fields:
+            for name, value in _SHAPES.items():
+                body = json.dumps(VALID[path] | {field: "HERE"}).encode().replace(b'"HERE"', value)
+                yield Heavy(f"{path} {field}: {name}", path, body)
+    for name, value in _SHAPES.items():
+        message = b'{"model":"tiny","messages":[{"role":"user","content":%s}]}' % value
+        yield Heavy(f"content: {name}", CHAT, message)
+        yield Heavy(f"body: {name}", CHAT, value)
+
+
+HEAVY = tuple(heavy())
 BROKEN = tuple(broken())
 WRONG = tuple(wrong())
 

@@ -2,9 +2,9 @@
 
     python replica.py PORT           settings from the environment
 
-What a prompt gets: "slow" 40 pieces in 2 s, anything else an answer at once. Every second it prints the longest time
-for which its event loop ran without a pause, in seconds of its thread's processor time, so that a busy machine does
-not count: `held 0.012`.
+What a prompt gets: "slow" 40 pieces in 2 s, anything else an answer at once. Four times a second it prints the
+longest time for which its event loop ran without a pause, in seconds of its thread's processor time, so that a busy
+machine does not count: `held 0.012`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -39,8 +38,8 @@ async def _watch_loop() -> None:
         await asyncio.sleep(0.001)
         now = time.thread_time()
         longest, last = max(longest, now - last), now
-        if time.monotonic() - told > 0.5:
-            print(f"held {longest:.4f} threads {threading.active_count()}", flush=True)
+        if time.monotonic() - told > 0.25:
+            print(f"held {longest:.4f}", flush=True)
             longest, told = 0.0, time.monotonic()
 
 
