@@ -62,6 +62,7 @@ class Services:
     leaving: Leaving
     watch: EngineWatch
     feedback: FeedbackStore | None
+    metrics: Metrics  # of the first model; they share one page
     estimator: EstimatorKind
     request_timeout_s: float
     started: int  # Unix time, s

@@ -111,6 +111,7 @@ def create_app(
             leaving=leaving,
             watch=watch,
             feedback=store,
+            metrics=instruments,
             estimator=settings.estimator,
             request_timeout_s=settings.request_timeout_s,
             started=int(time.time()),

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+from collections import Counter
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import HTTPException
+from hypothesis import given
+from hypothesis import strategies as st
 
+from candor.app.answering.preparing import Preparing
+from candor.app.edge.keys import make_key
 from candor.app.edge.limits import Admission, Overloaded, RateLimit, Refused, TooFast
 from candor.app.edge.middleware import BodyLimit
 
@@ -85,6 +95,188 @@ class TestAdmission:
     def test_what_never_fits_is_not_told_to_come_back(self) -> None:
         with pytest.raises(Refused, match="at most 100"), Admission(3, 100).admit("alice", 1, 101):
             pass
+
+
+class TestShares:
+    """Half of the places is shared out by weight and kept; the other half is for whoever comes first."""
+
+    def test_one_key_cannot_take_what_is_kept_for_another(self) -> None:
+        admission = Admission(16, 1600, lambda: {"alice": 1.0, "bob": 1.0})
+        with ExitStack() as places:
+            for _ in range(12):  # 4 of her own, 8 for whoever comes first
+                places.enter_context(admission.admit("alice", 1, 1))
+            with pytest.raises(TooFast, match="kept for others"):
+                admission.check("alice", 1, 1)
+            for _ in range(4):
+                places.enter_context(admission.admit("bob", 1, 1))
+            with pytest.raises(Overloaded) as full:
+                admission.check("bob", 1, 1)
+            assert not isinstance(full.value, TooFast)
+        admission.check("alice", 12, 1)
+
+    def test_by_weight(self) -> None:
+        admission = Admission(16, 1600, lambda: {"alice": 1.0, "bob": 3.0})
+        with admission.admit("bob", 14, 14):  # 6 of his own and all 8
+            with pytest.raises(TooFast):
+                admission.check("bob", 1, 1)
+            admission.check("alice", 2, 2)
+
+    def test_tokens_are_shared_too(self) -> None:
+        admission = Admission(1600, 16, lambda: {"alice": 1.0, "bob": 1.0})
+        with admission.admit("alice", 1, 12):
+            with pytest.raises(TooFast, match="12 tokens"):
+                admission.check("alice", 1, 1)
+            admission.check("bob", 1, 4)
+
+    def test_who_is_alone_gets_everything(self) -> None:
+        for weights in ({}, {"alice": 1.0}):
+            Admission(16, 16, lambda weights=weights: weights).check("alice", 16, 16)
+
+    @given(
+        weights=st.dictionaries(st.sampled_from("abcd"), st.sampled_from([0.5, 1.0, 2.0]), min_size=2),
+        asked=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 8)), max_size=60),
+    )
+    def test_whatever_others_hold_a_keys_share_is_there(
+        self, weights: dict[str, float], asked: list[tuple[str, int]]
+    ) -> None:
+        """The law: a key that holds less than its share gets the rest of it, in any state that can be reached."""
+        most = 64
+        admission = Admission(most, 10**6, lambda: weights)
+        held: Counter[str] = Counter()
+        with ExitStack() as places:
+            for name, choices in asked:
+                if name in weights:
+                    with suppress(Overloaded):
+                        places.enter_context(admission.admit(name, choices, 1))
+                        held[name] += choices
+            for name, weight in weights.items():
+                rest = int(most / 2 * weight / sum(weights.values())) - held[name]
+                if rest > 0:
+                    admission.check(name, rest, 1)
+
+
+def test_a_key_that_takes_all_leaves_another_its_share(serve: Any, tmp_path: Path, wait_until: Any) -> None:
+    """S5: sixteen requests of sixteen answers by one key, and another key is answered at once."""
+    made = {name: make_key(name, ["answer"]) for name in ("greedy", "modest")}
+    (tmp_path / "keys").write_text("".join(key.line() for _, key in made.values()))
+    headers = {name: {"authorization": f"Bearer {secret}"} for name, (secret, _) in made.items()}
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "slow"}], "n": 16, "stream": True}
+    with serve(keys=tmp_path / "keys") as server, ExitStack() as streams:
+        server.engine.script("slow", hangs=True)
+        statuses = [
+            streams.enter_context(
+                server.client.stream("POST", "/v1/chat/completions", json=body, headers=headers["greedy"])
+            ).status_code
+            for _ in range(16)
+        ]
+        assert Counter(statuses) == {200: 12, 429: 4}
+        server.client.headers.update(headers["modest"])
+        assert server.chat("ask", n=16).status_code == 200
+    wait_until(lambda: server.engine.running == 0)
+
+
+class TestPreparing:
+    """What is tokenised waits in turn: by caller, and bounded by its length."""
+
+    def test_callers_take_turns(self) -> None:
+        async def main() -> list[str]:
+            preparing, done = Preparing(1000), list[str]()
+            held, gate = threading.Event(), asyncio.Event()
+            loop = asyncio.get_running_loop()
+
+            def first() -> None:
+                loop.call_soon_threadsafe(gate.set)
+                held.wait()
+
+            work = [asyncio.create_task(preparing.run("greedy", 1, first))]
+            await gate.wait()
+            for name in ("greedy", "greedy", "greedy", "modest"):
+                work.append(asyncio.create_task(preparing.run(name, 1, partial(done.append, name))))
+                await asyncio.sleep(0)
+            held.set()
+            await asyncio.gather(*work)
+            preparing.close()
+            return done
+
+        assert asyncio.run(main()) == ["greedy", "modest", "greedy", "greedy"]
+
+    def test_what_waits_is_bounded_in_all_and_for_each(self) -> None:
+        async def main() -> None:
+            for alone, most in ((True, 100), (False, 50)):
+                preparing = Preparing(100, lambda alone=alone: alone)
+                held = threading.Event()
+                first = asyncio.create_task(preparing.run("alice", most, held.wait))
+                await asyncio.sleep(0)
+                with pytest.raises(Overloaded):
+                    await preparing.run("alice", 1, lambda: None)
+                if not alone:
+                    second = asyncio.create_task(preparing.run("bob", 50, lambda: None))
+                    await asyncio.sleep(0)
+                    with pytest.raises(Overloaded):
+                        await preparing.run("carol", 1, lambda: None)
+                held.set()
+                await first
+                if not alone:
+                    await second
+                await preparing.run("alice", 1000, lambda: None)  # where nothing waits, it may be longer
+                preparing.close()
+
+        asyncio.run(main())
+
+    def test_work_that_nobody_waits_for_is_dropped(self) -> None:
+        async def main() -> None:
+            preparing, held, done = Preparing(100), threading.Event(), list[int]()
+            first = asyncio.create_task(preparing.run("a", 1, held.wait))
+            dropped = asyncio.create_task(preparing.run("a", 1, partial(done.append, 1)))
+            await asyncio.sleep(0)
+            dropped.cancel()
+            held.set()
+            await first
+            await preparing.run("a", 1, partial(done.append, 2))
+            assert done == [2]
+            with pytest.raises(ZeroDivisionError):
+                await preparing.run("a", 1, lambda: 1 // 0)
+            preparing.close()
+
+        asyncio.run(main())
+
+
+def test_bodies_that_are_held_at_once_are_bounded() -> None:
+    """Many that send most of a body and then wait: together they may take 64 bodies' memory."""
+
+    async def reads(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+
+    async def main() -> None:
+        limit, statuses = BodyLimit(reads, 100), list[int]()
+        waits = asyncio.Event()
+
+        async def client() -> None:
+            messages = [b"x" * 99]
+
+            async def receive() -> dict[str, Any]:
+                if messages:
+                    return {"type": "http.request", "body": messages.pop(), "more_body": True}
+                await waits.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(_: Any) -> None: ...
+
+            try:
+                await limit({"type": "http", "headers": []}, receive, send)
+            except HTTPException as refused:
+                statuses.append(refused.status_code)
+
+        clients = [asyncio.create_task(client()) for _ in range(70)]
+        await asyncio.sleep(0.05)
+        assert statuses == [503] * 6
+        waits.set()
+        await asyncio.gather(*clients)
+        await client()
+        assert statuses == [503] * 6
+
+    asyncio.run(main())
 
 
 def test_rates_through_http(serve: Any) -> None:
@@ -202,8 +394,6 @@ def test_a_body_that_trickles_is_given_up() -> None:
 
         async def send(_: Any) -> None:
             raise AssertionError("nothing is sent from here")
-
-        from fastapi import HTTPException
 
         with pytest.raises(HTTPException) as refused:
             await BodyLimit(reads, 100, timeout_s=0.05)({"type": "http", "headers": []}, receive, send)

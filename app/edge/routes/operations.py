@@ -75,7 +75,7 @@ async def show_load(services: InjectedServices) -> dict[str, int]:
 @router.get("/metrics", response_class=Response)
 async def show_metrics(request: Request, services: InjectedServices) -> Response:
     """For Prometheus: this server's metrics and the engine's own."""
-    content, content_type = services.model().metrics.exposition(request.headers.get("accept", ""))
+    content, content_type = services.metrics.exposition(request.headers.get("accept", ""))
     return Response(content, headers={"content-type": content_type})
 
 
