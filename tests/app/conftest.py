@@ -12,6 +12,8 @@ import os
 import re
 import runpy
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -491,6 +493,61 @@ def until(holds: Callable[[], bool], within_s: float = 5.0) -> None:
 def hostile() -> SimpleNamespace:
     """The corpus in hostile.py."""
     return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("hostile.py"))))
+
+
+class Replica:
+    """replica.py: a server in a process of its own."""
+
+    def __init__(self, log: Path, port: int = 0, **environment: str) -> None:
+        self._log = log
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("CANDOR_")}
+        root = Path(__file__).resolve().parents[2]
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, Path(__file__).with_name("replica.py"), str(port)],
+                stdout=output,
+                stderr=output,
+                cwd=root,
+                env={**clean, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **environment},
+            )
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text(encoding="utf-8")
+
+    @property
+    def ready(self) -> bool:
+        assert self.process.poll() is None, self.output
+        return "ready url=" in self.output
+
+    @property
+    def url(self) -> str:
+        found = re.search(r"ready url=(\S+)", self.output)
+        assert found is not None
+        return found[1]
+
+    def held(self) -> list[float]:
+        """What was printed since the server was ready, but for the quarter of a second of its start."""
+        after = self.output.split("ready url=")[1]
+        return [float(value) for value in re.findall(r"held ([0-9.]+)", after)][1:]
+
+
+@pytest.fixture
+def start_replica(tmp_path: Path) -> Iterator[Callable[..., Replica]]:
+    """Starts replicas, waits until they are ready, and ends them with the test."""
+    started: list[Replica] = []
+
+    def start(port: int = 0, *, wait: bool = True, **environment: str) -> Replica:
+        one = Replica(tmp_path / f"replica.{len(started)}", port, **environment)
+        started.append(one)
+        if wait:
+            until(lambda: one.ready, 60)
+        return one
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait()
 
 
 @pytest.fixture

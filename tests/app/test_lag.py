@@ -7,65 +7,24 @@ machine does not count.
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 HELD_S = 0.05
 JSON = {"content-type": "application/json"}
 
 
-class Replica:
-    def __init__(self, folder: Path, **environment: str) -> None:
-        self.log = folder / "log"
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("CANDOR_")}
-        command = [sys.executable, Path(__file__).with_name("replica.py"), "0"]
-        with self.log.open("wb") as output:
-            self.process = subprocess.Popen(
-                command,
-                stdout=output,
-                stderr=output,
-                cwd=ROOT,
-                env={**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-            )
-
-    def url(self) -> str | None:
-        found = re.search(r"ready url=(\S+)", self.log.read_text(encoding="utf-8"))
-        return found[1] if found else None
-
-    def held(self) -> list[float]:
-        """What was printed since the server was ready, but for the quarter of a second of its start."""
-        after = self.log.read_text(encoding="utf-8").split("ready url=")[1]
-        return [float(value) for value in re.findall(r"held ([0-9.]+)", after)][1:]
-
-
-@pytest.fixture
-def replica(tmp_path: Path, wait_until: Any) -> Iterator[Replica]:
-    one = Replica(tmp_path)
-    try:
-        wait_until(lambda: one.url() is not None or one.process.poll() is not None, 60)
-        assert one.process.poll() is None, one.log.read_text()
-        wait_until(lambda: len(one.held()) > 0, 10)
-        yield one
-    finally:
-        one.process.kill()
-        one.process.wait()
-
-
-def test_no_request_holds_the_loop(replica: Replica, hostile: Any, wait_until: Any) -> None:
+def test_no_request_holds_the_loop(start_replica: Any, hostile: Any, wait_until: Any) -> None:
     """A megabyte in every shape in every field, the whole corpus, and texts at the length that is let in."""
+    replica = start_replica()
+    wait_until(lambda: len(replica.held()) > 0)
     statuses: Counter[int] = Counter()
-    with httpx.Client(base_url=str(replica.url()), timeout=60) as client:
+    with httpx.Client(base_url=replica.url, timeout=60) as client:
         for attack in (*hostile.HEAVY, *hostile.BROKEN, *hostile.WRONG):
             statuses[client.post(attack.path, content=attack.body, headers=JSON).status_code] += 1
         longest = "a" * (512 * 4 - 100)
