@@ -151,10 +151,12 @@ class EngineWatch:
                 yield output
 
     async def _listen(self) -> None:
-        self._weigh()
+        await self._weigh()
         if self._silence_s < self._stall_s or not self.alive:
             return
-        if self._processors is not None and self._steps != (steps := self._processors.steps()):
+        if self._processors is not None and self._steps != (
+            steps := await asyncio.to_thread(self._processors.steps)
+        ):
             self._steps, self._silence_s = steps, 0.0  # it works, though nobody got output of it
             return
         logger.warning("the engine has said nothing for %.3g s; asking it for one token", self._wall_s)
@@ -164,7 +166,7 @@ class EngineWatch:
             done, _ = await asyncio.wait({probe}, timeout=self._interval_s)
             if done:
                 break
-            self._weigh(asked=True)
+            await self._weigh(asked=True)
         if not probe.done():
             probe.cancel()  # not awaited: a stuck engine may not even react to cancelling
             if self._silence_s:  # no other request got output meanwhile
@@ -173,11 +175,13 @@ class EngineWatch:
             self.report(EngineDead(f"it could not write one token: {error!r}"))
         self._silence_s = self._wall_s = 0.0
 
-    def _weigh(self, *, asked: bool = False) -> None:
+    async def _weigh(self, *, asked: bool = False) -> None:
         """Adds the time since the last look to the silence. asked: whether the probe waits."""
+        self.share = 1.0
+        if self._processors is not None and (self._waiting or asked):
+            self.share = await asyncio.to_thread(self._processors.share)
         now = monotonic()
         passed, self._looked = now - self._looked, now
-        self.share = 1.0 if self._processors is None else self._processors.share()
         if self._waiting or asked:
             self._silence_s += passed * self.share
             self._wall_s += passed

@@ -9,7 +9,6 @@ has both times in nanoseconds; where a system has no such file, the share is 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from time import monotonic
 
@@ -36,7 +35,10 @@ class EngineProcessors:
             wait += waited - before[1]
         elapsed, self._last, self._then = now - self._then, times, now
         asked = (run + wait) / 1e9
-        return 1.0 if asked < _ASKS * elapsed else run / (run + wait)
+        if asked >= _ASKS * elapsed:
+            return run / (run + wait)
+        # Waiting is counted once it ends: who could run all the time and did not has no such time yet.
+        return 0.0 if any(map(_could_run, times)) else 1.0
 
     @staticmethod
     def steps() -> float:
@@ -49,12 +51,14 @@ class EngineProcessors:
         )
 
     @staticmethod
-    def _times() -> dict[Path, tuple[int, int]]:
-        """Returns (run, wait) in ns of each thread."""
+    def _processes() -> list[psutil.Process]:
         me = psutil.Process()
-        processes: Iterable[psutil.Process] = me.children(recursive=True) or [me]
+        return me.children(recursive=True) or [me]
+
+    def _times(self) -> dict[Path, tuple[int, int]]:
+        """Returns (run, wait) in ns of each thread."""
         found: dict[Path, tuple[int, int]] = {}
-        for process in processes:
+        for process in self._processes():
             try:
                 for thread in Path(f"/proc/{process.pid}/task").iterdir():
                     run, wait, _ = (thread / "schedstat").read_text().split()
@@ -62,3 +66,10 @@ class EngineProcessors:
             except (OSError, ValueError):  # it ended meanwhile, or the system does not count
                 continue
         return found
+
+
+def _could_run(thread: Path) -> bool:
+    try:
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0] == "R"
+    except OSError:
+        return False

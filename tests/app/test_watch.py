@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
+import os
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import suppress
+from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
-from candor.app.answering.waiting import EngineWatch
+from candor.app.answering.waiting import STARVED_S, EngineWatch
+from candor.app.process.processors import EngineProcessors
 from candor.engine.base import EngineDead
 
 INTERVAL, STALL = 0.01, 0.08
@@ -35,13 +42,29 @@ class Fake:
             await asyncio.Event().wait()
 
 
-def watched(test: Callable[[Fake, EngineWatch], Coroutine[Any, Any, None]]) -> list[str]:
+class FakeProcessors:
+    def __init__(self, share: float = 1.0) -> None:
+        self.given = share
+        self.made = 0.0
+
+    def share(self) -> float:
+        return self.given
+
+    def steps(self) -> float:
+        return self.made
+
+
+def watched(
+    test: Callable[[Fake, EngineWatch], Coroutine[Any, Any, None]], processors: FakeProcessors | None = None
+) -> list[str]:
     """Runs a test beside a watch; what the watch reported."""
     reported: list[str] = []
 
     async def main() -> None:
         engine = Fake()
-        watch = EngineWatch(engine, INTERVAL, STALL, lambda: reported.append(str(watch.death.result())))  # type: ignore[arg-type]
+        watch = EngineWatch(
+            engine, INTERVAL, STALL, lambda: reported.append(str(watch.death.result())), processors
+        )  # type: ignore[arg-type]
         running = asyncio.create_task(watch.run())
         try:
             await test(engine, watch)
@@ -139,6 +162,131 @@ def test_an_engine_whose_probe_fails() -> None:
 
     [reason] = watched(test)
     assert "gone" in reason
+
+
+def test_a_starved_engine_is_given_longer_and_a_stuck_one_is_not() -> None:
+    """With a twentieth of the processor it has twenty times as long; one that asks for none has no more time."""
+    lasted: dict[float, float] = {}
+
+    async def test(engine: Fake, watch: EngineWatch) -> None:
+        engine.stuck = True
+        asking = asyncio.create_task(ask(engine, watch))
+        began = monotonic()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(watch.death), 10 * STALL)
+        lasted[watch.share] = monotonic() - began
+        asking.cancel()
+
+    assert watched(test, FakeProcessors(share=0.05)) == []
+    assert watched(test, FakeProcessors(share=1.0)) == [f"it is stuck: no token within {STALL} s"]
+    assert lasted[0.05] >= 10 * STALL
+    assert 2 * STALL <= lasted[1.0] < 8 * STALL
+
+
+def test_an_engine_that_makes_steps_is_not_stuck() -> None:
+    """A long prompt in small steps gives no output for long."""
+    processors = FakeProcessors()
+
+    async def test(engine: Fake, watch: EngineWatch) -> None:
+        engine.stuck = True
+        asking = asyncio.create_task(ask(engine, watch))
+        for _ in range(8):
+            processors.made += 1
+            await asyncio.sleep(STALL)
+        assert (watch.alive, engine.probes) == (True, 0)
+        await asyncio.wait_for(asyncio.shield(watch.death), 60 * STALL)  # no more steps
+        asking.cancel()
+
+    assert watched(test, processors) == [f"it is stuck: no token within {STALL} s"]
+
+
+def test_starved_is_said_and_taken_back(caplog: pytest.LogCaptureFixture) -> None:
+    processors = FakeProcessors(share=0.01)
+
+    async def test(engine: Fake, watch: EngineWatch) -> None:
+        watch._wall_s, watch._silence_s = STARVED_S, STARVED_S / 100  # as if it had been silent for so long
+        with watch.waiting():
+            await asyncio.sleep(5 * INTERVAL)
+            assert watch.starved
+        await asyncio.sleep(5 * INTERVAL)
+        assert not watch.starved
+
+    assert watched(test, processors) == []
+    assert "the engine is starved: it gets 1 %" in caplog.text
+
+
+def test_a_starved_server_refuses_new_requests(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def still(watch: EngineWatch, *, asked: bool = False) -> None:
+        watch.starved = True
+
+    with serve() as server:
+        monkeypatch.setattr(EngineWatch, "_weigh", still)
+        sleep(0.1)
+        refused = server.chat("ask")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+        assert "processor time" in refused.json()["error"]["message"]
+        assert refused.headers["retry-after"] == "10"
+        assert server.client.get("/livez").status_code == 200
+        assert not server.ended.is_set()
+
+
+_SPIN = "while True: pass"
+_SLEEP = "import time; time.sleep(60)"
+
+
+@pytest.fixture
+def one_processor() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts Python code on one processor, with a niceness."""
+    started: list[subprocess.Popen[bytes]] = []
+    processor = min(os.sched_getaffinity(0))
+
+    def start(code: str, nice: int) -> subprocess.Popen[bytes]:
+        started.append(
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    f"import os; os.nice({nice}); os.sched_setaffinity(0, {{{processor}}})\n{code}",
+                ]
+            )
+        )
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+        one.wait()
+
+
+def test_the_share_of_real_processes(one_processor: Any, wait_until: Any) -> None:
+    """One that works alone, one that sleeps, one that is stopped, and one that six others leave little to."""
+    if not Path("/proc/self/schedstat").exists():
+        pytest.skip("this system does not count waiting for a processor")
+    processors = EngineProcessors()
+
+    def share_of_next(seconds: float = 1.5) -> float:
+        processors.share()
+        sleep(seconds)
+        return processors.share()
+
+    one_processor(_SLEEP, 0)
+    sleep(0.5)
+    assert share_of_next() == 1.0
+    worker = one_processor(_SPIN, 19)
+    others = [one_processor(_SPIN, 0) for _ in range(6)]
+    sleep(0.5)
+    me = psutil.Process(worker.pid)
+    processors._processes = lambda: [me]  # type: ignore[method-assign]
+    assert share_of_next() < 0.2
+    me.suspend()
+    wait_until(lambda: me.status() == psutil.STATUS_STOPPED)
+    sleep(0.5)
+    assert share_of_next() == 1.0  # it does not ask
+    me.resume()
+    for other in others:
+        other.kill()
+    sleep(0.3)
+    assert share_of_next() > 0.3  # other work on this machine may go on
 
 
 def test_a_stuck_engine_through_http(serve: Any, engine: Any) -> None:
