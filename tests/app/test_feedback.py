@@ -8,6 +8,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +241,81 @@ def test_a_full_disk_acknowledges_nothing_and_loses_nothing(tmp_path: Path) -> N
     acknowledged = store_run(tmp_path / "f", 1000, work)
     assert 1 < acknowledged < 199
     assert len(rows(tmp_path / "f")) == acknowledged
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Another process holds the file, as a backup may."""
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")
+    try:
+        yield
+    finally:
+        other.execute("ROLLBACK")
+        other.close()
+
+
+def test_a_locked_file_loses_no_verdict(serve: Any, tmp_path: Path, wait_until: Any) -> None:
+    """S7: longer than SQLite waits (5 s). Feedback is told to come back, not that there was no such answer."""
+    path = tmp_path / "f"
+    with serve(feedback=path) as server:
+        with locked(path):
+            given = [server.chat("ask").json()["id"] for _ in range(3)]
+            time.sleep(6)
+            given.append(server.chat("ask").json()["id"])
+            refused = send(server, id=given[0], correct=True)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "feedback_not_kept")
+            assert refused.headers["retry-after"]
+        wait_until(lambda: {send(server, id=one, correct=True).status_code for one in given} == {200}, 20)
+    assert {id for (id,) in rows(path, "id")} == set(given)
+
+
+def test_what_waits_at_the_end_is_taken_up_by_the_next_server(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+
+    async def first(store: FeedbackStore) -> None:
+        store._file.execute("PRAGMA busy_timeout = 100")
+        with locked(path):
+            store.note(GivenVerdict(f"a{number}", 0, HIGH, "digest") for number in range(20))
+            await store.close()
+
+    async def second(store: FeedbackStore) -> Any:
+        with pytest.raises(NoSuchAnswer):
+            await store.take(Feedback("b", 0, True, None, "a"))
+        return [await store.take(Feedback(f"a{number}", 0, True, None, "a")) for number in range(20)]
+
+    asyncio.run(opened(path, first))
+    spool = tmp_path / "f.spool"
+    assert spool.read_text().count("\n") == 20
+    spool.write_text(spool.read_text() + '["half')  # the process was killed as it wrote
+    assert store_run(path, 1000, second) == [Receipt("high", "digest", "recorded")] * 20
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["f"]
+
+
+async def opened(path: Path, work: Any) -> None:
+    await work(FeedbackStore(path))
+
+
+def test_more_than_may_wait_goes_to_the_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("candor.app.feedback._MOST_WAITING", 5)
+    path = tmp_path / "f"
+
+    async def work(store: FeedbackStore) -> Any:
+        store._file.execute("PRAGMA busy_timeout = 100")
+        with locked(path):
+            store.note(GivenVerdict(f"a{number}", 0, HIGH, "digest") for number in range(20))
+            await asyncio.sleep(0.5)
+        found = []
+        for number in range(20):
+            while True:
+                try:
+                    found.append(await store.take(Feedback(f"a{number}", 0, True, None, "a")))
+                    break
+                except FeedbackLost:
+                    await asyncio.sleep(0.1)
+        return found
+
+    assert store_run(path, 1000, work) == [Receipt("high", "digest", "recorded")] * 20
 
 
 WRITER = """
