@@ -202,7 +202,7 @@ class FeedbackStore:
             self._spooled = True
 
     def _take_up(self, cursor: sqlite3.Cursor) -> None:
-        """Writes what the spool holds, half a last line excepted. It is moved first, since more may come meanwhile."""
+        """Writes what the spool holds, half a last line excepted. It is moved first: more may come."""
         with self._spool_lock:
             if not self._taken.exists():
                 self._spool.replace(self._taken)

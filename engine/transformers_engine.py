@@ -244,8 +244,12 @@ class _Sequence:
         return PromptStates(self._sum / self._positions, self._last, True)
 
 
+GREEDY_BELOW = 1e-5
+"""As in vLLM: logits divided by less may be infinite."""
+
+
 class _Draw:
-    """Chooses the next token: greedy at temperature 0, else sampled."""
+    """Chooses the next token: greedy at a temperature below `GREEDY_BELOW`, else sampled."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
@@ -255,7 +259,7 @@ class _Draw:
         else:
             self._generator.seed()
         warpers: list[Any] = []
-        if sampling.temperature > 0:
+        if sampling.temperature >= GREEDY_BELOW:
             warpers.append(TemperatureLogitsWarper(sampling.temperature))
             if sampling.top_k > 0:
                 warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -268,7 +272,7 @@ class _Draw:
             ids, counts = torch.tensor(list(so_far)).unique(return_counts=True)
             penalty = self._sampling.frequency_penalty * counts + self._sampling.presence_penalty
             logits = logits.index_add(0, ids, -penalty)
-        if self._sampling.temperature == 0:
+        if self._sampling.temperature < GREEDY_BELOW:
             return int(logits.argmax())
         warped = self._warp(torch.tensor([list(so_far)]), logits[None])
         return int(torch.multinomial(warped.softmax(-1)[0], 1, generator=self._generator))

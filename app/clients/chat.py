@@ -32,6 +32,20 @@ HELP = """\
 A line that ends with a backslash goes on in the next."""
 
 
+# Control characters could move the cursor or set the clipboard, marks of direction show a text in another order.
+_RANGES = ((0, 8), (11, 31), (127, 159), (0x61C, 0x61C), (0x200E, 0x200F), (0x2028, 0x202E), (0x2066, 0x2069))
+_CONTROL = {
+    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    for first, last in _RANGES
+    for code in range(first, last + 1)
+}
+
+
+def plain(text: str) -> str:
+    """Returns a text from elsewhere such that a terminal only shows it: control characters are written out."""
+    return text.translate(_CONTROL)
+
+
 class Trouble(Exception):
     """The server returned an error or cannot be reached."""
 
@@ -72,9 +86,10 @@ def chat(
         try:
             session = Session(_served_model(client), [], options)
         except Trouble as trouble:
-            typer.echo(f"Error: {trouble}", err=True)
+            typer.echo(f"Error: {plain(str(trouble))}", err=True)
             raise typer.Exit(1) from None
-        console.print(f"[bold]{session.model}[/] at {url}   [bright_black]/help tells more[/]\n")
+        console.print(plain(session.model), style="bold", markup=False, end="")
+        console.print(f" at {url}   [bright_black]/help tells more[/]\n")
         for line in _questions():
             if line.strip() in ("/quit", "/exit"):
                 return
@@ -87,15 +102,17 @@ def _turn(client: httpx.Client, console: Console, session: Session, line: str) -
         return _command(console, session, line)
     asked = [*session.messages, {"role": "user", "content": line}]
     try:
-        reply = stream(client, replace(session, messages=asked), lambda text: console.out(text, end=""))
+        reply = stream(
+            client, replace(session, messages=asked), lambda text: console.out(plain(text), end="")
+        )
     except Trouble as trouble:
-        console.print(f"[red]{trouble}[/]\n", markup=True)
+        console.print(plain(str(trouble)), style="red", markup=False, end="\n\n")
         return session
     except KeyboardInterrupt:
         console.print("\n[bright_black]stopped[/]\n")
         return session
     if reply.refusal is not None:
-        console.print(reply.refusal, style="italic", end="")
+        console.print(plain(reply.refusal), style="italic", markup=False, end="")
     console.print()
     for text in verdict(reply.result):
         console.print(text)
@@ -180,7 +197,7 @@ def verdict(result: dict[str, Any] | None) -> Iterator[Text]:
     for one in result["exemplars"]:
         label = "right" if one["label"] == 1 else "wrong"
         yield Text(
-            f"  {one['distance']:8.2f}  {label}  {one['response']}",
+            f"  {one['distance']:8.2f}  {label}  {plain(one['response'])}",
             "bright_black",
             no_wrap=True,
             overflow="ellipsis",

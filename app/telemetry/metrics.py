@@ -230,6 +230,8 @@ class Metrics:
         """
         if "application/openmetrics-text" in accept:
             accept = "application/openmetrics-text; version=1.0.0; escaping=allow-utf-8"
+        else:
+            accept = "text/plain"  # the client library fails on a version that is no number
         encode, content_type = choose_encoder(accept)
         return encode(_Both(self._registry, REGISTRY)), content_type
 

@@ -59,9 +59,14 @@ def tracer_from_environment() -> Iterator[Tracer | None]:
 
 
 def exemplar() -> dict[str, str] | None:
-    """Returns the current request's trace id for a metric's sample, or None if the trace is not sampled."""
-    context = get_current_span().get_span_context()
-    return {"trace_id": format_trace_id(context.trace_id)} if context.trace_flags.sampled else None
+    """Returns the current request's trace id for a metric's sample, or None if this server records no such trace.
+
+    Where tracing is switched off (OTEL_SDK_DISABLED), the current span is the client's own, with an id it made up.
+    """
+    span = get_current_span()
+    context = span.get_span_context()
+    recorded = span.is_recording() and context.trace_flags.sampled
+    return {"trace_id": format_trace_id(context.trace_id)} if recorded else None
 
 
 class Traced:

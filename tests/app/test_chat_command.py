@@ -7,6 +7,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from candor.app.cli import cli
+from candor.app.clients.chat import plain
 
 
 def talk(url: str, *lines: str, options: tuple[str, ...] = ()) -> str:
@@ -71,3 +72,22 @@ def test_no_server_is_one_line() -> None:
     assert done.exit_code == 1
     assert done.stderr.startswith("Error: the server at http://127.0.0.1:9")
     assert done.stderr.count("\n") == 1
+
+
+def test_what_others_wrote_is_only_shown(server: Any) -> None:
+    """Escape sequences, markup and marks of direction: of the answer, of a refusal and of an exemplar alike."""
+    evil = "\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b31m\x08\r\u202eabc[red]x[/red]"
+    server.engine.script("ask", pieces=(evil[:5], evil[5:]))
+    shown = talk(server.url, "ask")
+    assert r"\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b31m\x08\x0d\u202eabc[red]x[/red]" in shown
+    assert not set(shown) & set("\x1b\x07\x08\x9b\r\u202e")
+    assert plain("fine\n\tÄ 漢 🙂") == "fine\n\tÄ 漢 🙂"
+
+
+def test_a_refusal_and_an_error_are_only_shown(serve: Any) -> None:
+    with serve(refusal_text="[bold]no\x1b[2J", served_model_name="a[red]b\x1b[0m") as server:
+        server.engine.script("far", state="far")
+        shown = talk(server.url, "far", "/alpha 0.5", "far", options=("--mode", "abstain"))
+    assert r"[bold]no\x1b[2J" in shown
+    assert r"a[red]b\x1b[0m at http" in shown
+    assert "\x1b" not in shown

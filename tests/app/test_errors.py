@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from typing import Any
 
@@ -267,3 +268,48 @@ def test_request_ids(server: Any) -> None:
     for strange in ("", "a b", "x" * 200, "é".encode()):
         made = server.client.get("/livez", headers={"x-request-id": strange}).headers["x-request-id"]
         assert len(made) == 32
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "told"),
+    [
+        ('{"model": "é"}'.encode("latin-1"), {}, "expected UTF-8, but byte 11 of the body is not"),
+        ('{"model": "é"}'.encode("utf-16"), {}, "expected UTF-8, but byte 0"),
+        (gzip.compress(b"{}"), {}, "expected UTF-8, but byte 1"),
+        (
+            gzip.compress(b"{}"),
+            {"content-encoding": "gzip"},
+            "the body is compressed ('gzip'); send it as it is",
+        ),
+        (b"[" * 20_000, {}, "nested too deeply"),
+        (b'{"n": ' + b"9" * 5000 + b"}", {}, "a number of too many digits"),
+        (b"[" * 40_000, {}, "32768 brackets and braces, this one has 40000"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_told_why(
+    server: Any, body: bytes, headers: dict[str, str], told: str
+) -> None:
+    refused = server.client.post(
+        "/v1/chat/completions", content=body, headers={"content-type": "application/json", **headers}
+    )
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "invalid_json"
+    assert told in refused.json()["error"]["message"]
+
+
+def test_a_byte_order_mark_is_no_error(server: Any) -> None:
+    body = b'\xef\xbb\xbf{"model":"tiny","messages":[{"role":"user","content":"ask"}]}'
+    answered = server.client.post(
+        "/v1/chat/completions", content=body, headers={"content-type": "application/json"}
+    )
+    assert answered.status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engines_own_words_stay_in_the_log(server: Any, stream: bool) -> None:
+    server.engine.script(
+        "ask", pieces=("a",) if stream else (), fails=EngineError("SECRET /path of a prompt")
+    )
+    response = server.chat("ask", stream=stream)
+    assert "the server's log has the reason" in response.text
+    assert "SECRET" not in response.text

@@ -12,6 +12,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from candor.app.answering.scoring import Cause
+from candor.app.edge.connections import Connections
 from candor.app.telemetry.metrics import REGION_OF
 from candor.policy.decision import Reason
 
@@ -184,3 +185,44 @@ def test_the_interface_describes_itself(server: Any) -> None:
     assert fields["tools"]["enum"] == [None, []]
     for path in ("/docs", "/redoc"):  # they would load from another host
         assert server.client.get(path).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "text/plain; version=abc",
+        "text/plain; version=",
+        "text/plain;version=1.0.0;escaping=x",
+        "application/openmetrics-text; version=abc",
+        "application/openmetrics-text; version=9.9",
+        "*/*",
+        "",
+        "a" * 4000,
+    ],
+)
+def test_metrics_whatever_a_scraper_accepts(server: Any, accept: str) -> None:
+    response = server.client.get("/metrics", headers={"accept": accept})
+    assert response.status_code == 200
+    assert "sdm_bundle_info" in response.text
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/health", "/metrics", "/v1/models", "/console/"])
+def test_head_is_get_without_a_body(server: Any, path: str) -> None:
+    got, head = server.client.get(path), server.client.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == got.headers["content-type"]
+    assert server.client.head("/nowhere").status_code == 404
+    assert server.client.get("/livez").json() == {"status": "ok"}  # the connection is in order
+
+
+def test_what_the_server_itself_measures(server: Any) -> None:
+    found = families(server.client.get("/metrics"))
+    causes = {
+        sample.labels["cause"]
+        for sample in found["candor_connections_refused"].samples
+        if "cause" in sample.labels
+    }
+    assert causes == set(Connections.CAUSES)
+    assert found["candor_engine_starved"].samples[0].value == 0
+    assert found["candor_keys_stale_seconds"].samples[0].value == 0
+    assert found["candor_event_loop_lag_seconds"].samples[0].value >= 0

@@ -267,7 +267,7 @@ class TestRun:
         with ThreadPoolExecutor() as pool:
             asker = pool.submit(ask)
             with pytest.raises(SystemExit) as ended:
-                run(settings(port=port), start)
+                run(settings(port=port, shutdown_delay_s=0), start)
             answers = asker.result()
         assert ended.value.code == 0
         assert answers[-2:] == ["data: [DONE]", ""]
@@ -384,6 +384,41 @@ class TestRun:
 
         assert run(settings(port=0, **given), start) == 1
         assert capsys.readouterr().err.startswith("candor: cannot ")
+
+    def test_a_key_with_a_passphrase_is_refused_and_nobody_asked(
+        self, settings: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+        made = "openssl req -x509 -newkey rsa:2048 -days 1 -subj /CN=localhost -passout pass:secret"
+        files = ["-keyout", str(key), "-out", str(certificate)]
+        subprocess.run([*made.split(), *files], check=True, capture_output=True)
+
+        async def start(_: Settings) -> Backend:
+            raise AssertionError("too late")
+
+        assert run(settings(port=0, tls_certificate=certificate, tls_key=key), start) == 1
+        assert "the TLS key has a passphrase" in capsys.readouterr().err
+
+    @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+    def test_one_address_for_both_protocols(self, settings: Any, backend: Backend, engine: Any) -> None:
+        """`::` is what the image listens on: a pod may have IPv4, IPv6 or both."""
+        port = free_port()
+
+        async def start(_: Settings) -> Backend:
+            return backend
+
+        def ask() -> list[int]:
+            try:
+                with started(port) as client:
+                    six = httpx.get(f"http://[::1]:{port}/readyz", timeout=30)
+                    return [client.get("/readyz").status_code, six.status_code]
+            finally:
+                engine.dead = True
+
+        with ThreadPoolExecutor() as pool:
+            asker = pool.submit(ask)
+            run(settings(port=port, host="::", open_to_all=True, engine_check_interval_s=0.02), start)
+            assert asker.result() == [200, 200]
 
     def test_https(self, settings: Any, backend: Backend, engine: Any, tmp_path: Path) -> None:
         port = free_port()

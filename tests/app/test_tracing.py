@@ -204,3 +204,15 @@ def test_without_an_address_nothing_is_traced(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
     with tracer_from_environment() as tracer:
         assert tracer is None
+
+
+def test_a_clients_made_up_trace_is_no_exemplar_where_tracing_is_off(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The SDK is there and switched off: its spans then carry the caller's id, sampled as the caller says."""
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    provider = TracerProvider()
+    with serve(tracer=provider.get_tracer("test")) as server:
+        ask(server, "ask", CALLER)
+        accept = {"accept": "application/openmetrics-text"}
+        assert TRACE not in server.client.get("/metrics", headers=accept).text
