@@ -11,6 +11,13 @@ app.kubernetes.io/name: candor
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
+{{- define "candor.probe" -}}
+{{- $values := (index . 0).Values -}}
+path: {{ index . 1 }}
+port: http
+scheme: {{ if $values.tls.secret }}HTTPS{{ else }}HTTP{{ end }}
+{{- end }}
+
 {{- define "candor.labels" -}}
 {{ include "candor.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
