@@ -47,7 +47,7 @@ def main() -> None:
         recording.clear()
     loop, beside = [], set()
     for thread, files in walked.items():
-        if thread.startswith("candor-"):
+        if thread.startswith(("candor-", "uvloop_")):
             beside |= files
         else:
             loop += sorted(files)

@@ -92,6 +92,10 @@ class Admission:
     def tokens(self) -> int:
         return sum(tokens for _, tokens in self._held.values())
 
+    def alone(self) -> bool:
+        """Returns whether there is nobody to share with."""
+        return len(self._weights()) < 2
+
     def check(self, caller: str, choices: int, tokens: int) -> None:
         """Raises Overloaded if the request does not fit now, TooFast if only others' share is left, and Refused if
         it can never fit."""
@@ -104,9 +108,9 @@ class Admission:
                 # Answers take from a fraction of a second to minutes: start short, since clients double the wait.
                 retry_after_s=1,
             )
-        weights = self._weights()
-        if len(weights) < 2:
+        if self.alone():
             return
+        weights = self._weights()
         total = sum(weights.values())
         for kind, (most, amount, left) in enumerate(zip(self._most, wanted, free, strict=True)):
             unused = {

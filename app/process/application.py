@@ -107,7 +107,7 @@ def create_app(
             admission=admission,
             token_rate=RateLimit(settings.tokens_per_minute, "tokens"),
             quotas=quotas,
-            preparing=Preparing(_PREPARED_AT_ONCE, lambda: len(weights()) < 2),
+            preparing=Preparing(_PREPARED_AT_ONCE, admission.alone),
             leaving=leaving,
             watch=watch,
             feedback=store,

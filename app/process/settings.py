@@ -69,9 +69,8 @@ class Settings(BaseSettings):
         description="Host names that requests may use, separated by commas; `*` allows all. Without it, a server "
         "without keys on a loopback address takes that address and localhost, any other takes all.",
     )
-    cors_origins: Names = Field(
-        default="",
-        validate_default=True,
+    cors_origins: Names | None = Field(
+        default=None,
         description="Origins of web pages that may use this server, such as `https://app.example`, separated by "
         "commas. Without it, none from elsewhere.",
     )
