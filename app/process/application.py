@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -117,10 +116,6 @@ def create_app(
             started=int(time.time()),
         )
         running = [asyncio.create_task(work) for work in (watch.run(), quotas.run(), health.run(watch))]
-        app.openapi()  # kept; it takes longer than a request may
-        # Whatever was loaded stays: the collector need not look at it again, which takes longer than a request may.
-        gc.collect()
-        gc.freeze()
         try:
             yield {"services": services}
         finally:

@@ -11,6 +11,7 @@ only when it can answer. Without keys, it listens on a loopback address only, un
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import os
@@ -203,6 +204,10 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.openapi()  # type: ignore[union-attr]  # kept; making it takes longer than a request may
+        # What was loaded stays: the collector need not look at it again, which takes longer than a request may too.
+        gc.collect()
+        gc.freeze()
         try:
             await super().startup(sockets)
             # If listening fails, uvloop closes the socket without raising; getsockname then raises OSError.

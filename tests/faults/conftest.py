@@ -108,6 +108,7 @@ def start(model: Path, folder: Path, **environment: str) -> Server:
         "CANDOR_MAX_IN_FLIGHT": str(FITS),
         "CANDOR_FEEDBACK": str(folder / "feedback.db"),
         "CANDOR_DRAIN_TIMEOUT_S": "60",
+        "CANDOR_SHUTDOWN_DELAY_S": "2",
     }
     with log.open("wb") as output:
         process = subprocess.Popen(

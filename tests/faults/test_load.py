@@ -24,6 +24,7 @@ pytestmark = pytest.mark.faults
 
 ROOT = Path(__file__).resolve().parents[2]
 FITS = 32
+DELAY_S = 2
 SET_FORWARD_S, SET_BACK_S = 400 * 86_400, -400 * 86_400
 
 
@@ -60,7 +61,7 @@ def test_a_client_that_reads_one_byte_a_second(server: Any, ask_body: Any) -> No
     payload = httpx.Request("POST", server.url, json=ask_body(stream=True)).content
     with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         head += f"x-request-timeout: 20\r\ncontent-length: {len(payload)}\r\n\r\n"
         slow.sendall(head.encode() + payload)
         began = time.monotonic()
@@ -243,7 +244,9 @@ def test_sigterm_under_load(server: Any, ask_body: Any, terminate: Any, wait_unt
     for _ in range(12):
         assert running.acquire(timeout=60)
     terminate(server)
-    time.sleep(1)
+    wait_until(lambda: httpx.get(f"{server.url}/readyz", timeout=30).status_code == 503, 5)
+    assert httpx.get(f"{server.url}/livez", timeout=5).status_code == 200  # it listens on
+    time.sleep(DELAY_S + 1)
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{server.url}/livez", timeout=5)
     assert server.process.wait(timeout=90) == 0
