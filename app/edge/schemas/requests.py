@@ -107,7 +107,7 @@ def _one_or_many(items: dict[str, Any], limits: dict[str, int]) -> WithJsonSchem
 
 Stop = Annotated[
     list[Annotated[Unicode, Field(min_length=1)]],
-    Field(max_length=16, fail_fast=True),
+    Field(max_length=16),
     BeforeValidator(_as_list),
     _one_or_many({"type": "string", "minLength": 1}, {"maxItems": 16}),
 ]
@@ -115,7 +115,7 @@ Stop = Annotated[
 
 Prompts = Annotated[
     list[Unicode],
-    Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True),
+    Field(min_length=1, max_length=MOST_PROMPTS),
     BeforeValidator(_as_list),
     _one_or_many({"type": "string"}, {"minItems": 1, "maxItems": MOST_PROMPTS}),
 ]
@@ -146,8 +146,7 @@ class ChatMessage(BaseModel):
         return {"role": role, "content": self.content if self.content is not None else self.refusal or ""}
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
-"""The first message that is wrong ends the check: a million of them would take seconds to report."""
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
 
 
 class StreamOptions(BaseModel):
