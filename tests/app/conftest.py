@@ -541,7 +541,7 @@ def start_replica(tmp_path: Path) -> Iterator[Callable[..., Replica]]:
         one = Replica(tmp_path / f"replica.{len(started)}", port, **environment)
         started.append(one)
         if wait:
-            until(lambda: one.ready, 60)
+            until(lambda: one.ready, 180)
         return one
 
     yield start
