@@ -35,6 +35,10 @@ _STRICTNESS: dict[Mode, int] = {"off": 0, "annotate": 1, "abstain": 2}
 _MOST_LOGPROBS = 1 << 16
 """Of one request; their JSON is made in one go."""
 
+_BEGINNINGS = (2, 8)
+"""Characters per token of the context, of the beginnings that are tokenised first."""
+_SLACK = 64  # a text cut in the middle of a word has some other tokens there
+
 _APART = 2**32
 """Step between the seeds of one choice's attempts, so that they never equal those of another choice."""
 
@@ -296,6 +300,8 @@ class RequestResolver:
     ) -> tuple[tuple[int, ...], bool]:
         """Returns the prompt's token ids, and whether calibration covered such conversations."""
         turns = [message.to_template() for message in messages]
+        for turn in turns:
+            self._check_beginning(turn["content"], "messages")
         conversation = self._policy.conversations.resolve(turns, template_arguments)
         try:
             ids = conversation.encode(self._chat)
@@ -303,7 +309,23 @@ class RequestResolver:
             raise Refused(str(error), "messages") from error
         return tuple(ids), conversation.departure is None
 
+    def _check_beginning(self, text: str, param: str) -> None:
+        """Refuses a text whose beginning alone has more tokens than fit, without tokenising the rest.
+
+        Making a list of a text's tokens holds the whole process for as long as it has tokens.
+        """
+        for letters in _BEGINNINGS:
+            if len(text) <= letters * self._room:
+                return
+            tokens = len(self._chat.encode_text(text[: letters * self._room]))
+            if tokens > self._room + _SLACK:
+                raise PromptTooLong(
+                    f"this model's maximum context length is {self._room} tokens; the first "
+                    f"{letters * self._room} characters of {param} alone have {tokens}: shorten it"
+                )
+
     def _encode_text(self, text: str) -> tuple[int, ...]:
+        self._check_beginning(text, "prompt")
         ids = tuple(self._chat.encode_text(text))
         if not ids:
             raise Refused("expected a prompt with at least one token, got an empty one", "prompt")

@@ -120,6 +120,18 @@ def test_what_counts_and_lengths_refuse_is_not_tokenised(
     assert counted.characters == 0
 
 
+def test_of_a_text_that_is_too_long_only_the_beginning_is_tokenised(serve: Any, counted: Counted) -> None:
+    with serve(chat=counted) as server:  # 512 tokens, one a letter here
+        for path, body in (
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 2000}]}),
+            ("/v1/completions", {"prompt": "a" * 2000}),
+        ):
+            counted.characters = 0
+            response = server.client.post(path, json={"model": "tiny", **body})
+            assert response.json()["error"]["code"] == "context_length_exceeded"
+            assert counted.characters == 2 * 512
+
+
 def test_a_key_is_charged_before_its_texts_are_tokenised(serve: Any, counted: Counted) -> None:
     """And by what they come to afterwards."""
     with serve(chat=counted, tokens_per_minute=60) as server:
