@@ -116,6 +116,11 @@ class AnswerText:
             length -= 1
         return length
 
+    def closing(self, length: int) -> list[int]:
+        """What was written after the first `length` tokens, up to the tag's last; empty without the tag's tokens."""
+        start = _find(self.token_ids, self.tag_ids)
+        return [] if start is None else self.token_ids[length : start + len(self.tag_ids)]
+
     def _show(self, shown: str, least: int = 0) -> Delta | None:
         """least: number of tokens whose log-probabilities are due, regardless of their texts."""
         self._text += shown

@@ -176,7 +176,12 @@ class VLLMEngine:
 
     async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
         """Sends one request over prompt, response and tag; the cached prefix is not computed again."""
-        ids = [*prompt_ids, *response_ids, *self._closing_ids]
+        return await self._summarise(prompt_ids, response_ids, self._closing_ids)
+
+    async def _summarise(
+        self, prompt_ids: Sequence[int], response_ids: Sequence[int], closing_ids: Sequence[int]
+    ) -> HiddenSummary:
+        ids = [*prompt_ids, *response_ids, *closing_ids]
         require_fit(len(ids), self.max_model_len)
         wish = self._wish(first=len(prompt_ids))
         return await self._given(ids, wish, lambda output: self._summary(_record(output), response_ids))
@@ -230,7 +235,7 @@ class VLLMEngine:
         hidden = self._summary(record, response_ids)
         if hidden is not None and hidden.complete:
             return hidden
-        return await self.summarise(prompt_ids, response_ids)
+        return await self._summarise(prompt_ids, response_ids, answer.closing(length) or self._closing_ids)
 
     async def _prompt(self, prompt_ids: Sequence[int], output: RequestOutput) -> PromptStates | None:
         """Returns the states reported with the answer's first token, else requests them alone."""

@@ -191,3 +191,12 @@ def test_without_being_asked_none_are_reported() -> None:
     assert answer.finish(1, stopped=False) is None
     assert answer.reported_logprobs == ()
     assert len(answer.logprobs) == 1
+
+
+def test_what_closes_an_answer_is_what_was_written() -> None:
+    answer = AnswerText(TAG, (7, 8))
+    answer.token_ids += [20, 21, 5, 7, 8, 30]  # 5: a blank
+    assert answer.length(lambda token: token == 5) == 2
+    assert answer.closing(2) == [5, 7, 8]
+    other = AnswerText(TAG, (7, 8), token_ids=[20, 21, 30])
+    assert other.closing(2) == []
