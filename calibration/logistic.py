@@ -13,6 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from candor.calibration.errors import CalibrationError
+from candor.sdm.adaptor import Block, fit_standardisation
+
 STEPS = 100
 TOLERANCE = 1e-10
 """Tolerance on the Newton decrement, the gain in log-likelihood that a further step could bring."""
@@ -44,6 +47,41 @@ def fit_logistic(x: Tensor, y: Tensor, reaches: Sequence[float]) -> list[tuple[T
         w = beta[:-1] if back is None else back @ beta[:-1]
         found.append((w.clone(), beta[-1].clone()))
     return found
+
+
+def fit_standardised(
+    x: Tensor, y: Tensor, blocks: Sequence[Block], reaches: Sequence[float]
+) -> list[tuple[Tensor, Tensor]]:
+    """As `fit_logistic`; x is standardised inside by blocks, and the weights are for x as given.
+
+    Raises CalibrationError where y holds one class only.
+    """
+    mean, scale = (one.double() for one in fit_standardisation(x, blocks))
+    try:
+        found = fit_logistic((x - mean) / scale, y, reaches)
+    except ValueError as error:
+        raise CalibrationError(
+            f"no score can be fitted: {error}. Add records, above all of the rarer kind."
+        ) from error
+    return [(w / scale, b - (w / scale) @ mean) for w, b in found]
+
+
+def cross_validated(
+    x: Tensor, y: Tensor, blocks: Sequence[Block], folds: Sequence[Tensor], reaches: Sequence[float]
+) -> list[Tensor]:
+    """For each reach, log-odds (n,) of every row by weights that were fitted without its fold."""
+    found = [x.new_empty(len(x)) for _ in reaches]
+    for fold in folds:
+        rest = torch.ones(len(x), dtype=torch.bool)
+        rest[fold] = False
+        for into, (w, b) in zip(found, fit_standardised(x[rest], y[rest], blocks, reaches), strict=True):
+            into[fold] = x[fold] @ w + b
+    return found
+
+
+def log_loss(f: Tensor, y: Tensor) -> Tensor:
+    """Mean over rows with log-odds f (n,) and labels y (n,): () float64."""
+    return torch.nn.functional.binary_cross_entropy_with_logits(f, y.double())
 
 
 def _newton(rows: Tensor, y: Tensor, penalty: Tensor, beta: Tensor) -> Tensor:

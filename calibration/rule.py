@@ -1,6 +1,6 @@
-"""Fits a two-gate rule to labelled answers: the prompts' gate, the answers' score, and the order of thresholds.
+"""Fits a two-gate rule to labelled answers: the prompts' gates, the answers' score, and the order of thresholds.
 
-    gate     distances fitted on the training half's prompts, measured against the calibration half's
+    gates    `calibration.gates`
     score    columns    logistic regressions on VIEWS, blocks of h and of the prompt's states, and the figures of
                         the SDM layer; each with cross-validated values for every record
              scores     weighted sums of columns: a view alone, their sum, with the layer's margin and logit, a stack
@@ -16,73 +16,26 @@ chose its epoch. So they are read on the calibration half only, and columns with
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from candor.calibration.errors import CalibrationError
+from candor.calibration.gates import fit_gate, fit_probe, gate_halves, refusal_bound
 from candor.calibration.generate import Labelled
-from candor.calibration.intervals import binomial_tails, clopper_pearson
-from candor.calibration.logistic import fit_logistic
+from candor.calibration.logistic import cross_validated, fit_logistic, fit_standardised, log_loss
 from candor.calibration.ranking import ranking
+from candor.calibration.rule_settings import SUM_WITH_LAYER, VIEWS, RuleSettings
 from candor.calibration.served import Attempts
 from candor.calibration.splits import split
-from candor.sdm.adaptor import Block, fit_standardisation
+from candor.sdm.adaptor import Block
 from candor.sdm.estimator import SDMEstimator
-from candor.sdm.gate import PromptGate
-from candor.sdm.probe import StrangerProbe
 from candor.sdm.rule import AnswerRule
 from candor.sdm.score import FIGURES, AnswerScore, sdm_figures
 
 REACHES = (1.0, 3.0, 10.0, 30.0)
 """Reaches that are tried, the strongest penalty first (`calibration.logistic`)."""
-PROBE_REACHES = (10.0, 30.0, 100.0, 300.0)
-"""Of the probe for strangers. Few prompts in many dimensions lie apart; stronger penalties turn its direction towards
-their mean, away from what tells them apart (docs/log.md, 2026-11-26)."""
-VIEWS = {
-    "evidence": ("evidence",),
-    "last": ("last", "evidence"),
-    "all": ("mean", "last", "evidence"),
-    "prompt": ("prompt", "evidence"),
-}
-"""The prompt's states show that an instruction was changed by a word, once such records are fitted on; the
-answer's states hardly do."""
-
-
-SUM_WITH_LAYER = "sum with the layer's"
-SCORES = (*VIEWS, "sum", "margin", "logit", SUM_WITH_LAYER, "stack")
-"""Names of all candidates; which of them there are depends on the representation."""
-
-
-@dataclass(frozen=True)
-class RuleSettings:
-    """eps: share of prompts of the calibrated kind that the gate may refuse, with confidence 1 - delta over draws of
-    the reference. components: largest k of `sdm.gate`. folds: of the cross-validation. score: the name of a candidate
-    to use whatever its AURC.
-
-    Raises ValueError out of range.
-    """
-
-    eps: float = 0.02
-    delta: float = 0.05
-    components: int = 64
-    folds: int = 5
-    seed: int = 0
-    score: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.score not in (None, *SCORES):
-            raise ValueError(f"no score is named {self.score!r}; there are {', '.join(SCORES)}")
-        if not (0 < self.eps < 1 and 0 < self.delta < 0.5 and self.components >= 1 and self.folds >= 2):
-            raise ValueError(
-                "expected eps, the share that the gate may refuse, in (0, 1), delta in (0, 0.5), components >= 1 and "
-                f"folds >= 2; got {self.eps}, {self.delta}, {self.components}, {self.folds}"
-            )
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,62 +104,6 @@ class FittedRule:
     refusal_bound: float
 
 
-def rank_cut(references: int, eps: float, delta: float) -> int:
-    """l: the largest rank from the farthest reference to cut at, so that P(refused) <= eps with confidence 1 - delta.
-
-    The refusal rate is Beta(l, m + 1 - l) over draws of the m references. So l is the largest with a (1 - delta)
-    quantile of at most eps, that is, P(Binomial(m, eps) >= l) >= 1 - delta. It is at least 1, a cut beyond the
-    farthest, even where that exceeds eps: a gate that refuses nobody is useless. `refusal_bound` states the bound.
-    """
-    return max(1, int((binomial_tails(references, eps) >= 1 - delta).sum()) - 1)
-
-
-def refusal_bound(references: int, cut: int, delta: float) -> float:
-    """The (1 - delta) quantile of Beta(cut, references + 1 - cut)."""
-    return clopper_pearson(cut - 1, references, confidence=1 - 2 * delta)[1]
-
-
-def gate_halves(rows: RuleRows, in_calibration: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompt states to fit gates on, and to measure against: each prompt once, since its records are one draw."""
-    first = {digest: row for row, digest in reversed(list(enumerate(rows.digests)))}
-    once = torch.zeros(len(rows), dtype=torch.bool)
-    once[list(first.values())] = True
-    return rows.prompts[once & ~in_calibration], rows.prompts[once & in_calibration]
-
-
-def fit_gate(
-    training: Tensor, calibration: Tensor, widths: Sequence[int], settings: RuleSettings
-) -> PromptGate:
-    """training, calibration: prompt states (n, P) and (m, P) of the two halves; no prompt is in both."""
-    cut = rank_cut(len(calibration), settings.eps, settings.delta)
-    return PromptGate.fit(training, calibration, widths, settings.components, cut)
-
-
-def fit_probe(
-    known: Tensor, reference: Tensor, strangers: Tensor, widths: Sequence[int], settings: RuleSettings
-) -> StrangerProbe:
-    """known, reference: as in `fit_gate`. strangers (s, P): prompts to be refused.
-
-    Its reach is cross-validated. Its cut is beyond the farthest reference, which refuses one in m + 1 of the
-    calibrated kind.
-
-    Raises CalibrationError for fewer strangers than folds.
-    """
-    if len(strangers) < settings.folds:
-        raise CalibrationError(
-            f"expected at least {settings.folds} declared strangers to tell them apart by, got {len(strangers)}"
-        )
-    x = torch.cat([known, strangers]).double()
-    y = torch.cat([torch.zeros(len(known)), torch.ones(len(strangers))]).long()
-    shares = (1 / settings.folds,) * settings.folds
-    folds = split(list(range(len(y))), y.tolist(), shares, settings.seed)
-    blocks: list[Block] = [(width, "scalar") for width in widths]
-    out_of_fold = _cross_validated(x, y, blocks, folds, PROBE_REACHES)
-    best = min(range(len(PROBE_REACHES)), key=lambda at: float(_loss(out_of_fold[at], y)))
-    weight, _ = _fit(x, y, blocks, PROBE_REACHES[: best + 1])[-1]
-    return StrangerProbe.fit(weight, reference, 1)
-
-
 def fit_rule(
     rows: RuleRows,
     in_calibration: Tensor,
@@ -223,7 +120,7 @@ def fit_rule(
     Raises CalibrationError where a fold lacks right or wrong answers, ValueError where the
     settings name a score that these rows do not provide.
     """
-    known, reference = gate_halves(rows, in_calibration)
+    known, reference = gate_halves(rows.prompts, rows.digests, in_calibration)
     gate, probe = fit_gate(known, reference, prompt_widths, settings), None
     refused = refusal_bound(len(reference), int(gate.rank_cut), settings.delta)
     if strangers is not None:  # both bounds hold together, each at half of delta
@@ -289,10 +186,10 @@ def _columns(rows: RuleRows, parts: Sequence[tuple[str, int]], folds: Sequence[T
             continue
         seen.add(held)
         own = x[:, : len(at)][:, at]
-        out_of_fold = _cross_validated(own, rows.y, blocks, folds, REACHES)
-        losses = [float(_loss(f, rows.y)) for f in out_of_fold]
+        out_of_fold = cross_validated(own, rows.y, blocks, folds, REACHES)
+        losses = [float(log_loss(f, rows.y)) for f in out_of_fold]
         best = losses.index(min(losses))
-        w, b = _fit(own, rows.y, blocks, REACHES[: best + 1])[-1]
+        w, b = fit_standardised(own, rows.y, blocks, REACHES[: best + 1])[-1]
         weight = x.new_zeros(x.shape[1])
         weight[: len(at)][at] = w
         names.append(name)
@@ -309,19 +206,6 @@ def _columns(rows: RuleRows, parts: Sequence[tuple[str, int]], folds: Sequence[T
     return _Columns(tuple(names), torch.stack(values, 1), torch.stack(weights), torch.stack(biases), reaches)
 
 
-def _cross_validated(
-    x: Tensor, y: Tensor, blocks: Sequence[Block], folds: Sequence[Tensor], reaches: Sequence[float]
-) -> list[Tensor]:
-    """For each reach, log-odds (n,) of every row by weights that were fitted without its fold."""
-    found = [x.new_empty(len(x)) for _ in reaches]
-    for fold in folds:
-        rest = torch.ones(len(x), dtype=torch.bool)
-        rest[fold] = False
-        for into, (w, b) in zip(found, _fit(x[rest], y[rest], blocks, reaches), strict=True):
-            into[fold] = x[fold] @ w + b
-    return found
-
-
 def _view(parts: Sequence[tuple[str, int]], wanted: Sequence[str]) -> tuple[list[Block], Tensor]:
     blocks: list[Block] = []
     at = []
@@ -330,20 +214,6 @@ def _view(parts: Sequence[tuple[str, int]], wanted: Sequence[str]) -> tuple[list
         if part in wanted:
             blocks.append((width, "feature" if part == "evidence" else "scalar"))
     return blocks, torch.tensor(at)
-
-
-def _fit(
-    x: Tensor, y: Tensor, blocks: Sequence[Block], reaches: Sequence[float]
-) -> list[tuple[Tensor, Tensor]]:
-    """Weights for x as given; it is standardised inside."""
-    mean, scale = (one.double() for one in fit_standardisation(x, blocks))
-    try:
-        found = fit_logistic((x - mean) / scale, y, reaches)
-    except ValueError as error:
-        raise CalibrationError(
-            f"no score can be fitted: {error}. Add records, above all of the rarer kind."
-        ) from error
-    return [(w / scale, b - (w / scale) @ mean) for w, b in found]
 
 
 def _candidates(
@@ -384,9 +254,9 @@ def _stack(
     for fold in folds:
         rest = rows.clone()
         rest[fold] = False
-        ((w, b),) = _fit(x[rest], y[rest], blocks, (8.0,))
+        ((w, b),) = fit_standardised(x[rest], y[rest], blocks, (8.0,))
         values[fold] = x[fold] @ w + b
-    ((w, _),) = _fit(x[rows], y[rows], blocks, (8.0,))
+    ((w, _),) = fit_standardised(x[rows], y[rows], blocks, (8.0,))
     weights = torch.zeros(len(at), dtype=torch.float64)
     weights[at] = w
     return _Candidate(weights, values, rows, _aurc(values[rows], y[rows]))
@@ -394,10 +264,6 @@ def _stack(
 
 def _aurc(scores: Tensor, y: Tensor) -> float:
     return float(ranking(torch.ones(1, len(y), dtype=torch.float64), scores, y == 1)["aurc"])
-
-
-def _loss(f: Tensor, y: Tensor) -> Tensor:
-    return torch.nn.functional.binary_cross_entropy_with_logits(f, y.double())
 
 
 def with_probabilities(fitted: FittedRule, certification: RuleRows) -> AnswerRule:

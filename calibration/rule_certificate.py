@@ -32,17 +32,10 @@ from torch import Tensor
 from candor.calibration.certificate import ENOUGH_POWER, Claim, Step, fixed_sequence, power, proven_bound
 from candor.calibration.errors import CalibrationError
 from candor.calibration.fit import Fitted
+from candor.calibration.gates import fit_gate, gate_halves
 from candor.calibration.generate import Labelled
-from candor.calibration.rule import (
-    FittedRule,
-    RuleRows,
-    RuleSettings,
-    fit_gate,
-    fit_rule,
-    gate_halves,
-    rows_of,
-    with_probabilities,
-)
+from candor.calibration.rule import FittedRule, RuleRows, fit_rule, rows_of, with_probabilities
+from candor.calibration.rule_settings import RuleSettings
 from candor.calibration.strangers import Passing, dealt
 from candor.policy.certificate import RuleCertificate, RuleTerms
 from candor.policy.judging import TwoGates
@@ -269,7 +262,7 @@ def certified_rule(
     rule = with_probabilities(found, apart[torch.arange(0, len(apart), attempts)])
     passing = None
     if taught is not None and held is not None:
-        known, reference = gate_halves(rows, in_calibration)
+        known, reference = gate_halves(rows.prompts, rows.digests, in_calibration)
         alone = fit_gate(known, reference, how.prompt_widths, how.settings)
         passing = Passing(
             len(taught),

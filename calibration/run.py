@@ -51,8 +51,8 @@ from candor.calibration.generate import (
 from candor.calibration.generate import Watch as Watching
 from candor.calibration.labels import ask_person, verifier_of
 from candor.calibration.report import build_report
-from candor.calibration.rule import RuleSettings
 from candor.calibration.rule_certificate import CertifiedRule, RuleParts, certified_rule
+from candor.calibration.rule_settings import RuleSettings
 from candor.calibration.shapes import Reading
 from candor.calibration.strangers import Strangers, load_strangers, read_strangers
 from candor.calibration.verifiers import without_folders

@@ -16,8 +16,8 @@ from candor.calibration.evaluate import Evaluation
 from candor.calibration.fit import FitSettings, standardisation_blocks
 from candor.calibration.generate import Labelled
 from candor.calibration.intervals import Share
-from candor.calibration.rule import RuleSettings
 from candor.calibration.rule_certificate import RuleParts
+from candor.calibration.rule_settings import RuleSettings
 from candor.calibration.run import (
     HELD_OUT_SHARE,
     Certifying,

@@ -11,7 +11,7 @@ D is, up to constants, minus twice the log-likelihood of a Gaussian whose k larg
 share one variance (probabilistic PCA, Tipping and Bishop 1999). The reference holds D of m records that fitted
 nothing, so p is uniform over its steps for a record that is drawn as they were, and the rate at which such records
 are refused is, over draws of the reference, Beta(l, m + 1 - l) at most (Bates et al. 2023, 2104.08279):
-`calibration.rule.rank_cut` picks l by it. The gate is unsupervised, because training for the verdict makes states
+`calibration.gates.rank_cut` picks l by it. The gate is unsupervised, because training for the verdict makes states
 lose what tells unfamiliar prompts apart.
 
 Every value of a row is a function of that row alone (sdm/arithmetic.py). A row that isn't finite is at D = inf and

@@ -5,7 +5,7 @@
     known iff  p > l / (m + 1)
 
 The gate is unsupervised, so it doesn't see an instruction that is changed by a word: that hardly moves the states. A
-regression between such prompts and the calibrated ones does (`calibration.rule.fit_probe`). Its cut comes from
+regression between such prompts and the calibrated ones does (`calibration.gates.fit_probe`). Its cut comes from
 records that fitted nothing, as the gate's does. So a declared kind is recognised as far as its states show it, and no
 more than a stated share of the calibrated kind is refused.
 """

@@ -190,7 +190,7 @@ def calibrate(
     from candor.calibration.early import certificate_hope
     from candor.calibration.fit import FitSettings
     from candor.calibration.report import table
-    from candor.calibration.rule import RuleSettings
+    from candor.calibration.rule_settings import RuleSettings
     from candor.calibration.run import (
         AnsweringOptions,
         Certifying,

@@ -28,8 +28,9 @@ from candor.calibration.certificate import KINDS, Claim, certify
 from candor.calibration.errors import CalibrationError
 from candor.calibration.fit import FitSettings, fit, set_aside_for_certification
 from candor.calibration.intervals import Share
-from candor.calibration.rule import RuleRows, RuleSettings, fit_rule
+from candor.calibration.rule import RuleRows, fit_rule
 from candor.calibration.rule_certificate import certify_rule
+from candor.calibration.rule_settings import RuleSettings
 from candor.calibration.served import Attempts
 from candor.calibration.splits import draw, split
 

@@ -24,8 +24,9 @@ import typer
 from torch import Tensor
 
 from candor.calibration.certificate import Claim, certify
-from candor.calibration.rule import FittedRule, RuleRows, RuleSettings, fit_rule
+from candor.calibration.rule import FittedRule, RuleRows, fit_rule
 from candor.calibration.rule_certificate import ceiling, certify_rule
+from candor.calibration.rule_settings import RuleSettings
 from candor.calibration.served import Attempts
 from studies.two_gates.answers import Answered, load
 from studies.two_gates.deals import Deal, layer, rows

@@ -51,7 +51,8 @@ def test_an_answers_state_is_the_one_that_was_calibrated(
     )
     assert states.dtype == numpy.float32
     assert states.shape == (3, 1158)
-    found, known = candor.judge(bundle, states)._judgement.estimate, bundle.estimator.support
+    found = candor.judge(bundle, states, rule="sdm")._judgement.estimate
+    known = bundle.estimator.support
     assert found.y_hat.tolist() == known.predictions[rows].tolist()
     typical = bundle.estimator.nearest(torch.from_numpy(states), 100)[0][
         :, -1
@@ -61,10 +62,15 @@ def test_an_answers_state_is_the_one_that_was_calibrated(
 
 def test_one_answer_is_judged_as_its_state(judging: candor.Model, bundle: candor.Bundle) -> None:
     one = bundle.exemplars[0]
-    verdict = judging.judge(one.prompt, one.response, alpha=0.95, estimator="plain")
-    states = judging.states([one.prompt], [one.response])
-    assert verdict == candor.judge(bundle, states, alpha=0.95, estimator="plain")[0]
-    assert verdict.region == "high"
+    states, prompts = judging.states([one.prompt], [one.response]), judging.prompt_states([one.prompt])
+    assert prompts.shape == (1, 1152)
+    verdict = judging.judge(one.prompt, one.response, alpha=0.98)
+    assert verdict == candor.judge(bundle, states, prompt_states=prompts, alpha=0.98)[0]
+    assert verdict.rule is not None
+    assert verdict.rule.prompt_known
+    by_region = judging.judge(one.prompt, one.response, rule="sdm", estimator="plain")
+    assert by_region == candor.judge(bundle, states, rule="sdm", estimator="plain")[0]
+    assert by_region.rule is None
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from candor.calibration.errors import CalibrationError
+from candor.calibration.gates import rank_cut, refusal_bound
 from candor.calibration.logistic import fit_logistic
-from candor.calibration.rule import RuleRows, RuleSettings, fit_rule, rank_cut, refusal_bound
+from candor.calibration.rule import RuleRows, fit_rule
+from candor.calibration.rule_settings import RuleSettings
 
 PARTS = (("mean", 5), ("last", 5), ("evidence", 2))
 

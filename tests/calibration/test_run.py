@@ -14,7 +14,7 @@ import torch
 
 from candor.calibration.errors import CalibrationError, DataError
 from candor.calibration.fit import FitSettings
-from candor.calibration.rule import RuleSettings
+from candor.calibration.rule_settings import RuleSettings
 from candor.calibration.run import (
     AnsweringOptions,
     Certifying,

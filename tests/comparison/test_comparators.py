@@ -15,7 +15,8 @@ from candor.calibration.evaluate import auroc
 from candor.calibration.generate import Labelled
 from candor.calibration.layer import LayerSettings, train_layer
 from candor.calibration.ranking import answer_order
-from candor.calibration.rule import RuleSettings, fit_rule, rows_of
+from candor.calibration.rule import fit_rule, rows_of
+from candor.calibration.rule_settings import RuleSettings
 from candor.comparison.comparators import (
     COMPARATORS,
     adue,
