@@ -15,7 +15,7 @@ import typer
 from candor.calibration.run import AnsweringOptions, DataFile, answer_file
 from candor.engine.prompt import ChatFormat
 from candor.model_store.bundle import load_bundle
-from studies.two_tasks.tasks import FinishedEngine
+from studies.two_tasks.tasks import finished
 
 
 def main(
@@ -25,11 +25,10 @@ def main(
     data: Annotated[Path, typer.Option(help="Records that were answered.")],
     out: Annotated[Path, typer.Option(help="File to write, .pt.")],
 ) -> None:
-    """Raises EngineError where an answer was not kept."""
+    """Raises NotKept where an answer was not kept."""
     manifest = load_bundle(bundle).manifest
-    engine = FinishedEngine(manifest.model, manifest.model, manifest.representation, max_model_len=2048)
-    asking = AnsweringOptions(answers, 1)
     file, chat = DataFile.load(data), ChatFormat.from_directory(model)
+    engine, asking = finished(model, manifest, chat), AnsweringOptions(answers, 1)
     found = asyncio.run(answer_file(engine, chat, file, manifest.policy, asking, data.stem))
     width = max(len(one.h) for one in found)
     rows = {

@@ -25,7 +25,7 @@ import typer
 from candor.model_store.bundle import load_bundle
 from demo import task as word_ordering
 from studies.two_tasks import arithmetic, table
-from studies.two_tasks.tasks import ARITHMETIC, DEMO, ROOT, SETS, FinishedEngine, Task, answers
+from studies.two_tasks.tasks import ARITHMETIC, DEMO, ROOT, SETS, Task, answers, finished
 
 BASE = ROOT / "var/models/smollm2-135m-instruct"
 
@@ -122,8 +122,8 @@ def measure(task: Task, seeds: Sequence[int], asked: int, ensemble: int) -> list
     if all(path.exists() for path in kept.values()):
         return [json.loads(path.read_text()) for path in kept.values()]
     manifest, settings = bundle.manifest, CompareSettings((*COMPARATORS, *SAMPLERS), ensemble, asked)
-    engine = FinishedEngine(manifest.model, manifest.model, manifest.representation)
     chat, asking = ChatFormat.from_directory(task.model), AnsweringOptions(task.answers, 1)
+    engine = finished(task.model, manifest, chat)
     calibration = DataFile.load(task.file("calibration"))
     files = {name: DataFile.load(task.file(name)) for name in SETS}
     material = asyncio.run(gather(engine, chat, bundle, calibration, files, settings, asking))

@@ -6,25 +6,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from candor.calibration.generate import Labelled
+from candor.calibration.kept import KeptAnswers
 from candor.calibration.run import AnsweringOptions, DataFile, answer_file
-from candor.engine.base import (
-    AdapterIdentity,
-    Delta,
-    EngineError,
-    Generation,
-    HiddenSummary,
-    ModelIdentity,
-    PromptStates,
-    Representation,
-    Sampling,
-)
 from candor.engine.prompt import ChatFormat
+from candor.engine.settings import EngineSettings
 from candor.model_store.bundle import load_bundle
+from candor.model_store.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SETS = ("test", "shifted", "ood")
@@ -58,45 +50,17 @@ ARITHMETIC = Task(
 )
 
 
-@dataclass
-class FinishedEngine:
-    """An engine that has given all its answers: what is not in the cache is an error."""
-
-    identity: ModelIdentity
-    earlier_identity: ModelIdentity
-    representation: Representation
-    max_model_len: int = 1024
-    adapter: AdapterIdentity | None = None
-
-    async def generate(
-        self,
-        prompt_ids: Sequence[int],
-        sampling: Sampling,
-        *,
-        capture: bool = True,
-        prompt_states: bool = False,
-    ) -> AsyncGenerator[PromptStates | Delta | Generation, None]:
-        raise EngineError("an answer is not in the cache; run `python -m studies.two_tasks` first")
-        yield  # makes this a generator
-
-    async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
-        raise EngineError("all answers are generated, none is given")
-
-    async def prompt_states(self, prompt_ids: Sequence[int]) -> PromptStates:
-        raise EngineError("an answer's prompt is not asked for alone")
-
-    async def check(self) -> None:
-        pass
-
-    async def close(self) -> None:
-        pass
+def finished(model: Path, manifest: Manifest, chat: ChatFormat) -> KeptAnswers:
+    """Stands in for the engine, which has given all its answers to this bundle's policy."""
+    dtype: Any = manifest.model.dtype
+    return KeptAnswers(EngineSettings(model, "vllm", manifest.representation, dtype, 1024), chat)
 
 
 def answers(task: Task, name: str) -> list[Labelled]:
-    """The answers to one of the task's files, labelled: h as its bundle orders it. Raises EngineError."""
+    """The answers to one of the task's files, labelled: h as its bundle orders it. Raises NotKept."""
     manifest = load_bundle(task.bundle).manifest
-    engine = FinishedEngine(manifest.model, manifest.model, manifest.representation)
     file, chat = DataFile.load(task.file(name)), ChatFormat.from_directory(task.model)
+    engine = finished(task.model, manifest, chat)
     return asyncio.run(
         answer_file(engine, chat, file, manifest.policy, AnsweringOptions(task.answers, 1), name)
     )
