@@ -85,6 +85,12 @@ def scorable(answers: Sequence[Labelled]) -> list[Labelled]:
     return [answer for answer in answers if answer.fault is None]
 
 
+def stacked_prompts(answers: Sequence[Labelled]) -> torch.Tensor:
+    """(n, P) states of the answers' prompts; NaN where they are not known, P = 0 where none is."""
+    unknown = torch.full((max(one.prompt_states.numel() for one in answers),), torch.nan)
+    return torch.stack([one.prompt_states if one.prompt_states.numel() else unknown for one in answers])
+
+
 def count_faults(answers: Sequence[Labelled]) -> dict[str, int]:
     return dict(Counter(answer.fault for answer in answers if answer.fault is not None))
 

@@ -17,7 +17,7 @@ from math import inf, nan
 import torch
 from torch import Tensor
 
-from candor.calibration.generate import Labelled
+from candor.calibration.generate import Labelled, stacked_prompts
 from candor.policy.certificate import EstimatorKind
 from candor.policy.decision import FOLLOWS, compared
 from candor.policy.judging import TwoGates, judge, judge_by_rule
@@ -92,14 +92,10 @@ class Attempts:
         # The estimator never admits rows of nan, so answers that cannot be scored need no path of their own.
         nowhere = torch.full_like(estimator.adaptor.mean, nan)
         h = torch.stack([one.h if one.fault is None else nowhere for row in rows for one in row])  # (n k, D)
-        width = max(one.prompt_states.numel() for row in rows for one in row)
-        unknown = torch.full((width,), nan)
         return cls(
             estimator.measure(h),
             h,
-            torch.stack(
-                [one.prompt_states if one.prompt_states.numel() else unknown for row in rows for one in row]
-            ),
+            stacked_prompts([one for row in rows for one in row]),
             torch.tensor([[one.label for one in row] for row in rows]),
             torch.tensor([[one.fault is None for one in row] for row in rows]),
             torch.tensor([[one.tokens for one in row] for row in rows]),

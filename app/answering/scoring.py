@@ -97,14 +97,12 @@ class Scorer:
 
     async def judge(self, request: ScoringRequest) -> Judged:
         """Returns the verdict on one answer. Raises ScoringFailed for every kind of failure."""
-        if request.hidden is None:
-            raise ScoringFailed("not_captured", "the engine gave no hidden state")
-        if not request.hidden.complete:
-            raise ScoringFailed("incomplete", "the engine did not count every position")
-        if self.gates is not None and request.prompt is None:
-            raise ScoringFailed("not_captured", "the engine gave no states of the prompt")
-        if self.gates is not None and request.prompt is not None and not request.prompt.complete:
-            raise ScoringFailed("incomplete", "the engine did not count every position of the prompt")
+        needed = {"answer": request.hidden} | ({"prompt": request.prompt} if self.gates else {})
+        for what, states in needed.items():
+            if states is None:
+                raise ScoringFailed("not_captured", f"the engine gave no states of the {what}")
+            if not states.complete:
+                raise ScoringFailed("incomplete", f"the engine did not count every position of the {what}")
         try:
             judged = await asyncio.wait_for(self._batcher.submit(request), self._timeout_s)
         except TimeoutError as error:
@@ -185,11 +183,10 @@ class Scorer:
         return _as(self._bundle.estimator.adaptor.mean, h)
 
     def _prompt(self, request: ScoringRequest) -> torch.Tensor:
-        """Returns the prompt's states (P,); NaN where they are not known."""
+        """Returns the prompt's states (P,), likewise."""
         assert self.gates is not None  # the caller checks this
-        prompt = request.prompt
-        known = torch.empty(0) if prompt is None or not prompt.complete else prompt.vector()
-        return _as(self.gates.rule.gate.mean, known)
+        assert request.prompt is not None  # and `judge` this
+        return _as(self.gates.rule.gate.mean, request.prompt.vector())
 
     def _nearest(self, h: torch.Tensor, exemplars: int) -> tuple[NearExemplar, ...]:
         if not exemplars:

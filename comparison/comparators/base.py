@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from candor.calibration.epochs import LayerSettings
-from candor.calibration.generate import Labelled
+from candor.calibration.generate import Labelled, stacked_prompts
 from candor.policy.judging import TwoGates
 from candor.sdm.estimator import SDMEstimator
 from candor.sdm.outputs import Measurement
@@ -39,10 +39,7 @@ class Rows:
     def of(cls, estimator: SDMEstimator, answers: Sequence[Labelled]) -> Rows:
         """The first attempts of answers that can be scored."""
         h = torch.stack([answer.h for answer in answers])
-        width = max(answer.prompt_states.numel() for answer in answers)
-        unknown = torch.full((width,), torch.nan)
-        prompts = [one.prompt_states if one.prompt_states.numel() else unknown for one in answers]
-        return cls(h, estimator.adaptor.standardise(h), estimator.measure(h), torch.stack(prompts))
+        return cls(h, estimator.adaptor.standardise(h), estimator.measure(h), stacked_prompts(answers))
 
     def __getitem__(self, rows: Tensor) -> Rows:
         """Some rows, by index."""
