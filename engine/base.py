@@ -49,6 +49,15 @@ class PromptTooLong(EngineError):
     """Prompt and requested answer exceed the model's context."""
 
 
+class RequestRefused(EngineError):
+    """The engine never serves such a request. status: HTTP's, below 500 or 501. param: the field at fault."""
+
+    def __init__(self, message: str, status: int, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+
+
 class IdentityMismatch(EngineError):
     """Model, tokenizer, chat template, dtype or hidden size differ from the bundle's."""
 

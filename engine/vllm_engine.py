@@ -25,9 +25,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from safetensors import safe_open
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs import EngineInput
 from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
-from vllm.outputs import RequestOutput
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -54,7 +55,7 @@ from candor.engine.room import require_fit, room_for_answer
 from candor.engine.settings import EngineSettings
 from candor.engine.slot_evidence import of_answer
 from candor.engine.vllm_capture import Record
-from candor.engine.vllm_options import changing_h
+from candor.engine.vllm_options import FRONTEND, changing_h
 from candor.engine.vllm_scheduler import KEY, PROMPT_KEY
 
 logger = logging.getLogger("candor")
@@ -66,7 +67,11 @@ _Logprobs = Mapping[int, Any]
 
 
 class VLLMEngine:
-    """See `engine.base.Engine`. Several may share one vLLM: one without an adapter, and `with_adapter` for each."""
+    """See `engine.base.Engine`. Several may share one vLLM: one without an adapter, and `with_adapter` for each.
+
+    args: what vLLM was started with. frontend: options of its request handlers. llm: vLLM's own engine.
+    lora: the adapter in vLLM's terms, or None.
+    """
 
     def __init__(self, settings: EngineSettings, chat: ChatFormat) -> None:
         self.max_model_len = settings.max_model_len
@@ -80,8 +85,9 @@ class VLLMEngine:
         _require_torchvision(settings.model)
         with start_failures.collecting() as failures:
             try:
-                args = _engine_args(settings)
-                self._llm = AsyncLLM.from_vllm_config(
+                args = self.args = _engine_args(settings)
+                self.frontend = {k: v for k, v in settings.vllm.items() if k in FRONTEND}
+                self.llm = AsyncLLM.from_vllm_config(
                     _config(args),
                     enable_log_requests=args.enable_log_requests,
                     disable_log_stats=args.disable_log_stats,
@@ -112,10 +118,10 @@ class VLLMEngine:
     ) -> None:
         self.representation = representation
         self.adapter = adapter
-        self._lora = request
+        self.lora = request
         self._closing_ids, self._tag_ids = self._chat.closing(representation.tag)
 
-    async def generate(
+    def generate(
         self,
         prompt_ids: Sequence[int],
         sampling: Sampling,
@@ -123,15 +129,41 @@ class VLLMEngine:
         capture: bool = True,
         prompt_states: bool = False,
     ) -> AsyncGenerator[PromptStates | Delta | Generation, None]:
-        params = self._params(prompt_ids, sampling, capture, prompt_states)
-        answer = AnswerText(self.representation.tag, self._tag_ids, sampling.logprobs is not None)
-        prompt = None
-        async with aclosing(self._submit(prompt_ids, params)) as outputs:
+        return self.write(
+            tokens_input(list(prompt_ids)),
+            self.params(sampling),
+            capture=capture,
+            prompt_states=prompt_states,
+        )
+
+    async def write(
+        self,
+        prompt: EngineInput,
+        params: SamplingParams,
+        *,
+        capture: bool,
+        prompt_states: bool,
+        seen: Callable[[RequestOutput], None] | None = None,
+        **how: Any,
+    ) -> AsyncGenerator[PromptStates | Delta | Generation, None]:
+        """As `generate`, for a request in vLLM's own form. params: `extra_args` are set here; output_kind is DELTA.
+
+        seen: gets each of vLLM's outputs before what is shown of it. how: further arguments of `AsyncLLM.generate`.
+        """
+        prompt_ids = prompt["prompt_token_ids"]
+        room = room_for_answer(len(prompt_ids), len(self._closing_ids), self.max_model_len)
+        params.max_tokens = min(params.max_tokens or room, room)
+        params.extra_args = self._wish(evidence=capture, prompt=prompt_states)
+        answer = AnswerText(self.representation.tag, self._tag_ids, params.logprobs is not None)
+        states = None
+        async with aclosing(self._submit(prompt, params, **how)) as outputs:
             async for output in outputs:
+                if seen is not None:
+                    seen(output)
                 if prompt_states and not answer.token_ids:  # the first
-                    prompt = await self._prompt(prompt_ids, output)
-                    if prompt is not None:
-                        yield prompt
+                    states = await self._prompt(prompt_ids, output)
+                    if states is not None:
+                        yield states
                 completion = output.outputs[0]
                 logprobs = [
                     _token_logprob(token_id, entry)
@@ -171,7 +203,35 @@ class VLLMEngine:
             completion_tokens=len(answer.token_ids) - beyond,
             logprobs=answer.reported_logprobs,
             queued_s=_queued(output),
-            prompt=prompt,
+            prompt=states,
+        )
+
+    async def given(
+        self,
+        prompt_ids: Sequence[int],
+        completion: CompletionOutput,
+        *,
+        capture: bool,
+        states: PromptStates | None,
+    ) -> Generation:
+        """Returns a completion that vLLM wrote without capture, such as a beam, as an answer of this engine."""
+        answer = AnswerText(self.representation.tag, self._tag_ids)
+        answer.add(completion.text, completion.token_ids)
+        length = answer.length(self._chat.is_blank)
+        answer.finish(length, stopped=False)
+        response_ids = (
+            answer.token_ids[:length] if length is not None else self._chat.encode_response(answer.text)
+        )
+        return Generation(
+            text=answer.text,
+            token_ids=tuple(response_ids),
+            finish_reason="stop" if answer.tag_found or completion.finish_reason == "stop" else "length",
+            tagged=answer.tag_found,
+            truncated=not answer.tag_found and completion.finish_reason != "stop",
+            hidden=await self.summarise(prompt_ids, response_ids) if capture else None,
+            prompt_tokens=len(prompt_ids),
+            completion_tokens=len(completion.token_ids),
+            prompt=states,
         )
 
     async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
@@ -205,7 +265,7 @@ class VLLMEngine:
         states = None
         for skip_cache in (False, True):  # the cache may lack a state or a token's evidence
             params.skip_reading_prefix_cache = skip_cache
-            output = [output async for output in self._submit(ids, params)][-1]
+            output = [output async for output in self._submit(tokens_input(list(ids)), params)][-1]
             states = read(output)
             if states is not None and states.complete:
                 return states
@@ -215,12 +275,12 @@ class VLLMEngine:
 
     async def check(self) -> None:
         try:
-            await self._llm.check_health()
+            await self.llm.check_health()
         except EngineDeadError as error:
             raise EngineDead("vLLM's engine process ended; see its log above") from error
 
     async def close(self) -> None:
-        self._llm.shutdown()
+        self.llm.shutdown()
 
     async def _hidden(
         self, prompt_ids: Sequence[int], answer: AnswerText, length: int | None, record: Record | None
@@ -264,12 +324,11 @@ class VLLMEngine:
         return HiddenSummary(_from_bytes(mean), _from_bytes(last), known, positions, complete)
 
     async def _submit(
-        self, ids: Sequence[int], params: SamplingParams
+        self, prompt: EngineInput, params: SamplingParams, **how: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yields vLLM's outputs for one request; translates vLLM's errors. Closing it aborts the request."""
-        prompt = tokens_input(list(ids))
         try:
-            generated = self._llm.generate(prompt, params, uuid.uuid4().hex, lora_request=self._lora)
+            generated = self.llm.generate(prompt, params, uuid.uuid4().hex, lora_request=self.lora, **how)
             async with aclosing(generated) as outputs:
                 async for output in outputs:
                     yield output
@@ -278,12 +337,10 @@ class VLLMEngine:
         except (EngineGenerateError, ValueError) as error:
             raise EngineError(f"vLLM could not answer: {error.__cause__ or error}") from error
 
-    def _params(
-        self, prompt_ids: Sequence[int], sampling: Sampling, capture: bool, prompt_states: bool
-    ) -> SamplingParams:
-        room = room_for_answer(len(prompt_ids), len(self._closing_ids), self.max_model_len)
+    def params(self, sampling: Sampling) -> SamplingParams:
+        """Returns the sampling in vLLM's form."""
         return SamplingParams(
-            max_tokens=min(sampling.max_tokens, room),
+            max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
@@ -293,7 +350,6 @@ class VLLMEngine:
             presence_penalty=sampling.presence_penalty,
             logprobs=sampling.logprobs,
             output_kind=RequestOutputKind.DELTA,
-            extra_args=self._wish(evidence=capture, prompt=prompt_states),
         )
 
     def _wish(self, first: int | None = None, evidence: bool = True, prompt: bool = False) -> dict[str, Any]:
@@ -351,7 +407,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         trust_remote_code=False,
         seed=0,
     )
-    return AsyncEngineArgs(**ours | dict(settings.vllm))
+    return AsyncEngineArgs(**ours | {k: v for k, v in settings.vllm.items() if k not in FRONTEND})
 
 
 def _shared_out(cores: Sequence[int], options: Mapping[str, Any]) -> str:

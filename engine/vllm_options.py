@@ -103,6 +103,21 @@ CAPTURE_WRONG: Mapping[str, str] = {
 }
 """Option -> the reason it is refused, and what to do instead."""
 
+FRONTEND = frozenset(
+    [
+        "tool_call_parser",
+        "enable_auto_tool_choice",
+        "tool_parser_plugin",
+        "tool_strict_level",
+        "exclude_tools_when_tool_choice_none",
+        "chat_template_content_format",
+        "return_tokens_as_token_ids",
+        "enable_prompt_tokens_details",
+        "enable_force_include_usage",
+    ]
+)
+"""Options of vLLM's server, not its engine, that its request handlers take here."""
+
 _HARMLESS = {"None", "False", "1"}
 """Values of these options, as text, that request the default."""
 
@@ -181,7 +196,11 @@ def _require_known(names: Iterable[str]) -> None:
     if found is None or found.origin is None:
         return
     source = Path(found.origin).with_name("engine").joinpath("arg_utils.py").read_text(encoding="utf-8")
-    known = {"config", *re.findall(r'"--([a-z0-9-]+)"', source)}
+    known = {
+        "config",
+        *(name.replace("_", "-") for name in FRONTEND),
+        *re.findall(r'"--([a-z0-9-]+)"', source),
+    }
     for name in names:
         flag = name.replace("_", "-")
         if flag.removeprefix("no-") not in known:
@@ -203,6 +222,7 @@ def _named(words: Sequence[str]) -> dict[str, str]:
 def _parsed(words: Sequence[str]) -> dict[str, Any]:
     """Parses the options with vLLM's parser; raises OptionError with vLLM's message."""
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     import candor.engine.vllm_engine  # noqa: F401  # sets what vLLM reads while it is imported
@@ -211,7 +231,9 @@ def _parsed(words: Sequence[str]) -> dict[str, Any]:
         def error(self, message: str) -> NoReturn:
             raise OptionError(f"vLLM's options: {_line(message)}")
 
-    parser = AsyncEngineArgs.add_cli_args(Parser(add_help=False, allow_abbrev=False))
+    parser = AsyncEngineArgs.add_cli_args(
+        FrontendArgs.add_cli_args(Parser(add_help=False, allow_abbrev=False))
+    )
     words = [
         part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else (word,))
     ]
@@ -223,7 +245,7 @@ def _parsed(words: Sequence[str]) -> dict[str, Any]:
         raise OptionError(f"vLLM's options: {_line(str(error) or repr(error))}") from error
     known = AsyncEngineArgs.__dataclass_fields__
     changed = {name: value for name, value in given.items() if value != parser.get_default(name)}
-    if strange := sorted(changed.keys() - known.keys()):
+    if strange := sorted(changed.keys() - known.keys() - FRONTEND):
         raise OptionError(f"{_flag(strange[0])} is an option of vLLM's own server; Candor's is set otherwise")
     return changed
 

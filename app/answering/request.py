@@ -6,7 +6,7 @@ A request that departs from the policy (`candor.policy`) is answered too, but it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -21,6 +21,7 @@ from candor.app.edge.schemas.requests import (
 )
 from candor.app.edge.schemas.scoring import ScoreRequest
 from candor.engine.base import PromptTooLong, Sampling
+from candor.policy.conversation import Turn
 
 if TYPE_CHECKING:
     from candor.app.process.backend import Backend
@@ -37,6 +38,8 @@ _MOST_LOGPROBS = 1 << 16
 
 _BEGINNINGS = (2, 8)
 """Characters per token of the context, of the beginnings that are tokenised first."""
+_AROUND = 1 << 16
+"""Characters of a body that are not its texts: fields, schemas, tools."""
 _SLACK = 64  # a text cut in the middle of a word has some other tokens there
 
 _APART = 2**32
@@ -143,7 +146,7 @@ class RequestResolver:
         self._policy = manifest.policy
         self._tag = manifest.representation.tag
         self._room = backend.engine.max_model_len
-        self._limits = Limits.of(settings, backend.engine.max_model_len)
+        self.limits = Limits.of(settings, backend.engine.max_model_len)
         self._refusal_text = settings.refusal_text
         self._fallback_text = settings.fallback_text
 
@@ -163,7 +166,7 @@ class RequestResolver:
             texts.append(body.response)
         else:
             choices = (body.n or 1) * prompts
-            at_most(self._limits.choices, choices, "answers in one request (n times prompts)", "n")
+            at_most(self.limits.choices, choices, "answers in one request (n times prompts)", "n")
         characters, longest = sum(map(len, texts)), self._chat.longest_token
         if characters > prompts * longest * self._room:
             raise PromptTooLong(
@@ -195,8 +198,37 @@ class RequestResolver:
             calibrated=False,
         )
 
+    def within(self, bulk: Bulk, prompts: int) -> Bulk:
+        """Returns it, or raises PromptTooLong if not even the longest tokens could make it fit."""
+        longest = self._chat.longest_token
+        if bulk.characters > prompts * longest * self._room + _AROUND:
+            raise PromptTooLong(
+                f"this model's maximum context length is {self._room} tokens, of at most {longest} characters each; "
+                f"the body has {bulk.characters}: shorten it"
+            )
+        return bulk
+
+    def check_sizes(self, max_tokens: int, choices: int) -> None:
+        """Raises Refused for more tokens of an answer, or more answers, than this server allows."""
+        at_most(self.limits.output_tokens, max_tokens, "max_tokens", "max_tokens")
+        at_most(self.limits.choices, choices, "answers in one request (n times prompts)", "n")
+
+    def encode(
+        self, turns: Sequence[Turn], template_arguments: Mapping[str, Any] | None
+    ) -> tuple[list[int], bool]:
+        """Returns a conversation's token ids, and whether calibration covered such conversations."""
+        for turn in turns:
+            self._check_beginning(turn["content"], "messages")
+        conversation = self._policy.conversations.resolve(turns, template_arguments)
+        try:
+            ids = conversation.encode(self._chat)
+        except ValueError as error:
+            raise Refused(str(error), "messages") from error
+        at_most(self.limits.prompt_tokens, len(ids), "prompt tokens", "messages")
+        return ids, conversation.departure is None
+
     def pair(self, body: ScoreRequest) -> PairRequest:
-        at_most(self._limits.exemplars, body.exemplars, "exemplars", "exemplars")
+        at_most(self.limits.exemplars, body.exemplars, "exemplars", "exemplars")
         if body.messages is not None:
             prompt_ids, calibrated = self._encode_chat(body.messages)
         else:
@@ -226,7 +258,7 @@ class RequestResolver:
     ) -> AnswerRequest:
         n = body.n or 1
         if max_tokens is not None:
-            at_most(self._limits.output_tokens, max_tokens, "max_tokens", "max_tokens")
+            at_most(self.limits.output_tokens, max_tokens, "max_tokens", "max_tokens")
         sampling = self._policy.sampling(
             temperature=body.temperature,
             top_p=body.top_p,
@@ -240,7 +272,7 @@ class RequestResolver:
         for prompt_ids in prompts:
             self._check_fit(prompt_ids, max_tokens or 1, param)
             left = self._room - len(prompt_ids)
-            length = max_tokens or min(self._policy.max_tokens, self._limits.output_tokens, left)
+            length = max_tokens or min(self._policy.max_tokens, self.limits.output_tokens, left)
             for _ in range(n):
                 seed = None if body.seed is None else _wrapped(body.seed + len(choices))  # one seed a choice
                 choices.append(Choice(prompt_ids, replace(sampling, max_tokens=length, seed=seed)))
@@ -249,7 +281,9 @@ class RequestResolver:
             _MOST_LOGPROBS, reported, "log-probabilities in one request (answers, tokens, each's)", "logprobs"
         )
         calibrated = calibrated and self._policy.draws(sampling)
-        reliability = self._reliability(body.reliability or ReliabilityOptions(), streamed=body.wants_stream)
+        reliability = self.resolve_reliability(
+            body.reliability or ReliabilityOptions(), streamed=body.wants_stream
+        )
         return AnswerRequest(
             choices=tuple(choices),
             prompt_tokens=sum(map(len, prompts)),
@@ -258,9 +292,14 @@ class RequestResolver:
             attempts=self._policy.resample if calibrated and reliability.mode != "off" else 1,
         )
 
-    def _reliability(self, asked: ReliabilityOptions, *, streamed: bool) -> Reliability:
+    @staticmethod
+    def unjudged(reliability: Reliability) -> Reliability:
+        """Returns the options of a request that has nothing written."""
+        return replace(reliability, mode="off", buffered=False, replacement=None)
+
+    def resolve_reliability(self, asked: ReliabilityOptions, *, streamed: bool) -> Reliability:
         """Takes the stricter of the operator's and the request's mode. The operator's abstain buffers all streams."""
-        at_most(self._limits.exemplars, asked.exemplars, "exemplars", "reliability.exemplars")
+        at_most(self.limits.exemplars, asked.exemplars, "exemplars", "reliability.exemplars")
         mode = max(asked.mode, self._least_mode, key=_STRICTNESS.__getitem__)
         withholds = mode == "abstain"
         stream = asked.stream or ("buffered" if withholds else "optimistic")
@@ -299,15 +338,8 @@ class RequestResolver:
         self, messages: Sequence[ChatMessage], template_arguments: dict[str, Any] | None = None
     ) -> tuple[tuple[int, ...], bool]:
         """Returns the prompt's token ids, and whether calibration covered such conversations."""
-        turns = [message.to_template() for message in messages]
-        for turn in turns:
-            self._check_beginning(turn["content"], "messages")
-        conversation = self._policy.conversations.resolve(turns, template_arguments)
-        try:
-            ids = conversation.encode(self._chat)
-        except ValueError as error:
-            raise Refused(str(error), "messages") from error
-        return tuple(ids), conversation.departure is None
+        ids, calibrated = self.encode([message.to_template() for message in messages], template_arguments)
+        return tuple(ids), calibrated
 
     def _check_beginning(self, text: str, param: str) -> None:
         """Refuses a text whose beginning alone has more tokens than fit, without tokenising the rest.
@@ -337,7 +369,7 @@ class RequestResolver:
                 f"this model's maximum context length is {self._room} tokens; the prompt has "
                 f"{len(prompt_ids)} and the answer needs {answer_tokens}: shorten one of them"
             )
-        at_most(self._limits.prompt_tokens, len(prompt_ids), "prompt tokens", param)
+        at_most(self.limits.prompt_tokens, len(prompt_ids), "prompt tokens", param)
 
 
 def default_alpha(wanted: float | None, alphas: Sequence[float]) -> float:

@@ -10,13 +10,11 @@ Closing the iterator of `events` cancels the work that the engine still does for
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing, closing
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import TypeVar
 
 from opentelemetry.trace import Tracer
 
@@ -37,11 +35,11 @@ from candor.engine.base import (
     PromptTooLong,
     TokenLogprob,
 )
+from candor.engine.merging import merged
 from candor.policy.decision import Verdict, unavailable
 from candor.policy.policy import Policy
 
 logger = logging.getLogger("candor")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,13 +89,18 @@ class AnswerService:
         watch: EngineWatch,
         tracer: Tracer | None = None,
     ) -> None:
-        self._engine = engine
-        self._policy = policy
+        self.engine = engine
+        self.policy = policy
         self._scorer = scorer
         self._admission = admission
         self._metrics = metrics
         self._watch = watch
         self._tracer = tracer
+
+    @property
+    def judges_prompts(self) -> bool:
+        """Whether verdicts need the prompt's states."""
+        return self._scorer.gates is not None
 
     async def events(self, request: AnswerRequest) -> AsyncGenerator[Piece | Answer, None]:
         """Yields the pieces of all choices as they arrive, and each choice's Answer when it is finished."""
@@ -120,9 +123,9 @@ class AnswerService:
             prompt: PromptStates | None = None
             try:
                 with self._watch.waiting():
-                    hidden = await self._engine.summarise(request.prompt_ids, request.response_ids)
-                    if self._scorer.gates is not None:
-                        prompt = await self._engine.prompt_states(request.prompt_ids)
+                    hidden = await self.engine.summarise(request.prompt_ids, request.response_ids)
+                    if self.judges_prompts:
+                        prompt = await self.engine.prompt_states(request.prompt_ids)
             except (EngineDead, PromptTooLong):
                 raise
             except EngineError as error:
@@ -146,10 +149,7 @@ class AnswerService:
             if answer and answer.judged and (answer.judged.verdict.settles or answer.judged.verdict.final):
                 break
         assert answer is not None  # every attempt yields an answer or raises
-        if answer.judged is not None:
-            self._metrics.count(answer.judged.verdict)
-        if answer.unwritten:
-            self._metrics.saved()
+        self.count(answer)
         if request.attempts > 1 and answer.replacement is None:
             yield Piece(index, answer.generation.text, answer.generation.logprobs)
         yield answer
@@ -162,11 +162,11 @@ class AnswerService:
         with ExitStack() as stack:
             trace = stack.enter_context(closing(AnswerTrace(self._tracer, index))) if self._tracer else None
             outputs = self._watch.watched(
-                self._engine.generate(
+                self.engine.generate(
                     choice.prompt_ids,
                     choice.sampling,
                     capture=judges,
-                    prompt_states=judges and self._scorer.gates is not None,
+                    prompt_states=judges and self.judges_prompts,
                 )
             )
             generation: Generation | None = None
@@ -176,8 +176,10 @@ class AnswerService:
                     if isinstance(output, Generation):
                         generation = output
                     elif isinstance(output, PromptStates):
-                        if refused := await self._refused(output, request):
-                            generation = _unwritten(choice)
+                        if refused := await self.refused(
+                            output, request.reliability, calibrated=request.calibrated
+                        ):
+                            generation = unwritten(len(choice.prompt_ids))
                             break
                     elif isinstance(output, Delta):
                         yield Piece(index, output.text, output.logprobs)
@@ -193,25 +195,34 @@ class AnswerService:
             if not judges:
                 yield Answer(index, generation, None, None)
                 return
-            complete = self._policy.completed(generation.completion_tokens, ended=not generation.truncated)
-            judged = await self._judge(
-                generation.hidden,
-                generation.prompt,
-                reliability,
-                calibrated=request.calibrated and complete,
-            )
+            judged = await self.judged(generation, reliability, calibrated=request.calibrated)
             if trace:
                 trace.judged(judged.verdict)
             yield Answer(
                 index, generation, judged, reliability.replacement if judged.verdict.abstained else None
             )
 
-    async def _refused(self, prompt: PromptStates, request: AnswerRequest) -> Verdict | None:
+    async def refused(
+        self, prompt: PromptStates, reliability: Reliability, *, calibrated: bool
+    ) -> Verdict | None:
         """Returns the verdict on a prompt whose answer would be withheld in any case; None if it is to be written."""
-        reliability = request.reliability
         if reliability.mode != "abstain":
             return None
-        return await self._scorer.judge_prompt(prompt, reliability.alpha, calibrated=request.calibrated)
+        return await self._scorer.judge_prompt(prompt, reliability.alpha, calibrated=calibrated)
+
+    async def judged(self, generation: Generation, reliability: Reliability, *, calibrated: bool) -> Judged:
+        """Returns the verdict on a finished answer. calibrated: whether its request kept to the policy."""
+        complete = self.policy.completed(generation.completion_tokens, ended=not generation.truncated)
+        return await self._judge(
+            generation.hidden, generation.prompt, reliability, calibrated=calibrated and complete
+        )
+
+    def count(self, answer: Answer) -> None:
+        """Counts the verdict on an answer, and what was saved where it was not written."""
+        if answer.judged is not None:
+            self._metrics.count(answer.judged.verdict)
+        if answer.unwritten:
+            self._metrics.saved()
 
     async def _judge(
         self,
@@ -234,7 +245,7 @@ class AnswerService:
         return judged
 
 
-def _unwritten(choice: Choice) -> Generation:
+def unwritten(prompt_tokens: int) -> Generation:
     """Returns the empty answer to a prompt that was refused when prefill ended."""
     return Generation(
         text="",
@@ -243,41 +254,6 @@ def _unwritten(choice: Choice) -> Generation:
         tagged=False,
         truncated=False,
         hidden=None,
-        prompt_tokens=len(choice.prompt_ids),
+        prompt_tokens=prompt_tokens,
         completion_tokens=0,
     )
-
-
-async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """Yields the items of all sources as they arrive. The first error ends all of them. It closes the sources."""
-    if len(sources) == 1:
-        async with aclosing(sources[0]) as source:
-            async for item in source:
-                yield item
-        return
-    queue: asyncio.Queue[tuple[T] | Exception | None] = asyncio.Queue()  # None: a source has ended
-
-    async def drain(source: AsyncGenerator[T, None]) -> None:
-        try:
-            async with aclosing(source):
-                async for item in source:
-                    queue.put_nowait((item,))
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.create_task(drain(source)) for source in sources]
-    running = len(tasks)
-    try:
-        while running:
-            match await queue.get():
-                case None:
-                    running -= 1
-                case Exception() as error:
-                    raise error
-                case (item,):
-                    yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

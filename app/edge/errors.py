@@ -33,7 +33,7 @@ from candor.app.edge.services import ModelNotFound
 from candor.app.feedback import FeedbackLost, NoSuchAnswer
 from candor.app.process.ending import ShuttingDown
 from candor.app.process.selftest import GoldenMismatch
-from candor.engine.base import EngineDead, EngineError, PromptTooLong
+from candor.engine.base import EngineDead, EngineError, PromptTooLong, RequestRefused
 
 logger = logging.getLogger("candor")
 
@@ -67,6 +67,8 @@ def describe(error: Exception) -> HttpError:
             return HttpError(404, str(error), "model", "model_not_found")
         case PromptTooLong():
             return HttpError(400, str(error), None, "context_length_exceeded")
+        case RequestRefused():
+            return HttpError(error.status, str(error), error.param, "invalid_value")
         case Refused():
             return HttpError(422, str(error), error.param, error.code)
         case Unauthorized():
@@ -129,7 +131,7 @@ def install(app: FastAPI) -> None:
 
 async def _respond(request: Request, error: Exception) -> Response:
     described = describe(error)
-    if isinstance(error, EngineError) and not isinstance(error, PromptTooLong):
+    if isinstance(error, EngineError) and not isinstance(error, PromptTooLong | RequestRefused):
         logger.error("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error)
     return described.response()
 

@@ -45,10 +45,19 @@ class _BoundedRequest(Request):
 class BoundedRoute(APIRoute):
     """A route whose body is parsed as above."""
 
+    @staticmethod
+    def bounded(request: Request) -> Request:
+        """Returns the request with its `json` bounded."""
+        return (
+            request
+            if isinstance(request, _BoundedRequest)
+            else _BoundedRequest(request.scope, request.receive)
+        )
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def bounded(request: Request) -> Response:
-            return await handle(_BoundedRequest(request.scope, request.receive))
+            return await handle(self.bounded(request))
 
         return bounded

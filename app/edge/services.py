@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypedDict, TypeVar, cast
 
 from fastapi import Depends, Request
 
 from candor.app.answering.preparing import Preparing
-from candor.app.answering.request import AnswerRequest, Bulk, PairRequest, RequestResolver
+from candor.app.answering.request import Bulk, RequestResolver
 from candor.app.answering.service import AnswerService
 from candor.app.answering.waiting import EngineWatch
 from candor.app.edge.keys import Key
@@ -23,7 +23,21 @@ from candor.engine.base import Engine
 from candor.model_store.bundle import Bundle
 from candor.policy.certificate import EstimatorKind, RuleKind
 
-Resolved = TypeVar("Resolved", AnswerRequest, PairRequest)
+if TYPE_CHECKING:
+    from candor.app.edge.routes.surface import Surface
+
+
+class Charged(Protocol):
+    """A resolved request. tokens: at most. caller: whose places it takes."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def caller(self) -> str: ...
+
+
+Resolved = TypeVar("Resolved", bound=Charged)
 
 _CHARACTERS_PER_TOKEN = 4
 """To charge for a prompt before it is tokenised; afterwards the charge is corrected."""
@@ -62,6 +76,7 @@ class Services:
     leaving: Leaving
     watch: EngineWatch
     feedback: FeedbackStore | None
+    surface: Surface | None  # None: the engine is not vLLM
     metrics: Metrics  # of the first model; they share one page
     estimator: EstimatorKind
     request_timeout_s: float
@@ -94,7 +109,8 @@ class Services:
         charged = max(1, bulk.characters // _CHARACTERS_PER_TOKEN)
         self.quotas.take(caller, charged, per_day)
         self.token_rate.take(caller, charged)
-        resolved = replace(await self.preparing.run(caller, bulk.characters, resolve), caller=caller)
+        resolved = await self.preparing.run(caller, bulk.characters, resolve)
+        resolved = cast(Resolved, replace(cast(Any, resolved), caller=caller))
         self.admission.check(caller, bulk.choices, resolved.tokens)
         for account in (self.quotas, self.token_rate):
             account.settle(caller, resolved.tokens - charged)
@@ -105,7 +121,7 @@ class LifespanState(TypedDict):
     services: Services
 
 
-async def _services(request: Request) -> Services:
+def services_of(request: Request) -> Services:
     """Returns the services, with those models alone that the request's key may ask for."""
     services = cast(LifespanState, request.state)["services"]
     key: Key | None = request.state.key
@@ -115,5 +131,5 @@ async def _services(request: Request) -> Services:
     return replace(services, models=allowed)
 
 
-InjectedServices = Annotated[Services, Depends(_services)]
+InjectedServices = Annotated[Services, Depends(services_of)]
 """FastAPI gives the services to a handler's parameter of this type."""

@@ -25,7 +25,7 @@ from candor.app.edge.keys import KeyRing
 from candor.app.edge.limits import Admission, RateLimit
 from candor.app.edge.middleware import BodyLimit, Gate, HeadAsGet, Hosts, RequestId
 from candor.app.edge.quotas import Quotas
-from candor.app.edge.routes import answers, feedback, operations, reliability, served
+from candor.app.edge.routes import answers, feedback, operations, reliability, served, surface
 from candor.app.edge.routes.console import Console
 from candor.app.edge.routes.documented import ERRORS
 from candor.app.edge.services import LifespanState, ServedModel, Services
@@ -110,6 +110,7 @@ def create_app(
             leaving=leaving,
             watch=watch,
             feedback=store,
+            surface=await surface.start(backend, first),
             metrics=instruments,
             estimator=settings.estimator,
             request_timeout_s=settings.request_timeout_s,
@@ -136,7 +137,7 @@ def create_app(
     turned_away: dict[int | str, dict[str, Any]] = (
         {status: ERRORS[status] for status in (401, 403)} if keys else {}
     )
-    for module in (answers, reliability, feedback, served, operations):
+    for module in (answers, surface, reliability, feedback, served, operations):
         app.include_router(module.router, dependencies=keyed, responses=turned_away)
     app.mount("/console", Console(), name="console")
     errors.install(app)

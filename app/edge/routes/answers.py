@@ -24,8 +24,8 @@ from candor.app.answering.waiting import (
     unless_interrupted,
 )
 from candor.app.edge.errors import describe
-from candor.app.edge.parsing import BoundedRoute
 from candor.app.edge.routes.documented import ERRORS, STREAMED
+from candor.app.edge.routes.either import either
 from candor.app.edge.schemas.requests import ChatCompletionRequest, CompletionRequest
 from candor.app.edge.schemas.responses import ChatCompletion, Completion
 from candor.app.edge.services import InjectedServices, Services
@@ -35,14 +35,16 @@ from candor.app.writing.bodies import ChatRenderer, CompletionRenderer, Envelope
 from candor.engine.base import EngineError
 
 logger = logging.getLogger("candor")
-router = APIRouter(route_class=BoundedRoute)
+router = APIRouter()
+_chat = APIRouter(route_class=either("chat", ChatCompletionRequest))
+_plain = APIRouter(route_class=either("completion", CompletionRequest))
 
 _STREAM = "text/event-stream"
 _SET_OFF = "\n\n"
 """Separates an answer that was streamed already from the text that retracts it."""
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS | STREAMED)
+@_chat.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS | STREAMED)
 async def create_chat_completion(
     body: ChatCompletionRequest, request: Request, services: InjectedServices
 ) -> Response:
@@ -50,12 +52,16 @@ async def create_chat_completion(
     return await _respond(request, body, services, ChatRenderer)
 
 
-@router.post("/v1/completions", response_model=Completion, responses=ERRORS | STREAMED)
+@_plain.post("/v1/completions", response_model=Completion, responses=ERRORS | STREAMED)
 async def create_completion(
     body: CompletionRequest, request: Request, services: InjectedServices
 ) -> Response:
     """A plain prompt, continued. It leaves the chat format, so its reliability is never calibrated."""
     return await _respond(request, body, services, CompletionRenderer)
+
+
+router.include_router(_chat)
+router.include_router(_plain)
 
 
 async def _respond(

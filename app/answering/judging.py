@@ -1,0 +1,92 @@
+"""Judges the answers of one request that vLLM's own handlers write (`engine.vllm_client.Judge`).
+
+Whether an answer is calibrated is decided by default deny: its prompt must be one that was rendered as calibration
+rendered it, and what vLLM was asked for must be what the policy asks for, field by field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from candor.app.answering.request import Reliability
+from candor.app.answering.scoring import Judged
+from candor.app.answering.service import Answer, AnswerService, unwritten
+from candor.engine.base import Engine, Generation, PromptStates, Sampling
+
+Encode = Callable[[Sequence[dict[str, str]], Mapping[str, Any] | None], Awaitable[tuple[list[int], bool]]]
+"""Turns and template arguments -> token ids, and whether calibration covered such conversations."""
+
+
+class Asked(Protocol):
+    """What vLLM was asked for (`engine.vllm_client.Asked`)."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling | None
+
+
+class Judging:
+    """answers: the finished choices, by index."""
+
+    def __init__(
+        self, service: AnswerService, reliability: Reliability, encode: Encode, note: Callable[[Answer], None]
+    ) -> None:
+        """note: gets each answer once it is judged."""
+        self.engine: Engine = service.engine
+        self.capture = reliability.mode != "off"
+        self.prompt_states = self.capture and service.judges_prompts
+        self.buffered = reliability.buffered
+        self.answers: dict[int, Answer] = {}
+        self.reliability = reliability
+        self._service = service
+        self._encode = encode
+        self._note = note
+        self._begun = 0
+        self._calibrated: set[tuple[int, ...]] = set()
+
+    def begin(self, choices: int) -> int:
+        first, self._begun = self._begun, self._begun + choices
+        return first
+
+    async def encode(
+        self, turns: Sequence[dict[str, str]], template_arguments: Mapping[str, Any] | None
+    ) -> list[int]:
+        ids, calibrated = await self._encode(turns, template_arguments)
+        if calibrated:
+            self._calibrated.add(tuple(ids))
+        return ids
+
+    async def refuses(self, index: int, prompt: PromptStates, asked: Asked) -> bool:
+        verdict = await self._service.refused(prompt, self.reliability, calibrated=self._keeps(asked))
+        if verdict is not None:
+            empty = unwritten(len(asked.prompt_ids))
+            self._finish(Answer(index, empty, Judged(verdict), self.reliability.replacement, unwritten=True))
+        return verdict is not None
+
+    async def withholds(self, index: int, generation: Generation, asked: Asked) -> bool:
+        if not self.capture:
+            self._finish(Answer(index, generation, None, None))
+            return False
+        judged = await self._service.judged(generation, self.reliability, calibrated=self._keeps(asked))
+        replacement = self.reliability.replacement if judged.verdict.abstained else None
+        self._finish(Answer(index, generation, judged, replacement))
+        return replacement is not None
+
+    @property
+    def finished(self) -> list[Answer]:
+        """The answers, in index order."""
+        return [answer for _, answer in sorted(self.answers.items())]
+
+    def _keeps(self, asked: Asked) -> bool:
+        policy = self._service.policy
+        return (
+            asked.prompt_ids in self._calibrated
+            and asked.sampling is not None
+            and policy.draws(asked.sampling)
+            and policy.resample == 1
+        )
+
+    def _finish(self, answer: Answer) -> None:
+        self.answers[answer.index] = answer
+        self._service.count(answer)
+        self._note(answer)

@@ -1,0 +1,359 @@
+"""vLLM's own request surface: what this server's schemas do not say, vLLM's handlers answer, with the same verdicts.
+
+    POST /v1/chat/completions, /v1/completions   a body that this server's schema takes is answered by
+                                                 `routes.answers`; any other (tools, schemas, images, beams ...) here
+    POST /v1/responses, /v1/messages             here
+    POST /tokenize, /detokenize, /v1/messages/count_tokens; GET /v1/responses/{id}
+
+Nothing that changes an answer is ignored: a field is applied, or refused by its name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, cast
+
+from fastapi import APIRouter, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+
+from candor.app.answering.judging import Judging
+from candor.app.answering.request import Bulk
+from candor.app.answering.service import Answer
+from candor.app.answering.waiting import Deadline, seconds_for, unless_interrupted
+from candor.app.edge.limits import Refused
+from candor.app.edge.parsing import BoundedRoute
+from candor.app.edge.routes.answers import EventStream, verdict_headers
+from candor.app.edge.routes.documented import ERRORS, STREAMED
+from candor.app.edge.routes.either import HARMLESS, json_object
+from candor.app.edge.schemas.reliability import ReliabilityOptions
+from candor.app.edge.services import InjectedServices, ServedModel, Services
+from candor.app.feedback import GivenVerdict
+from candor.app.telemetry.audit import audited
+from candor.app.writing.bodies import fingerprint
+from candor.app.writing.verdicts import FORMS
+from candor.engine.base import EngineError, RequestRefused
+
+if TYPE_CHECKING:
+    from candor.app.process.backend import Backend
+    from candor.engine.vllm_handlers import Kind
+
+router = APIRouter(route_class=BoundedRoute)
+
+_NOT_SERVED: Mapping[str, str] = {
+    "kv_transfer_params": "KV blocks are computed here alone",
+    "ec_transfer_params": "images are encoded here alone",
+    "vllm_xargs": "they are for plug-ins of vLLM, and none is loaded",
+    "prompt_embeds": "an embedded prompt has no tokens to judge",
+    "mm_payload": "images come as vLLM's documented parts",
+    "return_mm_kwargs": "it is for other servers of vLLM",
+    "routed_experts_prompt_start": "it is for other servers of vLLM",
+    "background": "an answer is given while its request waits",
+}
+"""vLLM's fields that this server refuses, and why."""
+
+_ROOM = {"chat": "max_completion_tokens", "completion": "max_tokens", "responses": "max_output_tokens"}
+"""Where each kind of request says how long an answer may be; the first that is not given is filled in."""
+
+
+@router.post("/v1/responses", responses=ERRORS | STREAMED, response_model=None)
+async def create_response(request: Request, services: InjectedServices) -> Response:
+    """OpenAI's Responses, with their reliability."""
+    return await _surface(services).respond("responses", await json_object(request), request, services)
+
+
+@router.get("/v1/responses/{response_id}", responses=ERRORS, response_model=None)
+async def retrieve_response(response_id: str, services: InjectedServices) -> Response:
+    """A stored response; vLLM stores them where VLLM_ENABLE_RESPONSES_API_STORE=1."""
+    surface = _surface(services)
+    found = await surface.handlers.retrieve(response_id)
+    return _json(surface.recalled(response_id, found.model_dump(mode="json", by_alias=True)))
+
+
+@router.post("/v1/messages", responses=ERRORS | STREAMED, response_model=None)
+async def create_message(request: Request, services: InjectedServices) -> Response:
+    """Anthropic's Messages, with their reliability."""
+    return await _surface(services).respond("messages", await json_object(request), request, services)
+
+
+@router.post("/v1/messages/count_tokens", responses=ERRORS, response_model=None)
+async def count_tokens(request: Request, services: InjectedServices) -> Response:
+    """How many tokens a message's prompt has."""
+    return await _plainly("count_tokens", request, services)
+
+
+@router.post("/tokenize", responses=ERRORS, response_model=None)
+async def tokenize(request: Request, services: InjectedServices) -> Response:
+    """The tokens of a prompt or a conversation."""
+    return await _plainly("tokenize", request, services)
+
+
+@router.post("/detokenize", responses=ERRORS, response_model=None)
+async def detokenize(request: Request, services: InjectedServices) -> Response:
+    """The text of tokens."""
+    return await _plainly("detokenize", request, services)
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    """A request in vLLM's terms. tokens: at most, as far as is known before it is rendered."""
+
+    request: Any
+    tokens: int
+    caller: str = "anyone"
+
+
+async def _respond(kind: Kind, body: dict[str, Any], request: Request, services: Services) -> Response:
+    surface = _surface(services)
+    form = FORMS[kind]
+    given = body.get("model")
+    model = services.model(given if isinstance(given, str) else None)
+    asked = _options(body.pop("reliability", None))
+    streamed = body.get("stream") is True
+    reliability = model.resolver.resolve_reliability(asked, streamed=streamed)
+    record = audited(request, model.name, model.bundle.digest)
+    deadline = Deadline(seconds_for(request, services.request_timeout_s))
+    choices, most = _fill_in(kind, body, model)
+    if body.get("echo") and body.get("max_tokens") == 0:  # nothing is written, so there is nothing to judge
+        reliability = model.resolver.unjudged(reliability)
+    characters = len(await request.body())
+    bulk = model.resolver.within(Bulk(choices, characters), choices)
+
+    def parse() -> _Parsed:
+        _check_fields(kind, body, surface)
+        return _Parsed(_parsed(kind, body, surface), characters // 4 + choices * most)
+
+    parsed = await unless_interrupted(
+        services.prepare(request, bulk, parse), request.receive, services.watch, deadline.left_s
+    )
+
+    verdicts: list[Answer] = []
+
+    def note(answer: Answer) -> None:
+        if answer.judged is not None:
+            record.verdicts.append((answer.index, answer.judged.verdict))
+            verdicts.append(answer)
+
+    async def encode(
+        turns: Sequence[dict[str, str]], arguments: Mapping[str, Any] | None
+    ) -> tuple[list[int], bool]:
+        length = sum(len(turn["content"]) for turn in turns)
+        return await services.preparing.run(
+            request.state.caller, length, lambda: model.resolver.encode(turns, arguments)
+        )
+
+    judging = Judging(model.service, reliability, encode, note)
+
+    def remember(answer_id: str) -> None:
+        surface.remember(answer_id, judging)
+        if services.feedback is not None:
+            services.feedback.note(
+                GivenVerdict(answer_id, answer.index, answer.judged.verdict, model.bundle.digest)
+                for answer in verdicts
+                if answer.judged
+            )
+
+    with ExitStack() as held:
+        held.enter_context(services.admission.admit(parsed.caller, choices, parsed.tokens))
+        written = await unless_interrupted(
+            surface.call(kind, parsed.request, judging), request.receive, services.watch, deadline.left_s
+        )
+        if isinstance(written, BaseModel):
+            shown = form.body(written.model_dump(mode="json", by_alias=True), judging)
+            shown |= {"system_fingerprint": fingerprint(model.bundle.digest)} if "choices" in shown else {}
+            remember(shown["id"])
+            return _json(shown, verdict_headers(judging.finished, model.bundle.digest))
+        events = _noting(form.stream(written, judging), remember)
+        if reliability.buffered:
+            whole = await unless_interrupted(
+                _joined(events), request.receive, services.watch, deadline.left_s
+            )
+            headers = verdict_headers(judging.finished, model.bundle.digest)
+            return Response(whole, headers=dict(headers), media_type="text/event-stream")
+        return EventStream(_encoded(_begun(events, held.pop_all())), services.watch, deadline.left_s)
+
+
+class Surface:
+    """vLLM's handlers with what was judged of the responses that they store."""
+
+    _REMEMBERED = 10_000
+
+    def __init__(self, handlers: Any) -> None:
+        """handlers: `engine.vllm_handlers.Handlers`."""
+        from candor.engine.vllm_client import judged_by
+        from candor.engine.vllm_handlers import SCHEMAS
+
+        self.handlers = handlers
+        self.schemas: Mapping[Kind, type[BaseModel]] = SCHEMAS
+        self._judged_by = judged_by
+        self._judgings: dict[str, Judging] = {}
+
+    async def respond(
+        self, kind: Kind, body: dict[str, Any], request: Request, services: Services
+    ) -> Response:
+        """Answers a body by vLLM's handler. Raises as `routes.answers` does, and RequestRefused."""
+        return await _respond(kind, body, request, services)
+
+    async def call(self, kind: Kind, request: Any, judging: Judging | None) -> Any:
+        with self._judged_by(cast(Any, judging)):
+            return await self.handlers.call(kind, request)
+
+    def remember(self, response_id: str, judging: Judging) -> None:
+        if response_id.startswith("resp_"):
+            self._judgings[response_id] = judging
+            if len(self._judgings) > self._REMEMBERED:
+                del self._judgings[next(iter(self._judgings))]
+
+    def recalled(self, response_id: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Returns a stored response as it was first given. Raises RequestRefused if that is no longer known."""
+        judging = self._judgings.get(response_id)
+        if judging is None:
+            raise RequestRefused(f"no response {response_id[:100]!r} is kept here", 404)
+        return FORMS["responses"].body(body, judging)
+
+
+async def start(backend: Backend, name: str) -> Surface | None:
+    """Returns vLLM's handlers over the backend's engine; None if that is another. name: of the first model."""
+    if not hasattr(backend.engine, "llm"):
+        return None
+    from candor.engine.vllm_handlers import Handlers
+
+    adapters: Any = {one.bundle.manifest.name: one.engine for one in backend.adapted}
+    engine: Any = backend.engine
+    return Surface(await Handlers.start(engine, adapters, name))
+
+
+def _surface(services: Services) -> Surface:
+    if services.surface is None:
+        raise Refused("this server's engine has no such route; serve with vLLM", None, "not_served")
+    return services.surface
+
+
+async def _plainly(kind: Kind, request: Request, services: Services) -> Response:
+    """Answers what has no verdict, since nothing is written."""
+    surface = _surface(services)
+    body = await json_object(request)
+    model = services.model(body.get("model") if isinstance(body.get("model"), str) else None)
+    body["model"] = model.name
+    characters = len(await request.body())
+
+    def parse() -> _Parsed:
+        return _Parsed(_parsed(kind, body, surface), characters // 4)
+
+    bulk = model.resolver.within(Bulk(1, characters), 1)
+    parsed = await services.prepare(request, bulk, parse)
+    result = await surface.call(kind, parsed.request, None)
+    return _json(result.model_dump(mode="json", by_alias=True, exclude_none=kind == "count_tokens"))
+
+
+def _fill_in(kind: Kind, body: dict[str, Any], model: ServedModel) -> tuple[int, int]:
+    """Fills in what the policy says and the request does not. Returns the number of choices and their most tokens."""
+    policy, limits = model.service.policy, model.resolver.limits
+    body["model"] = model.name
+    if not body.get("use_beam_search"):
+        for name in ("temperature", "top_p", "top_k"):
+            if body.get(name) is None:
+                body[name] = getattr(policy, name)
+    lengths = [body.get(name) for name in ("max_completion_tokens", "max_output_tokens", "max_tokens")]
+    most = next((given for given in lengths if isinstance(given, int)), None)
+    if most is None:
+        most = min(policy.max_tokens, limits.output_tokens)
+        if kind in _ROOM:
+            body[_ROOM[kind]] = most
+    n = body.get("n")
+    prompts = body.get("prompt")
+    several = isinstance(prompts, list) and not all(isinstance(token, int) for token in prompts)
+    choices = (n if isinstance(n, int) and n > 0 else 1) * (len(prompts or ()) if several else 1)
+    model.resolver.check_sizes(most, choices)
+    return max(choices, 1), max(most, 0)
+
+
+def _check_fields(kind: Kind, body: Mapping[str, Any], surface: Surface) -> None:
+    """Raises RequestRefused for a field that would be ignored."""
+    for name, why in _NOT_SERVED.items():
+        if body.get(name):
+            raise RequestRefused(f"{name} is not served: {why}; leave it out", 400, name)
+    schema = surface.schemas[kind]
+    known = {field.alias or name for name, field in schema.model_fields.items()} | set(schema.model_fields)
+    for name in body:
+        if name not in known and name not in HARMLESS:
+            near = get_close_matches(name, [*known, "reliability"], 1)
+            hint = f"; did you mean {near[0]}?" if near else "; leave it out"
+            raise RequestRefused(f"there is no field {name[:100]!a}{hint}", 400, name[:100])
+
+
+def _parsed(kind: Kind, body: dict[str, Any], surface: Surface) -> Any:
+    body = {name: value for name, value in body.items() if name not in ("request_id", "session_id")}
+    try:
+        return surface.handlers.parse(kind, body)
+    except ValidationError as error:
+        found = [one | {"loc": ("body", *one["loc"])} for one in error.errors(include_url=False)]
+        raise RequestValidationError(found) from error
+    except (ValueError, TypeError) as error:
+        raise RequestRefused(str(error), 400, getattr(error, "parameter", None)) from error
+
+
+def _options(given: Any) -> ReliabilityOptions:
+    try:
+        return ReliabilityOptions.model_validate({} if given is None else given)
+    except ValidationError as error:
+        found = [
+            one | {"loc": ("body", "reliability", *one["loc"])} for one in error.errors(include_url=False)
+        ]
+        raise RequestValidationError(found) from error
+
+
+async def _noting(
+    events: AsyncGenerator[str, None], remember: Callable[[str], None]
+) -> AsyncGenerator[str, None]:
+    """Passes the events on; at the end it has the verdicts remembered under the response's id."""
+    answer_id: str | None = None
+    async with aclosing(events):
+        async for event in events:
+            if answer_id is None:
+                answer_id = _id_in(event)
+            yield event
+    if answer_id is not None:
+        remember(answer_id)
+
+
+def _id_in(event: str) -> str | None:
+    data = event.partition("data: ")[2]
+    if not data.startswith("{"):
+        return None
+    said = json.loads(data)
+    if "error" in said:
+        error = said["error"]
+        code = error.get("code")
+        if isinstance(code, int) and code < 500:
+            raise RequestRefused(str(error.get("message")), code, error.get("param"))
+        raise EngineError(f"vLLM's handler failed: {error.get('message')}")
+    found = said.get("id") or said.get("response", {}).get("id") or said.get("message", {}).get("id")
+    return found if isinstance(found, str) else None
+
+
+async def _begun(events: AsyncGenerator[str, None], held: ExitStack) -> AsyncGenerator[str, None]:
+    """Passes the events on, and frees what the request holds at their end."""
+    with held:
+        async with aclosing(events):
+            async for event in events:
+                yield event
+
+
+async def _encoded(events: AsyncGenerator[str, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(events):
+        async for event in events:
+            yield event.encode()
+
+
+async def _joined(events: AsyncGenerator[str, None]) -> bytes:
+    async with aclosing(events):
+        return "".join([event async for event in events]).encode()
+
+
+def _json(body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    return Response(json.dumps(body), headers=dict(headers or {}), media_type="application/json")
