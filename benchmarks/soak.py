@@ -216,7 +216,7 @@ def summary(record: Exchange, seconds: float) -> tuple[dict[str, Any], list[str]
     failed = {
         f"{kind}: {outcome}": count
         for (kind, outcome), count in record.asked.items()
-        if outcome not in (fine if kind != "wrong" else {"422"})
+        if outcome not in (fine if kind != "wrong" else {"400"})
     }
     figures = {
         "minutes": round(seconds / 60, 2),

@@ -19,7 +19,8 @@ from candor.engine.base import Delta, TokenLogprob
 class TagFilter:
     """Takes pieces of text and returns what may be shown.
 
-    found: whether the tag has come; the filter drops everything from the tag on.
+    tag: empty if none is to be looked for. found: whether the tag has come; the filter drops everything from the tag
+    on.
     """
 
     def __init__(self, tag: str) -> None:
@@ -27,9 +28,14 @@ class TagFilter:
         self._held = ""
         self.found = False
 
+    @property
+    def begins_tag(self) -> bool:
+        """Whether more than white space is held back."""
+        return bool(self._held.strip())
+
     def feed(self, piece: str) -> str:
-        if self.found:
-            return ""
+        if self.found or not self._tag:
+            return "" if self.found else piece
         text = self._held + piece
         start = text.find(self._tag)
         if start >= 0:
@@ -40,10 +46,11 @@ class TagFilter:
         self._held = text[len(shown) :]
         return shown
 
-    def finish(self) -> str:
-        """Returns the text still held back when the text ends without a tag."""
+    def finish(self, *, cut: bool = False) -> str:
+        """Returns the text still held back when the text ends without a tag. cut: the limit on its length ended it;
+        what may be the beginning of a tag is then dropped."""
         rest, self._held = self._held, ""
-        return rest
+        return "" if cut and rest.strip() else rest
 
 
 @dataclass
@@ -92,21 +99,25 @@ class AnswerText:
         self.logprobs += logprobs
         return self._show(self._filter.feed(piece)) or (Delta("") if begins else None)
 
-    def finish(self, length: int | None, *, stopped: bool) -> Delta | None:
+    def finish(self, length: int | None, *, stopped: bool, cut: bool = False) -> Delta | None:
         """Ends the text and returns what was held back, or None.
 
         length: the number of answer tokens, from `length`. stopped: whether a stop string ended the text, which
         then ends before that string. If so, or if length is None, only the text tells which tokens were shown.
+        cut: whether the limit on its length ended it.
         """
-        shown = self._filter.finish()
+        shown = self._filter.finish(cut=cut)
         whole = None if stopped and not self.tag_found else length
         return self._show(shown, whole or 0)
 
-    def length(self, is_blank: Callable[[int], bool]) -> int | None:
+    def length(self, is_blank: Callable[[int], bool], *, cut: bool = False) -> int | None:
         """Number of `token_ids` that are the answer: those before the tag, without trailing blanks and end tokens.
 
-        None if the tag was written in other tokens than its own: then no token need end where the answer ends.
+        None if the tag was written in other tokens than its own, or the limit on the answer's length (`cut`) fell
+        inside of it: then no token need end where the answer ends.
         """
+        if cut and self._filter.begins_tag:
+            return None
         length = _find(self.token_ids, self.tag_ids)
         if length is None:
             if self.tag_found:

@@ -50,12 +50,18 @@ class PromptTooLong(EngineError):
 
 
 class RequestRefused(EngineError):
-    """The engine never serves such a request. status: HTTP's, below 500 or 501. param: the field at fault."""
+    """The engine never serves such a request.
 
-    def __init__(self, message: str, status: int, param: str | None = None) -> None:
+    status: HTTP's, below 500 or 501. param: the field at fault. code: for programs.
+    """
+
+    def __init__(
+        self, message: str, status: int, param: str | None = None, code: str = "invalid_value"
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
+        self.code = code
 
 
 class IdentityMismatch(EngineError):

@@ -129,8 +129,9 @@ class TransformersEngine:
                 break
         if not stopped and (delta := answer.add(text[shown:], [])):
             yield delta
-        length = answer.length(self._chat.is_blank)
-        if delta := answer.finish(length, stopped=stopped):
+        cut = not (ended or stopped or answer.tag_found)
+        length = answer.length(self._chat.is_blank, cut=cut)
+        if delta := answer.finish(length, stopped=stopped, cut=cut):
             yield delta
 
         tagged_as_taught = answer.token_ids[-len(self._tag_ids) :] == self._tag_ids

@@ -57,16 +57,18 @@ class Judge(Protocol):
     """Judges the answers of one request.
 
     capture: whether answers are judged at all. prompt_states: whether the prompt is judged too, before its answer.
-    buffered: whether nothing is shown before it is decided.
+    buffered: whether nothing is shown before it is decided. failure: what went wrong here, for whoever reads only
+    what vLLM's handler makes of it.
     """
 
     engine: VLLMEngine
     capture: bool
     prompt_states: bool
     buffered: bool
+    failure: Exception | None
 
-    def begin(self, choices: int) -> int:
-        """Returns the index of the first of so many further choices."""
+    def begin(self, choices: int, prompt_tokens: int) -> int:
+        """Returns the index of the first of so many further choices. Raises RequestRefused for a prompt too long."""
         ...
 
     async def refuses(self, index: int, prompt: PromptStates, asked: Asked) -> bool:
@@ -130,7 +132,11 @@ class CapturingClient:
 async def _judged(
     judge: Judge, prompt: EngineInput, params: SamplingParams, request_id: str, how: Mapping[str, Any]
 ) -> AsyncGenerator[RequestOutput, None]:
-    first = judge.begin(params.n)
+    try:
+        first = judge.begin(params.n, len(prompt["prompt_token_ids"]))
+    except EngineError as error:
+        judge.failure = error
+        raise
     choices = [
         _choice(judge, first + number, number, prompt, _alone(params, number), request_id, dict(how))
         for number in range(params.n)
@@ -165,7 +171,13 @@ async def _choice(
     how.pop("lora_request", None)  # the engine has it
     generation: Generation | None = None
     written = judge.engine.write(
-        prompt, params, capture=judge.capture, prompt_states=judge.prompt_states, seen=shown.see, **how
+        prompt,
+        params,
+        capture=judge.capture,
+        prompt_states=judge.prompt_states,
+        tagged=params.structured_outputs is None,
+        seen=shown.see,
+        **how,
     )
     held: list[RequestOutput] = []
     try:
@@ -186,6 +198,7 @@ async def _choice(
     except EngineError as error:
         if isinstance(error.__cause__, ValueError):  # vLLM says what is wrong with the request
             raise error.__cause__ from error
+        judge.failure = error
         raise
     if generation is None:
         raise EngineError("the engine ended without an answer")
@@ -214,21 +227,25 @@ class _Shown:
         self._waiting.append(output.outputs[0])
 
     def piece(self, text: str) -> RequestOutput:
-        self._lead += len(text)
+        return self._output(text, self._due(len(text)))
+
+    def _due(self, characters: int) -> list[CompletionOutput]:
+        """Returns the outputs all of whose text is shown with so many characters more."""
+        self._lead += characters
         due = []
         while self._waiting and len(self._waiting[0].text) <= self._lead:
             due.append(self._waiting.popleft())
             self._lead -= len(due[-1].text)
-        return self._output(text, due)
+        return due
 
     def last(self, generation: Generation) -> RequestOutput:
         """Returns the output that ends the choice: with the tokens still due, and none of the tag's."""
         assert self._latest is not None
         completion = self._latest.outputs[0]
-        if not generation.tagged:
-            return self._output("", list(self._waiting), completion.finish_reason, completion.stop_reason)
-        left = max(0, len(generation.token_ids) - self._tokens)
-        return self._output("", list(self._waiting), "stop", most=left)
+        if generation.tagged:
+            left = max(0, len(generation.token_ids) - self._tokens)
+            return self._output("", list(self._waiting), "stop", most=left)
+        return self._output("", self._due(0), completion.finish_reason, completion.stop_reason)
 
     def nothing(self) -> RequestOutput:
         """Returns the end of a choice of which nothing is shown."""
@@ -336,8 +353,8 @@ async def judged_beams(
     with judged_by(None):
         found = [output async for output in search(**how)][-1]
     if judge is not None:
-        first = judge.begin(len(found.outputs))
         prompt_ids = found.prompt_token_ids
+        first = judge.begin(len(found.outputs), len(prompt_ids))
         states = await judge.engine.prompt_states(prompt_ids) if judge.prompt_states else None
         beams = [_judged_beam(judge, first + beam.index, prompt_ids, states, beam) for beam in found.outputs]
         found.outputs = await asyncio.gather(*beams)

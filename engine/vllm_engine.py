@@ -62,6 +62,9 @@ logger = logging.getLogger("candor")
 
 S = TypeVar("S", HiddenSummary, PromptStates)
 
+_NO_TAG = [-1]
+"""A tag that no model writes."""
+
 _Logprobs = Mapping[int, Any]
 """vLLM's mapping: token id -> Logprob (logprob, rank, decoded_token), for the token itself and the likeliest."""
 
@@ -143,18 +146,21 @@ class VLLMEngine:
         *,
         capture: bool,
         prompt_states: bool,
+        tagged: bool = True,
         seen: Callable[[RequestOutput], None] | None = None,
         **how: Any,
     ) -> AsyncGenerator[PromptStates | Delta | Generation, None]:
         """As `generate`, for a request in vLLM's own form. params: `extra_args` are set here; output_kind is DELTA.
 
+        tagged: whether the answer may end with the tag; a grammar forbids it, or allows it inside of a text.
         seen: gets each of vLLM's outputs before what is shown of it. how: further arguments of `AsyncLLM.generate`.
         """
         prompt_ids = prompt["prompt_token_ids"]
         room = room_for_answer(len(prompt_ids), len(self._closing_ids), self.max_model_len)
         params.max_tokens = min(params.max_tokens or room, room)
-        params.extra_args = self._wish(evidence=capture, prompt=prompt_states)
-        answer = AnswerText(self.representation.tag, self._tag_ids, params.logprobs is not None)
+        tag, tag_ids = (self.representation.tag, self._tag_ids) if tagged else ("", _NO_TAG)
+        params.extra_args = self._wish(tag_ids, evidence=capture, prompt=prompt_states)
+        answer = AnswerText(tag, tag_ids, params.logprobs is not None)
         states = None
         async with aclosing(self._submit(prompt, params, **how)) as outputs:
             async for output in outputs:
@@ -171,8 +177,9 @@ class VLLMEngine:
                 ]
                 if delta := answer.add(completion.text, completion.token_ids, logprobs):
                     yield delta
-        length = answer.length(self._chat.is_blank)
-        if delta := answer.finish(length, stopped=isinstance(completion.stop_reason, str)):
+        cut = completion.finish_reason == "length"
+        length = answer.length(self._chat.is_blank, cut=cut)
+        if delta := answer.finish(length, stopped=isinstance(completion.stop_reason, str), cut=cut):
             yield delta
 
         record = _record(output)
@@ -188,7 +195,7 @@ class VLLMEngine:
         ended = answer.tag_found or (
             completion.finish_reason == "stop" and not isinstance(completion.stop_reason, str)
         )
-        beyond = answer.token_ids[:-1][-len(self._tag_ids) :] == self._tag_ids  # the token after the tag
+        beyond = answer.token_ids[:-1][-len(tag_ids) :] == tag_ids  # the token after the tag
         token_ids = (
             answer.token_ids[:length] if length is not None else self._chat.encode_response(answer.text)
         )
@@ -217,8 +224,9 @@ class VLLMEngine:
         """Returns a completion that vLLM wrote without capture, such as a beam, as an answer of this engine."""
         answer = AnswerText(self.representation.tag, self._tag_ids)
         answer.add(completion.text, completion.token_ids)
-        length = answer.length(self._chat.is_blank)
-        answer.finish(length, stopped=False)
+        cut = completion.finish_reason == "length"
+        length = answer.length(self._chat.is_blank, cut=cut)
+        answer.finish(length, stopped=False, cut=cut)
         response_ids = (
             answer.token_ids[:length] if length is not None else self._chat.encode_response(answer.text)
         )
@@ -243,13 +251,15 @@ class VLLMEngine:
     ) -> HiddenSummary:
         ids = [*prompt_ids, *response_ids, *closing_ids]
         require_fit(len(ids), self.max_model_len)
-        wish = self._wish(first=len(prompt_ids))
+        wish = self._wish(self._tag_ids, first=len(prompt_ids))
         return await self._given(ids, wish, lambda output: self._summary(_record(output), response_ids))
 
     async def prompt_states(self, prompt_ids: Sequence[int]) -> PromptStates:
         """Sends one request over the prompt; if the prompt was seen before, only its last block is computed."""
         require_fit(len(prompt_ids), self.max_model_len)
-        return await self._given(prompt_ids, self._wish(evidence=False, prompt=True), _prompt_states)
+        return await self._given(
+            prompt_ids, self._wish(self._tag_ids, evidence=False, prompt=True), _prompt_states
+        )
 
     async def _given(
         self, ids: Sequence[int], wish: dict[str, Any], read: Callable[[RequestOutput], S | None]
@@ -352,10 +362,12 @@ class VLLMEngine:
             output_kind=RequestOutputKind.DELTA,
         )
 
-    def _wish(self, first: int | None = None, evidence: bool = True, prompt: bool = False) -> dict[str, Any]:
+    def _wish(
+        self, tag_ids: list[int], first: int | None = None, evidence: bool = True, prompt: bool = False
+    ) -> dict[str, Any]:
         """Builds the `extra_args` that engine/vllm_scheduler.py reads."""
         evidence = evidence and bool(self.representation.evidence)
-        return {KEY: {"tag": self._tag_ids, "first": first, "evidence": evidence, "prompt": prompt}}
+        return {KEY: {"tag": tag_ids, "first": first, "evidence": evidence, "prompt": prompt}}
 
 
 def _config(args: AsyncEngineArgs) -> Any:

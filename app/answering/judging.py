@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from candor.app.answering.request import Reliability
 from candor.app.answering.scoring import Judged
 from candor.app.answering.service import Answer, AnswerService, unwritten
-from candor.engine.base import Engine, Generation, PromptStates, Sampling
+from candor.engine.base import Engine, Generation, PromptStates, RequestRefused, Sampling
 
 Encode = Callable[[Sequence[dict[str, str]], Mapping[str, Any] | None], Awaitable[tuple[list[int], bool]]]
 """Turns and template arguments -> token ids, and whether calibration covered such conversations."""
@@ -26,12 +26,19 @@ class Asked(Protocol):
 
 
 class Judging:
-    """answers: the finished choices, by index."""
+    """answers: the finished choices, by index. failure: what this house raised while vLLM's handler ran."""
 
     def __init__(
-        self, service: AnswerService, reliability: Reliability, encode: Encode, note: Callable[[Answer], None]
+        self,
+        service: AnswerService,
+        reliability: Reliability,
+        most_prompt_tokens: int,
+        encode: Encode,
+        note: Callable[[Answer], None],
     ) -> None:
         """note: gets each answer once it is judged."""
+        self.failure: Exception | None = None
+        self._most_prompt_tokens = most_prompt_tokens
         self.engine: Engine = service.engine
         self.capture = reliability.mode != "off"
         self.prompt_states = self.capture and service.judges_prompts
@@ -44,7 +51,14 @@ class Judging:
         self._begun = 0
         self._calibrated: set[tuple[int, ...]] = set()
 
-    def begin(self, choices: int) -> int:
+    def begin(self, choices: int, prompt_tokens: int) -> int:
+        if prompt_tokens > self._most_prompt_tokens:
+            raise RequestRefused(
+                f"prompt tokens: at most {self._most_prompt_tokens} on this server, got {prompt_tokens}",
+                400,
+                "messages",
+                "too_large",
+            )
         first, self._begun = self._begun, self._begun + choices
         return first
 

@@ -224,7 +224,6 @@ class RequestResolver:
             ids = conversation.encode(self._chat)
         except ValueError as error:
             raise Refused(str(error), "messages") from error
-        at_most(self.limits.prompt_tokens, len(ids), "prompt tokens", "messages")
         return ids, conversation.departure is None
 
     def pair(self, body: ScoreRequest) -> PairRequest:

@@ -1,10 +1,10 @@
 """The mapping from errors to HTTP, in OpenAI's error body; it is defined only here.
 
-    400  the body is not JSON, or prompt and answer exceed the model's context
+    400  the body is not JSON; a field is wrong, too large, unknown or not supported; prompt and answer exceed the
+         model's context
     401  no key, or an unknown one       403  a key without the scope
     404  no such model, answer or path   405  no such method
     408  the body comes too slowly       413  the body is too large
-    422  a field is wrong, too large or not supported
     429  the key has used up its rate (Retry-After)
     500  the engine or this server failed
     503  overloaded, not answered in time, or the engine is dead (Retry-After)
@@ -68,9 +68,9 @@ def describe(error: Exception) -> HttpError:
         case PromptTooLong():
             return HttpError(400, str(error), None, "context_length_exceeded")
         case RequestRefused():
-            return HttpError(error.status, str(error), error.param, "invalid_value")
+            return HttpError(error.status, str(error), error.param, error.code)
         case Refused():
-            return HttpError(422, str(error), error.param, error.code)
+            return HttpError(400, str(error), error.param, error.code)
         case Unauthorized():
             message = "expected a key that this server knows, sent as `authorization: Bearer KEY`"
             return HttpError(401, message, None, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
@@ -165,18 +165,20 @@ def _describe_validation(errors: Sequence[Any]) -> HttpError:
     if not location:
         if first["type"] in ("missing", "model_attributes_type"):
             return HttpError(
-                422,
+                400,
                 "expected a JSON object as body, sent with content-type: application/json",
                 None,
                 "invalid_body",
             )
-        return HttpError(422, first["msg"], None, "invalid_value")
+        if first["type"] == "unknown_field":
+            return HttpError(400, first["msg"], first["ctx"]["name"], "unknown_parameter")
+        return HttpError(400, first["msg"], None, "invalid_value")
     path = _path(location)
     if first["type"] == "unsupported":
-        return HttpError(422, f"{path} {first['msg']}", path, "unsupported_parameter")
+        return HttpError(400, f"{path} {first['msg']}", path, "unsupported_parameter")
     came = "" if first["type"] == "missing" else f"; got {_clip(first.get('input'))}"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return HttpError(422, f"{path}: {first['msg']}{came}{more}", path, "invalid_value")
+    return HttpError(400, f"{path}: {first['msg']}{came}{more}", path, "invalid_value")
 
 
 def _path(location: Sequence[str | int]) -> str:

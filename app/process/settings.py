@@ -136,7 +136,7 @@ class Settings(BaseSettings):
         default=None,
         min_length=1,
         description='Text in place of a withheld answer under `on_abstain: "fallback"`, for example where to '
-        "find a person. Without it, such a request gets 422.",
+        "find a person. Without it, such a request gets 400.",
     )
     scoring_timeout_s: PositiveFloat = Field(
         10.0, description="Maximum seconds to score an answer; beyond it, the region is `unavailable`."

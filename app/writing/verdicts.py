@@ -81,7 +81,7 @@ class ChatForm:
                 for answer in verdicts.finished:
                     if answer.index not in ended:  # the handler writes no chunk of an empty choice
                         ended.add(answer.index)
-                        for chunk in self._replacing(answer, ""):
+                        for chunk in self._ending(answer, ""):
                             yield _event(head | chunk)
             if event == _DONE:
                 yield event
@@ -97,25 +97,28 @@ class ChatForm:
                         continue
                     answer = verdicts.answers[choice["index"]]
                     ended.add(answer.index)
-                    if answer.replacement is not None:
-                        said, last = self._replacing(answer, _SET_OFF if answer.generation.text else "")
-                        yield _event(head | said)
-                        chunk |= last
-                    else:
-                        chunk |= _shown([answer])
+                    *said, last = self._ending(answer, _SET_OFF if answer.generation.text else "")
+                    for one in said:
+                        yield _event(head | one)
+                    chunk |= last if said else _shown([answer])
                 if not chunk["choices"]:
                     chunk |= _shown(verdicts.finished)
                 event = _event(chunk)
             yield event
 
-    def _replacing(self, answer: Answer, separator: str) -> tuple[Body, Body]:
+    def _ending(self, answer: Answer, separator: str) -> list[Body]:
         """Returns the chunk with the text in place of a withheld answer, and the last chunk of its choice."""
-        said = {"choices": [self._piece(answer, separator) | {"logprobs": None, "finish_reason": None}]}
         last = {"choices": [self._last(answer) | self._ended(answer) | {"logprobs": None}]} | _shown([answer])
-        return said, last
+        if answer.replacement is None:
+            return [last]
+        return [
+            {"choices": [self._piece(answer, separator) | {"logprobs": None, "finish_reason": None}]},
+            last,
+        ]
 
     def _ended(self, answer: Answer) -> Body:
-        return {"index": answer.index, "finish_reason": "stop"}
+        reason = "stop" if answer.replacement else answer.generation.finish_reason
+        return {"index": answer.index, "finish_reason": reason}
 
     def _instead(self, answer: Answer) -> Body:
         return {"message": {"role": "assistant"} | _said(answer)}

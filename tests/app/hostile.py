@@ -144,17 +144,17 @@ def broken() -> Iterator[Attack]:
         yield Attack(f"broken: {name}", CHAT, body, 400, ("invalid_json",))
     for body in _NO_OBJECT:
         codes: tuple[str, ...] = ("invalid_body", "invalid_value", "invalid_json")
-        yield Attack(f"no object: {body.decode()!r}", CHAT, body, 400 if body == b" " else 422, codes)
+        yield Attack(f"no object: {body.decode()!r}", CHAT, body, 400, codes)
     for field in ("temperature", "n", "seed", "top_p"):
         for number in _NUMBERS:
             if (field, number) in {("temperature", "1e-400")}:  # that is 0
                 continue
             codes = ("invalid_value", "too_large")
-            yield Attack(f"{field}: {number}", CHAT, _in_chat(field, number), 422, codes)
+            yield Attack(f"{field}: {number}", CHAT, _in_chat(field, number), 400, codes)
     # Python decodes half a surrogate pair from UTF-8 too; a field's check finds it.
     for path, field in ((CHAT, "stop"), (COMPLETION, "prompt"), (PAIR, "response"), (FEEDBACK, "id")):
         text = json.dumps(VALID[path] | {field: "HALF"}).encode().replace(b"HALF", b"\xed\xa0\x80")
-        yield Attack(f"UTF-8 surrogate in {field}", path, text, 422, ("invalid_value",))
+        yield Attack(f"UTF-8 surrogate in {field}", path, text, 400, ("invalid_value",))
     for path in (COMPLETION, PAIR, FEEDBACK):
         for name in ("open brace", "bad UTF-8", "100,000 brackets", "5,000 digits"):
             yield Attack(f"broken: {name} to {path}", path, _NOT_JSON[name], 400, ("invalid_json",))
@@ -169,7 +169,7 @@ def wrong() -> Iterator[Attack]:
                 body = json.dumps(VALID[path] | {field: value}).encode()
                 unserved = field == "model" and isinstance(value, str)
                 codes = ("invalid_value", "unsupported_parameter", "too_large", "model_not_found")
-                yield Attack(f"{path} {field}: {name}", path, body, 404 if unserved else 422, codes)
+                yield Attack(f"{path} {field}: {name}", path, body, 404 if unserved else 400, codes)
 
 
 _MB = (1 << 20) - 300

@@ -323,7 +323,7 @@ def test_tokens_in_flight(serve: Any, wait_until: Any) -> None:
         wait_until(lambda: server.engine.running == 0)
         assert server.chat("ask").status_code == 200
         never = server.chat("ask", max_tokens=190)
-        assert (never.status_code, never.json()["error"]["code"]) == (422, "too_large")
+        assert (never.status_code, never.json()["error"]["code"]) == (400, "too_large")
 
 
 class TestDeadline:
@@ -363,10 +363,10 @@ class TestDeadline:
         headers = {"x-request-timeout": value}
         body = {"model": "tiny", "messages": [{"role": "user", "content": "ask"}]}
         refused = server.client.post("/v1/chat/completions", json=body, headers=headers)
-        assert refused.status_code == 422
+        assert refused.status_code == 400
         assert refused.json()["error"]["param"] == "x-request-timeout"
         pair = {"prompt": "a", "response": "b"}
-        assert server.client.post("/v1/reliability", json=pair, headers=headers).status_code == 422
+        assert server.client.post("/v1/reliability", json=pair, headers=headers).status_code == 400
 
     def test_infinity_is_the_servers_most(self, server: Any) -> None:
         server.client.headers["x-request-timeout"] = "inf"
@@ -426,7 +426,7 @@ def test_waiting_for_an_answer_is_not_limited_by_the_bodys_time(serve: Any) -> N
 
 def test_a_dying_clients_share_is_its_own(serve: Any) -> None:
     with serve(requests_per_minute=1) as server:
-        assert httpx.post(f"{server.url}/v1/completions", content=b"nonsense").status_code in (400, 422)
+        assert httpx.post(f"{server.url}/v1/completions", content=b"nonsense").status_code in (400,)
         assert (
             server.chat("ask").status_code == 429
         )  # what was refused for its content was asked all the same

@@ -65,7 +65,7 @@ def test_a_server_may_answer_certified_alone_and_no_request_undoes_that(serve: A
             one = result(server.chat("ask", reliability={"mode": "abstain", **asked}))
             assert one["reason"] == "not_certified"
         refused = server.chat("ask", reliability={"alpha": 0.9})
-        assert refused.status_code == 422
+        assert refused.status_code == 400
         assert "has a certificate (0.95), got 0.9" in refused.json()["error"]["message"]
 
 
@@ -73,7 +73,7 @@ def test_without_a_certificate_asking_for_one_is_refused_with_what_there_is(serv
     with serve(estimator="plain", certificates=[BELOW]) as server:  # made for the other estimator
         assert result(server.chat("ask"))["certificate"] is None
         refused = server.chat("ask", reliability={"certified": True})
-        assert refused.status_code == 422
+        assert refused.status_code == 400
         assert refused.json()["error"]["param"] == "reliability.certified"
         assert "(none)" in refused.json()["error"]["message"]
 

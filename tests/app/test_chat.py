@@ -141,7 +141,7 @@ def test_replacement_as_content_and_as_fallback(serve: Any, engine: Any) -> None
 
 def test_fallback_needs_to_be_configured_only_where_it_could_be_used(server: Any) -> None:
     refused = server.chat("ask", reliability={"mode": "abstain", "on_abstain": "fallback"})
-    assert refused.status_code == 422
+    assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "reliability.on_abstain"
     assert "CANDOR_FALLBACK_TEXT" in refused.json()["error"]["message"]
     assert server.chat("ask", reliability={"on_abstain": "fallback"}).status_code == 200
@@ -160,7 +160,7 @@ def test_mode_off_checks_nothing(server: Any) -> None:
 def test_alpha_is_chosen_per_request(server: Any) -> None:
     assert result(server.chat("ask", reliability={"alpha": 0.95}))["alpha"] == 0.95
     refused = server.chat("ask", reliability={"alpha": 0.97})
-    assert refused.status_code == 422
+    assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "reliability.alpha"
     assert "0.9, 0.95" in refused.json()["error"]["message"]
 
@@ -189,7 +189,7 @@ def test_exemplars_are_the_nearest_with_their_texts(server: Any, bundle: Any) ->
         "prompt": f"prompt {first}",
         "response": f"response {first}",
     }
-    assert server.chat("ask", reliability={"exemplars": 11}).status_code == 422
+    assert server.chat("ask", reliability={"exemplars": 11}).status_code == 400
 
 
 def test_several_choices_are_several_requests_and_several_verdicts(server: Any) -> None:
@@ -219,7 +219,7 @@ def test_logprobs(server: Any) -> None:
     assert server.engine.samplings("ask")[-1].logprobs == 2
     [choice] = server.chat("ask", logprobs=True).json()["choices"]
     assert [token["top_logprobs"] for token in choice["logprobs"]["content"]] == [[], []]
-    assert server.chat("ask", top_logprobs=2).status_code == 422
+    assert server.chat("ask", top_logprobs=2).status_code == 400
 
 
 class TestPolicy:

@@ -85,5 +85,5 @@ def test_streamed_abstention(server: Any) -> None:
 def test_token_ids_and_empty_prompts_are_refused(server: Any) -> None:
     for prompt in ([1, 2], [[1, 2]], "", ["a", ""], []):
         response = complete(server, prompt)
-        assert response.status_code == 422, prompt
+        assert response.status_code == 400, prompt
         assert response.json()["error"]["param"].startswith("prompt")

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from candor.calibration.verifiers import load_verifier
 
 
-def test_a_served_model_judges(server: Any, tmp_path: Path) -> None:
-    server.engine.max_model_len = 4096
+def test_a_served_model_judges(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.engine, "max_model_len", 4096)
     server.engine.script("four", pieces=("Right", "."))
     path = tmp_path / "judge.toml"
     given = {"url": f"{server.url}/v1", "model": "tiny", "rubric": "Right if it is the same number."}

@@ -51,7 +51,7 @@ def test_no_request_holds_the_loop(start_replica: Any, hostile: Any, wait_until:
         f"\n{statuses.total()} requests, held at most {max(held):.4f} s of processor time; {dict(statuses)}"
     )
     assert len(hostile.HEAVY) > 200
-    assert set(statuses) <= {200, 400, 404, 413, 422}
+    assert set(statuses) <= {200, 400, 404, 413}
     assert max(held) < HELD_S
 
 
@@ -115,7 +115,7 @@ def test_what_counts_and_lengths_refuse_is_not_tokenised(
     with serve(chat=counted) as server:
         counted.characters = 0
         response = server.client.post(path, json={"model": "tiny", **more})
-        assert response.status_code in (400, 422)
+        assert response.status_code in (400,)
         assert response.json()["error"]["code"] in ("context_length_exceeded", "invalid_value", "too_large")
     assert counted.characters == 0
 
@@ -137,7 +137,7 @@ def test_a_key_is_charged_before_its_texts_are_tokenised(serve: Any, counted: Co
     with serve(chat=counted, tokens_per_minute=60) as server:
         counted.characters = 0
         text = "{% x %}" + "a" * 400  # the template refuses it, after the work was done
-        assert server.chat(text).status_code == 422
+        assert server.chat(text).status_code == 400
         tokenised = counted.characters
         assert tokenised > 400
         assert server.chat(text).status_code == 429
@@ -149,4 +149,4 @@ def test_log_probabilities_are_bounded_by_their_number(serve: Any) -> None:
         many = {"logprobs": True, "top_logprobs": 20, "n": 16}
         assert server.chat("ask", **many, max_tokens=190).status_code == 200
         refused = server.chat("ask", **many, max_tokens=400)
-        assert (refused.status_code, refused.json()["error"]["param"]) == (422, "logprobs")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprobs")

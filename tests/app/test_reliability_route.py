@@ -37,7 +37,7 @@ def test_alpha_and_exemplars(server: Any) -> None:
     assert (one["alpha"], len(one["exemplars"])) == (0.95, 2)
     for wrong, param in (({"alpha": 0.5}, "alpha"), ({"exemplars": 11}, "exemplars")):
         refused = score(server, messages=chat("ask"), response="x", **wrong)
-        assert refused.status_code == 422
+        assert refused.status_code == 400
         assert refused.json()["error"]["param"] == param
 
 
@@ -74,7 +74,7 @@ def test_an_engine_that_cannot_take_its_state(server: Any) -> None:
     ],
 )
 def test_a_body_that_is_not_one_pair(server: Any, body: dict[str, Any]) -> None:
-    assert score(server, **body).status_code == 422
+    assert score(server, **body).status_code == 400
 
 
 def test_too_long(server: Any) -> None:

@@ -263,7 +263,7 @@ def test_each_scope_does_its_own_and_no_more(guarded: Any, secrets: dict[str, st
     }
     assert {name: response.status_code for name, response in asked.items()} == {
         "asker": 200,
-        "judge": 422,  # let in, and told what is missing
+        "judge": 400,  # let in, and told what is missing
         "operator": 200,
     }
     doors = [
@@ -494,7 +494,7 @@ class TestAudit:
             ("asker", "/v1/chat/completions", 200),
             ("asker", "/v1/chat/completions", 200),
             ("asker", "/v1/reliability", 200),
-            ("asker", "/v1/chat/completions", 422),
+            ("asker", "/v1/chat/completions", 400),
             ("asker", None, 404),
             ("unknown", None, 401),
         ]

@@ -194,7 +194,7 @@ def test_certified_only_asks_for_the_rules_certificate(serve: Any, gates: Any) -
     with serve(gates=gates, certified_only=True) as server:
         assert result(server.chat("ask"))["certificate"]["rule"] == "two-gates"
         refused = server.chat("ask", reliability={"alpha": 0.95})
-        assert refused.status_code == 422
+        assert refused.status_code == 400
     uncertified = replace(gates, terms=replace(gates.terms, certificates=()))
     with pytest.raises(Refused, match="has a certificate"), serve(gates=uncertified, certified_only=True):
         pass

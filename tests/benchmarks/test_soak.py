@@ -19,7 +19,7 @@ def test_slope() -> None:
 def record() -> Exchange:
     made = Exchange(samples=[(float(t), 1 << 20, 10) for t in range(60)])
     made.asked["whole", "200"] = 5
-    made.asked["wrong", "422"] = 1
+    made.asked["wrong", "400"] = 1
     made.asked["left amid", "left"] = 2
     made.verdicts["p"] = [(at, "high", 1, "a") for at in (1.0, 30.0, 50.0)]
     made.answered_at = [1.0, 2.0, 3.0, 50.0]

@@ -7,13 +7,12 @@ from typing import Any
 from candor.app.edge.schemas.errors import ErrorBody
 
 _MEANINGS = {
-    400: "The body is not JSON, or prompt and answer exceed the model's context.",
+    400: "The body is not JSON, a field is wrong or not supported, or prompt and answer exceed the model's context.",
     401: "No key came, or an unknown one.",
     403: "The key lacks the scope for this.",
     404: "The model is not served here, or the answer is not known.",
     408: "The body comes too slowly.",
     413: "The body is too large.",
-    422: "A field is wrong, too large or not supported.",
     429: "The key has had its share for now.",
     500: "The engine or the server failed.",
     503: "Overloaded, not answered in time, or the engine is dead.",

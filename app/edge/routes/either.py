@@ -20,22 +20,6 @@ from candor.app.edge.services import services_of
 if TYPE_CHECKING:
     from candor.engine.vllm_handlers import Kind
 
-HARMLESS = frozenset(
-    [
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "prompt_cache_options",
-        "verbosity",
-        "parallel_tool_calls",
-    ]
-)
-"""Fields of clients that change no answer here."""
-
 
 def either(kind: Kind, own: type[BaseModel]) -> type[BoundedRoute]:
     """Returns a route class that gives vLLM's handler what the schema `own` does not take whole."""
@@ -59,8 +43,6 @@ def either(kind: Kind, own: type[BaseModel]) -> type[BoundedRoute]:
 
 
 def _is_beyond(body: dict[str, Any], own: type[BaseModel]) -> bool:
-    if body.keys() - own.model_fields.keys() - HARMLESS:
-        return True
     try:
         own.model_validate(body)
     except ValidationError:

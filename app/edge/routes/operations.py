@@ -17,7 +17,7 @@ from candor.engine.base import EngineDead
 router = APIRouter()
 
 _UNREADY: dict[int | str, dict[str, Any]] = {503: ERRORS[503]}
-_DEEP: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 403, 422, 500)}
+_DEEP: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (400, 401, 403, 500)}
 
 
 @router.get("/v1/models")

@@ -14,7 +14,6 @@ import json
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import APIRouter, Request, Response
@@ -29,8 +28,9 @@ from candor.app.edge.limits import Refused
 from candor.app.edge.parsing import BoundedRoute
 from candor.app.edge.routes.answers import EventStream, verdict_headers
 from candor.app.edge.routes.documented import ERRORS, STREAMED
-from candor.app.edge.routes.either import HARMLESS, json_object
+from candor.app.edge.routes.either import json_object
 from candor.app.edge.schemas.reliability import ReliabilityOptions
+from candor.app.edge.schemas.requests import HARMLESS, unknown_field
 from candor.app.edge.services import InjectedServices, ServedModel, Services
 from candor.app.feedback import GivenVerdict
 from candor.app.telemetry.audit import audited
@@ -146,7 +146,7 @@ async def _respond(kind: Kind, body: dict[str, Any], request: Request, services:
             request.state.caller, length, lambda: model.resolver.encode(turns, arguments)
         )
 
-    judging = Judging(model.service, reliability, encode, note)
+    judging = Judging(model.service, reliability, model.resolver.limits.prompt_tokens, encode, note)
 
     def remember(answer_id: str) -> None:
         surface.remember(answer_id, judging)
@@ -163,11 +163,13 @@ async def _respond(kind: Kind, body: dict[str, Any], request: Request, services:
             surface.call(kind, parsed.request, judging), request.receive, services.watch, deadline.left_s
         )
         if isinstance(written, BaseModel):
-            shown = form.body(written.model_dump(mode="json", by_alias=True), judging)
+            shown = form.body(
+                written.model_dump(mode="json", by_alias=True, exclude_none=kind == "messages"), judging
+            )
             shown |= {"system_fingerprint": fingerprint(model.bundle.digest)} if "choices" in shown else {}
             remember(shown["id"])
             return _json(shown, verdict_headers(judging.finished, model.bundle.digest))
-        events = _noting(form.stream(written, judging), remember)
+        events = _noting(form.stream(written, judging), judging, remember)
         if reliability.buffered:
             whole = await unless_interrupted(
                 _joined(events), request.receive, services.watch, deadline.left_s
@@ -247,7 +249,7 @@ async def _plainly(kind: Kind, request: Request, services: Services) -> Response
     bulk = model.resolver.within(Bulk(1, characters), 1)
     parsed = await services.prepare(request, bulk, parse)
     result = await surface.call(kind, parsed.request, None)
-    return _json(result.model_dump(mode="json", by_alias=True, exclude_none=kind == "count_tokens"))
+    return _json(_dumped(kind, result))
 
 
 def _fill_in(kind: Kind, body: dict[str, Any], model: ServedModel) -> tuple[int, int]:
@@ -281,9 +283,7 @@ def _check_fields(kind: Kind, body: Mapping[str, Any], surface: Surface) -> None
     known = {field.alias or name for name, field in schema.model_fields.items()} | set(schema.model_fields)
     for name in body:
         if name not in known and name not in HARMLESS:
-            near = get_close_matches(name, [*known, "reliability"], 1)
-            hint = f"; did you mean {near[0]}?" if near else "; leave it out"
-            raise RequestRefused(f"there is no field {name[:100]!a}{hint}", 400, name[:100])
+            raise RequestRefused(unknown_field(name, known), 400, name[:100], "unknown_parameter")
 
 
 def _parsed(kind: Kind, body: dict[str, Any], surface: Surface) -> Any:
@@ -308,26 +308,28 @@ def _options(given: Any) -> ReliabilityOptions:
 
 
 async def _noting(
-    events: AsyncGenerator[str, None], remember: Callable[[str], None]
+    events: AsyncGenerator[str, None], judging: Judging, remember: Callable[[str], None]
 ) -> AsyncGenerator[str, None]:
     """Passes the events on; at the end it has the verdicts remembered under the response's id."""
     answer_id: str | None = None
     async with aclosing(events):
         async for event in events:
             if answer_id is None:
-                answer_id = _id_in(event)
+                answer_id = _id_in(event, judging)
             yield event
     if answer_id is not None:
         remember(answer_id)
 
 
-def _id_in(event: str) -> str | None:
+def _id_in(event: str, judging: Judging) -> str | None:
+    """Returns the response's id. Raises what a first event that is an error says."""
     data = event.partition("data: ")[2]
     if not data.startswith("{"):
         return None
     said = json.loads(data)
-    if "error" in said:
-        error = said["error"]
+    if error := said.get("error"):
+        if judging.failure is not None:
+            raise judging.failure
         code = error.get("code")
         if isinstance(code, int) and code < 500:
             raise RequestRefused(str(error.get("message")), code, error.get("param"))
@@ -353,6 +355,11 @@ async def _encoded(events: AsyncGenerator[str, None]) -> AsyncGenerator[bytes, N
 async def _joined(events: AsyncGenerator[str, None]) -> bytes:
     async with aclosing(events):
         return "".join([event async for event in events]).encode()
+
+
+def _dumped(kind: Kind, response: BaseModel) -> dict[str, Any]:
+    """Returns it as vLLM's routes write it."""
+    return response.model_dump(mode="json", by_alias=True, exclude_none=kind in ("messages", "count_tokens"))
 
 
 def _json(body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:

@@ -1,13 +1,15 @@
 """Requests of OpenAI's chat completions and completions, as far as this server supports them.
 
-Unknown fields are ignored, since clients send many. Known fields that this server cannot honour are refused.
+Nothing that could change an answer is ignored: unknown fields, and known ones that this schema cannot honour, are
+refused. With vLLM as the engine, its own handlers take such a body (`app.edge.routes.either`).
 Types are strict: `"n": "2"` is refused rather than converted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -50,6 +52,13 @@ class Only:
         if value not in self.allowed:
             raise PydanticCustomError("unsupported", "is not supported by this server; leave it out")
         return value
+
+
+def unknown_field(name: str, known: Iterable[str]) -> str:
+    """Returns the sentence for a field that would be ignored."""
+    near = get_close_matches(name[:100], [*known, "reliability"], 1)
+    hint = f"did you mean {near[0]}?" if near else "leave it out"
+    return f"there is no field {name[:100]!a}; {hint}"
 
 
 def _encodable(value: str) -> str:
@@ -155,10 +164,40 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
+HARMLESS = frozenset(
+    [
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "prompt_cache_options",
+        "verbosity",
+        "parallel_tool_calls",
+    ]
+)
+"""Fields of clients that change no answer here, and so may be ignored."""
+
+
 class GenerationRequest(BaseModel):
     """What chat and plain completions have in common."""
 
     model_config = ConfigDict(strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _are_known(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for name in value:
+                if name not in cls.model_fields and name not in HARMLESS:
+                    raise PydanticCustomError(
+                        "unknown_field",
+                        "{what}",
+                        {"what": unknown_field(str(name), cls.model_fields), "name": str(name)[:100]},
+                    )
+        return value
 
     model: str
     n: int | None = Field(default=None, ge=1)
