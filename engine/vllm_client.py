@@ -19,7 +19,7 @@ from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from vllm.inputs import EngineInput
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -28,6 +28,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from candor.engine.base import Delta, EngineError, Generation, PromptStates, Sampling
 from candor.engine.merging import merged
 from candor.engine.vllm_engine import VLLMEngine
+
+T = TypeVar("T")
 
 _REPORTED = frozenset(
     [
@@ -89,7 +91,7 @@ class Asked:
         self.sampling = None if params is None else _as_sampling(engine, params)
 
 
-_judge: ContextVar[Judge | None] = ContextVar("judge", default=None)
+_judge: ContextVar[Judge | None] = ContextVar("judge")
 
 
 @contextmanager
@@ -103,8 +105,24 @@ def judged_by(judge: Judge | None) -> Iterator[None]:
 
 
 def current_judge() -> Judge | None:
-    """Returns who judges what is asked for now."""
-    return _judge.get()
+    """Returns who judges what is asked for now. Raises EngineError where that was not said: nothing leaves unjudged
+    because a handler of vLLM's asks at another time than expected."""
+    try:
+        return _judge.get()
+    except LookupError:
+        raise EngineError("a handler asks for an answer, and it is not said who judges it") from None
+
+
+async def read_within(judge: Judge | None, events: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    """Yields the events of a handler that may ask while they are read."""
+    async with aclosing(events):
+        while True:
+            with judged_by(judge):
+                try:
+                    event = await anext(events)
+                except StopAsyncIteration:
+                    return
+            yield event
 
 
 class CapturingClient:
@@ -120,7 +138,7 @@ class CapturingClient:
         self, prompt: EngineInput, sampling_params: SamplingParams, request_id: str, **how: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         """As `EngineClient.generate`. The judge is that of the call, wherever the outputs are read."""
-        judge = _judge.get()
+        judge = current_judge()
         if judge is None:
             generated: AsyncGenerator[RequestOutput, None] = self._engine.llm.generate(
                 prompt, sampling_params, request_id, **how
@@ -349,7 +367,7 @@ async def judged_beams(
     search: Callable[..., AsyncGenerator[RequestOutput, None]], **how: Any
 ) -> AsyncGenerator[RequestOutput, None]:
     """Judges what vLLM's beam search (`search`) comes to; its steps are no answers."""
-    judge = _judge.get()
+    judge = current_judge()
     with judged_by(None):
         found = [output async for output in search(**how)][-1]
     if judge is not None:

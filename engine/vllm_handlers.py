@@ -17,7 +17,7 @@ from dataclasses import asdict, is_dataclass
 from functools import partial
 from typing import Any, Literal, Protocol, cast
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import State
 from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest, AnthropicMessagesRequest
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -99,8 +99,12 @@ class Handlers:
             schema = TokenizeChatRequest
         try:
             return schema.model_validate(body)
+        except ValidationError:
+            raise
         except RecursionError:
             raise RequestRefused("the body is nested too deeply", 400) from None
+        except Exception as error:
+            raise _clear(create_error_response(error)) from error
 
     async def call(self, kind: Kind, request: Any) -> BaseModel | AsyncGenerator[str, None]:
         """Returns vLLM's response, or its stream of server-sent events. Raises RequestRefused or EngineError."""
@@ -148,14 +152,18 @@ async def _refused_clearly(work: Any) -> Any:
     except EngineError:
         raise
     except Exception as error:
-        result = create_error_response(error)
-        if result.error.code >= 500:
-            raise EngineError(f"vLLM's handler failed: {error!r}") from error
+        raise _clear(create_error_response(error)) from error
     if isinstance(result, ErrorResponse):
-        if result.error.code >= 500 and result.error.code != 501:
-            raise EngineError(f"vLLM's handler failed: {result.error.message}")
-        raise RequestRefused(result.error.message, result.error.code, result.error.param)
+        raise _clear(result)
     return result
+
+
+def _clear(response: ErrorResponse) -> EngineError:
+    """Returns vLLM's error in this house's terms."""
+    error = response.error
+    if error.code >= 500 and error.code != 501:
+        return EngineError(f"vLLM's handler failed: {error.message}")
+    return RequestRefused(error.message, error.code, error.param)
 
 
 async def _lines(events: AsyncGenerator[Any, None]) -> AsyncGenerator[str, None]:

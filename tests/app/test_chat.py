@@ -394,7 +394,7 @@ def test_content_in_parts_and_an_earlier_refusal(server: Any) -> None:
     ]
     response = server.client.post("/v1/chat/completions", json={"model": "tiny", "messages": messages})
     assert response.status_code == 200
-    expected = "|system:Be brief.||user:ab||assistant:I do not know.||user:again||"
+    expected = "|system:Be brief.||user:a\nb||assistant:I do not know.||user:again||"
     assert server.engine.asked[-1][0] == expected
 
 

@@ -186,12 +186,12 @@ class Surface:
 
     def __init__(self, handlers: Any) -> None:
         """handlers: `engine.vllm_handlers.Handlers`."""
-        from candor.engine.vllm_client import judged_by
+        from candor.engine.vllm_client import judged_by, read_within
         from candor.engine.vllm_handlers import SCHEMAS
 
         self.handlers = handlers
         self.schemas: Mapping[Kind, type[BaseModel]] = SCHEMAS
-        self._judged_by = judged_by
+        self._judged_by, self._read_within = judged_by, read_within
         self._judgings: dict[str, Judging] = {}
 
     async def respond(
@@ -201,8 +201,10 @@ class Surface:
         return await _respond(kind, body, request, services)
 
     async def call(self, kind: Kind, request: Any, judging: Judging | None) -> Any:
-        with self._judged_by(cast(Any, judging)):
-            return await self.handlers.call(kind, request)
+        judge = cast(Any, judging)
+        with self._judged_by(judge):
+            written = await self.handlers.call(kind, request)
+        return written if isinstance(written, BaseModel) else self._read_within(judge, written)
 
     def remember(self, response_id: str, judging: Judging) -> None:
         if response_id.startswith("resp_"):
@@ -293,8 +295,6 @@ def _parsed(kind: Kind, body: dict[str, Any], surface: Surface) -> Any:
     except ValidationError as error:
         found = [one | {"loc": ("body", *one["loc"])} for one in error.errors(include_url=False)]
         raise RequestValidationError(found) from error
-    except (ValueError, TypeError) as error:
-        raise RequestRefused(str(error), 400, getattr(error, "parameter", None)) from error
 
 
 def _options(given: Any) -> ReliabilityOptions:

@@ -83,7 +83,7 @@ _TEXT_PART = {
 
 
 def _join_parts(value: Any) -> Any:
-    """Joins text parts, `[{"type": "text", "text": ...}, ...]`, into one text."""
+    """Joins text parts, `[{"type": "text", "text": ...}, ...]`, into one text, a line each as vLLM does."""
     if not isinstance(value, list):
         return value
     for part in value:
@@ -95,7 +95,7 @@ def _join_parts(value: Any) -> Any:
                 'expected a text or parts {"type": "text", "text": "..."}, got a part of type {shown}',
                 {"shown": ascii(shown)},
             )
-    return "".join(part["text"] for part in value)
+    return "\n".join(part["text"] for part in value)
 
 
 Text = Annotated[
