@@ -15,6 +15,7 @@ from typer.main import get_command
 
 from candor.app.cli import cli
 from candor.app.process.settings import Settings
+from candor.engine.vllm_options import FRONTEND
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = "docs/log.md"
@@ -136,7 +137,8 @@ def options(words: list[str]) -> set[str]:
 def vllms_options() -> set[str]:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    return {f"--{name.replace('_', '-')}" for name in AsyncEngineArgs.__dataclass_fields__} | {"--config"}
+    names = FRONTEND | AsyncEngineArgs.__dataclass_fields__.keys()
+    return {f"--{name.replace('_', '-')}" for name in names} | {"--config"}
 
 
 @document
