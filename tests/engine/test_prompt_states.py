@@ -33,8 +33,8 @@ class Reporting(VLLMEngine):
         record = None if complete is None else {PROMPT_KEY: [3, complete, half, half, b""]}
         return SimpleNamespace(kv_transfer_params=record)
 
-    async def _submit(self, ids: Any, params: Any) -> AsyncGenerator[Any, None]:
-        assert (ids, params.max_tokens) == (PROMPT, 1)
+    async def _submit(self, prompt: Any, params: Any) -> AsyncGenerator[Any, None]:
+        assert (prompt["prompt_token_ids"], params.max_tokens) == (PROMPT, 1)
         self.asked.append((params.extra_args[KEY]["prompt"], params.skip_reading_prefix_cache))
         if not self.complete:
             raise EngineError("vLLM could not answer")
