@@ -32,6 +32,7 @@ from vllm.entrypoints.serve.tokenize.protocol import (
     TokenizeChatRequest,
     TokenizeCompletionRequest,
 )
+from vllm.lora.request import LoRARequest
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from candor.engine.base import EngineError, RequestRefused
@@ -75,7 +76,9 @@ class Handlers:
         state = State()
         await init_app_state(client, state, Namespace(**args), await engine.llm.get_supported_tasks())
         state.openai_serving_models.lora_requests = {
-            given: adapter.lora for given, adapter in adapters.items()
+            given: LoRARequest(given, adapter.lora.lora_int_id, adapter.lora.lora_path)
+            for given, adapter in adapters.items()
+            if adapter.lora is not None
         }
         renderer = copy(state.online_renderer)
         renderer.__class__ = _Renderer

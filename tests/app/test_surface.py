@@ -323,3 +323,24 @@ def test_tokens(client: httpx.Client) -> None:
         "/v1/messages/count_tokens", json=model | {"messages": [{"role": "user", "content": "hello"}]}
     )
     assert counted.json()["input_tokens"] > 5
+
+
+def test_a_caller_who_leaves_frees_its_place(client: httpx.Client) -> None:
+    body = {"model": "word-ordering", "messages": [{"role": "user", "content": KNOWN}], "cache_salt": "s"}
+    for _ in range(3):
+        more = {"stream": True, "ignore_eos": True, "max_tokens": 500, "reliability": {"mode": "off"}}
+        with client.stream("POST", "/v1/chat/completions", json=body | more) as stream:
+            assert stream.status_code == 200
+            next(stream.iter_lines())
+    for _ in range(100):
+        if not client.get("/load").json()["server_load"]:
+            break
+        time.sleep(0.1)
+    assert client.get("/load").json()["server_load"] == 0
+
+
+def test_too_many_log_probabilities_are_refused(client: httpx.Client) -> None:
+    body = {"model": "word-ordering", "messages": [{"role": "user", "content": KNOWN}], "cache_salt": "s"}
+    more = {"logprobs": True, "top_logprobs": 20, "n": 16, "max_tokens": 100, "temperature": 1}
+    response = client.post("/v1/chat/completions", json=body | more)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "logprobs")
