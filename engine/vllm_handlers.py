@@ -214,9 +214,15 @@ def _plain(
     if asked.chat_template is not None or renderer.use_harmony:
         return None
     given = arguments if request.chat_template_kwargs is not None else None
-    if tools:
-        given = (given or {}) | {"tools": list(tools)}
+    if tools:  # as a bundle's policy may name them: without the fields that vLLM's schema adds
+        given = (given or {}) | {"tools": [_without_none(tool) for tool in tools]}
     return cast(list[dict[str, str]], turns), given
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_none(inner) for name, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _turn(message: Any) -> dict[str, str] | None:

@@ -173,6 +173,7 @@ def test_what_was_withheld_is_not_stored(client: httpx.Client) -> None:
         {"priority": 0, "min_p": 0.2},  # greedy, so that it changes nothing
         {"return_token_ids": True},
         {"prompt_logprobs": 1},
+        {"skip_special_tokens": False},
         {"seed": 3, "cache_salt": "s"},
         {"top_logprobs": 2, "logprobs": True, "cache_salt": "s"},
         {"response_format": {"type": "text"}, "cache_salt": "s"},
@@ -192,7 +193,6 @@ def test_what_only_reports_is_calibrated(client: httpx.Client, more: dict[str, A
         {"ignore_eos": True},
         {"repetition_penalty": 1.2},
         {"stop_token_ids": [28]},
-        {"skip_special_tokens": False},
         {"include_stop_str_in_output": True, "stop": ["storm"]},
         {"truncate_prompt_tokens": 20},
         {"use_beam_search": True, "n": 2, "temperature": 0},
