@@ -106,8 +106,10 @@ class Handlers:
             raise
         except RecursionError:
             raise RequestRefused("the body is nested too deeply", 400) from None
-        except Exception as error:
-            raise _clear(create_error_response(error)) from error
+        except Exception as error:  # vLLM's own checks fail in many ways at a value of another type
+            found = create_error_response(error).error
+            code = found.code if found.code < 500 else 400
+            raise RequestRefused(f"vLLM cannot read the body: {found.message}", code, found.param) from error
 
     async def call(self, kind: Kind, request: Any) -> BaseModel | AsyncGenerator[str, None]:
         """Returns vLLM's response, or its stream of server-sent events. Raises RequestRefused or EngineError."""

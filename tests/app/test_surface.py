@@ -344,3 +344,42 @@ def test_too_many_log_probabilities_are_refused(client: httpx.Client) -> None:
     more = {"logprobs": True, "top_logprobs": 20, "n": 16, "max_tokens": 100, "temperature": 1}
     response = client.post("/v1/chat/completions", json=body | more)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "logprobs")
+
+
+VALUES: list[Any] = [
+    *(None, True, -1, 0, 1, 3.5, 2**63, -(2**70), 1e308, float("inf")),
+    *("", "x", "\ud800", "\x00", "<|im_end|>"),
+    *([], [1], [[]], ["a"] * 3, [{"type": "text"}], [{"role": "tool"}]),
+    *({}, {"a": 1}, {"type": "function"}, {"type": "json_schema"}, {"regex": "("}, {"choice": []}),
+    *({"json": "{"}, {"grammar": "root ::="}, {"choice": ["c"] * 2000}),
+    {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nope"}}},
+    [{"type": "function", "function": {"name": "x y", "parameters": {"type": 5}}}],
+]
+FIELDS = {
+    "/v1/chat/completions": (
+        "chat",
+        {"messages": [{"role": "user", "content": KNOWN}], "max_tokens": 8} | SALT,
+    ),
+    "/v1/completions": ("completion", {"prompt": "a", "max_tokens": 8} | SALT),
+    "/v1/responses": ("responses", {"input": "a"}),
+    "/v1/messages": ("messages", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 8}),
+    "/v1/messages/count_tokens": ("count_tokens", {"messages": [{"role": "user", "content": "a"}]}),
+    "/tokenize": ("tokenize", {"prompt": "a"}),
+    "/detokenize": ("detokenize", {"tokens": [1]}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FIELDS)
+def test_no_value_of_any_field_breaks_it(client: httpx.Client, path: str) -> None:
+    from candor.engine.vllm_handlers import SCHEMAS
+
+    kind, given = FIELDS[path]
+    fields = SCHEMAS[kind].model_fields  # type: ignore[index]
+    for field in fields:
+        for value in VALUES:
+            body = json.dumps({"model": "word-ordering"} | given | {field: value})
+            headers = {"content-type": "application/json"}
+            response = client.post(path, content=body.encode("utf-8", "surrogatepass"), headers=headers)
+            assert response.status_code in (200, 400, 404), (field, value, response.text)
+    assert verdict(ask(client))["region"] == "high"

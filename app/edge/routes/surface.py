@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 router = APIRouter(route_class=BoundedRoute)
 
 _STREAM = "text/event-stream"
+_MOST_GRAMMAR_CHOICES = 1000
 _MOST_LOGPROBS = 1 << 14
 """Of one request; vLLM's handlers write them in one go, on the event loop."""
 
@@ -266,6 +267,7 @@ async def _plainly(kind: Kind, request: Request, services: Services) -> Response
     characters = len(await request.body())
 
     def parse() -> _Parsed:
+        _check_fields(kind, body, surface)
         return _Parsed(_parsed(kind, body, surface), characters // 4)
 
     bulk = model.resolver.within(Bulk(1, characters), 1)
@@ -302,10 +304,18 @@ def _fill_in(kind: Kind, body: dict[str, Any], model: ServedModel) -> tuple[int,
 
 
 def _check_fields(kind: Kind, body: Mapping[str, Any], surface: Surface) -> None:
-    """Raises RequestRefused for a field that would be ignored."""
+    """Raises RequestRefused for a field that would be ignored, and for texts that are none."""
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RequestRefused("expected Unicode text, got half a surrogate pair", 400) from None
     for name, why in _NOT_SERVED.items():
         if body.get(name):
             raise RequestRefused(f"{name} is not served: {why}; leave it out", 400, name)
+    grammar = body.get("structured_outputs")
+    choices = grammar.get("choice") if isinstance(grammar, dict) else None
+    if isinstance(choices, list):  # vLLM compiles them on the event loop
+        at_most(_MOST_GRAMMAR_CHOICES, len(choices), "choices", "structured_outputs.choice")
     schema = surface.schemas[kind]
     known = {field.alias or name for name, field in schema.model_fields.items()} | set(schema.model_fields)
     for name in body:
