@@ -23,7 +23,6 @@ from torch import Tensor
 from candor.sdm.conventions import DEFAULT, Conventions
 from candor.sdm.support import BLOCK, Rough, Support
 
-
 FEW = 2**15
 """Numbers that are compared exactly at once, since ruling more of them out would take as long."""
 
