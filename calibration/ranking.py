@@ -133,9 +133,10 @@ def rms_calibration(probability: Tensor, right: Tensor, seed: int) -> tuple[floa
     found = redrawn(squares, n, seed)
     value = float(found["fair"][0])
     low, high = interval(found["fair"][1:] - found["plain"][0])
-    assert low is not None and high is not None  # nothing is undefined
-    found_value, found_low, found_high = (max(0.0, one) ** 0.5 for one in (value, value - high, value - low))
-    return found_value, found_low, found_high
+    assert low is not None  # nothing is undefined
+    assert high is not None
+    rms, least, most = (max(0.0, one) ** 0.5 for one in (value, value - high, value - low))
+    return rms, least, most
 
 
 def admission(admitted: Tensor, y_hat: Tensor, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -51,7 +51,7 @@ class ClasswiseECDF:
 
     @cached_property
     def _classes(self) -> tuple[Tensor, ...]:
-        return self.values.split(self.sizes().tolist())
+        return torch.split(self.values, self.sizes().tolist())
 
     def sizes(self) -> Tensor:
         """|E_c|: (C,) int64."""
@@ -64,7 +64,9 @@ class ClasswiseECDF:
     def count_below(self, query: Tensor) -> Tensor:
         """#{e in E_c : e < query}: (n,) -> (n, C) int64."""
         query = query.float().contiguous()
-        return torch.stack([torch.searchsorted(values, query, right=False) for values in self._classes], dim=1)
+        return torch.stack(
+            [torch.searchsorted(values, query, right=False) for values in self._classes], dim=1
+        )
 
     def quantile(self, d_nearest: Tensor, conventions: Conventions = DEFAULT) -> Tensor:
         """d: (n,) squared distances in [0, inf] -> (n,) float32 in [0, 1]."""

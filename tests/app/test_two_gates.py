@@ -10,6 +10,7 @@ import pytest
 from candor.app.edge.limits import Refused
 from candor.policy.conversation import Conversations, SystemPrompt
 from candor.policy.policy import Policy
+from candor.sdm.rule import AnswerRule
 
 ABSTAIN = {"mode": "abstain"}
 
@@ -198,3 +199,20 @@ def test_certified_only_asks_for_the_rules_certificate(serve: Any, gates: Any) -
     uncertified = replace(gates, terms=replace(gates.terms, certificates=()))
     with pytest.raises(Refused, match="has a certificate"), serve(gates=uncertified, certified_only=True):
         pass
+
+
+def test_a_prompt_is_looked_at_once(serve: Any, gates: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the gates found when prefill ended stands in the answer's verdict; in annotate they look at its end."""
+    looked = []
+    know = AnswerRule.know
+    monkeypatch.setattr(
+        AnswerRule, "know", lambda rule, states: looked.append(len(states)) or know(rule, states)
+    )
+    with serve(gates=gates) as server:
+        looked.clear()  # of warming up
+        found = [
+            result(server.chat("ask", reliability={"mode": mode}))["rule"] for mode in ("abstain", "annotate")
+        ]
+        assert looked == [1, 1]
+        assert found[0] == found[1]
+        assert found[0]["prompt_known"] is True
