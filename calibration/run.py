@@ -146,6 +146,7 @@ class AnsweringOptions:
 
     relabel: asks verifiers again whose verdicts are kept. person: somebody is at the terminal, and is asked about
     what no verifier could label. review: ids of records whose labels somebody at the terminal looks at.
+    prompt_states: as in `generate.collect`.
     """
 
     cache: Path
@@ -154,6 +155,7 @@ class AnsweringOptions:
     relabel: bool = False
     person: bool = False
     review: frozenset[str] = frozenset()
+    prompt_states: bool = True
 
 
 def require_free(out: Path) -> None:
@@ -527,6 +529,7 @@ async def answer_file(
                 asking.seed,
                 watch,
                 asking.relabel,
+                asking.prompt_states,
             )
 
     with AnswerCache(asking.cache) as cache:

@@ -244,7 +244,9 @@ def calibrate(
             vllm=vllm,
         )
         cache = hidden_cache or beside(review or out)
-        asking = AnsweringOptions(cache, concurrency, seed, relabel, ask_person, _suspects(review))
+        asking = AnsweringOptions(
+            cache, concurrency, seed, relabel, ask_person, _suspects(review), prompt_states=gates is not None
+        )
         chat = ChatFormat.from_directory(model)
         chat.check(policy.conversations.template_arguments)
         require_possible(

@@ -36,7 +36,7 @@ def test_an_answer_says_what_both_gates_measured(serve: Any, gates: Any) -> None
         rule = one["rule"]
         assert (rule["prompt_known"], rule["score"], rule["score_min"]) == (True, 2.0, 1.5)
         assert one["probability"] == rule["probability"] == pytest.approx(0.9526, abs=1e-4)
-        assert 0.5 < one["sdm_probability"] <= 1
+        assert 0.5 < one["activation"] <= 1
         assert one["certificate"]["rule"] == "two-gates"
         assert one["certificate"]["score_min"] == 1.5
         assert "reaches 1.50" in one["explanation"]
@@ -172,7 +172,7 @@ def test_an_operator_may_serve_the_papers_region_of_the_same_bundle(serve: Any, 
         server.engine.script("strange", kind="stranger")
         one = result(server.chat("strange", reliability=ABSTAIN))
         assert (one["reason"], one["rule"], one["certificate"]) == (None, None, None)
-        assert one["probability"] == one["sdm_probability"]
+        assert one["probability"] == one["activation"]
         assert server.client.get("/v1/reliability").json()["rule"] == "sdm"
 
 
