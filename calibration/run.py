@@ -423,7 +423,7 @@ def calibrate_answers(
     report["counts"]["unknown_labels"] = unknown
     if certifying is not None and certifying.agreement is not None:
         report["agreement_with_people"] = certifying.agreement.to_json()
-    advice = advise(fitted, fitting, evaluation)
+    advice = advise(fitted, fitting, evaluation, certified_gates.searches if certified_gates else None)
     report["advice"] = advice.to_json()
     return Outcome(settings, fitted, certified, certified_gates, evaluation, report, advice)
 

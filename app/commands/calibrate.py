@@ -280,8 +280,7 @@ def calibrate(
         typer.echo(f"{outcome.rule}\n")
     typer.echo(table({"held out": outcome.evaluation}))
     if advice := str(outcome.advice):
-        about = "Of the layer and the papers' region, whatever the gates let through:\n"
-        typer.echo("\n" + (about if outcome.rule else "") + advice)
+        typer.echo(f"\n{advice}")
     typer.echo("\n" + base_rate_table(outcome.evaluation))
     if outcome.certification is not None:
         typer.echo("\n" + certificate.summary(outcome.certification))
