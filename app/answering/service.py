@@ -176,9 +176,7 @@ class AnswerService:
                     if isinstance(output, Generation):
                         generation = output
                     elif isinstance(output, PromptStates):
-                        read = await self.read(
-                            output, request.reliability, calibrated=request.calibrated
-                        )
+                        read = await self.read(output, request.reliability, calibrated=request.calibrated)
                         if read is not None and read.refusal is not None:
                             generation = unwritten(len(choice.prompt_ids))
                             break
