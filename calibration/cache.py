@@ -59,6 +59,9 @@ class AnswerCache:
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = NORMAL")  # a power cut may cost the latest answers
             self._database.execute(
+                "BEGIN IMMEDIATE"
+            )  # of several runs that start together, one adds the column
+            self._database.execute(
                 "CREATE TABLE IF NOT EXISTS answers "
                 "(key TEXT PRIMARY KEY, response TEXT NOT NULL, truncated INTEGER NOT NULL, h BLOB NOT NULL, "
                 "prompt BLOB NOT NULL DEFAULT x'')"
@@ -69,6 +72,7 @@ class AnswerCache:
             columns = {row[1] for row in self._database.execute("PRAGMA table_info(answers)")}
             if "prompt" not in columns:
                 self._database.execute("ALTER TABLE answers ADD COLUMN prompt BLOB NOT NULL DEFAULT x''")
+            self._database.execute("COMMIT")
         except (OSError, sqlite3.Error) as error:
             if hasattr(self, "_database"):
                 self._database.close()
@@ -101,12 +105,12 @@ class AnswerCache:
         except sqlite3.Error as error:
             raise self._failed(error) from error
 
-    def __contains__(self, key: str) -> bool:
-        """Whether an answer is kept whole, with its prompt's states."""
+    def holds(self, key: str, *, prompt_states: bool) -> bool:
+        """Whether an answer is kept. prompt_states: with its prompt's states."""
         try:
             return (
                 self._database.execute(
-                    "SELECT 1 FROM answers WHERE key = ? AND length(prompt)", (key,)
+                    "SELECT 1 FROM answers WHERE key = ? AND (length(prompt) OR NOT ?)", (key, prompt_states)
                 ).fetchone()
                 is not None
             )

@@ -111,11 +111,13 @@ async def collect(
     seed: int = 0,
     watch: Watch = lambda *_: None,
     relabel: bool = False,
+    prompt_states: bool = True,
 ) -> list[Labelled]:
     """Answers and labels every record, in order; answers in `cache` are not generated again.
 
     concurrency: answers in flight at once. progress: called with 1 for each answer labelled; each record has
     `policy.resample` answers. relabel: asks verifiers again whose verdicts are kept.
+    prompt_states: whether the states at the end of prefill are wanted, as gates need them.
     seed: for sampled policies; every record draws its own stream from it.
     Raises DataError (a prompt that the model cannot take, one answer with two labels), VerifierError,
     CacheError, or the engine's own EngineDead and EngineError.
@@ -127,7 +129,8 @@ async def collect(
     if isinstance(engine, KeptAnswers):  # before anybody is asked for a label, which would be lost
         for index, attempt in every:
             drawn = _sampling(policy, records[index], seed, attempt)
-            if _key(engine, records[index], policy, representation, drawn) not in cache:
+            key = _key(engine, records[index], policy, representation, drawn)
+            if not cache.holds(key, prompt_states=prompt_states):
                 raise NotKept(f'the answer to "{records[index].id}" is not in the cache')
     todo = iter(every)
 
@@ -138,10 +141,12 @@ async def collect(
             key = _key(engine, record, policy, representation, sampling)
             answer = cache.get(key)
             if answer is None:
-                answer = await _ask(engine, chat, record, prompts[index], policy, representation, sampling)
+                answer = await _ask(
+                    engine, chat, record, prompts[index], policy, representation, sampling, prompt_states
+                )
                 if answer.h.numel():  # an answer whose states were lost is tried again in the next run
                     cache.put(key, answer)
-            elif not answer.prompt.numel():  # kept before prompts' states were
+            elif prompt_states and not answer.prompt.numel():  # kept without them
                 answer = replace(answer, prompt=_prompt_vector(await engine.prompt_states(prompts[index])))
                 cache.put(key, answer)
             answers[index, attempt] = answer
@@ -276,14 +281,15 @@ async def _ask(
     policy: Policy,
     representation: Representation,
     sampling: Sampling,
+    prompt_states: bool,
 ) -> CachedAnswer:
     try:
         if record.response is not None:
             summary = await engine.summarise(prompt_ids, chat.encode_response(record.response))
-            prompt = _prompt_vector(await engine.prompt_states(prompt_ids))
+            prompt = _prompt_vector(await engine.prompt_states(prompt_ids) if prompt_states else None)
             return CachedAnswer(record.response, False, _vector(summary, representation), prompt)
         generation = None
-        async for piece in engine.generate(prompt_ids, sampling, prompt_states=True):
+        async for piece in engine.generate(prompt_ids, sampling, prompt_states=prompt_states):
             if isinstance(piece, Generation):
                 generation = piece
     except PromptTooLong as error:

@@ -268,7 +268,7 @@ def certified_rule(
             len(taught),
             len(held),
             gate_alone=int(alone.known(alone.distance(held)).sum()),
-            both=int(found.rule.know(held)[1].sum()),
+            both=int(found.rule.know(held).known.sum()),
         )
     return CertifiedRule(TwoGates(rule, terms), found, searches, passing)
 

@@ -146,6 +146,7 @@ class AnsweringOptions:
 
     relabel: asks verifiers again whose verdicts are kept. person: somebody is at the terminal, and is asked about
     what no verifier could label. review: ids of records whose labels somebody at the terminal looks at.
+    prompt_states: as in `generate.collect`.
     """
 
     cache: Path
@@ -154,6 +155,7 @@ class AnsweringOptions:
     relabel: bool = False
     person: bool = False
     review: frozenset[str] = frozenset()
+    prompt_states: bool = True
 
 
 def require_free(out: Path) -> None:
@@ -421,7 +423,7 @@ def calibrate_answers(
     report["counts"]["unknown_labels"] = unknown
     if certifying is not None and certifying.agreement is not None:
         report["agreement_with_people"] = certifying.agreement.to_json()
-    advice = advise(fitted, fitting, evaluation)
+    advice = advise(fitted, fitting, evaluation, certified_gates.searches if certified_gates else None)
     report["advice"] = advice.to_json()
     return Outcome(settings, fitted, certified, certified_gates, evaluation, report, advice)
 
@@ -527,6 +529,7 @@ async def answer_file(
                 asking.seed,
                 watch,
                 asking.relabel,
+                asking.prompt_states,
             )
 
     with AnswerCache(asking.cache) as cache:

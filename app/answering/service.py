@@ -19,7 +19,7 @@ from time import perf_counter
 from opentelemetry.trace import Tracer
 
 from candor.app.answering.request import AnswerRequest, Choice, PairRequest, Reliability, Replacement
-from candor.app.answering.scoring import Judged, Scorer, ScoringFailed, ScoringRequest
+from candor.app.answering.scoring import Judged, JudgedPrompt, Scorer, ScoringFailed, ScoringRequest
 from candor.app.answering.waiting import EngineWatch
 from candor.app.edge.limits import Admission
 from candor.app.telemetry.metrics import Metrics
@@ -36,7 +36,7 @@ from candor.engine.base import (
     TokenLogprob,
 )
 from candor.engine.merging import merged
-from candor.policy.decision import Verdict, unavailable
+from candor.policy.decision import unavailable
 from candor.policy.policy import Policy
 
 logger = logging.getLogger("candor")
@@ -170,15 +170,14 @@ class AnswerService:
                 )
             )
             generation: Generation | None = None
-            refused: Verdict | None = None
+            read: JudgedPrompt | None = None
             async with aclosing(outputs):
                 async for output in outputs:
                     if isinstance(output, Generation):
                         generation = output
                     elif isinstance(output, PromptStates):
-                        if refused := await self.refused(
-                            output, request.reliability, calibrated=request.calibrated
-                        ):
+                        read = await self.read(output, request.reliability, calibrated=request.calibrated)
+                        if read is not None and read.refusal is not None:
                             generation = unwritten(len(choice.prompt_ids))
                             break
                     elif isinstance(output, Delta):
@@ -187,34 +186,42 @@ class AnswerService:
                 raise EngineError("the engine ended without an answer")
             if trace:
                 trace.generated(generation)
-            if refused is not None:
+            if read is not None and read.refusal is not None:
                 if trace:
-                    trace.judged(refused)
-                yield Answer(index, generation, Judged(refused), reliability.replacement, unwritten=True)
+                    trace.judged(read.refusal)
+                yield Answer(index, generation, Judged(read.refusal), reliability.replacement, unwritten=True)
                 return
             if not judges:
                 yield Answer(index, generation, None, None)
                 return
-            judged = await self.judged(generation, reliability, calibrated=request.calibrated)
+            judged = await self.judged(generation, reliability, calibrated=request.calibrated, read=read)
             if trace:
                 trace.judged(judged.verdict)
             yield Answer(
                 index, generation, judged, reliability.replacement if judged.verdict.abstained else None
             )
 
-    async def refused(
+    async def read(
         self, prompt: PromptStates, reliability: Reliability, *, calibrated: bool
-    ) -> Verdict | None:
-        """Returns the verdict on a prompt whose answer would be withheld in any case; None if it is to be written."""
+    ) -> JudgedPrompt | None:
+        """Judges a prompt whose answer may have to be withheld; None where it isn't, or cannot be judged now."""
         if reliability.mode != "abstain":
             return None
         return await self._scorer.judge_prompt(prompt, reliability.alpha, calibrated=calibrated)
 
-    async def judged(self, generation: Generation, reliability: Reliability, *, calibrated: bool) -> Judged:
-        """Returns the verdict on a finished answer. calibrated: whether its request kept to the policy."""
+    async def judged(
+        self,
+        generation: Generation,
+        reliability: Reliability,
+        *,
+        calibrated: bool,
+        read: JudgedPrompt | None = None,
+    ) -> Judged:
+        """Returns the verdict on a finished answer. calibrated: whether its request kept to the policy. read: what
+        `read` found of its prompt."""
         complete = self.policy.completed(generation.completion_tokens, ended=not generation.truncated)
         return await self._judge(
-            generation.hidden, generation.prompt, reliability, calibrated=calibrated and complete
+            generation.hidden, generation.prompt, reliability, calibrated=calibrated and complete, read=read
         )
 
     def count(self, answer: Answer) -> None:
@@ -231,12 +238,20 @@ class AnswerService:
         asked: Reliability | PairRequest,
         *,
         calibrated: bool,
+        read: JudgedPrompt | None = None,
     ) -> Judged:
         started = perf_counter()
+        wanted = ScoringRequest(
+            hidden,
+            asked.alpha,
+            calibrated,
+            asked.certified_only,
+            asked.exemplars,
+            prompt,
+            read.seen if read else None,
+        )
         try:
-            judged = await self._scorer.judge(
-                ScoringRequest(hidden, asked.alpha, calibrated, asked.certified_only, asked.exemplars, prompt)
-            )
+            judged = await self._scorer.judge(wanted)
         except ScoringFailed as error:
             logger.warning("an answer could not be scored: %s", error)
             self._metrics.scoring_failed(error.cause)

@@ -244,7 +244,9 @@ def calibrate(
             vllm=vllm,
         )
         cache = hidden_cache or beside(review or out)
-        asking = AnsweringOptions(cache, concurrency, seed, relabel, ask_person, _suspects(review))
+        asking = AnsweringOptions(
+            cache, concurrency, seed, relabel, ask_person, _suspects(review), prompt_states=gates is not None
+        )
         chat = ChatFormat.from_directory(model)
         chat.check(policy.conversations.template_arguments)
         require_possible(
@@ -278,8 +280,7 @@ def calibrate(
         typer.echo(f"{outcome.rule}\n")
     typer.echo(table({"held out": outcome.evaluation}))
     if advice := str(outcome.advice):
-        about = "Of the layer and the papers' region, whatever the gates let through:\n"
-        typer.echo("\n" + (about if outcome.rule else "") + advice)
+        typer.echo(f"\n{advice}")
     typer.echo("\n" + base_rate_table(outcome.evaluation))
     if outcome.certification is not None:
         typer.echo("\n" + certificate.summary(outcome.certification))

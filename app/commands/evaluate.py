@@ -129,7 +129,14 @@ def evaluate(
             eager=eager,
             vllm=vllm,
         )
-        asking = AnsweringOptions(hidden_cache or beside(bundle), concurrency, seed, relabel, ask_person)
+        asking = AnsweringOptions(
+            hidden_cache or beside(bundle),
+            concurrency,
+            seed,
+            relabel,
+            ask_person,
+            prompt_states=loaded.rule is not None,
+        )
         require_writable(asking.cache, "the cache")
         for file in sets.values():
             try_verifiers(file.records, asking.cache)

@@ -278,7 +278,7 @@ def verdict_result(index: int, judged: Judged, attempts: int = 1) -> Reliability
         explanation=explanation(verdict),
         alpha=verdict.alpha,
         probability=verdict.probability,
-        sdm_probability=None if figures is None else figures.probability,
+        activation=None if figures is None else figures.probability,
         **{name: None if figures is None else getattr(figures, name) for name in _FIGURES},
         rule=None if rule is None else ShownRule(**vars(rule)),
         calibrated=verdict.calibrated,

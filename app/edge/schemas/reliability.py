@@ -76,9 +76,9 @@ class ReliabilityResult(BaseModel):
     """Everything measured is null where region is `unavailable`, or the prompt was refused before it was answered.
 
     explanation: a sentence for people.
-    probability: that the answer is right, where two gates judge (`rule`); else sdm_probability.
+    probability: that the answer is right, where two gates judge (`rule`); else activation.
     prediction: the SDM layer's class, 1 = follows its instruction.
-    sdm_probability, probability_lower, probability_upper: SDM(z') of that class, and its band.
+    activation, probability_lower, probability_upper: SDM(z') of that class, and its band.
     similarity: q. rescaled_similarity: q'. distance_quantile: d.
     magnitude: how far the predicted class's z' is above the others', >= 0.
     effective_sample_size: calibration points behind the estimate, per class.
@@ -96,7 +96,7 @@ class ReliabilityResult(BaseModel):
     prediction: int | None
     alpha: float
     probability: float | None
-    sdm_probability: float | None
+    activation: float | None
     probability_lower: float | None
     probability_upper: float | None
     similarity: int | None
