@@ -219,28 +219,26 @@ def test_by_peoples_labels_the_verifiers_errors_are_taken_off() -> None:
 
 
 def test_the_bounds_hold_though_the_same_records_chose_the_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores are uniform, the rule is right with probability 0.6 + 0.4 s at score s, the upstream with 0.85: so the
+    """Scores are uniform, the rule is right with probability 0.7 + 0.3 s at score s, the upstream with 0.85: so the
     truth at each threshold is known. Of 300 certificates at most a tenth may be false, each kind by itself."""
-    monkeypatch.setattr(
-        rule_certificate, "outlook", lambda *_: ()
-    )  # it takes most of the time, and changes nothing
+    monkeypatch.setattr(rule_certificate, "outlook", lambda *_: ())  # it takes time, and changes nothing
     draw = torch.Generator().manual_seed(0)
 
     def drawn(n: int) -> tuple[torch.Tensor, torch.Tensor]:
         scores = torch.rand(n, generator=draw)
-        return scores, (torch.rand(n, generator=draw) < 0.6 + 0.4 * scores).long()
+        return scores, (torch.rand(n, generator=draw) < 0.7 + 0.3 * scores).long()
 
     false_accuracy = false_share = issued = 0
     for _ in range(300):
         fitted = fitted_rule(*drawn(200))
         scores, y = drawn(200)
-        search = certify_rule(fitted, rows(scores.tolist(), y.tolist()), Claim(0.9, DELTA))
+        search = certify_rule(fitted, rows(scores.tolist(), y.tolist()), Claim(0.88, DELTA))
         right = torch.rand(len(search.withheld), generator=draw) < 0.85
         one = _certificate(search, [(KeptReply("x", 1, 1), bool(it)) for it in right], DELTA, None)
         assert one is not None
         threshold = search.certificate.score_min if search.certificate else 1.0
         issued += search.certificate is not None
-        truth = 0.85 * threshold + 0.6 * (1 - threshold) + 0.2 * (1 - threshold**2)
+        truth = 0.85 * threshold + 0.7 * (1 - threshold) + 0.15 * (1 - threshold**2)
         false_accuracy += one.lower_bound > truth
         false_share += one.escalated_at_most < threshold
     assert issued > 150
