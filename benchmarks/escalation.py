@@ -25,7 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +33,7 @@ import httpx
 import typer
 
 from benchmarks.servers import Serving, plain_vllm, serving
+from candor.app.commands.serve import EngineKind
 from candor.calibration.data import Record, load
 from candor.calibration.intervals import Share
 from candor.calibration.verifiers import load_verifier
@@ -154,11 +155,17 @@ def main(
     kept: Annotated[Path, typer.Option(help="Answers of the model in front.")] = ROOT / "var/reviews/answers",
     out: Annotated[Path, typer.Option(help="Folder for the bundle; made if it is not there.")] = ROOT
     / "var/escalation",
+    engine: Annotated[EngineKind, typer.Option(help="Of both.")] = EngineKind.vllm,
+    behind_bundle: Annotated[Path, typer.Option(help="Of the model behind, for the other engine.")] = ROOT
+    / "var/reviews/bundle-16-epochs",
+    records: Annotated[int, typer.Option(help="To calibrate on, the first.")] = 1440,
     alpha: Annotated[float, typer.Option(help="Accuracy of what the gates let through.")] = 0.9,
     prompts: Annotated[int, typer.Option(help="Of the held-out ones, the first.")] = 700,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     relay = Relay()
+    common = {"CANDOR_ENGINE": engine.value, "CANDOR_EAGER": "true", "CANDOR_MAX_MODEL_LEN": "512"}
+    common |= {"CANDOR_MAX_NUM_SEQS": "16", "CANDOR_KV_CACHE_BYTES": str(1 << 28)}
     plain = [
         "--enforce-eager",
         "--dtype=bfloat16",
@@ -166,28 +173,29 @@ def main(
         f"--kv-cache-memory-bytes={1 << 28}",
     ]
     plain += [f"--served-model-name={NAME}", "--max-num-seqs=16"]
-    with relay.running() as url, plain_vllm(behind, plain) as other:
+    with relay.running() as url, ExitStack() as behind_it:
+        other = behind_it.enter_context(
+            plain_vllm(behind, plain)
+            if engine is EngineKind.vllm
+            else serving(behind, behind_bundle, common | {"CANDOR_SERVED_MODEL_NAME": NAME})
+        )
         relay.port = int(other.url.rsplit(":", 1)[1])
-        calibrate(model, data, test, kept, out, alpha, url)
-        settings = {
-            "CANDOR_EAGER": "true",
-            "CANDOR_MAX_MODEL_LEN": "512",
-            "CANDOR_MAX_NUM_SEQS": "16",
-            "CANDOR_KV_CACHE_BYTES": str(1 << 28),
+        calibrate(model, data, records, kept, out, alpha, url, engine)
+        settings = common | {
             "CANDOR_ESCALATE_URL": url,
             "CANDOR_ESCALATE_MODEL": NAME,
             "CANDOR_ESCALATE_TIMEOUT_S": "60",
         }
-        records = load(test).records[:prompts]
+        asked = load(test).records[:prompts]
         with serving(model, out / "bundle", settings) as front:
-            found = measured(front, other, records, alpha)
+            found = measured(front, other, asked, alpha)
         # Anew, with little patience: the circuit is to be seen.
         settings |= {
             "CANDOR_ESCALATE_TIMEOUT_S": str(TIMEOUT_S),
             "CANDOR_ESCALATE_FAILURES": str(FAILURES),
             "CANDOR_ESCALATE_PAUSE_S": str(PAUSE_S),
         }
-        withheld = [record for record in records if record.id in found["withheld"]][:10]
+        withheld = [record for record in asked if record.id in found["withheld"]][:10]
         found["trouble"] = {}
         with serving(model, out / "bundle", settings) as front:
             for kind in (*TROUBLE, "is dead"):
@@ -203,16 +211,29 @@ def main(
     typer.echo(json.dumps(found) if as_json else table(found))
 
 
-def calibrate(model: Path, data: Path, test: Path, kept: Path, out: Path, alpha: float, url: str) -> None:
+def calibrate(
+    model: Path, data: Path, records: int, kept: Path, out: Path, alpha: float, url: str, engine: EngineKind
+) -> None:
     if (out / "bundle").exists():
         return
-    command = [sys.executable, "-c", "from candor.app.cli import main; main()", "calibrate"]
-    command += ["--model", str(model), "--name", "reviews", "--data", str(data), "--test", str(test)]
-    command += ["--alpha", str(alpha), "--max-tokens", "8", "--max-model-len", "512", "--eager"]
-    command += ["--exemplar-dim", "256", "--learning-rate", "1e-4", "--epochs", "100"]
-    command += ["--kv-cache-memory-bytes", str(1 << 28), "--concurrency", "16"]
     if not (out / "answers").exists():
         shutil.copytree(kept, out / "answers")
+    lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
+    (out / "calibration.jsonl").write_text("".join(lines[:records]), encoding="utf-8")
+    command = [sys.executable, "-c", "from candor.app.cli import main; main()", "calibrate", "--eager"]
+    command += ["--model", str(model), "--name", "reviews", "--data", str(out / "calibration.jsonl")]
+    command += [
+        "--alpha",
+        str(alpha),
+        "--max-tokens",
+        "8",
+        "--max-model-len",
+        "512",
+        "--engine",
+        engine.value,
+    ]
+    command += ["--exemplar-dim", "256", "--learning-rate", "1e-4", "--epochs", "100", "--concurrency", "16"]
+    command += ["--kv-cache-memory-bytes", str(1 << 28)] if engine is EngineKind.vllm else []
     command += ["--hidden-cache", str(out / "answers"), "--out", str(out / "bundle")]
     command += ["--escalate-to", url, "--escalate-model", NAME]
     subprocess.run(command, check=True, stdout=sys.stderr)
