@@ -6,6 +6,7 @@
     set aside the held-out part      or take it from its own files
     fit on the rest                  J rounds of the layer, then the two-gate rule
     certify                          what is let through
+    escalate                         what it withholds, where another model is to answer it; certify both together
     evaluate on the held-out part    reports only
     publish                          atomic: a bundle or nothing
 
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from candor.calibration.advice import Advice, advise
 from candor.calibration.agreement import Agreement
 from candor.calibration.cache import AnswerCache
+from candor.calibration.cascade import Cascade, Escalating, certify_cascade
 from candor.calibration.certificate import Certification, Claim, certify
 from candor.calibration.data import Loaded, Record, earlier_prompt_digest, load, require_disjoint
 from candor.calibration.early import Watch, require_disk, require_enough, require_writable, try_verifiers
@@ -242,6 +244,7 @@ class Outcome:
     evaluation: Evaluation
     report: dict[str, Any]
     advice: Advice
+    cascade: Cascade | None = None
 
     @property
     def gates(self) -> TwoGates | None:
@@ -337,9 +340,10 @@ def make_bundle(
     name: str,
     certifying: Certifying | None = None,
     rule: RuleSettings | None = None,
+    escalating: Escalating | None = None,
 ) -> Made:
     """Fits, certifies, evaluates, publishes. certifying: None where no certificate is wanted, without a rule.
-    rule: None: the papers' regions alone.
+    rule: None: the papers' regions alone. escalating: None where no other model answers what the rule withholds.
 
     Raises CalibrationError or BundleError; then nothing is left at `out`.
     """
@@ -363,6 +367,13 @@ def make_bundle(
             certification=answers.certification,
             progress=bar.update,
         )
+    if escalating is not None and certifying is not None and outcome.rule is not None:
+        records = {record.id: record for record in (inputs.certification or inputs.fitting).records}
+        cascade = certify_cascade(
+            outcome.rule, records, answers.policy, escalating, certifying.delta, certifying.agreement
+        )
+        outcome = replace(outcome, cascade=cascade)
+        outcome.report["cascade"] = cascade.to_json()
     if inputs.strangers is not None:
         fitted = outcome.report["fitted_prompts"]
         outcome.report["fitted_prompts"] = sorted({*fitted, *inputs.strangers.digests})
@@ -452,6 +463,7 @@ def publish_outcome(
         passed_over=settings.passed_over,
         certificates=outcome.certificates,
         rule=outcome.gates.terms if outcome.gates else None,
+        cascade=outcome.cascade.terms if outcome.cascade else None,
         provenance={**data, "counts": outcome.report["counts"], "settings": settings.to_json()},
     )
     predictions = fitted.estimator.support.predictions.tolist()

@@ -18,6 +18,7 @@ from time import perf_counter
 
 from opentelemetry.trace import Tracer
 
+from candor.app.answering.escalation import Escalated, Escalation, Question
 from candor.app.answering.request import AnswerRequest, Choice, PairRequest, Reliability, Replacement
 from candor.app.answering.scoring import Judged, JudgedPrompt, Scorer, ScoringFailed, ScoringRequest
 from candor.app.answering.waiting import EngineWatch
@@ -41,6 +42,9 @@ from candor.policy.policy import Policy
 
 logger = logging.getLogger("candor")
 
+SET_OFF = "\n\n"
+"""Separates an answer that was streamed already from the text that retracts it."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -56,7 +60,8 @@ class Answer:
     """A finished choice. judged: None in mode off. replacement: shown to the client if the answer is withheld.
 
     attempts: number of answers written; this is the last. discarded_tokens: completion tokens of the earlier ones.
-    unwritten: its prompt was refused when prefill ended.
+    unwritten: its prompt was refused when prefill ended. escalated: what the client gets in place of it; then
+    replacement is None.
     """
 
     index: int
@@ -66,6 +71,7 @@ class Answer:
     attempts: int = 1
     discarded_tokens: int = 0
     unwritten: bool = False
+    escalated: Escalated | None = None
 
     @property
     def completion_tokens(self) -> int:
@@ -76,7 +82,7 @@ class Answer:
 class AnswerService:
     """Answers requests. Raises Overloaded, PromptTooLong, EngineDead or EngineError from its iterators.
 
-    tracer: None if tracing is off.
+    tracer: None if tracing is off. escalation: None if there is no other model to ask.
     """
 
     def __init__(
@@ -88,7 +94,9 @@ class AnswerService:
         metrics: Metrics,
         watch: EngineWatch,
         tracer: Tracer | None = None,
+        escalation: Escalation | None = None,
     ) -> None:
+        self._escalation = escalation
         self.engine = engine
         self.policy = policy
         self._scorer = scorer
@@ -138,20 +146,52 @@ class AnswerService:
         """Writes attempts as the policy says. With several, it yields only the first reliable one, or the last."""
         answer: Answer | None = None
         discarded = 0
+        held = request.attempts > 1 or (request.reliability.buffered and request.reliability.escalates)
         for number in range(request.attempts):
             discarded += answer.generation.completion_tokens if answer else 0
             async with aclosing(self._attempt(index, choice.attempt(number), request)) as events:
                 async for event in events:
                     if isinstance(event, Answer):
                         answer = replace(event, attempts=number + 1, discarded_tokens=discarded)
-                    elif request.attempts == 1:
+                    elif not held:
                         yield event
             if answer and answer.judged and (answer.judged.verdict.settles or answer.judged.verdict.final):
                 break
         assert answer is not None  # every attempt yields an answer or raises
         self.count(answer)
-        if request.attempts > 1 and answer.replacement is None:
+        if held and answer.replacement is None:
             yield Piece(index, answer.generation.text, answer.generation.logprobs)
+        if answer.replacement is not None and request.reliability.escalates:
+            sent = bool(answer.generation.text) and not held
+            async with aclosing(self._escalated(answer, choice, request, SET_OFF if sent else "")) as events:
+                async for event in events:
+                    yield event
+            return
+        yield answer
+
+    async def _escalated(
+        self, answer: Answer, choice: Choice, request: AnswerRequest, before: str
+    ) -> AsyncGenerator[Piece | Answer, None]:
+        """Yields the other model's answer in pieces, then the answer as the client gets it. before: its first one."""
+        assert self._escalation is not None  # the resolver refuses such a request without
+        question = Question(
+            choice.asked,
+            len(choice.prompt_ids),
+            choice.sampling.max_tokens,
+            request.reliability.alpha,
+            request.calibrated,
+            request.reliability.certified_only,
+            request.streamed,
+            request.caller,
+            request.deadline,
+        )
+        async with aclosing(self._escalation.pieces(question)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, str):
+                    yield Piece(answer.index, before + piece, ())
+                    before = ""
+                else:
+                    answer = replace(answer, replacement=None, escalated=piece)
         yield answer
 
     async def _attempt(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from candor.engine.prompt import ChatFormat
     from candor.engine.settings import EngineSettings
     from candor.policy.policy import Policy
+    from candor.policy.upstream import Upstream
 
 
 class Rule(StrEnum):
@@ -122,6 +123,16 @@ def calibrate(
         str | None,
         typer.Option(help="Score of the second gate, by its name in the report; default: the best."),
     ] = None,
+    escalate_to: Annotated[
+        str | None,
+        typer.Option(
+            help="OpenAI-compatible API, up to /v1, that answers what the gates withhold: certifies both as one."
+        ),
+    ] = None,
+    escalate_model: Annotated[
+        str | None, typer.Option(help="Name of the model that is asked there; the server's must be the same.")
+    ] = None,
+    escalate_key_file: Annotated[Path | None, typer.Option(help="File with its API key.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the bundle; default: that of its folder.")] = None,
     represent: Annotated[
         str, typer.Option(help="What is judged: mean, last, evidence, by commas; the papers' is mean,last.")
@@ -187,6 +198,7 @@ def calibrate(
     vllm = vllm_options(context, engine.value)  # first, so that a wrong option is refused at once
     from candor.calibration import certificate
     from candor.calibration.base_rates import base_rate_table
+    from candor.calibration.cascade import Escalating, require_judged, try_upstream
     from candor.calibration.early import certificate_hope
     from candor.calibration.fit import FitSettings
     from candor.calibration.report import table
@@ -223,6 +235,9 @@ def calibrate(
                 raise ValueError(
                     "--strangers are refused by the first gate, which the rule sdm does not have"
                 )
+            upstream = _upstream(escalate_to, escalate_model, escalate_key_file)
+            if upstream is not None and gates is None:
+                raise ValueError("--escalate-to certifies the two gates with another model, and sdm has none")
             policy = Policy(temperature=temperature, max_tokens=max_tokens, resample=resample)
             arguments = _template_arguments(template_arguments)
             reading = reading_of(columns, verifier)
@@ -270,14 +285,24 @@ def calibrate(
             for claim in certifying.claims(settings.alphas if gates else ()):
                 if warning := certificate_hope(prompts, share, claim.accuracy, claim.delta):
                     typer.echo(f"Note: {warning}.", err=True)
+        escalating = None
+        if upstream is not None:
+            escalating = Escalating(upstream, asking.cache, concurrency, relabel, ask_person)
+            certified_on = (inputs.certification or inputs.fitting).records
+            require_judged(certified_on)
+            try_upstream(certified_on[0], policy, escalating)
         answers = asyncio.run(_answer(adapter, engine_settings, chat, inputs, policy, asking))
-        made = make_bundle(inputs, answers, settings, out, name or out.resolve().name, certifying, gates)
+        made = make_bundle(
+            inputs, answers, settings, out, name or out.resolve().name, certifying, gates, escalating
+        )
     outcome = made.outcome
     if as_json:
         typer.echo(json.dumps({"bundle": str(out), "digest": made.digest, "report": outcome.report}))
         return
     if outcome.rule is not None:
         typer.echo(f"{outcome.rule}\n")
+    if outcome.cascade is not None:
+        typer.echo(f"{outcome.cascade}\n")
     typer.echo(table({"held out": outcome.evaluation}))
     if advice := str(outcome.advice):
         typer.echo(f"\n{advice}")
@@ -303,6 +328,20 @@ async def _answer(
         return await answer_inputs(engine, chat, inputs, policy, asking)
 
     return await asked(engine_settings, chat, adapter, ask)
+
+
+def _upstream(url: str | None, model: str | None, key_file: Path | None) -> Upstream | None:
+    """Raises ValueError, which names the options."""
+    from candor.policy.upstream import Upstream
+
+    if url is None and model is None and key_file is None:
+        return None
+    if url is None or model is None:
+        raise ValueError("--escalate-to and --escalate-model go together: give both")
+    try:
+        return Upstream(url, model, key_file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--escalate-to, --escalate-model, --escalate-key-file: {error}") from error
 
 
 def _suspects(bundle: Path | None) -> frozenset[str]:

@@ -14,6 +14,7 @@ from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry
 from starlette.middleware.cors import CORSMiddleware
 
+from candor.app.answering.escalation import Escalation, upstream_of
 from candor.app.answering.preparing import Preparing
 from candor.app.answering.request import RequestResolver, gates_of
 from candor.app.answering.scoring import Scorer
@@ -68,7 +69,8 @@ def create_app(
     on_engine_death: called once; the caller should then end the application. tracer: None disables tracing.
     leaving: set by the caller before it ends the application. `app.state.connections` bounds connections: give its
     `protocol` to uvicorn.
-    Raises Refused if the settings ask for an alpha that the bundle does not have, and KeyFileError, QuotaFileError,
+    Raises Refused if the settings ask for an alpha that the bundle does not have or an upstream that cannot be asked,
+    and KeyFileError, QuotaFileError,
     AuditFileError or FeedbackFileError for a file that cannot be used.
     """
     keys = KeyRing(settings.keys, settings.keys_grace_s) if settings.keys else None
@@ -85,6 +87,7 @@ def create_app(
     resolvers = {name: RequestResolver(one, settings) for name, one in backends.items()}
     selftests = {name: SelfTest(one) for name, one in backends.items()}
     store = FeedbackStore(settings.feedback) if settings.feedback else None
+    upstream = upstream_of(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[LifespanState]:
@@ -98,6 +101,7 @@ def create_app(
         traces = {"exemplar": exemplar} if tracer else {}
         instruments = Metrics(registry, first, **traces)
         admission = Admission(settings.max_in_flight, settings.max_in_flight_tokens, weights)
+        escalation = Escalation(settings, upstream, quotas, instruments) if upstream else None
         scorers: list[Scorer] = []
         models: dict[str, ServedModel] = {}
         for name, one in backends.items():
@@ -108,7 +112,9 @@ def create_app(
             scorers.append(scorer)
             await scorer.warm_up()
             policy = bundle.manifest.policy
-            service = AnswerService(one.engine, policy, scorer, admission, metrics, watch, tracer)
+            cascade = bundle.manifest.cascade if gates else None
+            escalates = escalation.of(cascade, metrics) if escalation else None
+            service = AnswerService(one.engine, policy, scorer, admission, metrics, watch, tracer, escalates)
             rule: RuleKind = "two-gates" if gates else "sdm"
             models[name] = ServedModel(name, bundle, rule, resolvers[name], service, selftests[name], metrics)
         services = Services(
@@ -140,6 +146,8 @@ def create_app(
                 scorer.close()
             if store is not None:
                 await store.close()
+            if escalation is not None:
+                await escalation.close()
             await backend.engine.close()
 
     app = _Documented(title="Candor", lifespan=lifespan, docs_url=None, redoc_url=None)

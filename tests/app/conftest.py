@@ -47,6 +47,7 @@ from candor.engine.base import (
 )
 from candor.model_store.bundle import Bundle, Exemplar
 from candor.model_store.manifest import Manifest
+from candor.policy.cascade import CascadeTerms
 from candor.policy.certificate import Certificate, RuleCertificate, RuleTerms
 from candor.policy.conversation import Conversations, SystemPrompt
 from candor.policy.judging import TwoGates
@@ -56,6 +57,7 @@ from candor.sdm.estimator import SDMEstimator
 from candor.sdm.gate import PromptGate
 from candor.sdm.rule import AnswerRule
 from candor.sdm.score import AnswerScore
+from tests.app.upstream import FakeUpstream, answers, fake_upstream
 
 HIDDEN = 4
 ALPHAS = (0.9, 0.95)
@@ -438,7 +440,7 @@ Serve = Callable[..., AbstractContextManager[Running]]
 @pytest.fixture
 def serve(engine: ScriptedEngine, bundle: Bundle) -> Serve:
     """`with serve(alpha=0.95) as server`: a server with these settings; `policy`, `report`, `certificates`,
-    `gates` go into the bundle."""
+    `gates`, `cascade` go into the bundle."""
 
     def start(
         policy: Policy | None = None,
@@ -448,10 +450,11 @@ def serve(engine: ScriptedEngine, bundle: Bundle) -> Serve:
         gates: TwoGates | None = None,
         adapted: Sequence[Backend] = (),
         chat: LetterFormat | None = None,
+        cascade: CascadeTerms | None = None,
         **given: Any,
     ) -> AbstractContextManager[Running]:
         terms = gates.terms if gates else None
-        manifest = replace(bundle.manifest, certificates=tuple(certificates), rule=terms)
+        manifest = replace(bundle.manifest, certificates=tuple(certificates), rule=terms, cascade=cascade)
         served = replace(bundle, manifest=manifest, rule=gates)
         if policy is not None:
             served = replace(served, manifest=replace(manifest, policy=policy))
@@ -493,6 +496,14 @@ def until(holds: Callable[[], bool], within_s: float = 5.0) -> None:
 def hostile() -> SimpleNamespace:
     """The corpus in hostile.py."""
     return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("hostile.py"))))
+
+
+@pytest.fixture
+def upstream() -> Iterator[FakeUpstream]:
+    """An upstream on a loopback port that answers "Theirs."."""
+    with fake_upstream() as fake:
+        fake.behaves(answers())
+        yield fake
 
 
 class Replica:

@@ -55,6 +55,7 @@ def client(demo_model: Path) -> Iterator[httpx.Client]:
     options = ["--model", str(demo_model), "--bundle", "demo/bundle", "--port", str(port)]
     tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     environment = os.environ | {"CANDOR_EAGER": "true", "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+    environment |= {"CANDOR_ESCALATE_URL": "http://127.0.0.1:9/v1", "CANDOR_ESCALATE_MODEL": "behind"}
     process = subprocess.Popen(
         [*command, *options, *tools], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
     )
@@ -120,6 +121,17 @@ def test_the_answer_and_its_verdict_are_this_servers_own(client: httpx.Client, p
     assert found["rule"]["score"] == pytest.approx(expected["rule"]["score"], abs=0.05)
     for name in ("region", "reason", "calibrated", "abstained", "certificate", "prediction"):
         assert found[name] == expected[name], name
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_is_more_than_a_conversation_is_not_escalated(client: httpx.Client, path: str) -> None:
+    body = {"model": "word-ordering", "reliability": {"mode": "abstain", "on_abstain": "escalate"}} | SALT
+    asked = (
+        {"input": UNSURE} if path == "/v1/responses" else {"messages": [{"role": "user", "content": UNSURE}]}
+    )
+    refused = client.post(path, json=body | asked | ({"max_tokens": 8} if path == "/v1/messages" else {}))
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "reliability.on_abstain"
 
 
 @pytest.mark.parametrize("path", PATHS)

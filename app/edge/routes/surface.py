@@ -124,6 +124,12 @@ async def _respond(kind: Kind, body: dict[str, Any], request: Request, services:
     asked = _options(body.pop("reliability", None))
     streamed = body.get("stream") is True
     reliability = model.resolver.resolve_reliability(asked, streamed=streamed)
+    if reliability.escalates:
+        raise Refused(
+            "the other model is asked plain conversations and prompts alone; leave out what is more, or use "
+            '"refusal"',
+            "reliability.on_abstain",
+        )
     record = audited(request, model.name, model.bundle.digest)
     deadline = Deadline(seconds_for(request, services.request_timeout_s))
     choices, most = _fill_in(kind, body, model)
