@@ -125,6 +125,47 @@ class ChatFormat:
             )
         return [token for piece in ids for token in piece]
 
+    def encode_endings(
+        self,
+        messages: Messages,
+        endings: Sequence[str],
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> list[list[int]]:
+        """As `encode_chat`, once for each ending put behind the last message's text.
+
+        Text and ending are tokenised apart, so that all have their beginning in common, which is tokenised once.
+        """
+        if not self.template:
+            raise ValueError("this model has no chat template; decisions need one")
+        texts = "".join(message["content"] for message in messages)
+        joint = next(
+            mark for mark in map(chr, range(0xE010, 0xF8FF)) if mark not in texts
+        )  # no text holds all
+        *before, last = messages
+        rendered = self._render(
+            [*before, {**last, "content": last["content"] + joint}], template_arguments or {}
+        )
+        own = self._controls([self._encode(piece) for piece in rendered.own])
+        head: list[int] = []
+        tail: list[int] = []
+        side = head
+        for piece, is_text in rendered.pieces:
+            for number, part in enumerate(piece.split(joint)):
+                side = tail if number else side
+                follows = self._puts_space_before and bool(side is tail or head)
+                if part:
+                    side += self._encode_as_text(part, follows) if is_text else self._encode(part, follows)
+        controls, closing = self._controls([head]), self._controls([tail])
+        found = []
+        for ending in endings:
+            ids = self._encode_as_text(ending, self._puts_space_before)
+            if side is head or [*controls, *self._controls([ids]), *closing] != own:
+                raise ValueError(
+                    "these texts would make control tokens of the model's chat template; leave them out"
+                )
+            found.append([*head, *ids, *tail])
+        return found
+
     def check(self, template_arguments: Mapping[str, Any]) -> None:
         """Raises EngineError if the template renders no conversation with these arguments; called at start."""
         if self.template:

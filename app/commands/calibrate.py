@@ -91,6 +91,9 @@ def calibrate(
             help="Held-out records that only report; default: a fifth of the data. May be repeated."
         ),
     ] = None,
+    decisions: Annotated[
+        bool, typer.Option("--decisions", help="The records are labelled questions, for POST /v1/decisions.")
+    ] = False,
     rule: Annotated[
         Rule,
         typer.Option(help="What lets answers through: two certified gates, or the papers' region alone."),
@@ -204,12 +207,13 @@ def calibrate(
     from candor.engine.prompt import ChatFormat
     from candor.engine.settings import EngineSettings
     from candor.policy.conversation import Conversations
+    from candor.policy.decisions import EVIDENCE as DECISION_EVIDENCE
     from candor.policy.policy import Policy
 
     with reporting_errors(), ending_children(143), results_alone_on_stdout():
         try:
             parts = _by_commas(represent)
-            unnamed = EVIDENCE if "evidence" in parts else ()
+            unnamed = () if "evidence" not in parts else DECISION_EVIDENCE if decisions else EVIDENCE
             names = unnamed if evidence is None else _by_commas(evidence)
             representation = Representation(order=parts, evidence=names)  # type: ignore[arg-type]
             settings = FitSettings(
@@ -223,13 +227,21 @@ def calibrate(
                 raise ValueError(
                     "--strangers are refused by the first gate, which the rule sdm does not have"
                 )
-            policy = Policy(temperature=temperature, max_tokens=max_tokens, resample=resample)
+            if decisions and (strangers or human or verifier or columns or temperature or resample > 1):
+                raise ValueError(
+                    "--decisions are read, not drawn or verified: leave out --strangers, --human, --verifier, "
+                    "--columns, --temperature and --resample"
+                )
+            policy = Policy(
+                temperature=temperature, max_tokens=1 if decisions else max_tokens, resample=resample
+            )
             arguments = _template_arguments(template_arguments)
             reading = reading_of(columns, verifier)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         require_free(out)
-        inputs = Inputs.load(data, test or [], certify_data, strangers, reading)
+        chat = ChatFormat.from_directory(model)
+        inputs = Inputs.load(data, test or [], certify_data, strangers, reading, chat if decisions else None)
         for file in inputs.files:
             tell_what_was_read(file)
         asked = [record.messages for record in inputs.fitting.records]
@@ -245,7 +257,6 @@ def calibrate(
         )
         cache = hidden_cache or beside(review or out)
         asking = AnsweringOptions(cache, concurrency, seed, relabel, ask_person, _suspects(review))
-        chat = ChatFormat.from_directory(model)
         chat.check(policy.conversations.template_arguments)
         require_possible(
             chat,
