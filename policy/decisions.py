@@ -5,11 +5,11 @@
     score       which of the ordered levels is it?        their labels
 
     prompt      [system prompt ;] the input, then the question: all questions about an input begin alike
-    p(option)   softmax over the options of log p(first token of the option's label | prompt)
+    p(option)   softmax over the options of log p(the token by which the option's label parts from the others')
 
-The label is the option's own text where the options' texts begin with different tokens. Then p is exactly how an
-answer that may only be one of the options would be drawn, since its first token decides the rest. Where they do not,
-the options are lettered, and a letter is one token.
+The label is the option's own text where all of them part at one token. What they begin with alike is fed with the
+prompt, and p is exactly how an answer that may only be one of the options would be drawn, since that token decides
+the rest. Where they do not part so ("good", "good enough"), the options are lettered.
 
 In policies, records and exemplars a decision is a conversation whose last turn has the question's type as its role:
 {"role": "user", the input}, {"role": "choice", the question as the model reads it}. So a policy of answers covers no
@@ -75,11 +75,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question as a model reads it. labels, label_ids (K,): what answers each option, and its first token."""
+    """A question as a model reads it. labels (K,): what answers each option.
+
+    given: tokens with which all labels begin, which are fed with the prompt; label_ids (K,): what follows them.
+    """
 
     question: Question
     text: str
     labels: tuple[str, ...]
+    given: tuple[int, ...]
     label_ids: tuple[int, ...]
 
     @property
@@ -90,46 +94,58 @@ class Asked:
 def ask(question: Question, chat: ChatFormat) -> Asked:
     """Raises ValueError for more options than this model's tokenizer has letters for."""
     texts = [option.text for option in question.options]
-    ids = [label_id(text, chat) for text in texts]
-    lines = [
-        f"{option.text}: {option.description}" if option.description else option.text
-        for option in question.options
-    ]
+    lines = [": ".join(filter(None, (option.text, option.description))) for option in question.options]
     asked = f"{question.instructions}\n{_HOW[question.type]}"
-    if len(set(ids)) == len(ids):
+    if parted := _parted([tuple(chat.encode_response(text)) for text in texts]):
         if question.type != "predicate":
             asked += "".join(f"\n- {line}" for line in lines)
-        return Asked(question, asked, tuple(texts), tuple(ids))
-    letters = _letters(chat)
+        return Asked(question, asked, tuple(texts), *parted)
+    letters = _letters(chat)[: len(texts)]
     if len(letters) < len(texts):
         raise ValueError(
-            f"{len(texts)} options begin alike, and this model's tokenizer has letters for {len(letters)}: "
-            "ask about fewer"
+            f"{len(texts)} options do not part at one token, and this model's tokenizer has letters for "
+            f"{len(letters)}: ask about fewer"
         )
-    some = dict(zip(letters, lines, strict=False))
-    asked += (
-        "".join(f"\n{letter}. {line}" for letter, line in some.items()) + "\nAnswer with its letter only."
-    )
-    return Asked(question, asked, tuple(some), tuple(letters[letter] for letter in some))
+    asked += "".join(f"\n{letter}. {line}" for letter, line in zip(letters, lines, strict=True))
+    return _answered_by(question, asked + "\nAnswer with its letter only.", letters, chat)
 
 
 def asked_before(turn: Turn, said: str, chat: ChatFormat) -> Asked:
-    """Returns a question from its turn and what was said to it: a JSON object of probabilities by label."""
+    """Returns a question from its turn and what was said to it (`Decided.said`)."""
     labels = tuple(json.loads(said))
     question = Question(cast(QuestionType, turn["role"]), turn["content"], tuple(map(Option, labels)))
-    return Asked(question, turn["content"], labels, tuple(label_id(label, chat) for label in labels))
+    return _answered_by(question, turn["content"], labels, chat)
 
 
-def label_id(label: str, chat: ChatFormat) -> int:
-    """The first token of an answer that begins with this label."""
-    return chat.encode_response(label)[0]
+def _answered_by(question: Question, text: str, labels: Sequence[str], chat: ChatFormat) -> Asked:
+    parted = _parted([tuple(chat.encode_response(label)) for label in labels])
+    if parted is None:
+        raise ValueError(f"the labels {', '.join(labels)} do not part at one token")
+    return Asked(question, text, tuple(labels), *parted)
+
+
+def _parted(codes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Returns the tokens with which all codes begin, and each one's next; None if one has none or two the same."""
+    common = in_common(codes)
+    following = [code[common] for code in codes if len(code) > common]
+    if len(set(following)) < len(codes):
+        return None
+    return tuple(codes[0][:common]), tuple(following)
+
+
+def in_common(codes: Sequence[tuple[int, ...]]) -> int:
+    """Number of tokens with which all of them begin."""
+    one, other = min(codes), max(codes)  # in order, the first and the last part soonest
+    ends = min(len(one), len(other))
+    return next((at for at in range(ends) if one[at] != other[at]), ends)
 
 
 @lru_cache(maxsize=8)
-def _letters(chat: ChatFormat) -> dict[str, int]:
-    """Letters, then pairs of them, that are one token at the beginning of an answer."""
-    coded = {label: chat.encode_response(label) for label in _CANDIDATES}
-    return {label: ids[0] for label, ids in coded.items() if len(ids) == 1}
+def _letters(chat: ChatFormat) -> tuple[str, ...]:
+    """Letters, then pairs of them, that part from "A" at its last token, as one token."""
+    *head, _ = chat.encode_response("A")
+    coded = ((label, chat.encode_response(label)) for label in _CANDIDATES)
+    return tuple(label for label, code in coded if [*head] == [*code[:-1]])
 
 
 @dataclass(frozen=True)
@@ -154,7 +170,7 @@ def prompts(
     endings = [BREAK + one.text for one in questions]
     ids = chat.encode_endings(first.turns[:-1], endings, first.template_arguments)
     return [
-        Prompt(one, tuple(some), conversation.departure)
+        Prompt(one, (*some, *one.given), conversation.departure)
         for one, some, conversation in zip(questions, ids, resolved, strict=True)
     ]
 

@@ -9,7 +9,6 @@ are with the engine at a time, and that many places it takes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from candor.app.answering.request import Bulk, Reliability, RequestResolver
@@ -20,7 +19,7 @@ from candor.app.edge.schemas.decisions import DecisionRequest as Body
 from candor.app.edge.schemas.reliability import ReliabilityOptions
 from candor.engine.base import PromptTooLong
 from candor.policy.decision import FOLLOWS, Verdict
-from candor.policy.decisions import Decided, Prompt, ask, prompts
+from candor.policy.decisions import Decided, Prompt, ask, in_common, prompts
 
 _MOST_READ = 1 << 22
 """Maximum tokens of one request's prompts together, though most are the same: each is sent to the engine whole."""
@@ -50,7 +49,7 @@ class Decision:
 
     @property
     def probabilities(self) -> tuple[float, ...]:
-        """(K,), of the options: calibrated where the question was, else the model's own."""
+        """(K,), of the options: calibrated where questions of this kind were, else the model's own."""
         return self.decided.calibrated(_right(self.judged.verdict) if self.judged else None)
 
 
@@ -89,7 +88,7 @@ class DecisionResolver(RequestResolver):
         for prompt in made:
             self._check_fit(prompt.ids, 1, "input")
         wished = body.reliability.model_dump() if body.reliability else {}
-        shared = _in_common([prompt.ids for prompt in made])
+        shared = in_common([prompt.ids for prompt in made])
         return DecisionRequest(
             tuple(made),
             shared + sum(len(prompt.ids) - shared for prompt in made),
@@ -139,17 +138,9 @@ class DecisionService(AnswerService):
         return Decision(decided, judged, asked.mode == "abstain" and judged.verdict.abstained)
 
 
-def _in_common(prompts: Sequence[tuple[int, ...]]) -> int:
-    """Number of tokens with which all of them begin."""
-    one, other = min(prompts), max(prompts)  # in order, the first and the last differ soonest
-    return next(
-        (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
-
-
 def _right(verdict: Verdict) -> float | None:
-    """The calibrated probability that the choice is right; None where nothing says so."""
-    if not verdict.calibrated or verdict.probability is None:
+    """The calibrated probability that the choice is right; None where calibration saw nothing like it."""
+    if not verdict.calibrated or verdict.region == "ood" or verdict.probability is None:
         return None
     if verdict.rule is None and verdict.figures is not None and verdict.figures.prediction != FOLLOWS:
         return 1 - verdict.probability

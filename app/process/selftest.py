@@ -131,7 +131,7 @@ def _choose(backend: Backend) -> tuple[_Case, ...]:
             prompt_ids = conversations.resolve(exemplar.messages).encode(chat)
             if conversations.decides:
                 asked = asked_before(exemplar.messages[-1], exemplar.response, chat)
-                cases.append(_Case(row, tuple(prompt_ids), exemplar.response, (), asked))
+                cases.append(_Case(row, (*prompt_ids, *asked.given), exemplar.response, (), asked))
                 break
             response_ids = chat.encode_response(exemplar.response)
             if len(prompt_ids) + len(response_ids) + _TAG_ROOM <= backend.engine.max_model_len:

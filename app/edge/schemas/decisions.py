@@ -13,7 +13,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    FailFast,
     Field,
     WithJsonSchema,
     model_validator,
@@ -145,8 +144,7 @@ def _as_items(value: Any) -> Any:
 
 Input = Annotated[
     list[InputItem],
-    Field(min_length=1, max_length=MOST_MESSAGES),
-    FailFast(),
+    Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
     BeforeValidator(_as_items, json_schema_input_type=str | list[InputItem]),
 ]
 """A text, which is what a user said, or messages and calls in order."""
@@ -184,8 +182,10 @@ class AskedQuestion(KnownFields):
     type: Literal["predicate", "choice", "score"]
     instructions: Annotated[Content, Field(min_length=1)]
     name: Annotated[Unicode, Field(max_length=1000)] | None = None
-    choices: Annotated[list[Choice], Field(min_length=2, max_length=MOST_OPTIONS), FailFast()] | None = None
-    levels: Annotated[list[Level], Field(min_length=2, max_length=MOST_OPTIONS), FailFast()] | None = None
+    choices: Annotated[list[Choice], Field(min_length=2, max_length=MOST_OPTIONS, fail_fast=True)] | None = (
+        None
+    )
+    levels: Annotated[list[Level], Field(min_length=2, max_length=MOST_OPTIONS, fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _has_its_options(self) -> Self:
@@ -233,7 +233,7 @@ class DecisionRequest(KnownFields):
 
     model: str
     input: Input
-    questions: Annotated[list[AskedQuestion], Field(min_length=1, max_length=MOST_QUESTIONS), FailFast()]
+    questions: Annotated[list[AskedQuestion], Field(min_length=1, max_length=MOST_QUESTIONS, fail_fast=True)]
     reliability: DecisionReliability | None = None
     prompt_cache_key: Annotated[str | None, Field(description="Taken, without effect.")] = None
     prompt_cache_options: Annotated[dict[str, Any] | None, Field(description="Taken, without effect.")] = None
