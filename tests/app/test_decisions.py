@@ -410,8 +410,6 @@ class TestAsTheOtherRoutes:
 
 def test_the_real_client(server: Any) -> None:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        if not hasattr(client, "decisions"):  # before 3.57
-            pytest.skip(f"openai {openai.__version__} knows no decisions")
         server.engine.script("vague", state="thin")
         made = client.decisions.create(
             model="tiny",
