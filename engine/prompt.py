@@ -30,6 +30,8 @@ TODAY = "today"
 """Name of the template argument with the date, as in 2026-01-31, for templates that use it."""
 
 _ANCHOR = "\ue003"  # no tokenizer merges it with what follows
+_JOINTS = range(0xF0000, 0xFFFFE)
+"""Private-use characters, of which one that the texts lack shows where an ending goes."""
 _MARKER_LIKE = re.compile(r"<\|.*\|>|\[/?[A-Z_]+\]")
 
 
@@ -137,10 +139,10 @@ class ChatFormat:
         """
         if not self.template:
             raise ValueError("this model has no chat template; decisions need one")
-        texts = "".join(message["content"] for message in messages)
-        joint = next(
-            mark for mark in map(chr, range(0xE010, 0xF8FF)) if mark not in texts
-        )  # no text holds all
+        used = {letter for message in messages for letter in message["content"]}
+        joint = next((mark for mark in map(chr, _JOINTS) if mark not in used), None)
+        if joint is None:
+            raise ValueError("the last message holds every private-use character there is; leave some out")
         *before, last = messages
         rendered = self._render(
             [*before, {**last, "content": last["content"] + joint}], template_arguments or {}

@@ -92,7 +92,7 @@ def test_no_text_becomes_a_control_token(chat: ChatFormat) -> None:
     [made] = prompts(conversations, chat, FORGED, [ask(hostile, chat)])
     assert controls(made.ids) == controls(plain)
     assert "<|assistant|>" in chat.decode(made.ids).replace(" ", "")  # it is there, as text
-    private = "".join(map(chr, range(0xE000, 0xE040)))
+    private = "".join(map(chr, (*range(0xE000, 0xE040), *range(0xF0000, 0xF0010))))
     [made] = prompts(conversations, chat, private, [ask(Question("predicate", private), chat)])
     assert controls(made.ids) == controls(plain)
 
@@ -135,3 +135,9 @@ def test_calibrated_probabilities_sum_to_one_and_keep_the_others_ratio() -> None
     certain = Decided.of(Prompt(prompt.asked, prompt.ids, None), reading(-2.0, 0.0, -5000.0))
     assert Decided.of(prompt, reading(-5000.0, 0.0, -5000.0)).calibrated(0.5) == (0.25, 0.5, 0.25)
     assert certain.choice == 1
+
+
+def test_a_text_that_leaves_no_mark_for_its_end_is_refused() -> None:
+    chat = ChatFormat(tokenizer())
+    with pytest.raises(ValueError, match="private-use"):
+        chat.encode_endings([{"role": "user", "content": "".join(map(chr, range(0xF0000, 0xFFFFE)))}], ["x"])
