@@ -202,10 +202,15 @@ class Decided:
         return self.probabilities.index(max(self.probabilities))
 
     def summary(self, representation: Representation) -> HiddenSummary:
-        """What is judged: the prompt's states, with the evidence of an answer of one token, the choice."""
+        """What is judged: the prompt's states, and the evidence of an answer of one token, the choice.
+
+        The last state is turned by the choice's place, from 1 for the first option to -1 for the last. The state
+        shows which option is right, the same whichever was chosen; times 1 or -1 it shows whether the choice is.
+        """
         states = self.reading.states
+        turned = states.last * (1 - 2 * self.choice / (len(self.probabilities) - 1))
         evidence = of_options(representation.evidence, self.reading.logprobs)
-        return HiddenSummary(states.mean, states.last, evidence, self.positions, states.complete)
+        return HiddenSummary(states.mean, turned, evidence, self.positions, states.complete)
 
     def calibrated(self, right: float | None) -> tuple[float, ...]:
         """Probabilities (K,) under which the choice has the probability `right`, and the others share the rest as the

@@ -118,6 +118,11 @@ def test_probabilities_of_the_options_alone() -> None:
     assert summary.evidence.tolist() == pytest.approx(
         [-1.1604, 1.0], abs=1e-3
     )  # ln(-ln 0.731 + 1e-4), the margin
+    other = Decided.of(prompt, reading(-801.0, -800.0))
+    assert other.choice == 1
+    turned = other.summary(Representation(order=("mean", "last", "evidence"), evidence=EVIDENCE))
+    assert (turned.mean.tolist(), turned.last.tolist()) == ([1, 1], [-2, -2])
+    assert torch.equal(turned.evidence, summary.evidence)
     again = asked_before(asked.turn, decided.said, chat)
     assert (again.labels, again.given, again.label_ids) == (asked.labels, asked.given, asked.label_ids)
     assert list(json.loads(decided.said).values()) == list(decided.probabilities)
