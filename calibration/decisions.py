@@ -25,7 +25,7 @@ from candor.calibration.sources import read_rows
 from candor.engine.base import Engine
 from candor.engine.prompt import ChatFormat
 from candor.policy.conversation import shown
-from candor.policy.decisions import TYPES, Asked, Decided, Option, Prompt, Question, ask
+from candor.policy.decisions import TYPES, Asked, Decided, Option, Question, ask, prompts
 from candor.policy.policy import Policy
 
 REMEDY = (
@@ -163,8 +163,7 @@ async def decide_records(
 
 
 async def _decide(engine: Engine, chat: ChatFormat, record: DecisionRecord, policy: Policy) -> CachedAnswer:
-    conversation = policy.conversations.resolve(record.messages)
-    prompt = Prompt(record.asked, tuple(conversation.encode(chat)), conversation.departure)
+    (prompt,) = prompts(policy.conversations, chat, record.messages[0]["content"], [record.asked])
     decided = Decided.of(prompt, await engine.read_prompt(prompt.ids, record.asked.label_ids))
     summary = decided.summary(engine.representation)
     return CachedAnswer(
