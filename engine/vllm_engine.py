@@ -266,7 +266,7 @@ class VLLMEngine:
         """Sends one request over the prompt. The worker reports the log-probabilities with the states: vLLM's own
         way to ask for some tokens' (`logprob_token_ids`) drops those of other requests in the step."""
         require_fit(len(prompt_ids), self.max_model_len)
-        wish = self._wish(evidence=False, prompt=True)
+        wish = self._wish(self._tag_ids, evidence=False, prompt=True)
         wish[KEY]["options"] = list(token_ids)
         return await self._given(prompt_ids, wish, _prompt_reading)
 

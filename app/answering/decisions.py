@@ -92,12 +92,12 @@ class DecisionResolver(RequestResolver):
         return DecisionRequest(
             tuple(made),
             shared + sum(len(prompt.ids) - shared for prompt in made),
-            self._reliability(ReliabilityOptions(**wished), streamed=False),
+            self.resolve_reliability(ReliabilityOptions(**wished), streamed=False),
             self._places(body),
         )
 
     def _places(self, body: Body) -> int:
-        return min(len(body.questions), self._limits.choices)
+        return min(len(body.questions), self.limits.choices)
 
 
 class DecisionService(AnswerService):
@@ -112,7 +112,7 @@ class DecisionService(AnswerService):
             async def read() -> None:
                 for index, prompt in todo:  # shared, so that each question is read once
                     with self._watch.waiting():
-                        reading = await self._engine.read_prompt(prompt.ids, prompt.asked.label_ids)
+                        reading = await self.engine.read_prompt(prompt.ids, prompt.asked.label_ids)
                     found[index] = Decided.of(prompt, reading)
 
             try:
@@ -129,7 +129,7 @@ class DecisionService(AnswerService):
         if asked.mode == "off":
             return Decision(decided, None, withheld=False)
         judged = await self._judge(
-            decided.summary(self._engine.representation),
+            decided.summary(self.engine.representation),
             decided.reading.states,
             asked,
             calibrated=prompt.departure is None,

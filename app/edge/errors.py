@@ -173,8 +173,6 @@ def _describe_validation(errors: Sequence[Any]) -> HttpError:
                 None,
                 "invalid_body",
             )
-        if first["type"] == "unknown_field":
-            return HttpError(400, first["msg"], first["ctx"]["name"], "unknown_parameter")
         return HttpError(400, first["msg"], None, "invalid_value")
     path = _path(location)
     if first["type"] == "unsupported":

@@ -247,14 +247,14 @@ class TestRefusals:
 
 class TestBounds:
     def test_none_one_four_hundred_and_more(self, server: Any) -> None:
-        assert refused(decide(server), 422)["param"] == "questions"
+        assert refused(decide(server), 400)["param"] == "questions"
         assert len(decided(server, PREDICATE)["answers"]) == 1
         many = [{**PREDICATE, "name": str(at), "instructions": f"It is {at}."} for at in range(400)]
         body = decided(server, *many)
         assert [one["name"] for one in body["answers"]] == [str(at) for at in range(400)]
         assert [one["index"] for one in body["reliability"]["results"]] == list(range(400))
         assert server.engine.most_running == 16  # CANDOR_MAX_CHOICES
-        assert refused(decide(server, *many, PREDICATE), 422)["param"] == "questions"
+        assert refused(decide(server, *many, PREDICATE), 400)["param"] == "questions"
 
     @pytest.mark.parametrize(
         ("question", "more", "param"),
@@ -300,7 +300,7 @@ class TestBounds:
         body = {"model": "tiny", "input": "x", "questions": [question], **more}
         headers = {"content-type": "application/json"}
         response = server.client.post("/v1/decisions", content=json.dumps(body), headers=headers)
-        assert refused(response, 422)["param"] == param
+        assert refused(response, 400)["param"] == param
         assert server.engine.read == []
 
     def test_typed_values_with_the_same_text_are_two(self, server: Any) -> None:
@@ -320,7 +320,7 @@ class TestBounds:
         for _ in range(40):
             deep = {"a": deep}
         item = {"role": "user", "content": [{"type": "input_json", "data": deep}]}
-        assert refused(decide(server, PREDICATE, input=[item]), 422)["param"] == "input[0].content"
+        assert refused(decide(server, PREDICATE, input=[item]), 400)["param"] == "input[0].content"
 
     def test_another_model_is_not_served(self, server: Any) -> None:
         assert refused(decide(server, PREDICATE, model="other"), 404)["code"] == "model_not_found"
@@ -383,7 +383,7 @@ class TestAsTheOtherRoutes:
             max_in_flight=1,
             max_choices=1,
         ) as server:
-            assert refused(decide(server, PREDICATE, input="x" * 100), 422)["code"] == "too_large"
+            assert refused(decide(server, PREDICATE, input="x" * 100), 400)["code"] == "too_large"
             assert len(decided(server, PREDICATE, input="x")["answers"]) == 1
 
     def test_whoever_leaves_takes_the_engines_work_along(self, server: Any, wait_until: Any) -> None:

@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from candor.app.edge.schemas.bounds import FewFields
 from candor.app.edge.schemas.reliability import ReliabilityObject
-from candor.app.edge.schemas.requests import MOST_MESSAGES, Unicode, encodable
+from candor.app.edge.schemas.requests import MOST_MESSAGES, Unicode, encodable, unknown_field
 from candor.policy.conversation import shown
 from candor.policy.decisions import YES_NO, Option, Question
 
@@ -43,8 +43,8 @@ class KnownFields(FewFields):
                 if name not in cls.model_fields:
                     raise PydanticCustomError(
                         "unknown_field",
-                        "{name} is no field here; there are {known}",
-                        {"name": str(name)[:100], "known": ", ".join(cls.model_fields)},
+                        "{what}",
+                        {"what": unknown_field(str(name), cls.model_fields), "name": str(name)[:100]},
                     )
         return value
 
