@@ -32,6 +32,7 @@ from candor.calibration.cache import AnswerCache
 from candor.calibration.cascade import Cascade, Escalating, certify_cascade
 from candor.calibration.certificate import Certification, Claim, certify
 from candor.calibration.data import Loaded, Record, earlier_prompt_digest, load, require_disjoint
+from candor.calibration.decisions import DecisionRecord, decide_records, load_decisions
 from candor.calibration.early import Watch, require_disk, require_enough, require_writable, try_verifiers
 from candor.calibration.errors import CalibrationError, DataError
 from candor.calibration.evaluate import Evaluation, evaluate
@@ -79,7 +80,7 @@ class DataFile:
     """A file of records that was read and checked. sha256: of its bytes. loaded: how it was understood."""
 
     path: Path
-    records: list[Record]
+    records: Sequence[Record]
     sha256: str
     loaded: Loaded | None = None
 
@@ -88,6 +89,11 @@ class DataFile:
         """Raises DataError."""
         found = load(path, reading)
         return cls(path, found.records, found.rows.sha256, found)
+
+    @classmethod
+    def load_decisions(cls, path: Path, chat: ChatFormat) -> DataFile:
+        """Of labelled questions. Raises DataError."""
+        return cls(path, *load_decisions(path, chat))
 
     def to_json(self) -> dict[str, Any]:
         """JSON without folders, which would reveal the machine."""
@@ -121,12 +127,22 @@ class Inputs:
         certification: Path | None = None,
         strangers: Path | None = None,
         reading: Reading | None = None,
+        questions_for: ChatFormat | None = None,
     ) -> Inputs:
-        """Raises DataError, also where a prompt is in files with different purposes."""
+        """questions_for: the files hold labelled questions, to be put to this format's model; None: conversations.
+
+        Raises DataError, also where a prompt is in files with different purposes.
+        """
+
+        def load(path: Path) -> DataFile:
+            if questions_for is not None:
+                return DataFile.load_decisions(path, questions_for)
+            return DataFile.load(path, reading)
+
         inputs = cls(
-            DataFile.load(fitting, reading),
-            tuple(DataFile.load(path, reading) for path in held_out),
-            None if certification is None else DataFile.load(certification, reading),
+            load(fitting),
+            tuple(map(load, held_out)),
+            None if certification is None else load(certification),
         )
         if strangers is not None:
             records = [record for file in inputs.files for record in file.records]
@@ -522,6 +538,15 @@ async def answer_file(
     watch: Watching | None = None,
 ) -> list[Labelled]:
     """Answers and labels a file's records. watch: sees each answer; by default `early.Watch`."""
+    questions = [one for one in file.records if isinstance(one, DecisionRecord)]
+    if questions:
+        with (
+            AnswerCache(asking.cache) as cache,
+            tqdm(total=len(questions), desc=title, unit="question") as bar,
+        ):
+            return await decide_records(
+                engine, chat, questions, policy, cache, asking.concurrency, bar.update
+            )
     number = len(file.records) * policy.resample
     seen = watch or Watch(
         number, policy.max_tokens, lambda line: tqdm.write(f"{file.path}: {line}", sys.stderr)

@@ -92,6 +92,9 @@ def calibrate(
             help="Held-out records that only report; default: a fifth of the data. May be repeated."
         ),
     ] = None,
+    decisions: Annotated[
+        bool, typer.Option("--decisions", help="The records are labelled questions, for POST /v1/decisions.")
+    ] = False,
     rule: Annotated[
         Rule,
         typer.Option(help="What lets answers through: two certified gates, or the papers' region alone."),
@@ -216,12 +219,13 @@ def calibrate(
     from candor.engine.prompt import ChatFormat
     from candor.engine.settings import EngineSettings
     from candor.policy.conversation import Conversations
+    from candor.policy.decisions import EVIDENCE as DECISION_EVIDENCE
     from candor.policy.policy import Policy
 
     with reporting_errors(), ending_children(143), results_alone_on_stdout():
         try:
             parts = _by_commas(represent)
-            unnamed = EVIDENCE if "evidence" in parts else ()
+            unnamed = () if "evidence" not in parts else DECISION_EVIDENCE if decisions else EVIDENCE
             names = unnamed if evidence is None else _by_commas(evidence)
             representation = Representation(order=parts, evidence=names)  # type: ignore[arg-type]
             settings = FitSettings(
@@ -238,13 +242,23 @@ def calibrate(
             upstream = _upstream(escalate_to, escalate_model, escalate_key_file)
             if upstream is not None and gates is None:
                 raise ValueError("--escalate-to certifies the two gates with another model, and sdm has none")
-            policy = Policy(temperature=temperature, max_tokens=max_tokens, resample=resample)
+            if decisions and (strangers or human or verifier or columns or temperature or resample > 1):
+                raise ValueError(
+                    "--decisions are read, not drawn or verified: leave out --strangers, --human, --verifier, "
+                    "--columns, --temperature and --resample"
+                )
+            if decisions and upstream is not None:
+                raise ValueError("--decisions are not handed on to another model: leave out --escalate-to")
+            policy = Policy(
+                temperature=temperature, max_tokens=1 if decisions else max_tokens, resample=resample
+            )
             arguments = _template_arguments(template_arguments)
             reading = reading_of(columns, verifier)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         require_free(out)
-        inputs = Inputs.load(data, test or [], certify_data, strangers, reading)
+        chat = ChatFormat.from_directory(model)
+        inputs = Inputs.load(data, test or [], certify_data, strangers, reading, chat if decisions else None)
         for file in inputs.files:
             tell_what_was_read(file)
         asked = [record.messages for record in inputs.fitting.records]
@@ -262,7 +276,6 @@ def calibrate(
         asking = AnsweringOptions(
             cache, concurrency, seed, relabel, ask_person, _suspects(review), prompt_states=gates is not None
         )
-        chat = ChatFormat.from_directory(model)
         chat.check(policy.conversations.template_arguments)
         require_possible(
             chat,

@@ -14,11 +14,11 @@ from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry
 from starlette.middleware.cors import CORSMiddleware
 
+from candor.app.answering.decisions import DecisionResolver, DecisionService
 from candor.app.answering.escalation import Escalation, upstream_of
 from candor.app.answering.preparing import Preparing
-from candor.app.answering.request import RequestResolver, gates_of
+from candor.app.answering.request import gates_of
 from candor.app.answering.scoring import Scorer
-from candor.app.answering.service import AnswerService
 from candor.app.answering.waiting import EngineWatch
 from candor.app.edge import errors
 from candor.app.edge.connections import Connections, most_connections
@@ -26,7 +26,7 @@ from candor.app.edge.keys import KeyRing
 from candor.app.edge.limits import Admission, RateLimit
 from candor.app.edge.middleware import BodyLimit, Gate, HeadAsGet, Hosts, RequestId
 from candor.app.edge.quotas import Quotas
-from candor.app.edge.routes import answers, feedback, operations, reliability, served, surface
+from candor.app.edge.routes import answers, decisions, feedback, operations, reliability, served, surface
 from candor.app.edge.routes.console import Console
 from candor.app.edge.routes.documented import ERRORS
 from candor.app.edge.services import LifespanState, ServedModel, Services
@@ -84,7 +84,7 @@ def create_app(
     audit = AuditLog(settings.audit_log)
     first = settings.served_model_name or backend.bundle.manifest.name
     backends = {first: backend} | {one.bundle.manifest.name: one for one in backend.adapted}
-    resolvers = {name: RequestResolver(one, settings) for name, one in backends.items()}
+    resolvers = {name: DecisionResolver(one, settings) for name, one in backends.items()}
     selftests = {name: SelfTest(one) for name, one in backends.items()}
     store = FeedbackStore(settings.feedback) if settings.feedback else None
     upstream = upstream_of(settings)
@@ -114,7 +114,9 @@ def create_app(
             policy = bundle.manifest.policy
             cascade = bundle.manifest.cascade if gates else None
             escalates = escalation.of(cascade, metrics) if escalation else None
-            service = AnswerService(one.engine, policy, scorer, admission, metrics, watch, tracer, escalates)
+            service = DecisionService(
+                one.engine, policy, scorer, admission, metrics, watch, tracer, escalates
+            )
             rule: RuleKind = "two-gates" if gates else "sdm"
             models[name] = ServedModel(name, bundle, rule, resolvers[name], service, selftests[name], metrics)
         services = Services(
@@ -156,7 +158,7 @@ def create_app(
     turned_away: dict[int | str, dict[str, Any]] = (
         {status: ERRORS[status] for status in (401, 403)} if keys else {}
     )
-    for module in (answers, surface, reliability, feedback, served, operations):
+    for module in (answers, decisions, surface, reliability, feedback, served, operations):
         app.include_router(module.router, dependencies=keyed, responses=turned_away)
     app.mount("/console", Console(), name="console")
     errors.install(app)

@@ -40,6 +40,7 @@ from candor.engine.base import (
     Generation,
     HiddenSummary,
     ModelIdentity,
+    PromptReading,
     PromptStates,
     Representation,
     Sampling,
@@ -162,6 +163,17 @@ class LetterFormat:
 
     encode_response = encode_text
 
+    def encode_endings(
+        self,
+        messages: Sequence[dict[str, str]],
+        endings: Sequence[str],
+        template_arguments: dict[str, Any] | None = None,
+    ) -> list[list[int]]:
+        *before, last = messages
+        return [
+            self.encode_chat([*before, {**last, "content": last["content"] + ending}]) for ending in endings
+        ]
+
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(i) if i < self.START else "|" for i in ids)
 
@@ -196,9 +208,11 @@ class ScriptedEngine:
     scripts: dict[str, Script] = field(default_factory=dict)
     known: dict[str, torch.Tensor] = field(default_factory=dict)  # h of the exemplars' pairs, by prompt
     asked: list[tuple[str, Sampling, bool]] = field(default_factory=list)
+    read: list[tuple[str, str]] = field(default_factory=list)  # prompts, and the tokens asked about
     cancelled: list[str] = field(default_factory=list)
     summarised: int = 0
     running: int = 0
+    most_running: int = 0
     dead: bool = False
     closed: bool = False
 
@@ -287,6 +301,33 @@ class ScriptedEngine:
         text = LetterFormat().decode(prompt_ids)
         script = next((script for key, script in self.scripts.items() if key in text), Script())
         return _prompt(script.kind)
+
+    async def read_prompt(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> PromptReading:
+        """The first option is the likeliest, each further one by a half less so."""
+        text = LetterFormat().decode(prompt_ids)
+        script = next((script for key, script in self.scripts.items() if key in text), Script())
+        self.read.append((text, "".join(map(chr, token_ids))))
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            await asyncio.sleep(script.pause_s)
+            if script.hangs:
+                await asyncio.Event().wait()
+            if script.fails:
+                raise script.fails
+            exemplar = re.search(r"user:(prompt \d+)\n", text)
+            if exemplar and exemplar[1] in self.known:
+                states = PromptStates(*self.known[exemplar[1]].split(HIDDEN), complete=True)
+            else:
+                hidden = _hidden(script.state)
+                assert hidden is not None
+                states = PromptStates(hidden.mean, hidden.last, hidden.complete)
+            return PromptReading(states, tuple(-1 - 0.5 * at for at in range(len(token_ids))))
+        except asyncio.CancelledError:
+            self.cancelled.append(text)
+            raise
+        finally:
+            self.running -= 1
 
     async def check(self) -> None:
         if self.dead:
@@ -451,11 +492,12 @@ def serve(engine: ScriptedEngine, bundle: Bundle) -> Serve:
         adapted: Sequence[Backend] = (),
         chat: LetterFormat | None = None,
         cascade: CascadeTerms | None = None,
+        exemplars: tuple[Exemplar, ...] | None = None,
         **given: Any,
     ) -> AbstractContextManager[Running]:
         terms = gates.terms if gates else None
         manifest = replace(bundle.manifest, certificates=tuple(certificates), rule=terms, cascade=cascade)
-        served = replace(bundle, manifest=manifest, rule=gates)
+        served = replace(bundle, manifest=manifest, rule=gates, exemplars=exemplars or bundle.exemplars)
         if policy is not None:
             served = replace(served, manifest=replace(manifest, policy=policy))
         if report is not None:
