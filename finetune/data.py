@@ -18,13 +18,13 @@ from typing import Any
 
 from candor.calibration.data import Loaded, Record, load, prompt_digest
 from candor.calibration.errors import DataError
-from candor.calibration.shapes import Reading, columns_by_field, flattened
+from candor.calibration.shapes import Reading, columns_by_field
 from candor.calibration.verifiers import load_verifier
 
 REMEDY = (
     'A pair has "prompt" or "messages", "reference", "verifier" (or --verifier), "positive" and "negative". Columns '
-    'of other names are named by --columns, such as "prompt=question, negative=rejected". Correct these lines and run '
-    "again."
+    'of other names are named by --columns, such as "prompt=question, negative=rejected". Correct these lines and '
+    "run again."
 )
 
 
