@@ -34,6 +34,9 @@ _USUAL = {
     "label": ("correct", "is_correct", "verdict"),
     "options": ("choices",),
 }
+INSTEAD = {"ShareGPT": ("conversations",), "Alpaca": ("instruction", "input")}
+"""Columns by program of which other columns were made."""
+
 _ANSWERS = ("answer", "completion", "output")
 """The answer that was given where a label stands beside it, else the right one."""
 
