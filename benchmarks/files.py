@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from candor.calibration.data import REMEDY, load
 from candor.calibration.errors import DataError
 from candor.calibration.shapes import Reading
 
+TEST = "tests.calibration.test_sources"
+
 
 def kinds() -> Iterator[tuple[str, str]]:
     """Yields each kind of file and what is said of it."""
-    from tests.calibration.test_sources import EXPORTS, KINDS, ROWS_OF_PROGRAMS, jsonl
-
+    test: Any = import_module(TEST)
     with TemporaryDirectory() as folder:
-        for title, (name, content, _) in KINDS.items():
+        for title, (name, content, _) in test.KINDS.items():
             path = Path(folder) / name
             if isinstance(content, bytes):
                 path.write_bytes(content)
@@ -31,23 +34,21 @@ def kinds() -> Iterator[tuple[str, str]]:
             yield title, _said(path)
             if path.is_file():
                 path.unlink()
-        for row in ROWS_OF_PROGRAMS:
+        for row in test.ROWS_OF_PROGRAMS:
             path = Path(folder) / "d.jsonl"
-            path.write_bytes(jsonl(row))
+            path.write_bytes(test.jsonl(row))
             said = _said(path)
             if found := re.search(r"as (.+?) writes it", said):
                 yield f"{found[1]}: {', '.join(row)}", said
     columns = {"label-studio.csv": "label=verdict, response=answer"}
-    for path in sorted(EXPORTS.iterdir()):
+    for path in sorted(test.EXPORTS.iterdir()):
         yield f"export {path.name}", _said(path, columns.get(path.name, ""))
 
 
 def broken() -> Iterator[tuple[str, str]]:
     """Yields the beginning of each broken file and what is said of it."""
-    from tests.calibration.test_sources import BROKEN
-
     with TemporaryDirectory() as folder:
-        for name, content, _ in BROKEN:
+        for name, content, _ in import_module(TEST).BROKEN:
             path = Path(folder) / name
             path.write_bytes(content)
             yield f"{name}: {content[:70]!r}", _said(path)
