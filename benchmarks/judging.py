@@ -4,8 +4,8 @@
 
 vLLM's own server serves the judge, a second model, and counts what it is asked. The answers to be judged are kept
 from `python -m examples.reviews`, so nothing else is asked. `candor calibrate` is killed with SIGKILL when half of
-the verdicts are there, and given again. Verdicts on their way when it dies are lost and asked for again: as many as the
-judge has in flight, at most.
+the verdicts are there, and given again. Verdicts on their way when it dies are lost and asked for again: as many as
+the judge has in flight, at most.
 """
 
 from __future__ import annotations
