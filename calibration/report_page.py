@@ -135,6 +135,10 @@ def page(
         seen=seen,
         certificate=certificate,
         curve=_curve(seen),
+        others=[
+            (one, _certificate(bundle, one), Judged.of(bundle, held_out, one))
+            for one in bundle.manifest.alphas
+        ],
         kinds=_by_kind(seen, records, kind),
         by=f"by {kind}" if kind else "by length",
         mistakes=_mistakes(bundle, seen, records),
@@ -233,7 +237,8 @@ def _curve(seen: Judged) -> str:
     )
     for share in (0, 0.25, 0.5, 0.75, 1):
         x, y = point(share, 0)
-        parts.append(f'<text x="{x:.1f}" y="{y + 15:.1f}" text-anchor="middle">{share:.0%}</text>')
+        anchor = "end" if share == 1 else "middle"
+        parts.append(f'<text x="{x:.1f}" y="{y + 15:.1f}" text-anchor="{anchor}">{share:.0%}</text>')
     for share in (0.0, highest / 2, highest):
         x, y = point(0, share)
         parts.append(f'<text x="{x - 5:.1f}" y="{y + 4:.1f}" text-anchor="end">{share:.1%}</text>')
@@ -290,6 +295,7 @@ dt { font-size: .85rem; } dd { margin: 0; overflow-wrap: anywhere; white-space: 
 </style>
 </head>
 <body>
+<main>
 <h1>{{ bundle.manifest.name }}</h1>
 {% set answered = seen.share_answered %}
 {% set right = seen.share_right %}
@@ -303,7 +309,7 @@ been answered, {{ seen.right.sum().item() }} of {{ answered.of }} would have bee
 {% endif %}
 {% if certificate %}
 Promised, with confidence {{ "%.0f%%" | format(100 * certificate.confidence) }}: of what is let through, at least
-{{ "%g" | format(100 * certificate.accuracy) }} % is right. The promise is for questions drawn as those of
+{{ "%g%%" | format(100 * certificate.accuracy) }} is right. The promise is for questions drawn as those of
 {{ bundle.manifest.provenance.data.file or "the calibration" }} were, put to this model in this way, and held to the
 same verifier. It was tested on {{ certificate.records }} questions used for nothing else:
 {{ certificate.right }} right of {{ certificate.answered }}.
@@ -314,13 +320,24 @@ Nothing is promised: no certificate was issued.
 <div><span>answered</span><b>{{ answered | percent }}</b><small>{{ answered | interval }}</small></div>
 <div><span>right, of these</span><b>{{ right | percent }}</b><small>{{ right | interval }}</small></div>
 <div><span>promised</span><b>
-{%- if certificate %}{{ "%g" | format(100 * certificate.accuracy) }} %{% else %}nothing{% endif %}</b>
-<small>at alpha {{ alpha }}; intervals are 95 %</small></div>
+{%- if certificate %}{{ "%g%%" | format(100 * certificate.accuracy) }}{% else %}nothing{% endif %}</b>
+<small>at alpha {{ alpha }}; intervals are 95%</small></div>
 </div>
 <h2>Risk against coverage</h2>
 {{ curve | safe }}
 <p class="note">Answers are let through from the highest score down; drawn from the {{ first }}th on. The circle is
 where this bundle stops.</p>
+{% if others | length > 1 %}
+<div class="wide"><table>
+<tr><th>at alpha</th><th class="n">promised</th><th class="n">let through</th><th class="n">right of these</th></tr>
+{% for other, promise, row in others %}
+<tr><td>{{ other }}</td>
+<td class="n">{% if promise %}{{ "%g%%" | format(100 * promise.accuracy) }}{% else %}nothing{% endif %}</td>
+<td class="n">{{ row.share_answered | percent }}<br><small>{{ row.share_answered | interval }}</small></td>
+<td class="n">{{ row.share_right | percent }}<br><small>{{ row.share_right | interval }}</small></td></tr>
+{% endfor %}
+</table></div>
+{% endif %}
 <h2>What is let through, {{ by }}</h2>
 <div class="wide"><table>
 <tr><th>prompts</th><th class="n">number</th><th class="n">right of all</th><th class="n">let through</th>
@@ -376,6 +393,7 @@ measures them.</p>
 {% if not mistakes %}<p>None: every scored answer was right.</p>{% endif %}
 <p class="note">Bundle {{ bundle.digest[:16] }}, made {{ bundle.manifest.created }}; model
 {{ bundle.manifest.model.name }}.</p>
+</main>
 </body>
 </html>
 """

@@ -82,7 +82,7 @@ def test_the_first_screen_says_what_the_held_out_figures_say(
     assert answered.hits > 0
     promised = bundle.rule.terms.at(alpha) if bundle.rule else bundle.certificates[-1]
     assert promised is not None
-    assert f"promised {100 * promised.accuracy:g} %" in seen.text
+    assert f"promised {100 * promised.accuracy:g}%" in seen.text
     assert re.search(r"strangers 7 ", seen.text)
     # The surest mistakes are wrong answers, each beside calibrated ones.
     wrong = {one.response for one in result.outcome.held_out if not one.label}
