@@ -23,7 +23,7 @@ MAX_TOKENS = "16"
 LENGTH = ("--max-model-len", "512")
 TUNING = (
     *("--hard-negatives", "off", "--epochs", "3", "--evaluations", "1", "--checkpoint-every", "16"),
-    *("--layer-epochs", "100", "--layer-dim", "256", "--layer-learning-rate", "1e-4"),
+    *("--layer-epochs", "100", "--layer-dim", "256", "--layer-learning-rate", "1e-4", "--no-compile"),
 )
 FITTING = (
     *("--alpha", "0.8", "--alpha", "0.9", "--alpha", "0.95"),
