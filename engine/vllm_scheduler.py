@@ -8,8 +8,8 @@ It tracks vLLM 0.32 (0.16 to 0.33 have the same seams). It depends on the follow
   kv_transfer_params` passes through to `RequestOutput` in the API process unread.
 
 A request takes part by `SamplingParams.extra_args = {"candor": {"tag": [ids], "first": int | None, "evidence":
-bool, "prompt": bool, "options": [ids], "closing": [ids]}}`. first: start of a given response; None for a generated one.
-A request reports in the step that feeds the tag's last token: that row is the state at the declared position. A
+bool, "prompt": bool, "options": [ids], "closing": [ids]}}`. first: start of a given response; None for a generated
+one. A request reports in the step that feeds the tag's last token: that row is the state at the declared position. A
 generated tag also ends the request in that step; the engine drops the token sampled after it.
 
 closing: separator and tag. An answer that ends without a tag of its own does not end yet where the scheduler is the
