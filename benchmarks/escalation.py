@@ -5,8 +5,8 @@
 In front stands a small model that was barely taught to judge product reviews, behind it one that was, each in a
 vLLM of its own (docs/models.md says how both are made). `candor calibrate --escalate-to` certifies both as one
 policy; then held-out reviews are asked of the front server, which puts what it withholds to the other model, and of
-the other model alone. At last a relay between the two hangs, lies, floods and redirects, and the other model is
-killed: each time the same withheld reviews are asked, whole and as streams, and afterwards until it answers again.
+the other model alone. At last what stands between a server and the other model hangs, lies about its length, floods
+and redirects, and then nobody is behind it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -26,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +32,7 @@ import httpx
 import typer
 
 from benchmarks.servers import Serving, plain_vllm, serving
+from benchmarks.walk import engine_double, made_by
 from candor.app.commands.serve import EngineKind
 from candor.calibration.data import Record, load
 from candor.calibration.intervals import Share
@@ -43,6 +43,8 @@ NAME = "behind"
 PORT = 18_970
 """Of the relay. It is always the same, since kept answers are those of an address."""
 TIMEOUT_S, FAILURES, PAUSE_S = 3, 5, 3
+THIN = [{"role": "user", "content": "thin"}]
+ESCALATE = {"mode": "abstain", "on_abstain": "escalate"}
 TROUBLE = {
     "hangs": b"",
     "lies about its length": b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 9999\r\n\r\n{",
@@ -61,13 +63,13 @@ class Relay:
         self._loop = asyncio.new_event_loop()
 
     @contextmanager
-    def running(self) -> Iterator[str]:
-        """Yields its URL."""
-        self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", PORT))
+    def running(self, port: int = 0) -> Iterator[str]:
+        """Yields its URL. port: 0 for any."""
+        server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", port))
         thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{PORT}/v1"
+            yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             thread.join(5)
@@ -109,11 +111,13 @@ async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 def ask(
-    url: str, model: str, record: Record, reliability: dict[str, Any] | None, *, streamed: bool = False
+    url: str, model: str, turns: Sequence[Any], reliability: dict[str, Any] | None, *, streamed: bool = False
 ) -> Any:
     """Returns (the body or the stream's text, seconds)."""
-    body: dict[str, Any] = {"model": model, "messages": list(record.messages), "max_tokens": 8}
-    if reliability is not None:
+    body: dict[str, Any] = {"model": model, "messages": list(turns)}
+    if reliability is None:
+        body["max_tokens"] = 8
+    else:
         body["reliability"] = reliability
     began = time.monotonic()
     response = httpx.post(f"{url}/v1/chat/completions", json=body | {"stream": streamed}, timeout=600)
@@ -131,8 +135,8 @@ def said(body: Any) -> str | None:
     return text
 
 
-def outcomes(server: Serving) -> Counter[str]:
-    lines = httpx.get(f"{server.url}/metrics", timeout=60).text.splitlines()
+def outcomes(url: str) -> Counter[str]:
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
     counts: Counter[str] = Counter()
     for line in (line for line in lines if line.startswith("sdm_escalations_total{")):
         counts[line.split('outcome="')[1].split('"')[0]] += int(float(line.rsplit(" ", 1)[1]))
@@ -161,8 +165,14 @@ def main(
     records: Annotated[int, typer.Option(help="To calibrate on, the first.")] = 1440,
     alpha: Annotated[float, typer.Option(help="Accuracy of what the gates let through.")] = 0.9,
     prompts: Annotated[int, typer.Option(help="Of the held-out ones, the first.")] = 700,
+    only_trouble: Annotated[
+        bool, typer.Option("--only-trouble", help="No models: the last part alone.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
+    if only_trouble:
+        typer.echo(troubles(trouble()))
+        return
     relay = Relay()
     common = {"CANDOR_ENGINE": engine.value, "CANDOR_EAGER": "true", "CANDOR_MAX_MODEL_LEN": "512"}
     common |= {"CANDOR_MAX_NUM_SEQS": "16", "CANDOR_KV_CACHE_BYTES": str(1 << 28)}
@@ -173,7 +183,7 @@ def main(
         f"--kv-cache-memory-bytes={1 << 28}",
     ]
     plain += [f"--served-model-name={NAME}", "--max-num-seqs=16"]
-    with relay.running() as url, ExitStack() as behind_it:
+    with relay.running(PORT) as url, ExitStack() as behind_it:
         other = behind_it.enter_context(
             plain_vllm(behind, plain)
             if engine is EngineKind.vllm
@@ -189,25 +199,8 @@ def main(
         asked = load(test).records[:prompts]
         with serving(model, out / "bundle", settings) as front:
             found = measured(front, other, asked, alpha)
-        # Anew, with little patience: the circuit is to be seen.
-        settings |= {
-            "CANDOR_ESCALATE_TIMEOUT_S": str(TIMEOUT_S),
-            "CANDOR_ESCALATE_FAILURES": str(FAILURES),
-            "CANDOR_ESCALATE_PAUSE_S": str(PAUSE_S),
-        }
-        withheld = [record for record in asked if record.id in found["withheld"]][:10]
-        found["trouble"] = {}
-        with serving(model, out / "bundle", settings) as front:
-            for kind in (*TROUBLE, "is dead"):
-                if kind == "is dead":
-                    os.killpg(other.pid, signal.SIGKILL)
-                relay.behave(None if kind == "is dead" else kind)
-                found["trouble"][kind] = troubled(front, withheld, alpha)
-                relay.behave(None)
-                if kind != "is dead":
-                    found["trouble"][kind]["well_after_s"] = recovered(front, withheld[0], alpha)
-    cascade = json.loads((out / "bundle/manifest.json").read_text())["cascade"]
-    found["certified"] = cascade
+    found["certified"] = json.loads((out / "bundle/manifest.json").read_text())["cascade"]
+    found["trouble"] = trouble()
     typer.echo(json.dumps(found) if as_json else table(found))
 
 
@@ -240,10 +233,10 @@ def calibrate(
 
 
 def measured(front: Serving, other: Serving, records: Sequence[Record], alpha: float) -> dict[str, Any]:
-    reliability = {"mode": "abstain", "on_abstain": "escalate", "alpha": alpha}
+    reliability = ESCALATE | {"alpha": alpha}
     with ThreadPoolExecutor(8) as pool:
-        both = list(pool.map(lambda one: ask(front.url, "reviews", one, reliability), records))
-        alone = list(pool.map(lambda one: ask(other.url, NAME, one, None), records))
+        both = list(pool.map(lambda one: ask(front.url, "reviews", one.messages, reliability), records))
+        alone = list(pool.map(lambda one: ask(other.url, NAME, one.messages, None), records))
     counts: Counter[str] = Counter(of=len(records))
     seconds: dict[str, list[float]] = {"let through": [], "escalated": []}
     withheld = []
@@ -263,34 +256,64 @@ def measured(front: Serving, other: Serving, records: Sequence[Record], alpha: f
             counts["front right"] += correct
         seconds["escalated" if result["abstained"] else "let through"].append(took)
     medians = {name: statistics.median(took) for name, took in seconds.items() if took}
-    return {"counts": counts, "withheld": withheld, "median_s": medians, "outcomes": outcomes(front)}
+    return {"counts": counts, "withheld": withheld, "median_s": medians, "outcomes": outcomes(front.url)}
 
 
-def troubled(front: Serving, withheld: Sequence[Record], alpha: float) -> dict[str, Any]:
-    """The same prompts whole, then as streams. Raises where one gets anything but the refusal."""
-    reliability = {"mode": "abstain", "on_abstain": "escalate", "alpha": alpha}
+def trouble() -> dict[str, Any]:
+    """What becomes of 20 withheld prompts, half of them streams, and when the other model is asked again.
+
+    The engine in front is a scripted one (tests/app), since how an upstream fails depends on no model.
+    """
+    double = engine_double()
+    bundle = replace(made_by(double.bundle)(double.fitted(), double.IDENTITY), rule=made_by(double.gates)())
+    engine = double.scripted(double.IDENTITY, bundle)
+    engine.script("thin", state="thin")
+    relay, found = Relay(), {}
+    with relay.running() as url, double.fake_upstream() as fake:
+        fake.behaves(double.answers())
+        settings = double.make_settings(
+            escalate_url=url,
+            escalate_model=NAME,
+            escalate_timeout_s=TIMEOUT_S,
+            escalate_failures=FAILURES,
+            escalate_pause_s=PAUSE_S,
+        )
+        with double.running(engine, bundle, settings) as front:
+            for kind in (*TROUBLE, "is dead"):
+                relay.port = 9 if kind == "is dead" else fake.port
+                relay.behave(None if kind == "is dead" else kind)
+                found[kind] = troubled(front.url)
+                relay.port = fake.port
+                relay.behave(None)
+                found[kind]["well_after_s"] = recovered(front.url)
+    return found
+
+
+def troubled(url: str) -> dict[str, Any]:
+    """Raises RuntimeError where a prompt gets anything but the refusal."""
     took: list[float] = []
-    before = outcomes(front)
+    before = outcomes(url)
     for streamed in (False, True):
-        for record in withheld:
-            body, seconds = ask(front.url, "reviews", record, reliability, streamed=streamed)
+        for _ in range(10):
+            body, seconds = ask(url, "tiny", THIN, ESCALATE, streamed=streamed)
             refused = '"refusal":"I do not know' in body if streamed else said(body) is None
             if not refused:
                 raise RuntimeError(f"expected the refusal, got {body}")
             took.append(seconds)
-    came = outcomes(front) - before
-    return {"outcomes": came, "longest_s": max(took), "median_s": statistics.median(took)}
+    return {
+        "outcomes": outcomes(url) - before,
+        "longest_s": max(took),
+        "median_s": statistics.median(took),
+    }
 
 
-def recovered(front: Serving, record: Record, alpha: float) -> float:
-    """Seconds until the other model's answer is passed on again. Raises RuntimeError after two minutes."""
-    reliability = {"mode": "abstain", "on_abstain": "escalate", "alpha": alpha}
+def recovered(url: str) -> float:
+    """Seconds until the other model's answer is passed on again. Raises RuntimeError after a minute."""
     began = time.monotonic()
-    while time.monotonic() - began < 120:
-        body, _ = ask(front.url, "reviews", record, reliability)
-        if said(body) is not None:
+    while time.monotonic() - began < 60:
+        if said(ask(url, "tiny", THIN, ESCALATE)[0]) is not None:
             return time.monotonic() - began
-        time.sleep(0.2)
+        time.sleep(0.1)
     raise RuntimeError("the circuit did not close again")
 
 
@@ -309,9 +332,13 @@ def table(found: dict[str, Any]) -> str:
     ]
     lines += ["", f"certified: {json.dumps(found['certified'])}"]
     lines += [f"answers that say so: {counts['certified']}; median seconds {found['median_s']}"]
-    lines += ["", "| the other model | what came of 20 | median s | longest s | answers again after s |"]
+    return "\n".join([*lines, "", troubles(found["trouble"])])
+
+
+def troubles(found: dict[str, Any]) -> str:
+    lines = ["| the other model | what came of 20 | median s | longest s | answers again after s |"]
     lines += ["|---|---|---|---|---|"]
-    for kind, one in found["trouble"].items():
+    for kind, one in found.items():
         came = ", ".join(f"{count} `{name}`" for name, count in one["outcomes"].items() if count)
         lines.append(
             f"| {kind} | {came} | {one['median_s']:.2f} | {one['longest_s']:.2f} "

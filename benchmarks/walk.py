@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    double = _engine_double()
+    double = engine_double()
     walked: dict[str, set[str]] = defaultdict(set)  # files by thread
     recording = threading.Event()
 
@@ -38,8 +38,8 @@ def main() -> None:
                 walked[threading.current_thread().name].add(str(file.relative_to(ROOT)))
 
     threading.setprofile(note)
-    estimator, identity = _made_by(double.estimator)(), _made_by(double.identity)()
-    bundle = _made_by(double.bundle)(estimator, identity)
+    estimator, identity = made_by(double.estimator)(), made_by(double.identity)()
+    bundle = made_by(double.bundle)(estimator, identity)
     with double.running(double.scripted(identity, bundle), bundle, double.make_settings()) as server:
         server.chat("ask")
         recording.set()
@@ -55,7 +55,7 @@ def main() -> None:
     typer.echo(f"{len(beside)} files beside it:\n  " + "\n  ".join(sorted(beside)))
 
 
-def _engine_double() -> ModuleType:
+def engine_double() -> ModuleType:
     spec = importlib.util.spec_from_file_location("engine_double", ROOT / "tests/app/conftest.py")
     assert spec is not None
     assert spec.loader is not None
@@ -65,7 +65,7 @@ def _engine_double() -> ModuleType:
     return module
 
 
-def _made_by(fixture: Any) -> Any:
+def made_by(fixture: Any) -> Any:
     """The function behind a pytest fixture."""
     return getattr(fixture, "__wrapped__", None) or fixture._fixture_function
 
