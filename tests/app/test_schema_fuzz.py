@@ -109,7 +109,9 @@ def served(server: Fuzzed) -> dict[str, Any]:
         "exemplars": {"type": "integer", "minimum": 0, "maximum": 10},
     }
     for name, schema in narrowed["components"]["schemas"].items():
-        properties = schema.get("properties", {}) if name.endswith(("Request", "Options", "Reliability")) else {}
+        properties = (
+            schema.get("properties", {}) if name.endswith(("Request", "Options", "Reliability")) else {}
+        )
         properties.update({field: known[field] for field in known.keys() & properties.keys()})
     return narrowed
 
