@@ -51,6 +51,7 @@ CHECKS = [
 POSTS = {  # share of the cases, in hundredths; the rest goes to the others evenly
     "/v1/chat/completions": 10,
     "/v1/completions": 8,
+    "/v1/decisions": 10,
     "/v1/reliability": 15,
     "/v1/reliability/feedback": 20,
 }
@@ -108,7 +109,9 @@ def served(server: Fuzzed) -> dict[str, Any]:
         "exemplars": {"type": "integer", "minimum": 0, "maximum": 10},
     }
     for name, schema in narrowed["components"]["schemas"].items():
-        properties = schema.get("properties", {}) if name.endswith(("Request", "Options")) else {}
+        properties = (
+            schema.get("properties", {}) if name.endswith(("Request", "Options", "Reliability")) else {}
+        )
         properties.update({field: known[field] for field in known.keys() & properties.keys()})
     return narrowed
 
