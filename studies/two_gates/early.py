@@ -1,15 +1,16 @@
-"""Can an answer be stopped while it is written, because its score will not reach what is certified?
+"""Can an answer be stopped before it is finished, because its score will not reach what is certified?
 
-    python -m studies.two_gates.early var/gates/arithmetic --model DIR --data var/arithmetic --accuracy 0.9
+    python -m studies.two_gates.early var/gates/arithmetic [--model DIR --data var/arithmetic] --accuracy 0.9
 
-After every `CHECKS` tokens a logistic regression on the prompt's states, the mean and last state so far and the
-evidence so far says how probable it is that the finished answer's score reaches the threshold at which the search for
-a certificate begins. It is fitted on the rule's fitting records, with their cross-validated scores. An answer is
-stopped where these log-odds lie under a cut that all but a share `LOST` of the fitting records that reach it pass,
-cross-validated too. So the stops are fixed before the certification records are looked at, and a certificate of the
-rule with its stops (a stopped answer is not let through) holds as one without them does.
+After so many tokens (`CHECKS`; 0: when prefill ends) a logistic regression on the prompt's states, the mean and last
+state so far and the evidence so far says how probable it is that the finished answer's score reaches the threshold at
+which the search for a certificate begins. It is fitted on the rule's fitting records, with their cross-validated
+scores. An answer is stopped where these log-odds lie under a cut that all but a share `LOST` of the fitting records
+that reach it pass, cross-validated too. So the stops are fixed before the certification records are looked at, and a
+certificate of the rule with its stops (a stopped answer is not let through) holds as one without them does.
 
-Answers' tokens are read again by transformers, once; they are kept beside the study's files.
+Answers' tokens are read again by transformers, once; they are kept beside the study's files. Without a model there is
+the first check alone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from candor.sdm.adaptor import Block
 from studies.two_gates.answers import BATCH, Answered, BatchedModel, load
 from studies.two_gates.deals import layer, rows
 
-CHECKS = (8, 16, 24, 32, 48, 64)
+CHECKS = (0, 8, 16, 24, 32, 48, 64)
 LOST = 0.005
 """Of the fitting records that reach the threshold, the share that each check may stop."""
 FEWEST = 50
@@ -43,11 +44,21 @@ FEWEST = 50
 
 @dataclass(frozen=True, eq=False)
 class Paths:
-    """n answers while they were written. lengths (n,); states (n, checks, 2 H + 6): mean, last state and evidence
-    after so many tokens, NaN from the answer's end on."""
+    """n answers while they were written. lengths (n,); states (n, checks - 1, 2 H + 6): mean, last state and evidence
+    after so many tokens, NaN from the answer's end on; the first check sees the prompt alone."""
 
     lengths: Tensor
     states: Tensor
+
+    @property
+    def checks(self) -> tuple[int, ...]:
+        return CHECKS[: self.states.shape[1] + 1]
+
+    def seen(self, prompts: Tensor) -> Tensor:
+        """(n, checks, P + 2 H + 6): what each check sees of answers to prompts (n, P)."""
+        nothing = torch.zeros(len(self.states), 1, self.states.shape[2])
+        states = torch.cat([nothing, self.states], 1)
+        return torch.cat([prompts.unsqueeze(1).expand(-1, states.shape[1], -1), states], 2).double()
 
     def take(self, at: Tensor) -> Paths:
         return Paths(self.lengths[at], self.states[at])
@@ -59,7 +70,7 @@ def paths(model: BatchedModel, records: list[Record], answered: Answered, kept: 
     lengths, states = [], []
     for first in tqdm(range(0, len(records), BATCH), desc=kept.stem):
         some = slice(first, first + BATCH)
-        for length, row in model.along(records[some], answered.texts[some], CHECKS):
+        for length, row in model.along(records[some], answered.texts[some], CHECKS[1:]):
             lengths.append(length)
             states.append(row)
     found = Paths(torch.tensor(lengths), torch.stack(states))
@@ -81,9 +92,10 @@ class Stops:
         block: Block = (hidden, "scalar")
         blocks: list[Block] = [block] * 4 + [(path.states.shape[2] - 2 * hidden, "feature")]
         weights, biases, cuts = [], [], []
-        for check in range(len(CHECKS)):
-            running = path.lengths > CHECKS[check]
-            x = torch.cat([prompts, path.states[:, check]], 1)[running].double()
+        seen = path.seen(prompts)
+        for check, tokens in enumerate(path.checks):
+            running = path.lengths > tokens
+            x = seen[running, check]
             y = reaches[running].long()
             if min(int(y.sum()), int((1 - y).sum())) < FEWEST:
                 weights.append(x.new_zeros(x.shape[1]))
@@ -102,27 +114,31 @@ class Stops:
 
     def written(self, prompts: Tensor, path: Paths) -> Tensor:
         """Tokens (n,) written of each answer: its length where it is not stopped."""
-        x = torch.cat([prompts.unsqueeze(1).expand(-1, len(CHECKS), -1), path.states], 2).double()
-        odds = (x * self.weights).sum(2) + self.biases
-        stopped = (odds < self.cuts) & (path.lengths.unsqueeze(1) > torch.tensor(CHECKS))
-        first = torch.tensor(CHECKS)[stopped.int().argmax(1)]
+        odds = (path.seen(prompts) * self.weights).sum(2) + self.biases
+        stopped = (odds < self.cuts) & (path.lengths.unsqueeze(1) > torch.tensor(path.checks))
+        first = torch.tensor(path.checks)[stopped.int().argmax(1)]
         return torch.where(stopped.any(1), first, path.lengths)
 
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Of the task's answers.")],
-    model: Annotated[Path, typer.Option(help="Directory of the model.")],
-    data: Annotated[Path, typer.Option(help="Folder of calibration.jsonl and test.jsonl.")],
+    model: Annotated[Path | None, typer.Option(help="Directory of the model.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of calibration.jsonl and test.jsonl.")] = None,
     accuracy: Annotated[float, typer.Option(help="To certify.")] = 0.9,
     deals: Annotated[int, typer.Option(min=1)] = 5,
 ) -> None:
     torch.set_num_threads(1)
     sets = {name: load(folder / f"{name}.pt") for name in ("calibration", "test")}
-    reader, wanted = BatchedModel(model), Claim(accuracy, 0.05)
+    wanted = Claim(accuracy, 0.05)
     path = {
-        name: paths(reader, load_records(data / f"{name}.jsonl"), some, folder / f"paths-{name}.pt")
-        for name, some in sets.items()
+        name: Paths(torch.ones(len(found), dtype=torch.int64), torch.empty(len(found), 0, found.h.shape[1]))
+        for name, found in sets.items()
     }
+    if model is not None and data is not None:
+        reader = BatchedModel(model)
+        for name, answered in sets.items():
+            kept = folder / f"paths-{name}.pt"
+            path[name] = paths(reader, load_records(data / f"{name}.jsonl"), answered, kept)
     known, hidden = sets["calibration"], sets["test"].prompts.shape[1] // 2
     parts = (("mean", hidden), ("last", hidden), ("evidence", known.h.shape[1] - 2 * hidden))
     for seed in range(deals):
@@ -177,7 +193,8 @@ def main(
             typer.echo(
                 f"  held out: let through {_share(before)} ({_share(some.y[before] == 1)} right), with stops "
                 f"{_share(after)} ({_share(some.y[after] == 1)} right); lost by stops {_share(stopped[before])}; "
-                f"withheld ones stopped {_share(stopped[withheld])}, by half {_share((stopped & half)[withheld])}; "
+                f"withheld ones not begun {_share(written[withheld] == 0)}, "
+                f"stopped {_share(stopped[withheld])}, by half {_share((stopped & half)[withheld])}; "
                 f"tokens saved {1 - int(written[judged.known].sum()) / tokens:.1%}"
             )
 
