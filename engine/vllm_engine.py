@@ -160,11 +160,7 @@ class VLLMEngine:
         room = room_for_answer(len(prompt_ids), len(self._closing_ids), self.max_model_len)
         params.max_tokens = min(params.max_tokens or room, room)
         tag, tag_ids = (self.representation.tag, self._tag_ids) if tagged else ("", _NO_TAG)
-        # What closing replaces would take its log-probability with it.
-        closed = capture and tagged and params.logprobs is None
-        params.extra_args = self._wish(
-            tag_ids, evidence=capture, prompt=prompt_states, closing=self._closing_ids if closed else ()
-        )
+        params.extra_args = self._wish(tag_ids, evidence=capture, prompt=prompt_states)
         answer = AnswerText(tag, tag_ids, params.logprobs is not None)
         states = None
         async with aclosing(self._submit(prompt, params, **how)) as outputs:
@@ -314,13 +310,11 @@ class VLLMEngine:
         """
         if length is None:  # the tag came in other tokens than its own: encode the text anew
             return await self.summarise(prompt_ids, self._chat.encode_response(answer.text))
-        response_ids, closing = answer.token_ids[:length], answer.closing(length) or self._closing_ids
+        response_ids = answer.token_ids[:length]
         hidden = self._summary(record, response_ids)
-        # Blanks before an end token were fed before closing; they are no part of the answer.
-        whole = len(prompt_ids) + len(response_ids) + len(closing)
-        if hidden is not None and hidden.complete and hidden.positions == whole:
+        if hidden is not None and hidden.complete:
             return hidden
-        return await self._summarise(prompt_ids, response_ids, closing)
+        return await self._summarise(prompt_ids, response_ids, answer.closing(length) or self._closing_ids)
 
     async def _prompt(self, prompt_ids: Sequence[int], output: RequestOutput) -> PromptStates | None:
         """Returns the states reported with the answer's first token, else requests them alone."""
@@ -378,17 +372,11 @@ class VLLMEngine:
         )
 
     def _wish(
-        self,
-        tag_ids: list[int],
-        first: int | None = None,
-        evidence: bool = True,
-        prompt: bool = False,
-        closing: Sequence[int] = (),
+        self, tag_ids: list[int], first: int | None = None, evidence: bool = True, prompt: bool = False
     ) -> dict[str, Any]:
         """Builds the `extra_args` that engine/vllm_scheduler.py reads."""
         evidence = evidence and bool(self.representation.evidence)
-        wish = {"tag": tag_ids, "first": first, "evidence": evidence, "prompt": prompt}
-        return {KEY: wish | {"closing": closing}}
+        return {KEY: {"tag": tag_ids, "first": first, "evidence": evidence, "prompt": prompt}}
 
 
 def _config(args: AsyncEngineArgs) -> Any:

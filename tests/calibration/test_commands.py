@@ -114,10 +114,16 @@ def test_from_the_command_line_to_a_bundle_and_its_figures(model: Path, tmp_path
     assert bundle.manifest.model.dtype == "float32"
     assert bundle.report["counts"]["held_out"] == {"records": 30, "correct": 20, "base_rate": 2 / 3}
     assert (tmp_path / "bundle.cache" / "answers.sqlite").is_file()
+    assert "Of 30 questions kept apart" in (tmp_path / "bundle.html").read_text().replace("\n", " ")
+    assert set(told["seconds"]) == {"engine", "answering", "fitting"}
 
     common = ("evaluate", "--bundle", tmp_path / "bundle", "--model", model, "--data", test, *ENGINE)
-    found = candor(*common, "--ood", generated, "--json")
+    found = candor(*common, "--ood", generated, "--json", "--page", tmp_path / "page.html")
     assert found.exit_code == 0, found.output
+    assert "<td>ood</td>" in (tmp_path / "page.html").read_text()
+    unknown = candor(*common, "--kind", "area")
+    assert unknown.exit_code == 1
+    assert "line 1: no column area; there are id, messages, response, label" in unknown.stderr
     sets = json.loads(found.stdout)["sets"]
     assert sets["test"] == bundle.report["held_out"]
     assert sets["ood"]["faults"] == {"truncated": 1}  # random weights never end their answer
