@@ -1,0 +1,279 @@
+"""A LoRA probe: a linear head on the final state at the tag, trained together with an adapter.
+
+    python -m studies.knows.probe --model M --records train.jsonl --answers train.pt --number 2000 --out DIR
+
+    loss = mean_i BCE(f_i, right_i) + kl mean_t KL(p_before(t) || p(t)) + contrast mean_{i, j} softplus(f_j - f_i)
+    f_i  =  w . [state at the tag of answer i ; its evidence, where it is to know what evidence does not] + b
+
+over answers i; positions t of answers and tags, where the language is held to what it was; and pairs of a right
+answer i and a wrong answer j to one prompt. w and b begin at the logistic regression on frozen states. The adapter is
+then merged: `model/` in `out` is served and calibrated like any other. A stopped run goes on where it was.
+
+On a GPU, or several, the same under `accelerate launch --config_file studies/knows/gpu.yaml -m studies.knows.probe`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from candor.calibration.logistic import fit_standardised
+from candor.engine.base import EVIDENCE
+from candor.finetune.batches import shuffled_batches
+from candor.finetune.merge import merge, replace_directory
+from candor.finetune.model import TARGETS
+from studies.knows.packed import Asked, Packed, first_answers, pack, read
+
+REACH = 3.0
+"""Of the regression that the head begins at (`calibration.logistic`)."""
+CHECKPOINT_EVERY = 25
+
+
+@dataclass(frozen=True)
+class Settings:
+    """number: answers to learn from, of random prompts. prompts: of a step. depth: the adapter's share of the layers,
+    from the last. warmup: share of the steps, before a linear decay to 0. beside: the head sees the evidence too.
+    steps: stop after so many, for a dry run."""
+
+    number: int
+    epochs: int = 3
+    prompts: int = 4
+    learning_rate: float = 3e-4
+    rank: int = 8
+    depth: float = 0.5
+    kl: float = 1.0
+    contrast: float = 0.0
+    beside: bool = False
+    warmup: float = 0.1
+    seed: int = 0
+    steps: int | None = None
+
+
+class Probe(nn.Module):
+    """The adapted model and its head, as one module that accelerate can wrap."""
+
+    model: Any
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, model: Any, hidden: int, evidence: int) -> None:
+        super().__init__()
+        self.model, self.head = model, nn.Linear(hidden + evidence, 1)
+        self.register_buffer("mean", torch.zeros(hidden + evidence))
+        self.register_buffer("scale", torch.ones(hidden + evidence))
+
+    @torch.no_grad()
+    def begin(self, x: Tensor, y: Tensor) -> None:
+        """x: (n, D), states and evidence of frozen answers; y: (n,)."""
+        evidence = x.shape[1] - int(self.model.config.hidden_size)
+        blocks: list[Any] = [
+            (x.shape[1] - evidence, "scalar"),
+            *([(evidence, "feature")] if evidence else []),
+        ]
+        ((w, b),) = fit_standardised(x, y.long(), blocks, (REACH,))
+        self.mean.copy_(x.mean(0))
+        spread = x.std(0)
+        spread[: x.shape[1] - evidence] = spread[: x.shape[1] - evidence].square().mean().sqrt()
+        self.scale.copy_(spread)
+        self.head.weight.copy_((w * spread).float().unsqueeze(0))
+        self.head.bias.copy_((b + w @ x.mean(0).double()).float())
+
+    def forward(
+        self, packed: Packed, evidence: Tensor, logits: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """f (a,) float32, states at the tags (a, H) float32, log-probabilities (t, V) at `held` or None."""
+        states = self.model.get_decoder()(
+            input_ids=packed.ids,
+            position_ids=packed.positions,
+            attention_mask=masks(self.model.config, packed.mask),
+            use_cache=False,
+        )[0].flatten(0, 1)
+        tag = states[packed.tag].float()
+        x = torch.cat([tag, evidence], 1)[:, : len(self.mean)]
+        f = F.linear((x - self.mean) / self.scale, self.head.weight.float(), self.head.bias.float()).squeeze(
+            1
+        )
+        log_p = (
+            self.model.get_output_embeddings()(states[packed.held]).float().log_softmax(1) if logits else None
+        )
+        return f, tag, log_p
+
+
+def masks(config: Any, mask: Tensor) -> Any:
+    """The same mask by kind of layer, where a model has several: sequences here are shorter than any window."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return {kind: mask for kind in kinds} if len(kinds) > 1 else mask
+
+
+def load(directory: Path, settings: Settings, evidence: int) -> Probe:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(
+        str(directory),
+        dtype=torch.bfloat16,
+        local_files_only=True,
+        attn_implementation="sdpa" if torch.cuda.is_available() else "eager",
+    )
+    layers = base.config.num_hidden_layers
+    torch.manual_seed(settings.seed)
+    adapted: Any = peft.get_peft_model(
+        base,
+        peft.LoraConfig(
+            r=settings.rank,
+            lora_alpha=2 * settings.rank,
+            target_modules=TARGETS,
+            layers_to_transform=list(range(layers - round(settings.depth * layers), layers)),
+            task_type="CAUSAL_LM",
+        ),
+    )
+    return Probe(adapted, base.config.hidden_size, evidence).train()
+
+
+def contrast(f: Tensor, label: Tensor, group: Tensor) -> Tensor:
+    """Mean over pairs of a right and a wrong answer to one prompt of softplus(f_wrong - f_right); 0 without any."""
+    pairs = (group.unsqueeze(1) == group) & (label.unsqueeze(1) > label)
+    return (F.softplus(f - f.unsqueeze(1)) * pairs).sum() / pairs.sum().clamp(min=1)
+
+
+def losses(probe: Any, some: Sequence[Asked], settings: Settings, unwrapped: Probe) -> dict[str, Tensor]:
+    device = next(unwrapped.parameters()).device
+    packed = pack(some, torch.bfloat16).to(device)
+    label, weight, evidence = (
+        torch.cat([getattr(one, name) for one in some]).to(device) for name in ("label", "weight", "evidence")
+    )
+    f, _, log_p = probe(packed, evidence)
+    assert log_p is not None
+    with torch.no_grad(), unwrapped.model.disable_adapter():
+        _, _, before = probe(packed, evidence)
+    assert before is not None
+    return {
+        "probe": F.binary_cross_entropy_with_logits(f, label, weight, reduction="sum") / weight.sum(),
+        "kl": F.kl_div(log_p, before, log_target=True, reduction="batchmean"),
+        "contrast": contrast(f, label, packed.group),
+    }
+
+
+def train(asked: Sequence[Asked], model: Path, out: Path, settings: Settings) -> Probe:
+    """Trains, from the last checkpoint in `out` where there is one, and writes adapter and head."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision="bf16")
+    evidence = len(EVIDENCE) if settings.beside else 0
+    probe = load(model, settings, evidence)
+    x = torch.cat([torch.cat([one.frozen, one.evidence], 1) for one in asked])[:, : len(probe.mean)]
+    probe.begin(x, torch.cat([one.label for one in asked]))
+    trained = [p for p in probe.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.01)
+    wrapped, optimiser = accelerator.prepare(probe, optimiser)
+    plan = [
+        batch
+        for epoch in range(settings.epochs)
+        for batch in shuffled_batches(
+            [one.length for one in asked], settings.prompts, random.Random(f"{settings.seed}:{epoch}")
+        )
+    ]
+    total, checkpoint, done = len(plan), out / "checkpoint.pt", 0
+    out.mkdir(parents=True, exist_ok=True)
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=accelerator.device)
+        if state["settings"] != asdict(settings):
+            raise typer.BadParameter(
+                f"{out} holds a run with other settings, {state['settings']}: give another --out"
+            )
+        for p, kept in zip(trained, state["trained"], strict=True):
+            p.data.copy_(kept)
+        optimiser.load_state_dict(state["optimiser"])
+        done = state["done"]
+    end = total if settings.steps is None else min(settings.steps, total)
+    with tqdm(total=end, initial=done, unit="step", mininterval=10) as bar:
+        for step in range(done, end):
+            share = (step + 1) / total
+            for group in optimiser.param_groups:
+                group["lr"] = settings.learning_rate * min(
+                    1, share / settings.warmup, (1 - step / total) / 0.9
+                )
+            found = losses(wrapped, [asked[i] for i in plan[step]], settings, probe)
+            loss = found["probe"] + settings.kl * found["kl"] + settings.contrast * found["contrast"]
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(trained, 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+            bar.update()
+            if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == end:
+                bar.write(
+                    f"{step + 1} "
+                    + " ".join(f"{name} {float(value.detach()):.4f}" for name, value in found.items())
+                )
+                state = {"settings": asdict(settings), "done": step + 1, "optimiser": optimiser.state_dict()}
+                torch.save(state | {"trained": [p.data for p in trained]}, out / "checkpoint.unfinished")
+                (out / "checkpoint.unfinished").replace(checkpoint)
+    return probe
+
+
+@torch.inference_mode()
+def judged(probe: Probe, asked: Sequence[Asked], prompts: int = 8) -> tuple[Tensor, Tensor]:
+    """f (a,) and states at the tags (a, H) of all their answers, in order."""
+    probe.eval()
+    device = next(probe.parameters()).device
+    order = sorted(range(len(asked)), key=lambda i: asked[i].length)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for start in range(0, len(order), prompts):
+        numbers = order[start : start + prompts]
+        some = [asked[i] for i in numbers]
+        evidence = torch.cat([one.evidence for one in some]).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            f, tag, _ = probe(pack(some, torch.bfloat16).to(device), evidence, logits=False)
+        sizes = [len(one.answers) for one in some]
+        for i, own, state in zip(numbers, f.cpu().split(sizes), tag.cpu().split(sizes), strict=True):
+            found[i] = own, state
+    f, states = (torch.cat([found[i][part] for i in range(len(asked))]) for part in (0, 1))
+    return f, states
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Directory of the model whose answers they are.")],
+    records: Annotated[Path, typer.Option(help="The prompts, JSON Lines.")],
+    answers: Annotated[Path, typer.Option(help="Answers to them, .pt (studies.knows.answers).")],
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    number: Annotated[int, typer.Option(min=1, help="Answers to learn from.")],
+    held_records: Annotated[Path | None, typer.Option(help="Prompts to measure on.")] = None,
+    held_answers: Annotated[Path | None, typer.Option(help="Answers to those.")] = None,
+    epochs: int = 3,
+    prompts: Annotated[int, typer.Option(help="Of a step.")] = 4,
+    learning_rate: float = 3e-4,
+    rank: int = 8,
+    depth: float = 0.5,
+    kl: float = 1.0,
+    contrast: float = 0.0,
+    beside: bool = False,
+    seed: int = 0,
+    steps: Annotated[int | None, typer.Option(help="Stop after so many: a dry run.")] = None,
+    merged: Annotated[bool, typer.Option(help="Write model/.")] = False,
+) -> None:
+    torch.set_num_threads(1 if not torch.cuda.is_available() else torch.get_num_threads())
+    settings = Settings(
+        number, epochs, prompts, learning_rate, rank, depth, kl, contrast, beside, seed=seed, steps=steps
+    )
+    asked = first_answers(read(model, records, answers), number, seed)
+    probe = train(asked, model, out, settings)
+    probe.model.save_pretrained(str(out / "adapter"))
+    if held_records and held_answers:
+        held = read(model, held_records, held_answers)
+        f, states = judged(probe, held)
+        torch.save({"f": f, "states": states, "settings": asdict(settings)}, out / "held.pt")
+    if merged:
+        replace_directory(out / "model", lambda path: merge(model, out / "adapter", path))
+
+
+if __name__ == "__main__":
+    typer.run(main)
