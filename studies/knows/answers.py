@@ -56,6 +56,7 @@ def main(
     samples: Annotated[int, typer.Option(min=1, help="Answers a prompt; 1: the greedy one.")] = 1,
     temperature: Annotated[float, typer.Option(help="Of several answers.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 64,
+    cache: Annotated[Path | None, typer.Option(help="Folder of kept answers; default: beside --out.")] = None,
 ) -> None:
     chat = ChatFormat.from_directory(model)
     policy = Policy(temperature if samples > 1 else 0.0, max_tokens=max_tokens, resample=samples)
@@ -64,7 +65,7 @@ def main(
     )
 
     async def ask(engine: Engine) -> list[list[Labelled]]:
-        asking = AnsweringOptions(out[0].parent / "answers", IN_FLIGHT)
+        asking = AnsweringOptions(cache or out[0].parent / "answers", IN_FLIGHT)
         files = [DataFile.load(path) for path in data]
         return [await answer_file(engine, chat, f, policy, asking, f.path.stem) for f in files]
 

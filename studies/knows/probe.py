@@ -9,7 +9,7 @@ over answers i; positions t of answers and tags, where the language is held to w
 answer i and a wrong answer j to one prompt. w and b begin at the logistic regression on frozen states. The adapter is
 then merged: `model/` in `out` is served and calibrated like any other. A stopped run goes on where it was.
 
-On a GPU, or several, the same under `accelerate launch --config_file studies/knows/gpu.yaml -m studies.knows.probe`.
+It uses the GPU where there is one, also under `accelerate launch --config_file finetune/configs/one.yaml -m ...`.
 """
 
 from __future__ import annotations
