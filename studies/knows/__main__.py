@@ -1,6 +1,6 @@
 """The whole study for one model and one task; a stopped run goes on where it was, as every step keeps what it has.
 
-    python -m studies.knows --model M --data FOLDER --out OUT --number 8000 
+    python -m studies.knows --model M --data FOLDER --out OUT --number 8000
 
 FOLDER holds train, held, calibration and test, .jsonl: prompts to learn from, to measure what a state knows on, to
 calibrate on, and to look at once, in the end. On one GPU a model of 1.5B to 4B parameters takes the same command;

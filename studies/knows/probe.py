@@ -186,7 +186,7 @@ def train(asked: Sequence[Asked], model: Path, out: Path, settings: Settings) ->
     out.mkdir(parents=True, exist_ok=True)
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=accelerator.device)
-        if state["settings"] != asdict(settings):
+        if state["settings"] | {"steps": None} != asdict(settings) | {"steps": None}:
             raise typer.BadParameter(
                 f"{out} holds a run with other settings, {state['settings']}: give another --out"
             )
