@@ -9,6 +9,7 @@ prompt stand next to each other and share its digest.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -56,6 +57,7 @@ def main(
     samples: Annotated[int, typer.Option(min=1, help="Answers a prompt; 1: the greedy one.")] = 1,
     temperature: Annotated[float, typer.Option(help="Of several answers.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 64,
+    first: Annotated[int | None, typer.Option(help="Records of each file; default: all.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder of kept answers; default: beside --out.")] = None,
 ) -> None:
     chat = ChatFormat.from_directory(model)
@@ -66,7 +68,7 @@ def main(
 
     async def ask(engine: Engine) -> list[list[Labelled]]:
         asking = AnsweringOptions(cache or out[0].parent / "answers", IN_FLIGHT)
-        files = [DataFile.load(path) for path in data]
+        files = [replace(file, records=file.records[:first]) for file in map(DataFile.load, data)]
         return [await answer_file(engine, chat, f, policy, asking, f.path.stem) for f in files]
 
     for found, path in zip(asyncio.run(asked(settings, chat, None, ask)), out, strict=True):

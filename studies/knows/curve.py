@@ -51,7 +51,7 @@ class Answers:
 
 def regression(x: Tensor, answers: Answers, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
     """w and b with the penalty that cross-validation over prompts prefers."""
-    folds = split(answers.digests, answers.label.tolist(), (0.2,) * 5, 0)
+    x, folds = x.double(), split(answers.digests, answers.label.tolist(), (0.2,) * 5, 0)
     tried = cross_validated(x, answers.label, blocks, folds, REACHES)
     best = min(range(len(REACHES)), key=lambda i: float(log_loss(tried[i], answers.label)))
     return fit_standardised(x, answers.label, blocks, REACHES[: best + 1])[-1]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from copy import copy, deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ import torch
 import typer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from candor.calibration.logistic import fit_standardised
@@ -36,6 +38,7 @@ from studies.knows.packed import Asked, Packed, first_answers, pack, read
 REACH = 3.0
 """Of the regression that the head begins at (`calibration.logistic`)."""
 CHECKPOINT_EVERY = 25
+KINDS = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
@@ -59,17 +62,36 @@ class Settings:
 
 
 class Probe(nn.Module):
-    """The adapted model and its head, as one module that accelerate can wrap."""
+    """The adapted model and its head, as one module that accelerate can wrap. Layers below the first adapted one
+    always give the same, so their states are computed once for each prompt."""
 
     model: Any
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, model: Any, hidden: int, evidence: int) -> None:
+    def __init__(self, model: Any, first: int, hidden: int, evidence: int) -> None:
         super().__init__()
         self.model, self.head = model, nn.Linear(hidden + evidence, 1)
         self.register_buffer("mean", torch.zeros(hidden + evidence))
         self.register_buffer("scale", torch.ones(hidden + evidence))
+        decoder, end = model.get_decoder(), model.config.num_hidden_layers
+        # In a tuple, since they own nothing.
+        self.parts = part(decoder, slice(0, first), last=False), part(decoder, slice(first, end), last=True)
+
+    @property
+    def upper(self) -> Any:
+        return self.parts[1]
+
+    @torch.no_grad()
+    def lower(self, packed: Packed) -> Tensor:
+        """What the adapted layers are given: (b, L, H)."""
+        return self.run(self.parts[0], packed, input_ids=packed.ids).view(*packed.ids.shape, -1)
+
+    @torch.no_grad()
+    def before(self, packed: Packed, middle: Tensor) -> Tensor:
+        """States (t, H) at `held` without the adapter."""
+        with self.model.disable_adapter():
+            return self.run(self.upper, packed, inputs_embeds=middle)[packed.held]
 
     @torch.no_grad()
     def begin(self, x: Tensor, y: Tensor) -> None:
@@ -88,30 +110,42 @@ class Probe(nn.Module):
         self.head.bias.copy_((b + w @ x.mean(0).double()).float())
 
     def forward(
-        self, packed: Packed, evidence: Tensor, logits: bool = True
+        self, packed: Packed, middle: Tensor, evidence: Tensor, logits: bool = True
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """f (a,) float32, states at the tags (a, H) float32, log-probabilities (t, V) at `held` or None."""
-        states = self.model.get_decoder()(
-            input_ids=packed.ids,
-            position_ids=packed.positions,
-            attention_mask=masks(self.model.config, packed.mask),
-            use_cache=False,
-        )[0].flatten(0, 1)
+        """middle (b, L, H): what the adapted layers are given. f (a,) float32, states at the tags (a, H) float32,
+        log-probabilities (t, V) at `held` or None."""
+        states = self.run(self.upper, packed, inputs_embeds=middle)
         tag = states[packed.tag].float()
         x = torch.cat([tag, evidence], 1)[:, : len(self.mean)]
-        f = F.linear((x - self.mean) / self.scale, self.head.weight.float(), self.head.bias.float()).squeeze(
-            1
-        )
-        log_p = (
-            self.model.get_output_embeddings()(states[packed.held]).float().log_softmax(1) if logits else None
-        )
-        return f, tag, log_p
+        f = (x - self.mean) / self.scale @ self.head.weight.float().squeeze(0) + self.head.bias.float()
+        return f, tag, self.log_p(states[packed.held]) if logits else None
+
+    def run(self, part: Any, packed: Packed, **given: Tensor) -> Tensor:
+        """Last states (b * L, H) of a part of the decoder."""
+        masks = by_kind(part.config, packed.mask)
+        found = part(position_ids=packed.positions, attention_mask=masks, use_cache=False, **given)[0]
+        return found.flatten(0, 1)  # type: ignore[no-any-return]
+
+    def log_p(self, states: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(states).float().log_softmax(1)  # type: ignore[no-any-return]
 
 
-def masks(config: Any, mask: Tensor) -> Any:
-    """The same mask by kind of layer, where a model has several: sequences here are shorter than any window."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    return {kind: mask for kind in kinds} if len(kinds) > 1 else mask
+def by_kind(config: Any, mask: Tensor) -> Any:
+    """The same mask for every kind of layer, where a model has several: no sequence here is as long as a window."""
+    return {kind: mask for kind in KINDS} if "sliding_attention" in (config.layer_types or ()) else mask
+
+
+def part(decoder: Any, layers: slice, last: bool) -> Any:
+    """The decoder with some of its layers alone, which it shares. last: and with its norm."""
+    shared = copy(decoder)
+    shared._modules = dict(decoder._modules)
+    shared.layers = decoder.layers[layers]
+    shared.norm = decoder.norm if last else nn.Identity()
+    shared.config = deepcopy(decoder.config)
+    kinds = getattr(decoder.config, "layer_types", None)
+    shared.config.layer_types = kinds and kinds[layers]
+    shared.config.num_hidden_layers = len(shared.layers)
+    return shared
 
 
 def load(directory: Path, settings: Settings, evidence: int) -> Probe:
@@ -125,6 +159,7 @@ def load(directory: Path, settings: Settings, evidence: int) -> Probe:
         attn_implementation="sdpa" if torch.cuda.is_available() else "eager",
     )
     layers = base.config.num_hidden_layers
+    first = layers - round(settings.depth * layers)
     torch.manual_seed(settings.seed)
     adapted: Any = peft.get_peft_model(
         base,
@@ -132,11 +167,11 @@ def load(directory: Path, settings: Settings, evidence: int) -> Probe:
             r=settings.rank,
             lora_alpha=2 * settings.rank,
             target_modules=TARGETS,
-            layers_to_transform=list(range(layers - round(settings.depth * layers), layers)),
+            layers_to_transform=list(range(first, layers)),
             task_type="CAUSAL_LM",
         ),
     )
-    return Probe(adapted, base.config.hidden_size, evidence).train()
+    return Probe(adapted, first, base.config.hidden_size, evidence).train()
 
 
 def contrast(f: Tensor, label: Tensor, group: Tensor) -> Tensor:
@@ -145,20 +180,42 @@ def contrast(f: Tensor, label: Tensor, group: Tensor) -> Tensor:
     return (F.softplus(f - f.unsqueeze(1)) * pairs).sum() / pairs.sum().clamp(min=1)
 
 
-def losses(probe: Any, some: Sequence[Asked], settings: Settings, unwrapped: Probe) -> dict[str, Tensor]:
-    device = next(unwrapped.parameters()).device
+class Frozen:
+    """What is the same in every step, by prompt: the adapted layers' input, and final states without the adapter."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self.middle: dict[str, Tensor] = {}
+        self.before: dict[str, Tensor] = {}
+
+    def of(self, some: Sequence[Asked], packed: Packed) -> tuple[Tensor, Tensor]:
+        """(b, L, H) and (t, H)."""
+        if any(one.digest not in self.middle for one in some):
+            middle = self.probe.lower(packed)
+            before = self.probe.before(packed, middle)
+            sizes = [1 + sum(len(answer) - 1 for answer in one.answers) for one in some]
+            for one, own, states in zip(some, middle.cpu(), before.cpu().split(sizes), strict=True):
+                self.middle[one.digest] = own[: one.length].clone()
+                self.before[one.digest] = states.clone()
+        middle = pad_sequence([self.middle[one.digest] for one in some], batch_first=True)
+        before = torch.cat([self.before[one.digest] for one in some])
+        return middle.to(packed.ids.device), before.to(packed.ids.device)
+
+
+def losses(probe: Any, some: Sequence[Asked], frozen: Frozen) -> dict[str, Tensor]:
+    """probe: as accelerate wraps it."""
+    device = next(probe.parameters()).device
     packed = pack(some, torch.bfloat16).to(device)
     label, weight, evidence = (
         torch.cat([getattr(one, name) for one in some]).to(device) for name in ("label", "weight", "evidence")
     )
-    f, _, log_p = probe(packed, evidence)
-    assert log_p is not None
-    with torch.no_grad(), unwrapped.model.disable_adapter():
-        _, _, before = probe(packed, evidence)
-    assert before is not None
+    middle, before = frozen.of(some, packed)
+    f, _, log_p = probe(packed, middle, evidence)
+    with torch.no_grad():
+        log_p_before = frozen.probe.log_p(before)
     return {
         "probe": F.binary_cross_entropy_with_logits(f, label, weight, reduction="sum") / weight.sum(),
-        "kl": F.kl_div(log_p, before, log_target=True, reduction="batchmean"),
+        "kl": F.kl_div(log_p, log_p_before, log_target=True, reduction="batchmean"),
         "contrast": contrast(f, label, packed.group),
     }
 
@@ -175,6 +232,7 @@ def train(asked: Sequence[Asked], model: Path, out: Path, settings: Settings) ->
     trained = [p for p in probe.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.01)
     wrapped, optimiser = accelerator.prepare(probe, optimiser)
+    frozen = Frozen(probe)
     plan = [
         batch
         for epoch in range(settings.epochs)
@@ -202,7 +260,8 @@ def train(asked: Sequence[Asked], model: Path, out: Path, settings: Settings) ->
                 group["lr"] = settings.learning_rate * min(
                     1, share / settings.warmup, (1 - step / total) / 0.9
                 )
-            found = losses(wrapped, [asked[i] for i in plan[step]], settings, probe)
+            with accelerator.autocast():
+                found = losses(wrapped, [asked[i] for i in plan[step]], frozen)
             loss = found["probe"] + settings.kl * found["kl"] + settings.contrast * found["contrast"]
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(trained, 1.0)
@@ -232,7 +291,8 @@ def judged(probe: Probe, asked: Sequence[Asked], prompts: int = 8) -> tuple[Tens
         some = [asked[i] for i in numbers]
         evidence = torch.cat([one.evidence for one in some]).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            f, tag, _ = probe(pack(some, torch.bfloat16).to(device), evidence, logits=False)
+            packed = pack(some, torch.bfloat16).to(device)
+            f, tag, _ = probe(packed, probe.lower(packed), evidence, logits=False)
         sizes = [len(one.answers) for one in some]
         for i, own, state in zip(numbers, f.cpu().split(sizes), tag.cpu().split(sizes), strict=True):
             found[i] = own, state
