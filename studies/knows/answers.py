@@ -26,6 +26,8 @@ from candor.policy.policy import Policy
 from studies.two_gates.deals import REPRESENTATION
 
 IN_FLIGHT = 32
+KEPT_EVERY = 100
+"""Records."""
 
 
 def kept(found: list[Labelled], out: Path) -> None:
@@ -66,13 +68,16 @@ def main(
         model, representation=REPRESENTATION, max_model_len=512, max_num_seqs=IN_FLIGHT, eager=True
     )
 
-    async def ask(engine: Engine) -> list[list[Labelled]]:
+    async def ask(engine: Engine) -> None:
         asking = AnsweringOptions(cache or out[0].parent / "answers", IN_FLIGHT)
-        files = [replace(file, records=file.records[:first]) for file in map(DataFile.load, data)]
-        return [await answer_file(engine, chat, f, policy, asking, f.path.stem) for f in files]
+        for path, into in zip(data, out, strict=True):
+            file, found = DataFile.load(path), []
+            for start in range(0, len(file.records[:first]), KEPT_EVERY):
+                part = replace(file, records=file.records[:first][start : start + KEPT_EVERY])
+                found += await answer_file(engine, chat, part, policy, asking, path.stem)
+                kept(found, into)
 
-    for found, path in zip(asyncio.run(asked(settings, chat, None, ask)), out, strict=True):
-        kept(found, path)
+    asyncio.run(asked(settings, chat, None, ask))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from candor.finetune.merge import merge, replace_directory
 from candor.finetune.model import TARGETS
 from studies.knows.packed import Asked, Packed, first_answers, pack, read
 
-REACH = 3.0
+REACH = 0.3
 """Of the regression that the head begins at (`calibration.logistic`)."""
 CHECKPOINT_EVERY = 25
 KINDS = "full_attention", "sliding_attention"
@@ -48,11 +48,11 @@ class Settings:
     steps: stop after so many, for a dry run."""
 
     number: int
-    epochs: int = 3
-    prompts: int = 4
-    learning_rate: float = 3e-4
+    epochs: int = 2
+    prompts: int = 8
+    learning_rate: float = 5e-4
     rank: int = 8
-    depth: float = 0.5
+    depth: float = 0.34
     kl: float = 1.0
     contrast: float = 0.0
     beside: bool = False
@@ -94,20 +94,19 @@ class Probe(nn.Module):
             return self.run(self.upper, packed, inputs_embeds=middle)[packed.held]
 
     @torch.no_grad()
-    def begin(self, x: Tensor, y: Tensor) -> None:
-        """x: (n, D), states and evidence of frozen answers; y: (n,)."""
-        evidence = x.shape[1] - int(self.model.config.hidden_size)
-        blocks: list[Any] = [
-            (x.shape[1] - evidence, "scalar"),
-            *([(evidence, "feature")] if evidence else []),
-        ]
-        ((w, b),) = fit_standardised(x, y.long(), blocks, (REACH,))
+    def begin(self, state: Tensor, evidence: Tensor, y: Tensor) -> None:
+        """Sets the head to regressions on frozen states (n, H) and on evidence (n, 0 or 6), y: (n,). That on states
+        is held close to the base rate: one that fits these very answers would leave the adapter nothing to learn."""
+        x = torch.cat([state, evidence], 1)
         self.mean.copy_(x.mean(0))
-        spread = x.std(0)
-        spread[: x.shape[1] - evidence] = spread[: x.shape[1] - evidence].square().mean().sqrt()
-        self.scale.copy_(spread)
-        self.head.weight.copy_((w * spread).float().unsqueeze(0))
-        self.head.bias.copy_((b + w @ x.mean(0).double()).float())
+        spread = state.var(0).mean().sqrt().expand(state.shape[1])
+        self.scale.copy_(torch.cat([spread, evidence.std(0)]))
+        ((w, b),) = fit_standardised(state, y.long(), [(state.shape[1], "scalar")], (REACH,))
+        if evidence.shape[1]:
+            ((v, c),) = fit_standardised(evidence, y.long(), [(evidence.shape[1], "feature")], (10.0,))
+            w, b = torch.cat([w, v]), c - w @ state.mean(0).double()
+        self.head.weight.copy_((w * self.scale).float().unsqueeze(0))
+        self.head.bias.copy_((b + w @ self.mean.double()).float())
 
     def forward(
         self, packed: Packed, middle: Tensor, evidence: Tensor, logits: bool = True
@@ -227,8 +226,10 @@ def train(asked: Sequence[Asked], model: Path, out: Path, settings: Settings) ->
     accelerator = Accelerator(mixed_precision="bf16")
     evidence = len(EVIDENCE) if settings.beside else 0
     probe = load(model, settings, evidence)
-    x = torch.cat([torch.cat([one.frozen, one.evidence], 1) for one in asked])[:, : len(probe.mean)]
-    probe.begin(x, torch.cat([one.label for one in asked]))
+    states, figures, label = (
+        torch.cat([getattr(one, name) for one in asked]) for name in ("frozen", "evidence", "label")
+    )
+    probe.begin(states, figures[:, :evidence], label)
     trained = [p for p in probe.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.01)
     wrapped, optimiser = accelerator.prepare(probe, optimiser)
@@ -308,11 +309,11 @@ def main(
     number: Annotated[int, typer.Option(min=1, help="Answers to learn from.")],
     held_records: Annotated[Path | None, typer.Option(help="Prompts to measure on.")] = None,
     held_answers: Annotated[Path | None, typer.Option(help="Answers to those.")] = None,
-    epochs: int = 3,
-    prompts: Annotated[int, typer.Option(help="Of a step.")] = 4,
-    learning_rate: float = 3e-4,
+    epochs: int = 2,
+    prompts: Annotated[int, typer.Option(help="Of a step.")] = 8,
+    learning_rate: float = 5e-4,
     rank: int = 8,
-    depth: float = 0.5,
+    depth: float = 0.34,
     kl: float = 1.0,
     contrast: float = 0.0,
     beside: bool = False,
