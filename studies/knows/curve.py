@@ -15,6 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Annotated
 
 import numpy
@@ -33,6 +34,7 @@ SIZES = (500, 1000, 2000, 4000, 8000)
 DEALS = 5
 REACHES = (1.0, 3.0, 10.0, 30.0)
 REDRAWS = 1000
+ACCURACIES = 0.9, 0.95, 0.98
 
 
 class Answers:
@@ -111,6 +113,28 @@ def extrapolated(sizes: Sequence[int], aucs: Tensor, at: Sequence[int]) -> list[
     ]
 
 
+def answerable(right: float, auc: float, accuracy: float) -> float:
+    """Share that a threshold lets through at this accuracy, where a share `right` of all is right and the scores of
+    right and wrong answers are normal with one variance and this ROC AUC; it has the ceiling right / accuracy."""
+    normal = NormalDist()
+    apart = 2**0.5 * normal.inv_cdf(auc)
+    most = 0.0
+    for cut in numpy.linspace(-4, 7, 1101):
+        good, bad = right * normal.cdf(apart - cut), (1 - right) * normal.cdf(-cut)
+        if good >= accuracy * (good + bad):
+            most = max(most, good + bad)
+    return most
+
+
+def wanted(right: float, auc: float, accuracy: float, times: float = 1.3) -> str:
+    """What lets so many times as many through as `auc` does."""
+    now = answerable(right, auc, accuracy)
+    for better in numpy.linspace(auc, 0.999, 200):
+        if answerable(right, float(better), accuracy) >= times * now:
+            return f"AUC {better:.3f}"
+    return "no AUC"
+
+
 def main(
     model: Annotated[Path, typer.Option(help="Directory of the model whose answers they are.")],
     folder: Annotated[Path, typer.Option(help="Of the task's records, answers and runs.")],
@@ -152,6 +176,13 @@ def main(
             typer.echo(
                 f"{name}, n^-power: " + "; ".join(extrapolated(numbers, aucs[:, :, at], (32_000, 128_000)))
             )
+    base, best = float(held.label.double().mean()), float(aucs[-1, :, 1].mean())
+    for accuracy in ACCURACIES:
+        now, most = answerable(base, best, accuracy), min(1, base / accuracy)
+        typer.echo(
+            f"at {accuracy} a threshold on an AUC of {best:.3f} lets {now:.1%} through, at most {most:.1%}; 1.3 times "
+            f"that: {wanted(base, best, accuracy)}"
+        )
     for one in run or []:
         title, _, name = one.rpartition(":")
         kept = torch.load(folder / name / "held.pt")

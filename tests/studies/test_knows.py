@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from studies.knows import probe
-from studies.knows.curve import power_law
+from studies.knows.curve import answerable, power_law, wanted
 from studies.knows.packed import Asked, first_answers, pack
 
 
@@ -105,3 +105,16 @@ def test_fitted_curve_finds_the_law_that_made_it() -> None:
         pytest.approx(3, rel=0.05),
         pytest.approx(0.5, abs=0.02),
     )
+
+
+def test_what_an_auc_lets_through() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    n, auc, share_right = 400_000, 0.9, 0.5
+    y = torch.rand(n, generator=drawn) < share_right
+    apart = 2**0.5 * float(torch.special.ndtri(torch.tensor(auc)))
+    scores = torch.randn(n, generator=drawn) + apart * y
+    order = scores.argsort(descending=True)
+    good = y[order].double().cumsum(0) / torch.arange(1, n + 1)
+    through = float((good >= 0.9).nonzero()[-1] + 1) / n
+    assert answerable(share_right, auc, 0.9) == pytest.approx(through, abs=0.01)
+    assert wanted(0.9, 0.95, 0.95) == "no AUC"  # the ceiling is 0.9 / 0.95
