@@ -180,8 +180,8 @@ def main(
     for accuracy in ACCURACIES:
         now, most = answerable(base, best, accuracy), min(1, base / accuracy)
         typer.echo(
-            f"at {accuracy} a threshold on an AUC of {best:.3f} lets {now:.1%} through, at most {most:.1%}; 1.3 times "
-            f"that: {wanted(base, best, accuracy)}"
+            f"at {accuracy} a threshold on an AUC of {best:.3f} lets {now:.1%} through, at most {most:.1%}; 1.3 "
+            f"times that: {wanted(base, best, accuracy)}"
         )
     for one in run or []:
         title, _, name = one.rpartition(":")

@@ -328,6 +328,9 @@ def main(
     asked = first_answers(read(model, records, answers), number, seed)
     probe = train(asked, model, out, settings)
     probe.model.save_pretrained(str(out / "adapter"))
+    with torch.no_grad():  # f = w . state + b, of [state ; evidence] as they are
+        w = probe.head.weight.squeeze(0) / probe.scale
+        torch.save({"w": w.cpu(), "b": (probe.head.bias - w @ probe.mean).cpu()}, out / "head.pt")
     if held_records and held_answers:
         held = read(model, held_records, held_answers)
         f, states = judged(probe, held)

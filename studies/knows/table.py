@@ -3,14 +3,14 @@
     python -m studies.knows.table var/knows/words/rows ce sdm probe-2000 [--accuracy 0.95 --accuracy 0.9]
 
 Each row is a folder with calibration.pt and test.pt, and ood.pt where strangers are asked (studies.knows.answers), of
-one model; all are answers to the same records. In a deal every row sets the same prompts aside to certify on. Ratios
-are of the shares let through, means over deals; their intervals redraw the prompts, the same for both rows, and
-the deals.
+one model; all are answers to the same records. In a deal every row sets the same prompts aside to certify on. Without
+test.pt every deal looks at another fifth of the calibration's records and has only the others. Ratios are of what is let
+through, means over deals; their intervals redraw the prompts, the same for both rows, and the deals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -35,7 +35,9 @@ REDRAWS = 2000
 WAYS = {"two gates": "two gates", "region": "the region, lower"}
 
 Passed = dict[str, Tensor]
-"""By set, (n,) bool: what is let through."""
+"""By set, (n,): what is let through."""
+Sets = dict[str, Answered]
+Judge = Callable[[Path, int, Answered, Sets, float], Passed]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +49,11 @@ class Row:
     passed: dict[tuple[str, float, int], Passed]
 
     def share(self, way: str, accuracy: float, name: str = "test") -> Tensor:
-        """(deals, n) float: whether each prompt is answered."""
-        return torch.stack([self.passed[way, accuracy, deal][name].double() for deal in range(DEALS)])
+        """(deals, n) float: whether each prompt is answered; NaN where the deal did not look at it."""
+        return torch.stack([self.passed[way, accuracy, deal][name] for deal in range(DEALS)])
 
 
-def by_gates(folder: Path, seed: int, known: Answered, sets: dict[str, Answered], accuracy: float) -> Passed:
+def by_gates(folder: Path, seed: int, known: Answered, sets: Sets, accuracy: float) -> Passed:
     hidden = known.prompts.shape[1] // 2
     deal = layer(known, seed, folder, 0.9)
     fitting = rows(known, deal.estimator, deal.fitting)
@@ -70,7 +72,7 @@ def by_gates(folder: Path, seed: int, known: Answered, sets: dict[str, Answered]
     return passed
 
 
-def by_region(folder: Path, seed: int, known: Answered, sets: dict[str, Answered], accuracy: float) -> Passed:
+def by_region(folder: Path, seed: int, known: Answered, sets: Sets, accuracy: float) -> Passed:
     deal = layer(known, seed, folder, 0.9, share=0.2)
     estimator, labelled = deal.estimator.with_regions((0.9, 0.95)), known.labelled()
     half = [labelled[i] for i in deal.fitting[deal.in_calibration].tolist()]
@@ -87,6 +89,19 @@ def by_region(folder: Path, seed: int, known: Answered, sets: dict[str, Answered
     return passed
 
 
+def judged(judge: Judge, folder: Path, deal: int, known: Answered, sets: Sets, accuracy: float) -> Passed:
+    """As floats. Without a test set, a fifth of the records is looked at, and NaN stands for the others."""
+    if "test" in sets:
+        return {name: one.double() for name, one in judge(folder, deal, known, sets, accuracy).items()}
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
+    seen, rest = order[deal::DEALS].sort().values, order[torch.arange(len(order)) % DEALS != deal]
+    looked = {"test": known.take(seen.tolist())}
+    found = judge(folder / f"fold-{deal}", deal, known.take(rest.tolist()), looked, accuracy)
+    passed = torch.full((len(known),), torch.nan, dtype=torch.float64)
+    passed[seen] = found["test"].double()
+    return {"test": passed}
+
+
 def measured(folder: Path, accuracies: Sequence[float]) -> Row:
     """From `folder`/passed.pt where it has been measured before."""
     known = load(folder / "calibration.pt")
@@ -98,13 +113,12 @@ def measured(folder: Path, accuracies: Sequence[float]) -> Row:
             for way, judge in (("two gates", by_gates), ("region", by_region)):
                 if (way, accuracy, deal) not in passed:
                     try:
-                        passed[way, accuracy, deal] = judge(folder, deal, known, sets, accuracy)
-                    except CalibrationError as error:  # too few of a kind: nothing is let through
-                        typer.echo(f"{folder.name}, deal {deal}, {way}: {error}", err=True)
-                        nothing = {n: torch.zeros(len(s), dtype=torch.bool) for n, s in sets.items()}
-                        passed[way, accuracy, deal] = nothing
+                        passed[way, accuracy, deal] = judged(judge, folder, deal, known, sets, accuracy)
+                    except CalibrationError as error:
+                        raise typer.BadParameter(f"{folder}, deal {deal}, {way}: {error}") from error
                     torch.save(passed, kept)
-    return Row(folder.name, {name: some.labels == 1 for name, some in sets.items()}, passed)
+    looked = sets if "test" in sets else {"test": known}
+    return Row(folder.name, {name: some.labels == 1 for name, some in looked.items()}, passed)
 
 
 def times(ours: Tensor, theirs: Tensor) -> tuple[float, float, float]:
@@ -114,10 +128,10 @@ def times(ours: Tensor, theirs: Tensor) -> tuple[float, float, float]:
     for _ in range(REDRAWS):
         prompts = torch.randint(ours.shape[1], (ours.shape[1],), generator=generator)
         deals = torch.randint(DEALS, (DEALS,), generator=generator)
-        below = theirs[deals][:, prompts].sum()
-        drawn.append(float(ours[deals][:, prompts].sum() / below) if below else float("inf"))
+        below = theirs[deals][:, prompts].nansum()
+        drawn.append(float(ours[deals][:, prompts].nansum() / below) if below else float("inf"))
     low, high = torch.tensor(drawn).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return float(ours.sum() / theirs.sum()), low, high
+    return float(ours.nansum() / theirs.nansum()), low, high
 
 
 def main(
@@ -138,15 +152,16 @@ def main(
             first = found[0].share(way, wanted)
             for row in found:
                 share, right = row.share(way, wanted), row.right["test"].double()
-                missing = sum(not one.any() for one in share)
-                good = f"{float((share * right).sum() / share.sum()):.1%}" if share.any() else "-"
-                ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*times(share, first)) if first.any() else "-"
+                missing = int((share.nansum(1) == 0).sum())
+                good = f"{float((share * right).nansum() / share.nansum()):.1%}" if share.nansum() else "-"
+                ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*times(share, first)) if first.nansum() else "-"
                 strangers = (
                     f"{float(row.share(way, wanted, 'ood').mean()):.1%}" if "ood" in row.right else "-"
                 )
+                base, answered = float(right.mean()), float(share.nanmean())
                 typer.echo(
-                    f"| {row.name} | {float(right.mean()):.1%} | {missing} of {DEALS} | {float(share.mean()):.1%} | "
-                    f"{good} | {ratio} | {strangers} |"
+                    f"| {row.name} | {base:.1%} | {missing} of {DEALS} | {answered:.1%} | {good} | {ratio} | "
+                    f"{strangers} |"
                 )
 
 
