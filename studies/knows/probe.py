@@ -100,9 +100,10 @@ class Probe(nn.Module):
         x = torch.cat([state, evidence], 1)
         self.mean.copy_(x.mean(0))
         spread = state.var(0).mean().sqrt().expand(state.shape[1])
-        self.scale.copy_(torch.cat([spread, evidence.std(0)]))
+        self.scale[: state.shape[1]] = spread
         ((w, b),) = fit_standardised(state, y.long(), [(state.shape[1], "scalar")], (REACH,))
         if evidence.shape[1]:
+            self.scale[state.shape[1] :] = evidence.std(0)
             ((v, c),) = fit_standardised(evidence, y.long(), [(evidence.shape[1], "feature")], (10.0,))
             w, b = torch.cat([w, v]), c - w @ state.mean(0).double()
         self.head.weight.copy_((w * self.scale).float().unsqueeze(0))

@@ -130,7 +130,7 @@ def times(ours: Tensor, theirs: Tensor) -> tuple[float, float, float]:
         deals = torch.randint(DEALS, (DEALS,), generator=generator)
         below = theirs[deals][:, prompts].nansum()
         drawn.append(float(ours[deals][:, prompts].nansum() / below) if below else float("inf"))
-    low, high = torch.tensor(drawn).quantile(torch.tensor([0.025, 0.975])).tolist()
+    low, high = torch.tensor(drawn).quantile(torch.tensor([0.025, 0.975]), interpolation="nearest").tolist()
     return float(ours.nansum() / theirs.nansum()), low, high
 
 

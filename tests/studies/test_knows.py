@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+import typer
 from torch.nn import functional as F
 
 from studies.knows import probe
@@ -118,3 +120,27 @@ def test_what_an_auc_lets_through() -> None:
     through = float((good >= 0.9).nonzero()[-1] + 1) / n
     assert answerable(share_right, auc, 0.9) == pytest.approx(through, abs=0.01)
     assert wanted(0.9, 0.95, 0.95) == "no AUC"  # the ceiling is 0.9 / 0.95
+
+
+def test_the_whole_study_calls_its_modules_by_options_they_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from importlib import import_module
+
+    from studies.knows import __main__ as whole
+
+    for name in ("train", "held", "calibration", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n" * 3, encoding="utf-8")
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    whole.main(tmp_path / "model", tmp_path, tmp_path / "out", steps=2, records=2)
+    assert (tmp_path / "out/train.jsonl").read_text(encoding="utf-8") == "{}\n" * 2
+    called = []
+    for command in commands:
+        at = max(i for i, part in enumerate(command) if part == "-m") + 1
+        called.append(command[at].rpartition(".")[2])
+        app = typer.Typer()
+        app.command()(import_module(command[at]).main)
+        typer.main.get_command(app).make_context(command[at], command[at + 1 :])
+    assert called == ["answers", "probe", "answers", "answers", "curve", "table"]
+    assert "accelerate.commands.launch" in commands[1]
