@@ -13,6 +13,7 @@ from candor.app.commands.evaluate import evaluate
 from candor.app.commands.finetune import finetune
 from candor.app.commands.key import key
 from candor.app.commands.serve import serve
+from candor.app.commands.store import store_app
 
 UNKNOWN_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Settings of commands that also take vLLM's options."""
@@ -33,6 +34,7 @@ cli.command(context_settings=UNKNOWN_OPTIONS)(evaluate)
 cli.command()(finetune)
 cli.add_typer(bundle_app, name="bundle")
 cli.add_typer(data_app, name="data")
+cli.add_typer(store_app, name="store")
 
 
 def main() -> None:

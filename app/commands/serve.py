@@ -52,6 +52,13 @@ def serve(
 
     from candor.app.process.settings import Settings
 
+    if os.environ.get("CANDOR_FEEDBACK"):
+        typer.echo(
+            "candor: CANDOR_FEEDBACK is no longer read: give CANDOR_STORE a new file, and take the old one over with "
+            "`candor store import`",
+            err=True,
+        )
+        raise typer.Exit(2)
     given: dict[str, Any] = {
         "model": model,
         "bundle": bundle,

@@ -30,9 +30,9 @@ from candor.app.edge.keys import Forbidden, Unauthorized
 from candor.app.edge.limits import Overloaded, Refused, TooFast
 from candor.app.edge.schemas.errors import Error, ErrorBody, ErrorType
 from candor.app.edge.services import ModelNotFound
-from candor.app.feedback import FeedbackLost, NoSuchAnswer
 from candor.app.process.ending import ShuttingDown
 from candor.app.process.selftest import GoldenMismatch
+from candor.app.store.records import NoSuchAnswer, NotKept, StoreUnavailable
 from candor.engine.base import EngineDead, EngineError, PromptTooLong, RequestRefused
 
 logger = logging.getLogger("candor")
@@ -78,8 +78,10 @@ def describe(error: Exception) -> HttpError:
             return HttpError(403, str(error), None, "insufficient_scope")
         case NoSuchAnswer():
             return HttpError(404, str(error), "id", "answer_not_found")
-        case FeedbackLost():
+        case NotKept():
             return HttpError(503, str(error), None, "feedback_not_kept", {"Retry-After": "10"})
+        case StoreUnavailable():
+            return HttpError(503, str(error), None, "store_unavailable", {"Retry-After": "10"})
         case DeadlineExceeded():
             return HttpError(503, str(error), None, "deadline_exceeded", {"Retry-After": "1"})
         case TooFast():
@@ -118,7 +120,8 @@ def install(app: FastAPI) -> None:
         Refused,
         Overloaded,
         NoSuchAnswer,
-        FeedbackLost,
+        NotKept,
+        StoreUnavailable,
         DeadlineExceeded,
         EngineError,
         ShuttingDown,

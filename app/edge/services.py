@@ -15,9 +15,9 @@ from candor.app.answering.waiting import EngineWatch
 from candor.app.edge.keys import Key
 from candor.app.edge.limits import Admission, Overloaded, RateLimit
 from candor.app.edge.quotas import Quotas
-from candor.app.feedback import FeedbackStore
 from candor.app.process.ending import Leaving
 from candor.app.process.selftest import SelfTest
+from candor.app.store.store import VerdictStore
 from candor.app.telemetry.metrics import Metrics
 from candor.engine.base import Engine
 from candor.model_store.bundle import Bundle
@@ -75,7 +75,7 @@ class Services:
     preparing: Preparing
     leaving: Leaving
     watch: EngineWatch
-    feedback: FeedbackStore | None
+    store: VerdictStore | None
     surface: Surface | None  # None: the engine is not vLLM
     metrics: Metrics  # of the first model; they share one page
     estimator: EstimatorKind

@@ -29,12 +29,13 @@ from candor.app.edge.routes import answers, feedback, operations, reliability, s
 from candor.app.edge.routes.console import Console
 from candor.app.edge.routes.documented import ERRORS
 from candor.app.edge.services import LifespanState, ServedModel, Services
-from candor.app.feedback import FeedbackStore
 from candor.app.process.backend import Backend
 from candor.app.process.ending import Leaving
 from candor.app.process.processors import EngineProcessors
 from candor.app.process.selftest import SelfTest
 from candor.app.process.settings import Settings
+from candor.app.store.drawing import Drawing
+from candor.app.store.store import Keeping, VerdictStore
 from candor.app.telemetry.audit import AuditLog
 from candor.app.telemetry.health import ServerMetrics
 from candor.app.telemetry.metrics import Metrics
@@ -69,7 +70,7 @@ def create_app(
     leaving: set by the caller before it ends the application. `app.state.connections` bounds connections: give its
     `protocol` to uvicorn.
     Raises Refused if the settings ask for an alpha that the bundle does not have, and KeyFileError, QuotaFileError,
-    AuditFileError or FeedbackFileError for a file that cannot be used.
+    AuditFileError or StoreError for a file that cannot be used.
     """
     keys = KeyRing(settings.keys, settings.keys_grace_s) if settings.keys else None
     weights = keys.weights if keys else dict
@@ -84,7 +85,7 @@ def create_app(
     backends = {first: backend} | {one.bundle.manifest.name: one for one in backend.adapted}
     resolvers = {name: RequestResolver(one, settings) for name, one in backends.items()}
     selftests = {name: SelfTest(one) for name, one in backends.items()}
-    store = FeedbackStore(settings.feedback) if settings.feedback else None
+    store = _store(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[LifespanState]:
@@ -120,7 +121,7 @@ def create_app(
             preparing=Preparing(_PREPARED_AT_ONCE, admission.alone),
             leaving=leaving,
             watch=watch,
-            feedback=store,
+            store=store,
             surface=await surface.start(backend, first),
             metrics=instruments,
             estimator=settings.estimator,
@@ -173,3 +174,17 @@ def create_app(
     if tracer is not None:
         app.add_middleware(Traced, tracer=tracer)
     return app
+
+
+def _store(settings: Settings) -> VerdictStore | None:
+    if settings.store is None:
+        return None
+    return VerdictStore(
+        settings.store,
+        settings.store_spool,
+        drawing=Drawing(settings.audit_share, settings.audit_by),
+        keeping=Keeping(
+            settings.keep_texts, settings.keep_states, settings.keep_days, settings.store_verdicts
+        ),
+        most_spooled_bytes=settings.store_spool_bytes,
+    )

@@ -188,10 +188,45 @@ class Settings(BaseSettings):
         "`x-request-timeout` asks for fewer.",
     )
 
-    feedback: Path | None = Field(
+    store: str | None = Field(
         default=None,
-        description="SQLite file of verdicts and the feedback on them. Without it, the server takes no "
-        "feedback.",
+        description="Store of verdicts and labels: an SQLite file, or the URL of a PostgreSQL database. Without it, "
+        "the server takes no feedback and no certificate is watched.",
+    )
+    store_spool: Path | None = Field(
+        default=None,
+        description="File on this machine's disk for what comes while the store cannot be written. Without it, "
+        "beside the SQLite file; PostgreSQL needs one.",
+    )
+    store_spool_bytes: PositiveInt = Field(
+        default=1 << 28, description="Maximum bytes of the spool; beyond it, feedback gets 503."
+    )
+    store_verdicts: PositiveInt = Field(
+        default=1_000_000,
+        description="Verdicts kept in the store; beyond it, the oldest go that were neither drawn for an audit nor "
+        "labelled.",
+    )
+    keep_texts: Literal["none", "drawn", "all"] = Field(
+        default="none",
+        description="Answers whose conversation and text the store keeps: `none`, those `drawn` for an audit, or "
+        "`all`.",
+    )
+    keep_states: Literal["none", "drawn", "all"] = Field(
+        default="none", description="Answers whose states (h and the prompt's) the store keeps, likewise."
+    )
+    keep_days: PositiveFloat = Field(
+        default=30.0, description="Days after which kept texts, states and comments are deleted."
+    )
+    audit_share: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="Share of answers drawn for an audit, whose labels watch the certificates.",
+    )
+    audit_by: Literal["share", "doubt"] = Field(
+        default="share",
+        description="Probability with which an answer is drawn: `share` for all alike, or by `doubt`, more often "
+        "where its own probability is less sure.",
     )
     log_format: Literal["text", "json"] = Field(
         default="text", description="Format of the log: `text` for people, `json` for one object per line."

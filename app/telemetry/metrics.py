@@ -18,6 +18,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from prometheus_client.exposition import choose_encoder
 
 from candor.app.answering.scoring import Cause
+from candor.app.store.records import Judged
 from candor.model_store.bundle import Bundle
 from candor.policy.certificate import EstimatorKind
 from candor.policy.decision import REGION_OF, RegionName, Verdict
@@ -47,6 +48,12 @@ _PROBABILITIES = (
 # d is uniform if answers resemble the calibration's, but the smallest quantiles matter most.
 _QUANTILES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _COUNTS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
+_JUDGED = (
+    ("high", "answered", "true"),
+    ("high", "answered", "false"),
+    *((region, "abstained", "false") for region in get_args(RegionName)),
+)
+"""Region, decision and whether a certificate covers it: as far as a verdict can have them."""
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
@@ -118,8 +125,8 @@ class Metrics:
         )
         self._feedback = Counter(
             "sdm_feedback",
-            "Labels that came back for answers given, by the verdict's region.",
-            (*label, "region", "correct"),
+            "Labels that clients sent for answers given, by the verdict.",
+            (*label, "region", "decision", "certified", "correct"),
             registry=registry,
         )
         self._reference = Gauge(
@@ -175,9 +182,9 @@ class Metrics:
                 self._answers.labels(self._model, alpha, region, "abstained", reason)
         for cause in get_args(Cause):
             self._scoring_failures.labels(self._model, cause)
-        for region in get_args(RegionName):
+        for region, decision, certified in _JUDGED:
             for correct in ("true", "false"):
-                self._feedback.labels(self._model, region, correct)
+                self._feedback.labels(self._model, region, decision, certified, correct)
         for histogram in (
             self._probability,
             self._distance_quantile,
@@ -218,9 +225,11 @@ class Metrics:
     def scoring_failed(self, cause: str) -> None:
         self._scoring_failures.labels(self._model, cause).inc()
 
-    def feedback(self, region: str, correct: bool) -> None:
-        """Counts the first label that arrives for an answer."""
-        self._feedback.labels(self._model, region, str(correct).lower()).inc()
+    def feedback(self, judged: Judged, correct: bool) -> None:
+        """Counts the first thumb that arrives for an answer. Those of answers let through and withheld stay apart."""
+        decision = "abstained" if judged.abstained else "answered"
+        flags = (str(flag).lower() for flag in (judged.covered, correct))
+        self._feedback.labels(self._model, judged.region, decision, *flags).inc()
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Returns the page for a scraper's Accept header, and its content type.

@@ -563,3 +563,14 @@ def start_scripted(identity: ModelIdentity, bundle: Bundle) -> Callable[..., Abs
         return running(scripted(identity, bundle), bundle, make_settings(**given))
 
     return start
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A real PostgreSQL (tests/app/postgres.py); `.database()` makes a database and returns its URL."""
+    made = runpy.run_path(str(Path(__file__).with_name("postgres.py")))
+    try:
+        with made["running"]() as server:
+            yield server
+    except LookupError as error:
+        pytest.skip(str(error))

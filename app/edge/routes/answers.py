@@ -29,10 +29,10 @@ from candor.app.edge.routes.either import either
 from candor.app.edge.schemas.requests import ChatCompletionRequest, CompletionRequest
 from candor.app.edge.schemas.responses import ChatCompletion, Completion
 from candor.app.edge.services import InjectedServices, Services
-from candor.app.feedback import GivenVerdict
+from candor.app.store.records import Content, GivenVerdict
 from candor.app.telemetry.audit import audited
 from candor.app.writing.bodies import ChatRenderer, CompletionRenderer, Envelope, Renderer
-from candor.engine.base import EngineError
+from candor.engine.base import EngineError, Representation
 
 logger = logging.getLogger("candor")
 router = APIRouter()
@@ -92,13 +92,22 @@ async def _respond(
 
     def note(*answers: Answer) -> None:
         given = [
-            GivenVerdict(renderer.envelope.id, answer.index, answer.judged.verdict, digest)
+            GivenVerdict(
+                renderer.envelope.id,
+                answer.index,
+                answer.judged.verdict,
+                digest,
+                model.name,
+                model.rule,
+                wanted.caller,
+                content=_content(body, answer, len(wanted.choices), model.bundle.manifest.representation),
+            )
             for answer in answers
             if answer.judged
         ]
         record.verdicts += [(one.index, one.verdict) for one in given]
-        if services.feedback is not None:
-            services.feedback.note(given)
+        if services.store is not None:
+            services.store.note(given)
 
     if body.wants_stream and not wanted.reliability.buffered:
         chunks = _as_they_come(service.events(wanted), renderer, len(wanted.choices), note)
@@ -111,6 +120,21 @@ async def _respond(
         return Response(content, headers=headers, media_type=_STREAM)
     content = await asyncio.to_thread(renderer.body, answers)
     return Response(content, headers=headers, media_type="application/json")
+
+
+def _content(
+    body: ChatCompletionRequest | CompletionRequest,
+    answer: Answer,
+    choices: int,
+    representation: Representation,
+) -> Content:
+    """Returns what the store may keep of an answer, as far as its operator wants it kept."""
+    if isinstance(body, ChatCompletionRequest):
+        conversation: list[dict[str, str]] | str = [message.to_template() for message in body.messages]
+    else:
+        conversation = body.prompt[answer.index * len(body.prompt) // choices]
+    made = answer.generation
+    return Content(conversation, made.text, made.hidden, made.prompt, representation)
 
 
 def verdict_headers(answers: Sequence[Answer], digest: str) -> Mapping[str, str]:

@@ -42,7 +42,7 @@ async def show_bundle(services: InjectedServices, model: str | None = None) -> B
         ],
         most_exemplars=served.resolver.most_exemplars,
         examples=_examples(bundle) if served.resolver.most_exemplars else [],
-        takes_feedback=services.feedback is not None,
+        takes_feedback=services.store is not None,
         report={name: value for name, value in bundle.report.items() if name not in _NOT_SHOWN},
     )
 

@@ -32,7 +32,7 @@ from candor.app.edge.routes.either import json_object
 from candor.app.edge.schemas.reliability import ReliabilityOptions
 from candor.app.edge.schemas.requests import HARMLESS, unknown_field
 from candor.app.edge.services import InjectedServices, ServedModel, Services
-from candor.app.feedback import GivenVerdict
+from candor.app.store.records import GivenVerdict
 from candor.app.telemetry.audit import audited
 from candor.app.writing.bodies import fingerprint
 from candor.app.writing.verdicts import FORMS
@@ -150,8 +150,8 @@ async def _respond(kind: Kind, body: dict[str, Any], request: Request, services:
 
     def remember(answer_id: str) -> None:
         surface.remember(answer_id, judging)
-        if services.feedback is not None:
-            services.feedback.note(
+        if services.store is not None:
+            services.store.note(
                 GivenVerdict(answer_id, answer.index, answer.judged.verdict, model.bundle.digest)
                 for answer in verdicts
                 if answer.judged
