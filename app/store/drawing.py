@@ -1,7 +1,7 @@
 """Which answers are audited: each is drawn by itself, with a probability that is kept and fixed before its label.
 
     share    pi = share for every answer
-    doubt    pi = share sqrt(p (1 - p)) / its mean so far, for answers let through, within [share / 4, 1]
+    doubt    pi = share sqrt(p (1 - p)) / its mean so far, for answers let through, within [share / 2, 1]
 
 p is the calibrated probability that the answer is right. The second is the cheapest way to the same evidence, as far
 as p is right (Neyman's allocation); whatever p is, the evidence stays valid, since pi is known.
@@ -20,8 +20,8 @@ from candor.app.store.records import NEVER, Draw, GivenVerdict
 
 AuditBy = Literal["share", "doubt"]
 
-_LEAST = 0.25
-"""Least pi, as a part of the share: evidence of rare draws would weigh too much."""
+_LEAST = 0.5
+"""Least pi, as a part of the share: a rare draw must not weigh so much that no bet can be placed."""
 _SLOW = 500
 """Answers over which the mean doubt is taken."""
 
@@ -41,10 +41,10 @@ class Drawing:
         if given.kind != "answer" or given.index > 0 or not self.share:
             return NEVER
         p = given.verdict.probability
-        probability = self.share
+        probability = least = self.share
         if self.by == "doubt" and p is not None and not given.verdict.abstained:
-            probability = self._by_doubt(sqrt(max(p * (1 - p), 0.0)))
-        return Draw(probability, self._random.random() < probability)
+            probability, least = self._by_doubt(sqrt(max(p * (1 - p), 0.0))), self.share * _LEAST
+        return Draw(probability, least, self._random.random() < probability)
 
     def _by_doubt(self, doubt: float) -> float:
         # The mean is that of earlier answers, so pi depends on nothing that comes later.

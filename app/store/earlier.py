@@ -51,6 +51,7 @@ def _verdict(id: str, choice: int, region: str, reason: str | None, alpha: float
         "calibrated": reason != "uncalibrated_request",
         "covered": False,
         "audit_probability": 0.0,
+        "audit_least": 0.0,
         "drawn": False,
     }
 

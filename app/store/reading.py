@@ -13,6 +13,7 @@ from sqlalchemy import ColumnElement, Connection, Integer, Select, and_, case, c
 
 from candor.app.store.records import Row
 from candor.app.store.tables import contents, labels, thumbs, verdicts
+from candor.policy.monitor import Audit
 
 Kind = Literal["sampled", "withheld"]
 
@@ -33,13 +34,6 @@ _correct = case((_said.c.least == _said.c.most, _said.c.least)).label("correct")
 
 def _same(one: Any, other: Any) -> ColumnElement[bool]:
     return and_(one.c.id == other.c.id, one.c.choice == other.c.choice)
-
-
-class Audit(NamedTuple):
-    """One answer that was drawn: with which probability, and whether it is right; None if nobody can say yet."""
-
-    probability: float
-    correct: bool | None
 
 
 class Watched(NamedTuple):
@@ -63,7 +57,7 @@ def watched(connection: Connection) -> list[Watched]:
 def audits(connection: Connection, certificate: Watched) -> list[Audit]:
     """Returns the drawn answers that the certificate covers, in the order in which they were given."""
     asked = (
-        select(verdicts.c.audit_probability, _correct)
+        select(verdicts.c.audit_probability, verdicts.c.audit_least, _correct)
         .select_from(verdicts.outerjoin(_said, _same(verdicts, _said)))
         .where(
             verdicts.c.drawn,
@@ -76,8 +70,8 @@ def audits(connection: Connection, certificate: Watched) -> list[Audit]:
         .order_by(verdicts.c.number)
     )
     return [
-        Audit(probability, None if correct is None else bool(correct))
-        for probability, correct in connection.execute(asked)
+        Audit(probability, least, None if correct is None else bool(correct))
+        for probability, least, correct in connection.execute(asked)
     ]
 
 

@@ -37,13 +37,15 @@ class NotKept(Exception):
 
 
 class Draw(NamedTuple):
-    """Whether an answer is to be audited. probability: with which it was drawn, fixed before its label is known."""
+    """Whether an answer is to be audited. probability: with which it was drawn, fixed before its label is known.
+    least: the least that it could have been, known before the answer."""
 
     probability: float
+    least: float
     drawn: bool
 
 
-NEVER = Draw(0.0, False)
+NEVER = Draw(0.0, 0.0, False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +116,7 @@ class GivenVerdict:
             "distance_quantile": figures and figures.distance_quantile,
             "caller": self.caller,
             "audit_probability": draw.probability,
+            "audit_least": draw.least,
             "drawn": draw.drawn,
         }
 

@@ -56,6 +56,7 @@ verdicts = Table(
     Column("distance_quantile", Double, comment="d"),
     Column("caller", Text, comment="name of the key; null: forgotten"),
     Column("audit_probability", Double, nullable=False, comment="pi, with which it was drawn"),
+    Column("audit_least", Double, nullable=False, comment="least pi that it could have had"),
     Column("drawn", Boolean, nullable=False),
     UniqueConstraint("id", "choice", name="one_verdict"),
     Index("drawn_verdicts", "drawn", "covered", "number"),

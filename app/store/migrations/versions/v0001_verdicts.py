@@ -44,6 +44,7 @@ def upgrade() -> None:
         sa.Column("distance_quantile", sa.Double, comment="d"),
         sa.Column("caller", sa.Text, comment="name of the key; null: forgotten"),
         sa.Column("audit_probability", sa.Double, nullable=False, comment="pi, with which it was drawn"),
+        sa.Column("audit_least", sa.Double, nullable=False, comment="least pi that it could have had"),
         sa.Column("drawn", sa.Boolean, nullable=False),
         sa.UniqueConstraint("id", "choice", name="one_verdict"),
         sqlite_autoincrement=True,
