@@ -6,6 +6,7 @@ import typer
 
 from candor.app.clients.batch import batch
 from candor.app.clients.chat import chat
+from candor.app.commands.audit import audit_app
 from candor.app.commands.bundle import bundle_app
 from candor.app.commands.calibrate import calibrate
 from candor.app.commands.data import data_app
@@ -35,6 +36,7 @@ cli.command()(finetune)
 cli.add_typer(bundle_app, name="bundle")
 cli.add_typer(data_app, name="data")
 cli.add_typer(store_app, name="store")
+cli.add_typer(audit_app, name="audit")
 
 
 def main() -> None:

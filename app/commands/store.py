@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 store_app = typer.Typer(help="The store of verdicts and labels.", no_args_is_help=True)
 
 Store = Annotated[
-    str, typer.Option(envvar="CANDOR_STORE", help="SQLite file, or URL of a PostgreSQL database.")
+    str,
+    typer.Option(
+        default_factory=str,
+        envvar="CANDOR_STORE",
+        show_default=False,
+        help="SQLite file, or URL of a PostgreSQL database.",
+    ),
 ]
 
 
@@ -27,6 +33,9 @@ def opened(store: str) -> Iterator[Database]:
     from candor.app.store.database import Database
     from candor.app.store.records import StoreError, StoreUnavailable
 
+    if not store:
+        typer.echo("candor: expected a store: give --store, or set CANDOR_STORE as for the server", err=True)
+        raise typer.Exit(2)
     try:
         database = Database.open(store)
         try:

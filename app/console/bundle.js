@@ -5,7 +5,7 @@ import { percent } from "./words.js";
 
 export function showBundle(bundle) {
   showHeldOut(bundle);
-  showCertificates(bundle.certificates, bundle.rule);
+  showCertificates(bundle.certificates, bundle);
   const { counts, regions = {}, held_out: heldOut } = bundle.report;
   const { system_prompt: system, turns } = bundle.policy.conversations;
   const facts = {
@@ -61,13 +61,22 @@ function showHeldOut(bundle) {
     : "This bundle's report has no held-out figures.";
 }
 
-function showCertificates(certificates, rule) {
-  const lines = certificates.filter((one) => one.rule === rule).map((one) => element("li", {},
+const STANDS = { upheld: "upheld", suspended: "suspended: audits speak against it", renewed: "renewed by audits" };
+
+function stands(one, { standings }) {
+  const found = standings.find((other) => other.alpha === one.alpha);
+  if (one.standing === null || !found) return " Nobody watches it here.";
+  return ` Now ${STANDS[one.standing]}; of ${found.right + found.wrong} audits ${found.right} were right, ${found.open} wait for a label.`;
+}
+
+function showCertificates(certificates, bundle) {
+  const judging = certificates.filter((one) => one.rule === bundle.rule && (one.estimator ?? bundle.estimator) === bundle.estimator);
+  const lines = judging.map((one) => element("li", one.standing === "suspended" ? { class: "suspended" } : {},
     element("strong", {}, `At least ${percent(one.accuracy, 1)} right`),
     ` among the answered at ${percent(one.alpha)} (${one.rule === "two-gates" ? `score from ${one.score_min.toFixed(2)}`
       : `${one.estimator} estimate, q′ from ${one.rescaled_similarity_min.toFixed(1)}`}), with `
     + `${percent(one.confidence, 1)} confidence: of ${one.records} prompts set aside for it, ${one.answered} were answered and `
-    + `${one.right} of them rightly.`));
+    + `${one.right} of them rightly.${stands(one, bundle)}`));
   $("certificates").replaceChildren(element("h3", {}, "Certificates"), lines.length ? element("ul", {}, ...lines)
     : element("p", { class: "hint" }, "None: the figures above are measured, and nothing is certified."));
 }

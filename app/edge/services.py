@@ -18,10 +18,13 @@ from candor.app.edge.quotas import Quotas
 from candor.app.process.ending import Leaving
 from candor.app.process.selftest import SelfTest
 from candor.app.store.store import VerdictStore
+from candor.app.store.watching import CertificateWatch
+from candor.app.telemetry.drifting import PromptDrift
 from candor.app.telemetry.metrics import Metrics
 from candor.engine.base import Engine
 from candor.model_store.bundle import Bundle
-from candor.policy.certificate import EstimatorKind, RuleKind
+from candor.policy.certificate import Certificate, EstimatorKind, RuleCertificate, RuleKind
+from candor.policy.monitor import Standing
 
 if TYPE_CHECKING:
     from candor.app.edge.routes.surface import Surface
@@ -61,6 +64,15 @@ class ServedModel:
     service: AnswerService
     selftest: SelfTest
     metrics: Metrics
+    drift: PromptDrift | None = None  # where two gates judge
+    standing: Callable[[Certificate | RuleCertificate], Standing | None] = lambda _: None
+
+    def certificates(self, estimator: EstimatorKind) -> tuple[Certificate | RuleCertificate, ...]:
+        """Returns the certificates that judge here."""
+        manifest = self.bundle.manifest
+        if self.rule == "two-gates":
+            return manifest.rule.certificates if manifest.rule else ()
+        return tuple(one for one in manifest.certificates if one.estimator == estimator)
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,7 @@ class Services:
     watch: EngineWatch
     store: VerdictStore | None
     surface: Surface | None  # None: the engine is not vLLM
+    certificates: CertificateWatch | None  # where there is a store
     metrics: Metrics  # of the first model; they share one page
     estimator: EstimatorKind
     request_timeout_s: float

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -25,7 +26,15 @@ from candor.app.edge.keys import KeyRing
 from candor.app.edge.limits import Admission, RateLimit
 from candor.app.edge.middleware import BodyLimit, Gate, HeadAsGet, Hosts, RequestId
 from candor.app.edge.quotas import Quotas
-from candor.app.edge.routes import answers, feedback, operations, reliability, served, surface
+from candor.app.edge.routes import (
+    answers,
+    feedback,
+    operations,
+    reliability,
+    review,
+    served,
+    surface,
+)
 from candor.app.edge.routes.console import Console
 from candor.app.edge.routes.documented import ERRORS
 from candor.app.edge.services import LifespanState, ServedModel, Services
@@ -36,11 +45,14 @@ from candor.app.process.selftest import SelfTest
 from candor.app.process.settings import Settings
 from candor.app.store.drawing import Drawing
 from candor.app.store.store import Keeping, VerdictStore
+from candor.app.store.watching import CertificateWatch, Certified, Served
 from candor.app.telemetry.audit import AuditLog
+from candor.app.telemetry.drifting import PromptDrift
 from candor.app.telemetry.health import ServerMetrics
 from candor.app.telemetry.metrics import Metrics
 from candor.app.telemetry.tracing import Traced, exemplar
 from candor.policy.certificate import RuleKind
+from candor.policy.monitor import Standing, StandingName
 
 _PREPARED_AT_ONCE = 1 << 21
 """Characters that wait to be tokenised; a second or two of one processor's work."""
@@ -86,6 +98,9 @@ def create_app(
     resolvers = {name: RequestResolver(one, settings) for name, one in backends.items()}
     selftests = {name: SelfTest(one) for name, one in backends.items()}
     store = _store(settings)
+    if store is not None:
+        held = store
+        health.watch_store(lambda: held.behind, lambda: held.lost)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[LifespanState]:
@@ -101,17 +116,57 @@ def create_app(
         admission = Admission(settings.max_in_flight, settings.max_in_flight_tokens, weights)
         scorers: list[Scorer] = []
         models: dict[str, ServedModel] = {}
+
+        def standing_of(digest: str, certificate: Certified) -> Standing | None:
+            return certificates.of(digest, certificate) if certificates else None
+
+        def standing_name(digest: str, certificate: Certified) -> StandingName | None:
+            found = standing_of(digest, certificate)
+            return found.name if found else None
+
+        certificates: CertificateWatch | None = None
         for name, one in backends.items():
             bundle, metrics = one.bundle, instruments.of(name)
             gates = gates_of(bundle, settings)
             metrics.describe(bundle, settings.estimator, gates)
-            scorer = Scorer(bundle, settings.estimator, settings.scoring_timeout_s, gates)
+            scorer = Scorer(
+                bundle,
+                settings.estimator,
+                settings.scoring_timeout_s,
+                gates,
+                partial(standing_name, bundle.digest),
+                withholds_suspended=settings.on_suspended == "abstain",
+            )
             scorers.append(scorer)
             await scorer.warm_up()
             policy = bundle.manifest.policy
             service = AnswerService(one.engine, policy, scorer, admission, metrics, watch, tracer)
             rule: RuleKind = "two-gates" if gates else "sdm"
-            models[name] = ServedModel(name, bundle, rule, resolvers[name], service, selftests[name], metrics)
+            models[name] = ServedModel(
+                name,
+                bundle,
+                rule,
+                resolvers[name],
+                service,
+                selftests[name],
+                metrics,
+                PromptDrift(len(gates.rule.gate.reference), metrics.drift) if gates else None,
+                partial(standing_of, bundle.digest),
+            )
+        if store is not None:
+            served = [
+                Served(model.name, model.bundle.digest, certificate)
+                for model in models.values()
+                for certificate in model.certificates(settings.estimator)
+            ]
+            certificates = CertificateWatch(
+                store,
+                served,
+                lambda one, stands: models[one.model].metrics.stands(
+                    one.watched.rule, one.certificate.alpha, stands
+                ),
+            )
+            await certificates.look()
         services = Services(
             engine=backend.engine,
             models=models,
@@ -123,12 +178,15 @@ def create_app(
             watch=watch,
             store=store,
             surface=await surface.start(backend, first),
+            certificates=certificates,
             metrics=instruments,
             estimator=settings.estimator,
             request_timeout_s=settings.request_timeout_s,
             started=int(time.time()),
         )
         running = [asyncio.create_task(work) for work in (watch.run(), quotas.run(), health.run(watch))]
+        if certificates is not None:
+            running.append(asyncio.create_task(certificates.run()))
         try:
             yield {"services": services}
         finally:
@@ -149,7 +207,7 @@ def create_app(
     turned_away: dict[int | str, dict[str, Any]] = (
         {status: ERRORS[status] for status in (401, 403)} if keys else {}
     )
-    for module in (answers, surface, reliability, feedback, served, operations):
+    for module in (answers, surface, reliability, feedback, review, served, operations):
         app.include_router(module.router, dependencies=keyed, responses=turned_away)
     app.mount("/console", Console(), name="console")
     errors.install(app)

@@ -127,6 +127,11 @@ class Settings(BaseSettings):
         description="Withhold every answer that no certificate covers, whatever a request asks for, in every "
         "mode, stream and route.",
     )
+    on_suspended: Literal["annotate", "abstain"] = Field(
+        default="annotate",
+        description="Where audits suspend a certificate: `annotate` says so beside each answer, `abstain` also lets "
+        "nothing through at its alpha.",
+    )
     refusal_text: str = Field(
         default="I do not know this reliably enough to answer.",
         min_length=1,

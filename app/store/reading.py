@@ -6,6 +6,7 @@ can tell, it has none.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +14,7 @@ from sqlalchemy import ColumnElement, Connection, Integer, Select, and_, case, c
 
 from candor.app.store.records import Row
 from candor.app.store.tables import contents, labels, thumbs, verdicts
+from candor.policy.agreement import Agreement
 from candor.policy.monitor import Audit
 
 Kind = Literal["sampled", "withheld"]
@@ -30,6 +32,10 @@ _said = (
     .subquery()
 )
 _correct = case((_said.c.least == _said.c.most, _said.c.least)).label("correct")
+
+_withheld = and_(
+    verdicts.c.abstained, ~verdicts.c.covered
+)  # what a suspended certificate covers is audited on
 
 
 def _same(one: Any, other: Any) -> ColumnElement[bool]:
@@ -99,29 +105,26 @@ def answers(connection: Connection, *, bundle: str | None = None, labelled: bool
 def queue(connection: Connection, kind: Kind, reviewer: str, limit: int = 50) -> list[Row]:
     """Returns answers that this reviewer has not labelled, as `answers` does.
 
-    sampled: drawn and let through, oldest first, so that evidence has no gaps; those that nobody labelled come first.
+    sampled: drawn, and let through or covered by a suspended certificate; those that nobody labelled come first, the
+    oldest of them first, so that evidence has no gaps.
     withheld: drawn ones first, then the newest.
     """
     mine = exists().where(_same(labels, verdicts), labels.c.reviewer == reviewer)
     asked = _with_contents().where(verdicts.c.kind == "answer", ~mine).limit(limit)
     nobody = _said.c.reviewers.is_not(None)
     if kind == "sampled":
-        asked = asked.where(verdicts.c.drawn, ~verdicts.c.abstained).order_by(nobody, verdicts.c.number)
+        asked = asked.where(verdicts.c.drawn, ~_withheld).order_by(nobody, verdicts.c.number)
     else:
-        asked = asked.where(verdicts.c.abstained)
+        asked = asked.where(_withheld)
         asked = asked.order_by(nobody, verdicts.c.drawn.desc(), verdicts.c.number.desc())
     return [_shown(row) for row in connection.execute(asked).mappings()]
 
 
 def waiting(connection: Connection) -> dict[Kind, int]:
-    """Returns how many drawn answers nobody has labelled, let through and withheld."""
+    """Returns how many drawn answers nobody has labelled, by the queue they stand in."""
     labelled = exists().where(_same(labels, verdicts))
-    asked = (
-        select(verdicts.c.abstained, func.count())
-        .where(verdicts.c.drawn, ~labelled)
-        .group_by(verdicts.c.abstained)
-    )
-    found = {bool(abstained): count for abstained, count in connection.execute(asked)}
+    asked = select(_withheld, func.count()).where(verdicts.c.drawn, ~labelled).group_by(_withheld)
+    found = {bool(withheld): count for withheld, count in connection.execute(asked)}
     return {"sampled": found.get(False, 0), "withheld": found.get(True, 0)}
 
 
@@ -137,8 +140,14 @@ def outcome(connection: Connection, id: str) -> list[Row]:
     return rows
 
 
-def twice(connection: Connection) -> list[tuple[str, str, bool, bool]]:
-    """Returns (reviewer, other, says right, other says right) of each answer that two reviewers labelled."""
+def conversation(row: Row) -> list[dict[str, str]] | str | None:
+    """Returns the conversation of a row of `answers`, turns or a plain prompt; None if it is not kept."""
+    kept = row["conversation"]
+    return None if kept is None else json.loads(kept)
+
+
+def agreements(connection: Connection) -> dict[tuple[str, str], Agreement]:
+    """Returns how far each two reviewers agree who labelled some of the same answers."""
     first, second = labels.alias(), labels.alias()
     asked = (
         select(first.c.reviewer, second.c.reviewer, first.c.correct, second.c.correct)
@@ -146,7 +155,10 @@ def twice(connection: Connection) -> list[tuple[str, str, bool, bool]]:
         .where(first.c.correct.is_not(None), second.c.correct.is_not(None))
         .order_by(first.c.reviewer, second.c.reviewer)
     )
-    return [(one, other, bool(says), bool(thinks)) for one, other, says, thinks in connection.execute(asked)]
+    pairs: dict[tuple[str, str], list[tuple[bool, bool]]] = {}
+    for one, other, says, thinks in connection.execute(asked):
+        pairs.setdefault((one, other), []).append((bool(says), bool(thinks)))
+    return {both: Agreement.of(said) for both, said in pairs.items()}
 
 
 def _with_contents() -> Select[Any]:

@@ -74,16 +74,12 @@ class Keeping:
     verdicts: int = 1_000_000
 
 
+@dataclass(frozen=True, eq=False)
 class _Item:
-    """An entry on its way, and who waits for it."""
+    """An entry on its way, and who waits for it. make: None where somebody only waits for those before."""
 
-    def __init__(self, make: Callable[[], Entry], future: Future[Answered] | None = None) -> None:
-        self._make = make
-        self.future = future
-
-    def entry(self) -> Entry:
-        table, row = self._make()
-        return table, plain(row)
+    make: Callable[[], Entry] | None
+    future: Future[Answered] | None = None
 
 
 class VerdictStore:
@@ -156,6 +152,12 @@ class VerdictStore:
         """Returns what `ask` finds, in another thread. Raises StoreUnavailable."""
         return await asyncio.to_thread(self.database.read, ask)
 
+    async def written(self) -> None:
+        """Returns once all that was given before is written, or spooled."""
+        future: Future[Answered] = Future()
+        self._queue.put(_Item(None, future))
+        await asyncio.wrap_future(future)
+
     async def close(self) -> None:
         """Writes what waits, to the database or the spool, and closes both."""
         self._queue.put(None)
@@ -216,7 +218,10 @@ class VerdictStore:
         return items, False
 
     def _work(self, items: list[_Item], *, last: bool) -> None:
-        entries = [item.entry() for item in items]
+        asking = [item for item in items if item.make is None]
+        items = [item for item in items if item.make is not None]
+        made = [item.make() for item in items if item.make is not None]
+        entries = [(table, plain(row)) for table, row in made]
         for table, row in entries:
             if table == verdicts.name:
                 self._remember(row)
@@ -226,7 +231,7 @@ class VerdictStore:
             results = self._to_database(entries)
         if results is None:
             results = self._to_spool(entries)
-        for item, result in zip(items, results, strict=True):
+        for item, result in zip([*items, *asking], [*results, *([None] * len(asking))], strict=True):
             if item.future:
                 item.future.set_result(result)
         if now >= max(self._tidy_at, self._retry_at):

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable
 from copy import copy
+from math import log10
 from typing import get_args
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
@@ -22,7 +23,9 @@ from candor.app.store.records import Judged
 from candor.model_store.bundle import Bundle
 from candor.policy.certificate import EstimatorKind
 from candor.policy.decision import REGION_OF, RegionName, Verdict
+from candor.policy.drift import PROMPTS_PER_FALSE_ALARM
 from candor.policy.judging import TwoGates
+from candor.policy.monitor import Standing, StandingName
 
 # Buckets are finer where the calibrated accuracies lie.
 _PROBABILITIES = (
@@ -129,6 +132,37 @@ class Metrics:
             (*label, "region", "decision", "certified", "correct"),
             registry=registry,
         )
+        certificate = (*label, "rule", "alpha")
+        self._standing = Gauge(
+            "sdm_certificate_standing",
+            "1 for how the certificate stands after audits: upheld, suspended or renewed.",
+            (*certificate, "standing"),
+            registry=registry,
+        )
+        self._evidence = Gauge(
+            "sdm_certificate_evidence",
+            "log10 of the evidence against a certificate (alarm), and for it anew (renewal).",
+            (*certificate, "direction"),
+            registry=registry,
+        )
+        self._threshold = Gauge(
+            "sdm_certificate_threshold", "log10 at which either is shown.", certificate, registry=registry
+        )
+        self._audits = Gauge(
+            "sdm_certificate_audits",
+            "Drawn answers that a certificate covers: right, wrong, or open, without a label.",
+            (*certificate, "label"),
+            registry=registry,
+        )
+        self._drift = Gauge(
+            "sdm_prompt_drift_evidence",
+            "log10 of the evidence that prompts changed, by key; of all keys where it is empty.",
+            (*label, "key"),
+            registry=registry,
+        )
+        self._drift_threshold = Gauge(
+            "sdm_prompt_drift_threshold", "log10 at which it is shown.", label, registry=registry
+        )
         self._reference = Gauge(
             "sdm_reference_abstention_ratio",
             "Share of answers abstained from that calibration measured.",
@@ -230,6 +264,22 @@ class Metrics:
         decision = "abstained" if judged.abstained else "answered"
         flags = (str(flag).lower() for flag in (judged.covered, correct))
         self._feedback.labels(self._model, judged.region, decision, *flags).inc()
+
+    def stands(self, rule: str, alpha: float, standing: Standing) -> None:
+        """Sets how a certificate stands."""
+        certificate = (self._model, rule, str(alpha))
+        for name in get_args(StandingName):
+            self._standing.labels(*certificate, name).set(name == standing.name)
+        for direction in ("alarm", "renewal"):
+            self._evidence.labels(*certificate, direction).set(getattr(standing, direction))
+        self._threshold.labels(*certificate).set(standing.threshold)
+        for label in ("right", "wrong", "open"):
+            self._audits.labels(*certificate, label).set(getattr(standing, label))
+
+    def drift(self, key: str, evidence: float) -> None:
+        """Sets the evidence, log10, that the prompts of a key changed."""
+        self._drift.labels(self._model, key).set(evidence)
+        self._drift_threshold.labels(self._model).set(log10(PROMPTS_PER_FALSE_ALARM))
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Returns the page for a scraper's Accept header, and its content type.

@@ -282,7 +282,7 @@ def verdict_result(index: int, judged: Judged, attempts: int = 1) -> Reliability
         **{name: None if figures is None else getattr(figures, name) for name in _FIGURES},
         rule=None if rule is None else ShownRule(**vars(rule)),
         calibrated=verdict.calibrated,
-        certificate=None if certificate is None else ShownCertificate.of(certificate),
+        certificate=None if certificate is None else ShownCertificate.of(certificate, judged.standing),
         attempts=attempts,
         exemplars=[
             ShownExemplar(

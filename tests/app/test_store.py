@@ -43,6 +43,7 @@ from candor.app.store.spool import Spool
 from candor.app.store.store import Keeping, VerdictStore, forget
 from candor.app.store.tables import metadata
 from candor.engine.base import HiddenSummary, PromptStates, Representation
+from candor.policy.agreement import Agreement
 from candor.policy.certificate import RuleCertificate
 from candor.policy.decision import RuleFigures, Verdict
 
@@ -568,7 +569,9 @@ def test_audits_in_the_order_of_answers(opened: Any, where: str) -> None:
     # a1 wrong; a3: they differ; a5: one cannot tell; a7: not labelled. Withheld ones are not among them.
     assert found == [(1, 1, False), (1, 1, None), (1, 1, True), (1, 1, None)]
     assert database.read(reading.waiting) == {"sampled": 1, "withheld": 3}
-    assert database.read(reading.twice) == [("ann", "ben", True, False)]
+    assert database.read(reading.agreements) == {
+        ("ann", "ben"): Agreement(both=0, first=1, second=0, neither=0)
+    }
     assert [row["id"] for row in database.read(lambda c: list(reading.answers(c)))] == [
         "a1",
         "a2",

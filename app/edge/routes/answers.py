@@ -105,6 +105,10 @@ async def _respond(
             for answer in answers
             if answer.judged
         ]
+        if model.drift is not None and wanted.calibrated:
+            for one in given:
+                if one.index == 0:  # each prompt once
+                    model.drift.observe(one.verdict, one.caller)
         record.verdicts += [(one.index, one.verdict) for one in given]
         if services.store is not None:
             services.store.note(given)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from candor.policy.certificate import Certificate, RuleCertificate, RuleKind
+from candor.policy.monitor import StandingName
 
 
 class ShownRegion(BaseModel):
@@ -27,6 +28,7 @@ class ShownCertificate(BaseModel):
     Of the two gates (rule `two-gates`) from score_min on, or of the region at alpha under the estimator from q' =
     rescaled_similarity_min on; what does not apply is null. Of `records` prompts set aside for it, `answered` were
     answered there, `right` of them rightly; of all of them `base_right` were.
+    standing: after the audits so far; null where none watch it.
     """
 
     rule: RuleKind
@@ -41,15 +43,39 @@ class ShownCertificate(BaseModel):
     right: int
     base_right: int | None = None
     lower_bound: float
+    standing: StandingName | None = None
 
     @classmethod
-    def of(cls, certificate: Certificate | RuleCertificate) -> ShownCertificate:
+    def of(
+        cls, certificate: Certificate | RuleCertificate, standing: StandingName | None = None
+    ) -> ShownCertificate:
         rule: RuleKind = "two-gates" if isinstance(certificate, RuleCertificate) else "sdm"
-        return cls(rule=rule, **vars(certificate))
+        return cls(rule=rule, standing=standing, **vars(certificate))
+
+
+class ShownStanding(BaseModel):
+    """How a certificate that judges here stands after audits of its answers.
+
+    alarm, renewal: log10 of the evidence against it, and for it anew; threshold: at which either is shown. right,
+    wrong: audits with that label; open: without one. since: number of the audit, from 1, that changed the standing
+    last; 0 if none did.
+    """
+
+    rule: RuleKind
+    alpha: float
+    standing: StandingName
+    alarm: float
+    renewal: float
+    threshold: float
+    right: int
+    wrong: int
+    open: int
+    since: int
 
 
 class BundleReport(BaseModel):
-    """rule: what judges here. certificates: of both rules, as far as there are any.
+    """rule: what judges here. certificates: of both rules, as far as there are any. standings: of those that judge
+    here, where the server has a store of audits.
 
     report: as calibration wrote it, without the digests of the prompts it was fitted on.
 
@@ -69,6 +95,7 @@ class BundleReport(BaseModel):
     policy: dict[str, Any]
     regions: list[ShownRegion]
     certificates: list[ShownCertificate]
+    standings: list[ShownStanding]
     most_exemplars: int
     examples: list[str]
     takes_feedback: bool
