@@ -46,8 +46,9 @@ function show() {
 function turns(conversation) {
   if (conversation === null) return [element("p", { class: "hint" }, "(no text is kept: CANDOR_KEEP_TEXTS)")];
   if (typeof conversation === "string") return [element("p", { class: "text" }, conversation)];
-  return conversation.flatMap(({ role, content }) =>
-    [element("p", { class: "hint" }, role), element("p", { class: "text" }, content)]);
+  if (!Array.isArray(conversation)) return [element("p", { class: "text" }, JSON.stringify(conversation, null, 1))];
+  return conversation.flatMap((turn) => [element("p", { class: "hint" }, turn.role ?? ""),
+    element("p", { class: "text" }, typeof turn.content === "string" ? turn.content : JSON.stringify(turn, null, 1))]);
 }
 
 async function label(correct) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypedDict, TypeVar, cast
 
@@ -17,6 +17,7 @@ from candor.app.edge.limits import Admission, Overloaded, RateLimit
 from candor.app.edge.quotas import Quotas
 from candor.app.process.ending import Leaving
 from candor.app.process.selftest import SelfTest
+from candor.app.store.records import GivenVerdict
 from candor.app.store.store import VerdictStore
 from candor.app.store.watching import CertificateWatch
 from candor.app.telemetry.drifting import PromptDrift
@@ -104,6 +105,18 @@ class Services:
             shown = ascii(name if name is None else name[:100])
             raise ModelNotFound(f"the model {shown} is not served here; this server has {served}")
         return self.models[name]
+
+    def note(self, model: ServedModel, given: Sequence[GivenVerdict], *, usual: bool) -> None:
+        """Has verdicts that are about to be sent kept, and their prompts watched for drift.
+
+        usual: the request kept to the policy. One that departs is said to, and drifts from nothing.
+        """
+        if model.drift is not None and usual:
+            for one in given:
+                if one.index == 0:  # each prompt once
+                    model.drift.observe(one.verdict, one.caller)
+        if self.store is not None:
+            self.store.note(given)
 
     async def prepare(self, request: Request, bulk: Bulk, resolve: Callable[[], Resolved]) -> Resolved:
         """Returns the resolved request, charged to its key. resolve: runs off the event loop.

@@ -140,7 +140,7 @@ def outcome(connection: Connection, id: str) -> list[Row]:
     return rows
 
 
-def conversation(row: Row) -> list[dict[str, str]] | str | None:
+def conversation(row: Row) -> Any:
     """Returns the conversation of a row of `answers`, turns or a plain prompt; None if it is not kept."""
     kept = row["conversation"]
     return None if kept is None else json.loads(kept)

@@ -6,7 +6,6 @@ Inside, a record is a plain dict of a table's columns, so that the spool can hol
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -50,9 +49,10 @@ NEVER = Draw(0.0, 0.0, False)
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """Texts and states of an answer. conversation: turns, or a plain prompt. hidden, prompt: None if not known."""
+    """Texts and states of an answer. conversation: turns, or a plain prompt; as JSON has it, where a request says it
+    otherwise. hidden, prompt: None if not known."""
 
-    conversation: Sequence[Mapping[str, str]] | str
+    conversation: Any
     answer: str
     hidden: HiddenSummary | None
     prompt: PromptStates | None

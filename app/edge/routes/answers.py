@@ -105,13 +105,8 @@ async def _respond(
             for answer in answers
             if answer.judged
         ]
-        if model.drift is not None and wanted.calibrated:
-            for one in given:
-                if one.index == 0:  # each prompt once
-                    model.drift.observe(one.verdict, one.caller)
         record.verdicts += [(one.index, one.verdict) for one in given]
-        if services.store is not None:
-            services.store.note(given)
+        services.note(model, given, usual=wanted.calibrated)
 
     if body.wants_stream and not wanted.reliability.buffered:
         chunks = _as_they_come(service.events(wanted), renderer, len(wanted.choices), note)

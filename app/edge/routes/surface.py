@@ -32,7 +32,7 @@ from candor.app.edge.routes.either import json_object
 from candor.app.edge.schemas.reliability import ReliabilityOptions
 from candor.app.edge.schemas.requests import HARMLESS, unknown_field
 from candor.app.edge.services import InjectedServices, ServedModel, Services
-from candor.app.store.records import GivenVerdict
+from candor.app.store.records import Content, GivenVerdict
 from candor.app.telemetry.audit import audited
 from candor.app.writing.bodies import fingerprint
 from candor.app.writing.verdicts import FORMS
@@ -150,12 +150,21 @@ async def _respond(kind: Kind, body: dict[str, Any], request: Request, services:
 
     def remember(answer_id: str) -> None:
         surface.remember(answer_id, judging)
-        if services.store is not None:
-            services.store.note(
-                GivenVerdict(answer_id, answer.index, answer.judged.verdict, model.bundle.digest)
-                for answer in verdicts
-                if answer.judged
+        given = [
+            GivenVerdict(
+                answer_id,
+                answer.index,
+                answer.judged.verdict,
+                model.bundle.digest,
+                model.name,
+                model.rule,
+                request.state.caller,
+                content=_content(kind, body, answer, model),
             )
+            for answer in verdicts
+            if answer.judged
+        ]
+        services.note(model, given, usual=all(one.verdict.calibrated for one in given))
 
     with ExitStack() as held:
         held.enter_context(services.admission.admit(parsed.caller, choices, parsed.tokens))
@@ -305,6 +314,13 @@ def _options(given: Any) -> ReliabilityOptions:
             one | {"loc": ("body", "reliability", *one["loc"])} for one in error.errors(include_url=False)
         ]
         raise RequestValidationError(found) from error
+
+
+def _content(kind: Kind, body: Mapping[str, Any], answer: Answer, model: ServedModel) -> Content:
+    """Returns what the store may keep of an answer: the conversation as the client sent it."""
+    asked = body.get({"completion": "prompt", "responses": "input"}.get(kind, "messages"))
+    made = answer.generation
+    return Content(asked, made.text, made.hidden, made.prompt, model.bundle.manifest.representation)
 
 
 async def _noting(

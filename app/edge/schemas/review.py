@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -22,7 +22,7 @@ class QueuedAnswer(BaseModel):
     index: int
     time: float
     model: str
-    conversation: list[dict[str, str]] | str | None
+    conversation: Any
     answer: str | None
     reviewers: int
     thumb: bool | None
