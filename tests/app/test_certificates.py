@@ -200,8 +200,8 @@ def test_the_queues(serve: Any, gates: Any, tmp_path: Path) -> None:
         assert queue("sampled")["waiting"] == {"sampled": 1, "withheld": 0}
         assert label(server, "none", True).status_code == 404
         for wrong in ({"kind": "all"}, {"limit": 0}):
-            assert server.client.get("/v1/reliability/queue", params=wrong).status_code == 422
-        assert server.client.post("/v1/reliability/labels", json={"id": first}).status_code == 422
+            assert server.client.get("/v1/reliability/queue", params=wrong).status_code == 400
+        assert server.client.post("/v1/reliability/labels", json={"id": first}).status_code == 400
 
         ticket = server.client.get(f"/v1/reliability/answers/{withheld}").json()
         assert ticket["results"] == [
