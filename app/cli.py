@@ -13,6 +13,7 @@ from candor.app.commands.data import data_app
 from candor.app.commands.evaluate import evaluate
 from candor.app.commands.finetune import finetune
 from candor.app.commands.key import key
+from candor.app.commands.promote import promote, rollback
 from candor.app.commands.serve import serve
 from candor.app.commands.store import store_app
 
@@ -30,6 +31,8 @@ cli.command(context_settings=UNKNOWN_OPTIONS)(serve)
 cli.command()(chat)
 cli.command()(batch)
 cli.command()(key)
+cli.command()(promote)
+cli.command()(rollback)
 cli.command(context_settings=UNKNOWN_OPTIONS)(calibrate)
 cli.command(context_settings=UNKNOWN_OPTIONS)(evaluate)
 cli.command()(finetune)

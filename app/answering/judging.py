@@ -73,7 +73,7 @@ class Judging:
     async def refuses(self, index: int, prompt: PromptStates, asked: Asked) -> bool:
         verdict = await self._service.refused(prompt, self.reliability, calibrated=self._keeps(asked))
         if verdict is not None:
-            empty = unwritten(len(asked.prompt_ids))
+            empty = unwritten(len(asked.prompt_ids), prompt)
             self._finish(Answer(index, empty, Judged(verdict), self.reliability.replacement, unwritten=True))
         return verdict is not None
 

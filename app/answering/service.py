@@ -179,7 +179,7 @@ class AnswerService:
                         if refused := await self.refused(
                             output, request.reliability, calibrated=request.calibrated
                         ):
-                            generation = unwritten(len(choice.prompt_ids))
+                            generation = unwritten(len(choice.prompt_ids), output)
                             break
                     elif isinstance(output, Delta):
                         yield Piece(index, output.text, output.logprobs)
@@ -245,7 +245,7 @@ class AnswerService:
         return judged
 
 
-def unwritten(prompt_tokens: int) -> Generation:
+def unwritten(prompt_tokens: int, prompt: PromptStates) -> Generation:
     """Returns the empty answer to a prompt that was refused when prefill ended."""
     return Generation(
         text="",
@@ -256,4 +256,5 @@ def unwritten(prompt_tokens: int) -> Generation:
         hidden=None,
         prompt_tokens=prompt_tokens,
         completion_tokens=0,
+        prompt=prompt,
     )

@@ -22,6 +22,10 @@ def serve(
     bundle: Annotated[
         Path | None, typer.Option(help="Directory of the bundle made for it. [CANDOR_BUNDLE]")
     ] = None,
+    shadow: Annotated[
+        Path | None,
+        typer.Option(help="Directory of a second bundle that scores each answer too, and decides nothing."),
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on, 127.0.0.1 by default.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on, 8000 by default.")] = None,
     engine: Annotated[EngineKind | None, typer.Option(help="What generates, vllm by default.")] = None,
@@ -62,6 +66,7 @@ def serve(
     given: dict[str, Any] = {
         "model": model,
         "bundle": bundle,
+        "shadow": shadow,
         "host": host,
         "port": port,
         "engine": engine and engine.value,

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -16,9 +15,7 @@ from prometheus_client import CollectorRegistry
 from starlette.middleware.cors import CORSMiddleware
 
 from candor.app.answering.preparing import Preparing
-from candor.app.answering.request import RequestResolver, gates_of
-from candor.app.answering.scoring import Scorer
-from candor.app.answering.service import AnswerService
+from candor.app.answering.request import RequestResolver
 from candor.app.answering.waiting import EngineWatch
 from candor.app.edge import errors
 from candor.app.edge.connections import Connections, most_connections
@@ -37,22 +34,20 @@ from candor.app.edge.routes import (
 )
 from candor.app.edge.routes.console import Console
 from candor.app.edge.routes.documented import ERRORS
-from candor.app.edge.services import LifespanState, ServedModel, Services
+from candor.app.edge.services import PIN, LifespanState, Services
 from candor.app.process.backend import Backend
 from candor.app.process.ending import Leaving
 from candor.app.process.processors import EngineProcessors
+from candor.app.process.promoted import Promotions
+from candor.app.process.renewal import Renewal
 from candor.app.process.selftest import SelfTest
 from candor.app.process.settings import Settings
 from candor.app.store.drawing import Drawing
 from candor.app.store.store import Keeping, VerdictStore
-from candor.app.store.watching import CertificateWatch, Certified, Served
 from candor.app.telemetry.audit import AuditLog
-from candor.app.telemetry.drifting import PromptDrift
 from candor.app.telemetry.health import ServerMetrics
 from candor.app.telemetry.metrics import Metrics
 from candor.app.telemetry.tracing import Traced, exemplar
-from candor.policy.certificate import RuleKind
-from candor.policy.monitor import Standing, StandingName
 
 _PREPARED_AT_ONCE = 1 << 21
 """Characters that wait to be tokenised; a second or two of one processor's work."""
@@ -101,6 +96,7 @@ def create_app(
     if store is not None:
         held = store
         health.watch_store(lambda: held.behind, lambda: held.lost)
+    promotions = backend.promotions or Promotions.beside(settings.bundle)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[LifespanState]:
@@ -114,62 +110,15 @@ def create_app(
         traces = {"exemplar": exemplar} if tracer else {}
         instruments = Metrics(registry, first, **traces)
         admission = Admission(settings.max_in_flight, settings.max_in_flight_tokens, weights)
-        scorers: list[Scorer] = []
-        models: dict[str, ServedModel] = {}
-
-        def standing_of(digest: str, certificate: Certified) -> Standing | None:
-            return certificates.of(digest, certificate) if certificates else None
-
-        def standing_name(digest: str, certificate: Certified) -> StandingName | None:
-            found = standing_of(digest, certificate)
-            return found.name if found else None
-
-        certificates: CertificateWatch | None = None
-        for name, one in backends.items():
-            bundle, metrics = one.bundle, instruments.of(name)
-            gates = gates_of(bundle, settings)
-            metrics.describe(bundle, settings.estimator, gates)
-            scorer = Scorer(
-                bundle,
-                settings.estimator,
-                settings.scoring_timeout_s,
-                gates,
-                partial(standing_name, bundle.digest),
-                withholds_suspended=settings.on_suspended == "abstain",
-            )
-            scorers.append(scorer)
-            await scorer.warm_up()
-            policy = bundle.manifest.policy
-            service = AnswerService(one.engine, policy, scorer, admission, metrics, watch, tracer)
-            rule: RuleKind = "two-gates" if gates else "sdm"
-            models[name] = ServedModel(
-                name,
-                bundle,
-                rule,
-                resolvers[name],
-                service,
-                selftests[name],
-                metrics,
-                PromptDrift(len(gates.rule.gate.reference), metrics.drift) if gates else None,
-                partial(standing_of, bundle.digest),
-            )
-        if store is not None:
-            served = [
-                Served(model.name, model.bundle.digest, certificate)
-                for model in models.values()
-                for certificate in model.certificates(settings.estimator)
-            ]
-            certificates = CertificateWatch(
-                store,
-                served,
-                lambda one, stands: models[one.model].metrics.stands(
-                    one.watched.rule, one.certificate.alpha, stands
-                ),
-            )
-            await certificates.look()
+        renewal = Renewal(settings, promotions, instruments, admission, watch, store, tracer)
+        slots = {
+            name: await renewal.begin(name, one, resolvers[name], selftests[name])
+            for name, one in backends.items()
+        }
+        certificates = await renewal.watch_certificates(slots)
         services = Services(
             engine=backend.engine,
-            models=models,
+            slots=slots,
             admission=admission,
             token_rate=RateLimit(settings.tokens_per_minute, "tokens"),
             quotas=quotas,
@@ -183,6 +132,7 @@ def create_app(
             estimator=settings.estimator,
             request_timeout_s=settings.request_timeout_s,
             started=int(time.time()),
+            renewal=renewal,
         )
         running = [asyncio.create_task(work) for work in (watch.run(), quotas.run(), health.run(watch))]
         if certificates is not None:
@@ -195,8 +145,7 @@ def create_app(
             services.preparing.close()
             await asyncio.to_thread(quotas.write)
             await asyncio.to_thread(audit.close)
-            for scorer in scorers:
-                scorer.close()
+            await renewal.close()
             if store is not None:
                 await store.close()
             await backend.engine.close()
@@ -225,7 +174,7 @@ def create_app(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id", "x-request-timeout"],
+            allow_headers=["authorization", "content-type", "x-request-id", "x-request-timeout", PIN],
             expose_headers=["x-request-id", "x-sdm-region", "x-sdm-abstained", "x-sdm-bundle", "retry-after"],
         )
     app.add_middleware(RequestId, leaving=leaving, audit=audit, log_bodies=settings.log_bodies)

@@ -34,6 +34,7 @@ from candor.app.edge.quotas import QuotaFileError
 from candor.app.process.application import create_app
 from candor.app.process.backend import Backend, start_backend
 from candor.app.process.ending import Leaving, ending_children
+from candor.app.process.promoted import PromotedFileError
 from candor.app.process.selftest import SelfTest
 from candor.app.process.settings import LOOPBACK, Settings
 from candor.app.store.records import StoreError
@@ -55,6 +56,7 @@ _FORESEEN = (
     BundleError,
     EngineError,
     KeyFileError,
+    PromotedFileError,
     QuotaFileError,
     Refused,
     StoreError,

@@ -33,6 +33,11 @@ class Settings(BaseSettings):
 
     model: Path = Field(description="Directory of the model: config.json, safetensors files, tokenizer.")
     bundle: Path = Field(description="Directory of the bundle that was calibrated for this model.")
+    shadow: Path | None = Field(
+        default=None,
+        description="Directory of a second bundle of the same name that scores each answer too, once it is sent, and "
+        "decides nothing. It can be promoted.",
+    )
     host: str = Field(
         default="127.0.0.1",
         description="Address to listen on. Without keys, only a loopback address is allowed.",

@@ -18,6 +18,7 @@ from sqlalchemy import (
     Connection,
     Engine,
     Table,
+    and_,
     create_engine,
     event,
     inspect,
@@ -25,6 +26,7 @@ from sqlalchemy import (
     select,
     text,
     tuple_,
+    update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
@@ -32,7 +34,7 @@ from sqlalchemy.exc import ArgumentError, DataError, IntegrityError, NoSuchModul
 
 from candor.app.store.records import Judged, Outcome, Receipt, Row, StoreError, StoreUnavailable
 from candor.app.store.spool import Entry, Spool
-from candor.app.store.tables import contents, labels, thumbs, verdicts
+from candor.app.store.tables import DISPUTES, contents, labels, thumbs, verdicts
 
 Result = TypeVar("Result")
 Answered = Receipt | Exception | None
@@ -139,10 +141,14 @@ class Database:
 
     def _put_all(self, connection: Connection, entries: Sequence[Entry]) -> list[Answered]:
         self._put_verdicts(connection, [row for table, row in entries if table == verdicts.name])
-        return [
-            None if table == verdicts.name else self._put_label(connection, table, row)
-            for table, row in entries
-        ]
+        return [self._put_about(connection, table, row) for table, row in entries]
+
+    def _put_about(self, connection: Connection, name: str, row: Row) -> Receipt | None:
+        """Puts what is said of a verdict that is there by now."""
+        if name == DISPUTES:
+            of_it = and_(verdicts.c.id == row["id"], verdicts.c.choice == row["choice"])
+            connection.execute(update(verdicts).where(of_it).values(disputed_by=row["disputed_by"]))
+        return self._put_label(connection, name, row) if name in (thumbs.name, labels.name) else None
 
     def _put_verdicts(self, connection: Connection, rows: Sequence[Row]) -> None:
         if not rows:

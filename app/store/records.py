@@ -167,6 +167,18 @@ class Label:
         }
 
 
+@dataclass(frozen=True)
+class Dispute:
+    """A shadowing bundle decides otherwise on an answer. bundle: its digest. Whoever reviews looks at such first."""
+
+    id: str
+    index: int
+    bundle: str
+
+    def row(self) -> Row:
+        return {"id": self.id, "choice": self.index, "disputed_by": self.bundle}
+
+
 Outcome = Literal["recorded", "unchanged", "replaced"]
 
 

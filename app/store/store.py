@@ -31,6 +31,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from candor.app.store.database import Answered, Database, url_of
 from candor.app.store.drawing import Drawing
 from candor.app.store.records import (
+    Dispute,
     Draw,
     Feedback,
     GivenVerdict,
@@ -44,7 +45,7 @@ from candor.app.store.records import (
     plain,
 )
 from candor.app.store.spool import Entry, Spool
-from candor.app.store.tables import contents, labels, thumbs, verdicts
+from candor.app.store.tables import DISPUTES, contents, labels, thumbs, verdicts
 
 logger = logging.getLogger("candor")
 
@@ -139,6 +140,11 @@ class VerdictStore:
                 continue
             draw = self._drawing.draw(given)
             self._queue.put(_Item(lambda given=given, draw=draw: self._verdict(given, draw)))  # type: ignore[misc]
+
+    def dispute(self, dispute: Dispute) -> None:
+        """Queues the flag of a verdict that was noted. Nobody waits for it."""
+        if self._queue.qsize() < _MOST_WAITING:  # a flag that is lost costs nothing but attention
+            self._queue.put(_Item(lambda: (DISPUTES, dispute.row())))
 
     async def take(self, feedback: Feedback) -> Receipt:
         """Returns once the feedback is durable. Raises NoSuchAnswer or NotKept; it is then not stored."""
@@ -261,7 +267,7 @@ class VerdictStore:
         kept = [
             entry
             for entry, result in zip(entries, results, strict=True)
-            if entry[0] == verdicts.name or isinstance(result, Receipt)
+            if entry[0] in (verdicts.name, DISPUTES) or isinstance(result, Receipt)
         ]
         kept = [*self._held, *kept]
         if not kept:
@@ -276,14 +282,14 @@ class VerdictStore:
             return [error if isinstance(result, Receipt) else result for result in results]
         self._held.clear()
         for entry in kept:
-            if entry[0] != verdicts.name:
+            if entry[0] in (thumbs.name, labels.name):
                 self._spooled[_name(entry)] = entry
         return results
 
     def _seen(self, entry: Entry) -> Answered:
         """Returns the receipt of a label that is to be spooled."""
         table, row = entry
-        if table == verdicts.name:
+        if table in (verdicts.name, DISPUTES):
             return None
         judged = self._recent.get((row["id"], row["choice"]))
         if judged is None:

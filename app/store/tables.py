@@ -24,6 +24,9 @@ from sqlalchemy import (
 
 metadata = MetaData()
 
+DISPUTES = "disputes"
+"""Entries that flag a verdict; no table of their own."""
+
 _Number = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts rows up in INTEGER alone
 
 verdicts = Table(
@@ -58,6 +61,7 @@ verdicts = Table(
     Column("audit_probability", Double, nullable=False, comment="pi, with which it was drawn"),
     Column("audit_least", Double, nullable=False, comment="least pi that it could have had"),
     Column("drawn", Boolean, nullable=False),
+    Column("disputed_by", Text, comment="digest of a shadowing bundle that decides otherwise"),
     UniqueConstraint("id", "choice", name="one_verdict"),
     Index("drawn_verdicts", "drawn", "covered", "number"),
     sqlite_autoincrement=True,

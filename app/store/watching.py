@@ -47,16 +47,17 @@ class Served:
 
 
 class CertificateWatch:
-    """changed: called with each served certificate and its standing whenever it was read."""
+    """served: the certificates that judge now; it is asked each time, for bundles are promoted. changed: called with
+    each of them and its standing whenever it was read."""
 
     def __init__(
         self,
         store: VerdictStore,
-        served: Iterable[Served],
+        served: Callable[[], Iterable[Served]],
         changed: Callable[[Served, Standing], None] = lambda *_: None,
     ) -> None:
         self._store = store
-        self._served = tuple(served)
+        self._served = served
         self._changed = changed
         self._standings: dict[reading.Watched, Standing] = {}
         self._seen: tuple[int, float | None] | None = None
@@ -67,8 +68,9 @@ class CertificateWatch:
         """Returns the certificate's standing; None as long as the store could not be read."""
         return self._standings.get(Served("", bundle, certificate).watched)
 
-    def wake(self) -> None:
-        """Has it look now: a label came."""
+    def wake(self, *, whole: bool = False) -> None:
+        """Has it look now: a label came. whole: or other certificates judge."""
+        self._whole_at = 0.0 if whole else self._whole_at
         self._wake.set()
 
     async def run(self) -> None:
@@ -109,7 +111,7 @@ class CertificateWatch:
                 served.certificate.accuracy,
                 1 - served.certificate.confidence,
             )
-            for served in self._served
+            for served in self._served()
         }
         self._seen = seen
         return found

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable
 from copy import copy
+from itertools import product
 from math import log10
 from typing import get_args
 
@@ -19,6 +20,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from prometheus_client.exposition import choose_encoder
 
 from candor.app.answering.scoring import Cause
+from candor.app.answering.shadow import DECISIONS, SHADOW_DECISIONS, Decision, ShadowDecision
 from candor.app.store.records import Judged
 from candor.model_store.bundle import Bundle
 from candor.policy.certificate import EstimatorKind
@@ -76,6 +78,7 @@ class Metrics:
         self._exemplar = exemplar
         self._model = model_name
         self._answer_tokens = 0.0
+        self._described: dict[str, list[tuple[Gauge, tuple[str, ...]]]] = {}  # gauges of each model's bundle
         label = ("model_name",)
         self._answers = Counter(
             "sdm_answers",
@@ -175,6 +178,18 @@ class Metrics:
             label,
             registry=registry,
         )
+        self._shadow = Counter(
+            "sdm_shadow",
+            "Answers that a shadowing bundle scored too, by the decision on them (old) and its own (new).",
+            (*label, "old", "new"),
+            registry=registry,
+        )
+        self._shadow_dropped = Counter(
+            "sdm_shadow_dropped",
+            "Answers that a shadowing bundle did not score, for too many waited for it.",
+            label,
+            registry=registry,
+        )
         self._bundle_info = Gauge(
             "sdm_bundle_info", "The bundle in use; always 1.", (*label, "bundle", "alpha"), registry=registry
         )
@@ -188,26 +203,49 @@ class Metrics:
         other._model = model_name
         return other
 
-    def describe(self, bundle: Bundle, estimator: EstimatorKind, gates: TwoGates | None = None) -> None:
-        """Sets the gauges of the bundle, and starts all counters and histograms at 0. gates: if two gates judge."""
+    def expect(self, gates: TwoGates | None) -> None:
+        """Says by what answers are judged that these metrics count. gates: None if a region judges."""
         self._answer_tokens = gates.terms.tokens if gates else 0.0
+
+    def describe(self, bundle: Bundle, estimator: EstimatorKind, gates: TwoGates | None = None) -> None:
+        """Sets the gauges of the bundle in place of an earlier one's, and starts counters and histograms that are new
+        at 0. gates: if two gates judge."""
+        for gauge, labels in self._described.pop(self._model, ()):
+            gauge.remove(*labels)
         self._tokens_saved.labels(self._model)
         for alpha in bundle.manifest.alphas:
-            self._bundle_info.labels(self._model, bundle.digest, str(alpha)).set(1)
+            self._set(self._bundle_info, 1, bundle.digest, str(alpha))
         reference = "reference_abstention_ratio" + ("_of_rule" if gates else "")
         if gates or estimator == "lower":  # calibration measures the abstentions of these only
             for alpha_name, ratio in bundle.report.get(reference, {}).items():
-                self._reference.labels(self._model, alpha_name).set(ratio)
+                self._set(self._reference, ratio, alpha_name)
         for label, size in Tally(one.label for one in bundle.exemplars).items():
-            self._support_size.labels(self._model, str(label)).set(size)
+            self._set(self._support_size, size, str(label))
         held_out = bundle.report.get("held_out", {})
         if gates:
             known = next(iter(held_out.get("rule", {}).values()), None)
             if known is not None:
-                self._reference_ood.labels(self._model).set(1 - known["known"]["value"])
+                self._set(self._reference_ood, 1 - known["known"]["value"])
         elif (ood := held_out.get("ood")) is not None:
-            self._reference_ood.labels(self._model).set(ood["value"])
+            self._set(self._reference_ood, ood["value"])
         self._begin(bundle.manifest.alphas)
+
+    def _set(self, gauge: Gauge, value: float, *labels: str) -> None:
+        gauge.labels(self._model, *labels).set(value)
+        self._described.setdefault(self._model, []).append((gauge, (self._model, *labels)))
+
+    def begin_shadow(self) -> None:
+        """Starts the counters of a shadowing bundle at 0."""
+        self._shadow_dropped.labels(self._model)
+        for old, new in product(DECISIONS, SHADOW_DECISIONS):
+            self._shadow.labels(self._model, old, new)
+
+    def shadowed(self, decisions: tuple[Decision, ShadowDecision] | None) -> None:
+        """Counts an answer that a shadowing bundle scored too, by both decisions; None: it was dropped."""
+        if decisions is None:
+            self._shadow_dropped.labels(self._model).inc()
+        else:
+            self._shadow.labels(self._model, *decisions).inc()
 
     def _begin(self, alphas: Iterable[float]) -> None:
         for alpha in map(str, alphas):

@@ -24,8 +24,9 @@ async def take_feedback(
         Feedback(body.id, body.index, body.correct, body.comment, request.state.caller)
     )
     if receipt.outcome == "recorded":
-        judges = {model.bundle.digest: model for model in services.models.values()}
-        judge = judges.get(receipt.judged.bundle, services.model())  # an earlier bundle may not be loaded
+        first, *others = services.models.values()
+        # An earlier bundle may not be loaded any more.
+        judge = next((one for one in others if one.bundle.digest == receipt.judged.bundle), first)
         judge.metrics.feedback(receipt.judged, body.correct)
     return FeedbackReceipt(
         id=body.id,

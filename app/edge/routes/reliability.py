@@ -22,7 +22,7 @@ router = APIRouter(route_class=BoundedRoute)
 @router.post("/v1/reliability", responses=ERRORS)
 async def score_response(body: ScoreRequest, request: Request, services: InjectedServices) -> ScoreResponse:
     """The verdict on a given prompt and response, by the same estimator as for answers."""
-    model = services.model(body.model)
+    model = services.model(body.model, body.bundle)
     record = audited(request, model.name, model.bundle.digest)
     resolver, watch = model.resolver, services.watch
     bulk = resolver.measure(body)

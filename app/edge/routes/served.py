@@ -13,6 +13,7 @@ from candor.app.edge.schemas.bundle import (
     ShownCertificate,
     ShownRegion,
     ShownStanding,
+    shown_shadow,
 )
 from candor.app.edge.services import InjectedServices
 from candor.model_store.bundle import Bundle
@@ -64,6 +65,7 @@ async def show_bundle(services: InjectedServices, model: str | None = None) -> B
         most_exemplars=served.resolver.most_exemplars,
         examples=_examples(bundle) if served.resolver.most_exemplars else [],
         takes_feedback=services.store is not None,
+        shadow=shown_shadow(served.shadow),
         report={name: value for name, value in bundle.report.items() if name not in _NOT_SHOWN},
     )
 

@@ -26,7 +26,7 @@ from candor.app.answering.service import Answer
 from candor.app.answering.waiting import Deadline, seconds_for, unless_interrupted
 from candor.app.edge.limits import Refused
 from candor.app.edge.parsing import BoundedRoute
-from candor.app.edge.routes.answers import EventStream, verdict_headers
+from candor.app.edge.routes.answers import EventStream, shadowed, verdict_headers
 from candor.app.edge.routes.documented import ERRORS, STREAMED
 from candor.app.edge.routes.either import json_object
 from candor.app.edge.schemas.reliability import ReliabilityOptions
@@ -111,8 +111,8 @@ async def _respond(kind: Kind, body: dict[str, Any], request: Request, services:
     surface = _surface(services)
     form = FORMS[kind]
     given = body.get("model")
-    model = services.model(given if isinstance(given, str) else None)
     asked = _options(body.pop("reliability", None))
+    model = services.model(given if isinstance(given, str) else None, asked.bundle)
     streamed = body.get("stream") is True
     reliability = model.resolver.resolve_reliability(asked, streamed=streamed)
     record = audited(request, model.name, model.bundle.digest)
@@ -165,6 +165,7 @@ async def _respond(kind: Kind, body: dict[str, Any], request: Request, services:
             if answer.judged
         ]
         services.note(model, given, usual=all(one.verdict.calibrated for one in given))
+        shadowed(model, answer_id, verdicts, reliability)
 
     with ExitStack() as held:
         held.enter_context(services.admission.admit(parsed.caller, choices, parsed.tokens))

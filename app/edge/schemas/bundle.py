@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from candor.app.answering.shadow import DECISIONS, SHADOW_DECISIONS, Shadow
 from candor.policy.certificate import Certificate, RuleCertificate, RuleKind
 from candor.policy.monitor import StandingName
 
@@ -73,6 +74,17 @@ class ShownStanding(BaseModel):
     since: int
 
 
+class ShownShadow(BaseModel):
+    """A bundle that scores each answer too. decisions: how many answers by the decision on them, then by its own.
+
+    dropped: answers that it did not score, for too many waited.
+    """
+
+    bundle: str
+    decisions: dict[Literal["answered", "abstained"], dict[Literal["answered", "abstained", "unknown"], int]]
+    dropped: int
+
+
 class BundleReport(BaseModel):
     """rule: what judges here. certificates: of both rules, as far as there are any. standings: of those that judge
     here, where the server has a store of audits.
@@ -80,7 +92,7 @@ class BundleReport(BaseModel):
     report: as calibration wrote it, without the digests of the prompts it was fitted on.
 
     most_exemplars: how many a request may ask to see. examples: prompts of exemplars, none where those are
-    kept private. takes_feedback: whether labels for answers are kept.
+    kept private. takes_feedback: whether labels for answers are kept. shadow: a second bundle that scores too.
     """
 
     object: Literal["reliability.bundle"] = "reliability.bundle"
@@ -99,6 +111,7 @@ class BundleReport(BaseModel):
     most_exemplars: int
     examples: list[str]
     takes_feedback: bool
+    shadow: ShownShadow | None
     report: dict[str, Any]
 
 
@@ -115,3 +128,10 @@ class CalibrationPoints(BaseModel):
     probability: list[float]
     prediction: list[int]
     label: list[int]
+
+
+def shown_shadow(shadow: Shadow | None) -> ShownShadow | None:
+    if shadow is None:
+        return None
+    decisions = {old: {new: shadow.matrix[old, new] for new in SHADOW_DECISIONS} for old in DECISIONS}
+    return ShownShadow(bundle=shadow.bundle.digest, decisions=decisions, dropped=shadow.dropped)
