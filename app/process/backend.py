@@ -12,8 +12,9 @@ from candor.app.answering.request import certified_alphas, default_alpha
 from candor.app.edge.limits import Refused
 from candor.app.process.promoted import Promotions
 from candor.engine.base import Engine, EngineError
-from candor.model_store.bundle import Bundle, load_bundle
+from candor.model_store.bundle import Bundle
 from candor.model_store.identity import check_identity, check_model, check_options, require_successor
+from candor.model_store.signing import load_signed
 
 if TYPE_CHECKING:
     from candor.app.process.settings import Settings
@@ -146,7 +147,7 @@ def _backend(engine: Engine, chat: ChatFormat, path: Path, bundle: Bundle, read:
 
 def _load(path: Path, settings: Settings) -> Bundle:
     """Loads a bundle. Raises Refused, before the slow engine start, if it lacks what the settings ask for."""
-    bundle = load_bundle(path)
+    bundle = load_signed(path, settings.bundle_key)
     default_alpha(settings.alpha, bundle.manifest.alphas)
     certified_alphas(bundle, settings)
     alphas = ",".join(map(str, bundle.manifest.alphas))

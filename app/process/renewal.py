@@ -38,10 +38,11 @@ from candor.app.store.watching import CertificateWatch, Certified, Served
 from candor.app.telemetry.drifting import PromptDrift
 from candor.app.telemetry.metrics import Metrics
 from candor.engine.base import EngineError
-from candor.model_store.bundle import Bundle, load_bundle
+from candor.model_store.bundle import Bundle
 from candor.model_store.directory import read_manifest
 from candor.model_store.errors import BundleError
 from candor.model_store.identity import check_identity, require_successor
+from candor.model_store.signing import load_signed
 from candor.model_store.store import resolve
 from candor.policy.certificate import RuleKind
 from candor.policy.monitor import Standing, StandingName
@@ -205,7 +206,7 @@ class Renewal:
         if shadow is not None and shadow[1].digest == digest:
             bundle = shadow[1]
         else:
-            bundle = await asyncio.to_thread(load_bundle, path)
+            bundle = await asyncio.to_thread(load_signed, path, self._settings.bundle_key)
         check_identity(backend.engine, bundle)
         require_successor(old.bundle, bundle)
         default_alpha(self._settings.alpha, bundle.manifest.alphas)

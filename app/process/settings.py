@@ -38,6 +38,11 @@ class Settings(BaseSettings):
         description="Directory of a second bundle of the same name that scores each answer too, once it is sent, and "
         "decides nothing. It can be promoted.",
     )
+    bundle_key: Path | None = Field(
+        default=None,
+        description="Public key in PEM format. With it, a bundle is served, shadows or is promoted only if it was "
+        "signed with the private one (`candor bundle sign`).",
+    )
     host: str = Field(
         default="127.0.0.1",
         description="Address to listen on. Without keys, only a loopback address is allowed.",

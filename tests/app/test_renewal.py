@@ -169,11 +169,11 @@ def test_of_two_promotions_at_once_one_wins(
     put("old", STRICT), put("new", LAX), put("newer", 1.2)  # type: ignore[unused-ignore]
     held = threading.Event()
 
-    def slowly(path: Path) -> Bundle:
+    def slowly(path: Path, key: Path | None) -> Bundle:
         assert held.wait(10)
         return load_bundle(path)
 
-    monkeypatch.setattr(renewal, "load_bundle", slowly)
+    monkeypatch.setattr(renewal, "load_signed", slowly)
     with serve_from(tmp_path / "old") as server, ThreadPoolExecutor(2) as pool:
         both = [pool.submit(promote, server, name) for name in ("new", "newer")]
         while not any(one.done() for one in both):
