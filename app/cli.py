@@ -14,6 +14,7 @@ from candor.app.commands.evaluate import evaluate
 from candor.app.commands.finetune import finetune
 from candor.app.commands.key import key
 from candor.app.commands.promote import promote, rollback
+from candor.app.commands.recalibrate import recalibrate
 from candor.app.commands.serve import serve
 from candor.app.commands.store import store_app
 
@@ -31,6 +32,7 @@ cli.command(context_settings=UNKNOWN_OPTIONS)(serve)
 cli.command()(chat)
 cli.command()(batch)
 cli.command()(key)
+cli.command()(recalibrate)
 cli.command()(promote)
 cli.command()(rollback)
 cli.command(context_settings=UNKNOWN_OPTIONS)(calibrate)

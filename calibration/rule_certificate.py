@@ -135,6 +135,13 @@ def certify_rule(
     at = (torch.tensor(sorted(first.values())).unsqueeze(1) * attempts + torch.arange(attempts)).flatten()
     rows = certification[at]
     drawn = Drawn.of(fitted.rule.judge(rows.prompts, rows.h, rows.figures), rows.y, attempts)
+    return certify_drawn(fitted, drawn, frozenset(first), wanted, wanted.accuracy if alpha is None else alpha)
+
+
+def certify_drawn(
+    fitted: FittedRule, drawn: Drawn, prompts: frozenset[str], wanted: Claim, alpha: float
+) -> RuleCertification:
+    """The same of records that are judged already. prompts: what names each."""
     order = thresholds(fitted)
     steps = walk(drawn, order[start(fitted, order, len(drawn), wanted) :], wanted)
     passed = [step for step in steps if step.passed]
@@ -143,7 +150,7 @@ def certify_rule(
     if passed:
         last = passed[-1]
         certificate = RuleCertificate(
-            alpha=wanted.accuracy if alpha is None else alpha,
+            alpha=alpha,
             accuracy=wanted.accuracy,
             confidence=1 - wanted.delta,
             score_min=last.threshold,
@@ -154,9 +161,9 @@ def certify_rule(
             lower_bound=proven_bound(last, wanted),
         )
     return RuleCertification(
-        wanted.accuracy if alpha is None else alpha,
+        alpha,
         wanted,
-        frozenset(first),
+        prompts,
         base_right,
         int((~drawn.known.any(dim=1)).sum()),
         steps,

@@ -44,7 +44,10 @@ def list_certificates(store: Store) -> None:
         waiting = database.read(reading.waiting)
     if not watched:
         typer.echo("no answer that a certificate covers was drawn yet")
-    typer.echo(f"without a label: {waiting['sampled']} sampled, {waiting['withheld']} withheld")
+    typer.echo(
+        f"without a label: {waiting['sampled']} sampled, {waiting['withheld']} withheld, "
+        f"{waiting['disputed']} disputed"
+    )
 
 
 @audit_app.command()
@@ -54,13 +57,17 @@ def queue(
     withheld: Annotated[
         bool, typer.Option("--withheld", help="What was withheld, in place of the sample.")
     ] = False,
+    disputed: Annotated[
+        bool,
+        typer.Option("--disputed", help="What a shadowing bundle decides otherwise, in place of the sample."),
+    ] = False,
     limit: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
 ) -> None:
     """Print answers that you have not labelled, a JSON object a line."""
     from candor.app.store import reading
 
     with opened(store) as database:
-        kind: reading.Kind = "withheld" if withheld else "sampled"
+        kind: reading.Kind = "disputed" if disputed else "withheld" if withheld else "sampled"
         rows = database.read(lambda connection: reading.queue(connection, kind, reviewer, limit))
     for row in rows:
         shown = {"id": row["id"], "index": row["choice"], **_texts(row)}

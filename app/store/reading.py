@@ -7,7 +7,7 @@ can tell, it has none.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Integer, Select, and_, case, cast, exists, func, select
@@ -17,7 +17,7 @@ from candor.app.store.tables import contents, labels, thumbs, verdicts
 from candor.policy.agreement import Agreement
 from candor.policy.monitor import Audit
 
-Kind = Literal["sampled", "withheld"]
+Kind = Literal["sampled", "withheld", "disputed"]
 
 _said = (
     select(
@@ -102,12 +102,32 @@ def answers(connection: Connection, *, bundle: str | None = None, labelled: bool
         yield _shown(row)
 
 
+def usable(connection: Connection, bundles: Sequence[str]) -> Iterator[Row]:
+    """Yields what a next bundle may be made from, as `answers` does: what these bundles judged, and was drawn or
+    labelled."""
+    asked = _with_contents().order_by(verdicts.c.number).where(verdicts.c.bundle.in_(bundles))
+    asked = asked.where(verdicts.c.drawn | (_said.c.reviewers > 0))
+    for row in connection.execution_options(yield_per=256).execute(asked).mappings():
+        yield _shown(row)
+
+
+def labelled_by_bundle(connection: Connection) -> dict[str, int]:
+    """Returns how many answers of each bundle reviewers labelled, by its digest."""
+    asked = (
+        select(verdicts.c.bundle, func.count())
+        .join(_said, _same(verdicts, _said))
+        .group_by(verdicts.c.bundle)
+    )
+    return {bundle: count for bundle, count in connection.execute(asked)}
+
+
 def queue(connection: Connection, kind: Kind, reviewer: str, limit: int = 50) -> list[Row]:
     """Returns answers that this reviewer has not labelled, as `answers` does.
 
     sampled: drawn, and let through or covered by a suspended certificate; those that nobody labelled come first, the
     oldest of them first, so that evidence has no gaps.
-    withheld: drawn ones first, then the newest.
+    withheld: drawn ones first, then the newest. disputed: those on which a shadowing bundle decides otherwise,
+    likewise.
     """
     mine = exists().where(_same(labels, verdicts), labels.c.reviewer == reviewer)
     asked = _with_contents().where(verdicts.c.kind == "answer", ~mine).limit(limit)
@@ -115,17 +135,22 @@ def queue(connection: Connection, kind: Kind, reviewer: str, limit: int = 50) ->
     if kind == "sampled":
         asked = asked.where(verdicts.c.drawn, ~_withheld).order_by(nobody, verdicts.c.number)
     else:
-        asked = asked.where(_withheld)
+        asked = asked.where(_withheld if kind == "withheld" else verdicts.c.disputed_by.is_not(None))
         asked = asked.order_by(nobody, verdicts.c.drawn.desc(), verdicts.c.number.desc())
     return [_shown(row) for row in connection.execute(asked).mappings()]
 
 
 def waiting(connection: Connection) -> dict[Kind, int]:
-    """Returns how many drawn answers nobody has labelled, by the queue they stand in."""
+    """Returns how many answers nobody has labelled, by the queue they stand in: drawn ones, and disputed ones."""
     labelled = exists().where(_same(labels, verdicts))
     asked = select(_withheld, func.count()).where(verdicts.c.drawn, ~labelled).group_by(_withheld)
     found = {bool(withheld): count for withheld, count in connection.execute(asked)}
-    return {"sampled": found.get(False, 0), "withheld": found.get(True, 0)}
+    disputed = select(func.count()).where(verdicts.c.disputed_by.is_not(None), ~labelled)
+    return {
+        "sampled": found.get(False, 0),
+        "withheld": found.get(True, 0),
+        "disputed": connection.scalar(disputed) or 0,
+    }
 
 
 def outcome(connection: Connection, id: str) -> list[Row]:

@@ -38,7 +38,8 @@ async def show_queue(
     kind: reading.Kind = "sampled",
     limit: Annotated[int, Query(ge=1, le=200)] = 20,
 ) -> ReviewQueue:
-    """Answers to label: those drawn for an audit, or, apart from them, what was withheld."""
+    """Answers to label: those drawn for an audit, or, apart from them, what was withheld, or what a shadowing bundle
+    decides otherwise."""
     reviewer: str = request.state.caller
 
     def ask(connection: Connection) -> ReviewQueue:

@@ -38,12 +38,13 @@ class ShownAgreement(BaseModel):
 
 
 class ReviewQueue(BaseModel):
-    """waiting: drawn answers without any label, by queue. items: what this reviewer has not labelled."""
+    """waiting: answers without any label, by queue; of sampled and withheld ones, those that were drawn. items: what
+    this reviewer has not labelled."""
 
     object: Literal["reliability.queue"] = "reliability.queue"
-    kind: Literal["sampled", "withheld"]
+    kind: Literal["sampled", "withheld", "disputed"]
     reviewer: str
-    waiting: dict[Literal["sampled", "withheld"], int]
+    waiting: dict[Literal["sampled", "withheld", "disputed"], int]
     agreement: list[ShownAgreement]
     items: list[QueuedAnswer]
 
