@@ -120,10 +120,12 @@ def sorted_out(
         one for one in rows if (since or 0.0) <= one["time"] <= (until or float("inf")) and one["calibrated"]
     ]
     kept = [one for one in within if one["h"] is not None or one["prompt_states"] is not None]
-    if not kept:
+    if not any(one["correct"] is not None for one in kept):
+        said = sum(one["correct"] is not None for one in within)
         raise CalibrationError(
-            f"the states of none of {len(within)} answers are kept: serve with CANDOR_KEEP_STATES=drawn (and "
-            "CANDOR_KEEP_TEXTS=drawn, for exemplars), and label before CANDOR_KEEP_DAYS are over"
+            f"of {said} labelled answers within that time the states of none are kept: serve with "
+            "CANDOR_KEEP_STATES=drawn (and CANDOR_KEEP_TEXTS=drawn, for exemplars), and label before CANDOR_KEEP_DAYS "
+            "are over"
         )
     _require_widths(old, kept)
     made = datetime.fromisoformat(old.manifest.created).timestamp()

@@ -268,7 +268,7 @@ def test_hopeless_answers_are_refused_with_the_figures(old: Bundle) -> None:
 
 
 def test_false_certificates_are_rare(old: Bundle) -> None:
-    """Audits drawn by doubt, of answers whose states say nothing: no threshold holds .9, so any certificate is false."""
+    """Audits drawn by doubt, of answers whose states say nothing: no threshold holds .9, any certificate is false."""
     false = 0
     for seed in range(100, 120):
         draw = torch.Generator().manual_seed(seed)
