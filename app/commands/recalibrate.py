@@ -124,8 +124,8 @@ def sorted_out(
         said = sum(one["correct"] is not None for one in within)
         raise CalibrationError(
             f"of {said} labelled answers within that time the states of none are kept: serve with "
-            "CANDOR_KEEP_STATES=drawn (and CANDOR_KEEP_TEXTS=drawn, for exemplars), and label before CANDOR_KEEP_DAYS "
-            "are over"
+            "CANDOR_KEEP_STATES=drawn (and CANDOR_KEEP_TEXTS=drawn, for exemplars), and label within "
+            "CANDOR_KEEP_DAYS"
         )
     _require_widths(old, kept)
     made = datetime.fromisoformat(old.manifest.created).timestamp()

@@ -190,14 +190,14 @@ def test_the_queues(serve: Any, gates: Any, tmp_path: Path) -> None:
         sampled = queue("sampled")
         assert [(one["id"], one["thumb"]) for one in sampled["items"]] == [(first, None), (second, False)]
         assert sampled["items"][0]["conversation"] == [{"role": "user", "content": "first"}]
-        assert sampled["waiting"] == {"sampled": 2, "withheld": 1}
+        assert sampled["waiting"] == {"sampled": 2, "withheld": 1, "disputed": 0}
         assert "region" not in sampled["items"][0]  # whoever labels must not know the verdict
         assert [one["id"] for one in queue("withheld")["items"]] == [withheld]
         assert len(queue("sampled", limit=1)["items"]) == 1
         assert label(server, first, None).json()["outcome"] == "recorded"
         assert label(server, withheld, False, answer="mine").json()["outcome"] == "recorded"
         assert [one["id"] for one in queue("sampled")["items"]] == [second]
-        assert queue("sampled")["waiting"] == {"sampled": 1, "withheld": 0}
+        assert queue("sampled")["waiting"] == {"sampled": 1, "withheld": 0, "disputed": 0}
         assert label(server, "none", True).status_code == 404
         for wrong in ({"kind": "all"}, {"limit": 0}):
             assert server.client.get("/v1/reliability/queue", params=wrong).status_code == 400

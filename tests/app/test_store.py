@@ -30,6 +30,7 @@ from candor.app.store.database import Database, url_of
 from candor.app.store.drawing import Drawing
 from candor.app.store.records import (
     Content,
+    Dispute,
     Feedback,
     GivenVerdict,
     Judged,
@@ -568,7 +569,7 @@ def test_audits_in_the_order_of_answers(opened: Any, where: str) -> None:
     found = database.read(lambda connection: reading.audits(connection, certificate))
     # a1 wrong; a3: they differ; a5: one cannot tell; a7: not labelled. Withheld ones are not among them.
     assert found == [(1, 1, False), (1, 1, None), (1, 1, True), (1, 1, None)]
-    assert database.read(reading.waiting) == {"sampled": 1, "withheld": 3}
+    assert database.read(reading.waiting) == {"sampled": 1, "withheld": 3, "disputed": 0}
     assert database.read(reading.agreements) == {
         ("ann", "ben"): Agreement(both=0, first=1, second=0, neither=0)
     }
@@ -593,6 +594,37 @@ def test_queues(opened: Any, where: str) -> None:
     assert queue("withheld", "ann") == ["a6", "a2", "a0"]
     assert queue("withheld", "ben") == ["a6", "a2", "a0", "a4"]
     database.close()
+
+
+def test_what_a_shadow_disputes(opened: Any, where: str) -> None:
+    async def work(store: VerdictStore) -> None:
+        store.note([given(1, COVERED), given(2, LOW), given(3)])
+        store.dispute(Dispute("a2", 0, "shadow"))
+        store.dispute(Dispute("a3", 0, "shadow"))
+        store.dispute(Dispute("nobody", 0, "shadow"))
+        await store.take(thumb(1))
+
+    with_store(opened(drawing=Drawing(1.0)), work)
+    assert [row["disputed_by"] for row in rows(where, "verdicts")] == [None, "shadow", "shadow"]
+    database = Database.open(where)
+    found = database.read(lambda connection: reading.queue(connection, "disputed", "ann"))
+    assert [row["id"] for row in found] == ["a3", "a2"]
+    assert database.read(reading.waiting)["disputed"] == 2
+    database.close()
+
+
+def test_a_dispute_waits_with_its_verdict(tmp_path: Path) -> None:
+    path = str(tmp_path / "store.db")
+
+    async def work(store: VerdictStore) -> None:
+        with locked(path):
+            store.note([given(1)])
+            store.dispute(Dispute("a1", 0, "shadow"))
+            await store.take(thumb(1))  # durable, so what came before is too
+            assert not store._spool.empty
+
+    with_store(VerdictStore(path), work)
+    assert [row["disputed_by"] for row in rows(path, "verdicts")] == ["shadow"]
 
 
 # --- the draw
