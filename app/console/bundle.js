@@ -6,6 +6,7 @@ import { percent } from "./words.js";
 export function showBundle(bundle) {
   showHeldOut(bundle);
   showCertificates(bundle.certificates, bundle);
+  showShadow(bundle.shadow);
   const { counts, regions = {}, held_out: heldOut } = bundle.report;
   const { system_prompt: system, turns } = bundle.policy.conversations;
   const facts = {
@@ -28,6 +29,22 @@ export function showBundle(bundle) {
   };
   $("facts").replaceChildren(...Object.entries(facts).filter(([, value]) => value)
     .flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
+}
+
+function showShadow(shadow) {
+  $("shadow").hidden = !shadow;
+  if (!shadow) return;
+  const ends = ["answered", "abstained", "unknown"];
+  const rows = Object.entries(shadow.decisions).map(([old, found]) => element("tr", {},
+    element("th", { scope: "row" }, `${old} now`), ...ends.map((end) => element("td", { class: "number" }, found[end]))));
+  $("shadow").replaceChildren(
+    element("h3", {}, "A bundle that shadows"),
+    element("p", { class: "hint" }, `${shadow.bundle.slice(0, 12)} scores each answer too and decides nothing`
+      + (shadow.dropped ? `; ${shadow.dropped} were too many for it.` : ".")),
+    element("table", {},
+      element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "Answers"),
+        ...ends.map((end) => element("th", { scope: "col", class: "number" }, `${end} by it`)))),
+      element("tbody", {}, ...rows)));
 }
 
 function systemPrompt({ kind, text, digests, optional }) {
