@@ -162,7 +162,7 @@ class Renewal:
                     raise NotPromoted("nothing was promoted here, so there is nothing to go back to")
                 try:
                     path = await asyncio.to_thread(located, kept.previous, self._promotions.path)
-                    previous = await self._made(slot, path, kept.previous.digest)
+                    previous = await self._made(slot, path, kept.previous.digest, follows=False)
                 except (BundleError, EngineError, Refused, PromotedFileError) as error:
                     raise NotPromoted(f"the earlier bundle cannot be served: {error}") from error
             await self._keep(old, _located(previous), None)
@@ -198,8 +198,11 @@ class Renewal:
             )
         return whole, digest
 
-    async def _made(self, slot: Slot, path: Path, digest: str) -> ServedModel:
-        """Returns what answers by the bundle of that digest in `path`. Raises BundleError, EngineError or Refused."""
+    async def _made(self, slot: Slot, path: Path, digest: str, *, follows: bool = True) -> ServedModel:
+        """Returns what answers by the bundle of that digest in `path`. follows: it was not served here before.
+
+        Raises BundleError, EngineError or Refused.
+        """
         old, backend, shadow = slot.current, slot.backend, slot.backend.shadow
         if slot.withdrawn is not None and slot.withdrawn.bundle.digest == digest:
             return slot.withdrawn
@@ -208,7 +211,8 @@ class Renewal:
         else:
             bundle = await asyncio.to_thread(load_signed, path, self._settings.bundle_key)
         check_identity(backend.engine, bundle)
-        require_successor(old.bundle, bundle)
+        if follows:
+            require_successor(old.bundle, bundle)
         default_alpha(self._settings.alpha, bundle.manifest.alphas)
         certified_alphas(bundle, self._settings)
         ready = replace(backend, bundle=bundle, path=path)
