@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -79,6 +79,7 @@ def _describe(bundle: Bundle) -> list[str]:
         "name": manifest.name,
         "digest": bundle.digest,
         "created": manifest.created,
+        **_lineage(manifest.provenance.get("lineage")),
         "model": f"{model.name}, {model.architecture}, {model.dtype}, weights {model.weights_sha256[:12]}",
         "adapter": f"{adapter.name}, {adapter.sha256[:12]}" if adapter else "none",
         "representation": f"{blocks} = {sum(sizes)}, at the last token of {representation.tag}",
@@ -118,6 +119,16 @@ def _describe(bundle: Bundle) -> list[str]:
             f"{one.rescaled_similarity_min:.1f}: {one.right} of {one.answered} answered were right"
         )
     return [f"{label + ':':<16} {text}" for label, text in rows.items()]
+
+
+def _lineage(found: Any) -> dict[str, str]:
+    """Returns where a recalibrated bundle comes from."""
+    if not isinstance(found, dict):
+        return {}
+    return {
+        "follows": f"{str(found.get('parent'))[:12]}, by {found.get('audits')} audits of answers given from "
+        f"{found.get('from')} to {found.get('until')}"
+    }
 
 
 def _system_prompt(calibrated: SystemPrompt) -> str:

@@ -96,6 +96,8 @@ def test_from_labels_to_a_promoted_bundle(
     assert done.exit_code == 0, done.stderr
     new = load_bundle(tmp_path / "new")
     assert new.digest in done.stdout
+    shown = CliRunner().invoke(cli, ["bundle", "show", str(tmp_path / "new")]).stdout
+    assert f"{old.digest[:12]}, by 500 audits" in shown
     lineage = new.manifest.provenance["lineage"]
     assert (lineage["parent"], lineage["audits"], lineage["other_labels"]) == (old.digest, 500, 30)
     assert new.manifest.rule is not None
