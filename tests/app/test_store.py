@@ -31,6 +31,7 @@ from candor.app.store.drawing import Drawing
 from candor.app.store.records import (
     Content,
     Dispute,
+    Draw,
     Feedback,
     GivenVerdict,
     Judged,
@@ -186,7 +187,7 @@ def test_the_tables_are_those_of_the_migrations(where: str) -> None:
                 one.name for one in table.primary_key
             ]
             assert {one["name"] for one in seen.get_indexes(name)} >= {one.name for one in table.indexes}
-        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == "0001"
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == "0002"
     database.close()
     Database.open(where).close()  # nothing to do the second time
 
@@ -594,6 +595,17 @@ def test_queues(opened: Any, where: str) -> None:
     assert queue("withheld", "ann") == ["a6", "a2", "a0"]
     assert queue("withheld", "ben") == ["a6", "a2", "a0", "a4"]
     database.close()
+
+
+def test_a_store_from_before_disputes_is_brought_up_to_date(where: str) -> None:
+    database = Database.open(where)
+    database.write([("verdicts", given(1).row(Draw(0.1, 0.1, True)))])
+    with database.changing() as connection:
+        connection.execute(text("ALTER TABLE verdicts DROP COLUMN disputed_by"))
+        connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
+    database.close()
+    [row] = rows(where, "verdicts")
+    assert (row["id"], row["disputed_by"]) == ("a1", None)
 
 
 def test_what_a_shadow_disputes(opened: Any, where: str) -> None:
