@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypedDict, TypeVar, 
 
 from fastapi import Depends, Request
 
+from candor.app.answering.decisions import DecisionResolver, DecisionService
 from candor.app.answering.preparing import Preparing
-from candor.app.answering.request import Bulk, RequestResolver
-from candor.app.answering.service import AnswerService
+from candor.app.answering.request import Bulk
 from candor.app.answering.waiting import EngineWatch
 from candor.app.edge.keys import Key
 from candor.app.edge.limits import Admission, Overloaded, RateLimit
@@ -61,8 +61,8 @@ class ServedModel:
     name: str
     bundle: Bundle
     rule: RuleKind
-    resolver: RequestResolver
-    service: AnswerService
+    resolver: DecisionResolver
+    service: DecisionService
     selftest: SelfTest
     metrics: Metrics
     drift: PromptDrift | None = None  # where two gates judge
