@@ -1,5 +1,8 @@
 """What holds a calibration back, and what is most likely to help: in words, from the halves and the held-out figures.
 
+It speaks of what lets answers through: of two gates, where there are any, else of the papers' regions. A rule lacks a
+certificate where too few records were let through to show anything, or too many of them were wrong.
+
 Where there is no region, Algorithm 1 failed at every threshold q'. At one of them it failed least: there, each class
 lacks points, or has too many under alpha,
 
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import ceil, inf, isfinite
+from math import ceil, inf, isfinite, log
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from torch import Tensor
 from candor.calibration.evaluate import Evaluation
 from candor.calibration.fit import Fitted
 from candor.calibration.generate import Labelled, count_faults
+from candor.calibration.rule_certificate import RuleCertification
 from candor.sdm.region import minimum_points, quantile_index
 
 CLASSES = ("wrong", "right")
@@ -31,6 +35,8 @@ AGAINST = 8
 of those named 73 % were turned ones, and 70 % of the turned ones were named (docs/log.md)."""
 MOST_SUSPECTS = 500
 _MOST_COMPARED = 20_000
+_MUCH = 0.5
+"""A share of the ceiling under this is said to be little."""
 _CHANCE = 0.65
 """An AUROC whose interval begins under this tells little."""
 _FEW = 0.05
@@ -153,14 +159,58 @@ class Advice:
         return "\n".join(lines)
 
 
-def advise(fitted: Fitted, answers: Sequence[Labelled], evaluation: Evaluation) -> Advice:
-    """answers: the fitting part, including those that could not be scored."""
+def of_rule(found: RuleCertification) -> tuple[list[str], list[str]]:
+    """(what holds a two-gate rule back at this alpha, what helps)."""
+    held, helps, at, accuracy = [], [], f"alpha {found.alpha:g}", f"{found.wanted.accuracy:g}"
+    if found.certificate is None:
+        tried, least = found.steps[0], ceil(log(found.wanted.delta) / log(found.wanted.accuracy))
+        if tried.answered < least:
+            held.append(
+                f"{at}: no certificate: {tried.answered} records reach the score at which the search begins, and "
+                f"{least}, all right, are the fewest that show an accuracy of {accuracy}"
+            )
+        else:
+            held.append(
+                f"{at}: no certificate: at the score at which the search begins {tried.right} of {tried.answered} "
+                f"are right, which does not show an accuracy of {accuracy}"
+            )
+    elif found.answered < _MUCH * found.ceiling:
+        held.append(
+            f"{at}: {found.answered:.1%} answered of the {found.ceiling:.1%} that any rule could answer: the score "
+            "does not tell the other right answers well enough from wrong ones"
+        )
+    if held:
+        more = next((one for one in found.outlook if one.share > found.answered), None)
+        if more is not None:
+            helps.append(
+                f"{at}: {more.records} records to certify on, in place of {len(found.prompts)}, for {more.share:.1%} "
+                "answered, were this the truth"
+            )
+        elif found.certificate is None:
+            helps.append(f"a lower --alpha than {found.alpha:g}: more records would not bring this one")
+    return held, helps
+
+
+def advise(
+    fitted: Fitted,
+    answers: Sequence[Labelled],
+    evaluation: Evaluation,
+    rule: Sequence[RuleCertification] | None = None,
+) -> Advice:
+    """answers: the fitting part, including those that could not be scored. rule: of two gates, at every alpha; None:
+    the papers' regions judge."""
     held, helps = [], []
     halves = len(fitted.training) + len(fitted.calibration)
     points = fitted.estimator.calibration
     missing = [
-        alpha for alpha, region in fitted.estimator.regions.items() if not isfinite(region.q_prime_min)
+        alpha
+        for alpha, region in fitted.estimator.regions.items()
+        if rule is None and not isfinite(region.q_prime_min)
     ]
+    for one in rule or ():
+        holds, help_ = of_rule(one)
+        held += holds
+        helps += help_
     for alpha in missing:
         found = shortfall(points.sdm, points.q_prime, points.labels, alpha)
         if found is None:
@@ -196,7 +246,7 @@ def advise(fitted: Fitted, answers: Sequence[Labelled], evaluation: Evaluation) 
             if fault == "truncated":
                 helps.append("a higher --max-tokens, or prompts that ask for a short answer")
     ood = evaluation.ood
-    if ood.value is not None and ood.value > 0.2:
+    if rule is None and ood.value is not None and ood.value > 0.2:
         held.append(
             f"{ood.value:.0%} of the held-out answers have no reliable neighbour among those fitted on"
         )

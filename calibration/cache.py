@@ -3,7 +3,8 @@
 An answer costs a generation; a label, a split and a layer cost little. So the response and its h are
 committed as soon as the engine returns them, under a key that digests everything the answer depends on.
 Labels that somebody was asked for (a judge, a function of the user's, a person) are kept beside them, under keys of
-their own: a changed verifier needs no new generation, and no verdict is paid for twice.
+their own: a changed verifier needs no new generation, and no verdict is paid for twice. So are another model's
+replies (`calibration.cascade`).
 
 The file is one SQLite database in write-ahead mode. A process that dies by any signal leaves the answers
 committed so far intact. Several runs may share a cache. Files from before prompts' states were kept get the column;
@@ -39,6 +40,15 @@ class CachedAnswer:
     prompt: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
+@dataclass(frozen=True)
+class KeptReply:
+    """What another model said. text: None if it refused to answer. Tokens: by its own count, None if it gave none."""
+
+    text: str | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
 def cache_key(**depends_on: Any) -> str:
     """SHA-256 of everything that an answer depends on, as JSON with sorted keys."""
     text = json.dumps(depends_on, sort_keys=True, allow_nan=False)
@@ -59,6 +69,9 @@ class AnswerCache:
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = NORMAL")  # a power cut may cost the latest answers
             self._database.execute(
+                "BEGIN IMMEDIATE"
+            )  # of several runs that start together, one adds the column
+            self._database.execute(
                 "CREATE TABLE IF NOT EXISTS answers "
                 "(key TEXT PRIMARY KEY, response TEXT NOT NULL, truncated INTEGER NOT NULL, h BLOB NOT NULL, "
                 "prompt BLOB NOT NULL DEFAULT x'')"
@@ -66,9 +79,14 @@ class AnswerCache:
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS labels (key TEXT PRIMARY KEY, label INTEGER)"  # NULL: unknown
             )
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS replies "
+                "(key TEXT PRIMARY KEY, text TEXT, prompt_tokens INTEGER, completion_tokens INTEGER)"
+            )
             columns = {row[1] for row in self._database.execute("PRAGMA table_info(answers)")}
             if "prompt" not in columns:
                 self._database.execute("ALTER TABLE answers ADD COLUMN prompt BLOB NOT NULL DEFAULT x''")
+            self._database.execute("COMMIT")
         except (OSError, sqlite3.Error) as error:
             if hasattr(self, "_database"):
                 self._database.close()
@@ -101,12 +119,12 @@ class AnswerCache:
         except sqlite3.Error as error:
             raise self._failed(error) from error
 
-    def __contains__(self, key: str) -> bool:
-        """Whether an answer is kept whole, with its prompt's states."""
+    def holds(self, key: str, *, prompt_states: bool) -> bool:
+        """Whether an answer is kept. prompt_states: with its prompt's states."""
         try:
             return (
                 self._database.execute(
-                    "SELECT 1 FROM answers WHERE key = ? AND length(prompt)", (key,)
+                    "SELECT 1 FROM answers WHERE key = ? AND (length(prompt) OR NOT ?)", (key, prompt_states)
                 ).fetchone()
                 is not None
             )
@@ -127,6 +145,25 @@ class AnswerCache:
             self._database.execute(
                 "INSERT OR REPLACE INTO labels VALUES (?, ?)",
                 (key, None if verdict is None else int(verdict)),
+            )
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+
+    def get_reply(self, key: str) -> KeptReply | None:
+        try:
+            row = self._database.execute(
+                "SELECT text, prompt_tokens, completion_tokens FROM replies WHERE key = ?", (key,)
+            ).fetchone()
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+        return None if row is None else KeptReply(*row)
+
+    def put_reply(self, key: str, reply: KeptReply) -> None:
+        """Stores another model's reply; once this returns, it survives the death of this process."""
+        try:
+            self._database.execute(
+                "INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)",
+                (key, reply.text, reply.prompt_tokens, reply.completion_tokens),
             )
         except sqlite3.Error as error:
             raise self._failed(error) from error

@@ -157,7 +157,7 @@ def load(source: Path | str, reading: Reading | None = None) -> Loaded:
             unknown += 1
         else:
             records.append(record)
-    problems += _repeated_ids(records) + _given_twice(records) + _two_references(records)
+    problems += repeated_ids(records) + _given_twice(records) + two_references(records)
     if problems:
         raise DataError.from_problems(Path(source), problems, REMEDY)
     if not records:
@@ -322,7 +322,8 @@ def _message(index: int, message: Any) -> dict[str, str]:
 _TEXTS = ("text", "input_text", "output_text")
 
 
-def _repeated_ids(records: Sequence[Record]) -> list[str]:
+def repeated_ids(records: Sequence[Record]) -> list[str]:
+    """A problem for each id that stands before."""
     first: dict[str, Record] = {}
     problems = []
     for record in records:
@@ -347,8 +348,8 @@ def _given_twice(records: Sequence[Record]) -> list[str]:
     return problems
 
 
-def _two_references(records: Sequence[Record]) -> list[str]:
-    """One answer to such a prompt would be both right and wrong."""
+def two_references(records: Sequence[Record]) -> list[str]:
+    """A problem for each prompt that has another right answer before: one answer would be both right and wrong."""
     first: dict[str, Record] = {}
     problems = []
     for record in records:

@@ -27,7 +27,7 @@ import torch
 
 from candor.calibration.generate import Labelled, count_faults
 from candor.calibration.intervals import Share, bootstrap
-from candor.calibration.ranking import probabilistic
+from candor.calibration.ranking import probabilistic, rms_calibration
 from candor.calibration.served import Attempts, RuleServed, ServedRows
 from candor.policy.certificate import EstimatorKind
 from candor.policy.judging import TwoGates
@@ -71,11 +71,13 @@ class Probabilities:
     """How well a rule's probability that an answer is right fits, on first attempts that can be scored.
 
     calibration_error: ECE over `ranking.BINS` bins. by_chance: the ECE that so many records show on average where
-    every probability is exact. brier: mean squared error. auroc: for y; None with one class.
+    every probability is exact. rms_error: what is left without chance, (value, low, high): `ranking.rms_calibration`.
+    brier: mean squared error. auroc: for y; None with one class.
     """
 
     calibration_error: float
     by_chance: float
+    rms_error: tuple[float, float, float]
     brier: float
     auroc: float | None
 
@@ -107,6 +109,8 @@ class Evaluation:
         fields = asdict(self)
         names = ("value", "low", "high")
         fields["auroc"] = dict(zip(names, self.auroc or (None, None, None), strict=True))
+        if self.probabilities is not None:
+            fields["probabilities"]["rms_error"] = dict(zip(names, self.probabilities.rms_error, strict=True))
         for kind in ("lower", "plain", "rule"):
             fields[kind] = {str(alpha): reading for alpha, reading in fields[kind].items()}
         return fields
@@ -175,6 +179,7 @@ def _probabilities(first: RuleServed, scored: torch.Tensor) -> Probabilities:
     return Probabilities(
         float(found["top_label_ece"]),
         sum(by_chance) / len(by_chance),
+        rms_calibration(p, y == 1, seed=0),
         float(found["brier"]),
         None if isnan(area) else area,
     )

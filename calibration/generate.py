@@ -111,11 +111,13 @@ async def collect(
     seed: int = 0,
     watch: Watch = lambda *_: None,
     relabel: bool = False,
+    prompt_states: bool = True,
 ) -> list[Labelled]:
     """Answers and labels every record, in order; answers in `cache` are not generated again.
 
     concurrency: answers in flight at once. progress: called with 1 for each answer labelled; each record has
     `policy.resample` answers. relabel: asks verifiers again whose verdicts are kept.
+    prompt_states: whether the states at the end of prefill are wanted, as gates need them.
     seed: for sampled policies; every record draws its own stream from it.
     Raises DataError (a prompt that the model cannot take, one answer with two labels), VerifierError,
     CacheError, or the engine's own EngineDead and EngineError.
@@ -127,7 +129,8 @@ async def collect(
     if isinstance(engine, KeptAnswers):  # before anybody is asked for a label, which would be lost
         for index, attempt in every:
             drawn = _sampling(policy, records[index], seed, attempt)
-            if _key(engine, records[index], policy, representation, drawn) not in cache:
+            key = answer_key(engine, records[index], policy, representation, drawn)
+            if not cache.holds(key, prompt_states=prompt_states):
                 raise NotKept(f'the answer to "{records[index].id}" is not in the cache')
     todo = iter(every)
 
@@ -135,14 +138,16 @@ async def collect(
         for index, attempt in todo:  # workers share the iterator, so each item goes to one of them
             record = records[index]
             sampling = _sampling(policy, record, seed, attempt)
-            key = _key(engine, record, policy, representation, sampling)
+            key = answer_key(engine, record, policy, representation, sampling)
             answer = cache.get(key)
             if answer is None:
-                answer = await _ask(engine, chat, record, prompts[index], policy, representation, sampling)
+                answer = await _ask(
+                    engine, chat, record, prompts[index], policy, representation, sampling, prompt_states
+                )
                 if answer.h.numel():  # an answer whose states were lost is tried again in the next run
                     cache.put(key, answer)
-            elif not answer.prompt.numel():  # kept before prompts' states were
-                answer = replace(answer, prompt=_prompt_vector(await engine.prompt_states(prompts[index])))
+            elif prompt_states and not answer.prompt.numel():  # kept without them
+                answer = replace(answer, prompt=prompt_vector(await engine.prompt_states(prompts[index])))
                 cache.put(key, answer)
             answers[index, attempt] = answer
             # By itself, so that a slow judge does not hold up the next answer.
@@ -248,9 +253,10 @@ def _sampling(policy: Policy, record: Record, seed: int, attempt: int) -> Sampli
     return policy.sampling(seed=drawn if policy.temperature > 0 else None)
 
 
-def _key(
+def answer_key(
     engine: Engine, record: Record, policy: Policy, representation: Representation, sampling: Sampling
 ) -> str:
+    """The key of a record's answer in the cache."""
     identity = {name: value for name, value in asdict(engine.identity).items() if name != "name"}
     if not identity["engine_options"]:
         del identity["engine_options"]  # keeps the keys of caches older than these options
@@ -276,14 +282,15 @@ async def _ask(
     policy: Policy,
     representation: Representation,
     sampling: Sampling,
+    prompt_states: bool,
 ) -> CachedAnswer:
     try:
         if record.response is not None:
             summary = await engine.summarise(prompt_ids, chat.encode_response(record.response))
-            prompt = _prompt_vector(await engine.prompt_states(prompt_ids))
-            return CachedAnswer(record.response, False, _vector(summary, representation), prompt)
+            prompt = prompt_vector(await engine.prompt_states(prompt_ids) if prompt_states else None)
+            return CachedAnswer(record.response, False, vector(summary, representation), prompt)
         generation = None
-        async for piece in engine.generate(prompt_ids, sampling, prompt_states=True):
+        async for piece in engine.generate(prompt_ids, sampling, prompt_states=prompt_states):
             if isinstance(piece, Generation):
                 generation = piece
     except PromptTooLong as error:
@@ -297,18 +304,20 @@ async def _ask(
     return CachedAnswer(
         generation.text,
         not complete,
-        _vector(generation.hidden, representation),
-        _prompt_vector(generation.prompt),
+        vector(generation.hidden, representation),
+        prompt_vector(generation.prompt),
     )
 
 
-def _vector(summary: HiddenSummary | None, representation: Representation) -> torch.Tensor:
+def vector(summary: HiddenSummary | None, representation: Representation) -> torch.Tensor:
+    """h (D,) float32; (0,) where it is not whole."""
     if summary is None or not summary.complete:
         return torch.empty(0)
     return summary.vector(representation).to(torch.float32)
 
 
-def _prompt_vector(states: PromptStates | None) -> torch.Tensor:
+def prompt_vector(states: PromptStates | None) -> torch.Tensor:
+    """(P,) float32; (0,) where they are not whole."""
     return torch.empty(0) if states is None or not states.complete else states.vector().to(torch.float32)
 
 
@@ -322,14 +331,15 @@ def _labelled(
         answer.response,
         1 if verdict else 0,
         answer.h,
-        fault or _fault(answer),
+        fault or fault_of(answer),
         len(chat.encode_response(answer.response)),
         unknown=verdict is None,
         prompt_states=answer.prompt,
     )
 
 
-def _fault(answer: CachedAnswer) -> Fault | None:
+def fault_of(answer: CachedAnswer) -> Fault | None:
+    """Why an answer cannot be scored, as far as the answer itself tells."""
     if answer.truncated:
         return "truncated"
     if answer.h.numel() == 0:

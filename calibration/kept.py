@@ -11,7 +11,16 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from candor.engine.base import Delta, Engine, EngineError, Generation, HiddenSummary, PromptStates, Sampling
+from candor.engine.base import (
+    Delta,
+    Engine,
+    EngineError,
+    Generation,
+    HiddenSummary,
+    PromptReading,
+    PromptStates,
+    Sampling,
+)
 from candor.engine.factory import start_with_adapter
 from candor.engine.identity import as_before, identify, identify_adapter
 from candor.engine.prompt import ChatFormat
@@ -53,6 +62,9 @@ class KeptAnswers:
 
     async def prompt_states(self, prompt_ids: Sequence[int]) -> PromptStates:
         raise NotKept("these states are not in the cache")
+
+    async def read_prompt(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> PromptReading:
+        raise NotKept("this reading is not in the cache")
 
     async def check(self) -> None: ...
 

@@ -12,6 +12,8 @@ wrong among the k most confident of n rows (E = E_n, err = E / n),
     coverage at 5 % risk     the largest k/n with E_k <= 0.05 k that a threshold can reach
     top-label ECE            sum over verdicts and 15 bins of the probability p of |sum of p - right| / n
     Brier                    mean of (p - right)^2             (half of the two-class sum of squares)
+    RMS calibration error    root of the mean over rows of (mean p - P(right))^2 of the row's bin, 15 bins of equally
+                             many; chance is subtracted        Kumar et al., 1909.10155
 
 Rows of equal confidence count as the mean over all their orders, so that a constant confidence has AURC = err.
 The answers' view is the same with "right" = y = 1 and rows ordered by the confidence that y = 1 (`answer_order`).
@@ -104,6 +106,37 @@ def probabilistic(weights: Tensor, probability: Tensor, y_hat: Tensor, right: Te
     sums = weights.new_zeros(len(weights), int(bins.max()) + 1).index_add(1, bins, weights * off)
     total = weights.sum(1)
     return {"top_label_ece": sums.abs().sum(1) / total, "brier": (weights * off**2).sum(1) / total}
+
+
+def rms_calibration(probability: Tensor, right: Tensor, seed: int) -> tuple[float, float, float]:
+    """RMS calibration error of the probability of `right`, and its bootstrap interval: (value, low, high) in [0, 1].
+
+    probability: (n,) in [0, 1]. right: (n,) bool. Between bins' figures, some differ by chance though every
+    probability is exact: ECE counts that. A mean's squared distance exceeds the truth's by the mean's variance, which
+    is subtracted here. The interval is the pivotal one: in the redraws' world the truth is the sample itself.
+    """
+    n = len(right)
+    order = probability.argsort(stable=True)
+    off = (probability.double() - right.double())[order]
+    bins = torch.arange(n) * min(BINS, n) // n
+
+    def squares(weights: Tensor) -> Figures:
+        def of_bins(rows: Tensor) -> Tensor:
+            return rows.new_zeros(len(rows), BINS).index_add(1, bins, rows)
+
+        size, mean, second = of_bins(weights), of_bins(weights * off), of_bins(weights * off**2)
+        mean, second = mean / size.clamp(min=1), second / size.clamp(min=1)
+        chance = (second - mean**2) / (size - 1).clamp(min=1)
+        plain = (size * mean**2).sum(1) / n
+        return {"plain": plain, "fair": plain - (size * chance).sum(1) / n}
+
+    found = redrawn(squares, n, seed)
+    value = float(found["fair"][0])
+    low, high = interval(found["fair"][1:] - found["plain"][0])
+    assert low is not None  # nothing is undefined
+    assert high is not None
+    rms, least, most = (max(0.0, one) ** 0.5 for one in (value, value - high, value - low))
+    return rms, least, most
 
 
 def admission(admitted: Tensor, y_hat: Tensor, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -189,6 +189,7 @@ def renew(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         certificates=certification.certificates if certification else (),
         rule=rule.terms if rule else None,
+        cascade=None,  # audits do not say what the other model would have answered
         provenance={"lineage": origin, "before": old.manifest.provenance},
         files={},
     )

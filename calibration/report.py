@@ -122,9 +122,11 @@ def _rule_rows(evaluation: Evaluation) -> Iterable[str]:
         )
     if (found := evaluation.probabilities) is not None:
         area = "-" if found.auroc is None else f"{found.auroc:.3f}"
+        rms, low, high = found.rms_error
         yield (
             f"  probability: calibration error {100 * found.calibration_error:.1f} % (by chance "
-            f"{100 * found.by_chance:.1f}), Brier {found.brier:.3f}, AUROC {area}"
+            f"{100 * found.by_chance:.1f}), without chance RMS {100 * rms:.1f} % "
+            f"[{100 * low:.1f}, {100 * high:.1f}], Brier {found.brier:.3f}, AUROC {area}"
         )
     yield "  the papers' region alone:"
 

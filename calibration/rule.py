@@ -151,7 +151,7 @@ def fit_rule(
     return FittedRule(
         rule,
         best.values[best.rows].float(),
-        rule.know(rows.prompts[best.rows])[1],
+        rule.know(rows.prompts[best.rows]).known,
         rows.y[best.rows],
         chosen,
         aurc,

@@ -75,7 +75,8 @@ class Outlook:
 class RuleCertification:
     """alpha: at which the rule serves. prompts: digests of the records, each counted once. base_right: those with a
     right answer among their attempts. refused: how many of them the gate refused. steps: in test order; the last may
-    have failed. certificate: None where the first failed."""
+    have failed. certificate: None where the first failed. thresholds: how many could have been certified. withheld:
+    which of the certification answers the rule withholds, by their index; each prompt's first."""
 
     alpha: float
     wanted: Claim
@@ -85,6 +86,8 @@ class RuleCertification:
     steps: tuple[Step, ...]
     certificate: RuleCertificate | None
     outlook: tuple[Outlook, ...]
+    thresholds: int
+    withheld: tuple[int, ...]
 
     @property
     def ceiling(self) -> float:
@@ -132,10 +135,14 @@ def certify_rule(
     first = {digest: row for row, digest in reversed(list(enumerate(certification.digests[::attempts])))}
     if not first:
         raise CalibrationError("no record is left to certify on: add records, or name a file of its own")
-    at = (torch.tensor(sorted(first.values())).unsqueeze(1) * attempts + torch.arange(attempts)).flatten()
+    distinct = torch.tensor(sorted(first.values()))
+    at = (distinct.unsqueeze(1) * attempts + torch.arange(attempts)).flatten()
     rows = certification[at]
     drawn = Drawn.of(fitted.rule.judge(rows.prompts, rows.h, rows.figures), rows.y, attempts)
-    return certify_drawn(fitted, drawn, frozenset(first), wanted, wanted.accuracy if alpha is None else alpha)
+    found = certify_drawn(
+        fitted, drawn, frozenset(first), wanted, wanted.accuracy if alpha is None else alpha
+    )
+    return replace(found, withheld=tuple(distinct[list(found.withheld)].tolist()))
 
 
 def certify_drawn(
@@ -143,7 +150,8 @@ def certify_drawn(
 ) -> RuleCertification:
     """The same of records that are judged already. prompts: what names each."""
     order = thresholds(fitted)
-    steps = walk(drawn, order[start(fitted, order, len(drawn), wanted) :], wanted)
+    tried = order[start(fitted, order, len(drawn), wanted) :]
+    steps = walk(drawn, tried, wanted)
     passed = [step for step in steps if step.passed]
     base_right = int((drawn.y == 1).any(dim=1).sum())
     certificate = None
@@ -169,6 +177,10 @@ def certify_drawn(
         steps,
         certificate,
         outlook(drawn, order, wanted),
+        len(tried),
+        tuple(
+            (~drawn.through(passed[-1].threshold if passed else torch.inf)[0]).nonzero().flatten().tolist()
+        ),
     )
 
 
@@ -191,21 +203,31 @@ class Drawn:
 
     def count(self, threshold: float) -> tuple[int, int]:
         """(number of prompts let through at the threshold, number whose first such answer is right)."""
+        answered, right = self.through(threshold)
+        return int(answered.sum()), int(right.sum())
+
+    def through(self, threshold: float) -> tuple[Tensor, Tensor]:
+        """(n,) bool each: whether the prompt is let through, and its first such answer is right."""
         through = self.known & (self.scores.double() >= threshold) & self.scores.isfinite()
         first = through.int().argmax(dim=1, keepdim=True)
         answered = through.any(dim=1)
-        right = self.y.gather(1, first).squeeze(1) == 1
-        return int(answered.sum()), int((answered & right).sum())
+        return answered, answered & (self.y.gather(1, first).squeeze(1) == 1)
 
 
 @dataclass(frozen=True, eq=False)
 class CertifiedRule:
-    """A rule as it serves, how its score was fitted, and the search for a certificate at each alpha."""
+    """A rule as it serves, how its score was fitted, and the search for a certificate at each alpha. records: ids of
+    those that it was certified on."""
 
     gates: TwoGates
     fitted: FittedRule
     searches: tuple[RuleCertification, ...]
+    records: tuple[str, ...]
     passing: Passing | None = None
+
+    def withheld(self, search: RuleCertification) -> list[str]:
+        """Returns the ids of the certification records that the rule withholds at the search's alpha."""
+        return [self.records[index] for index in search.withheld]
 
     def __str__(self) -> str:
         terms = self.gates.terms
@@ -275,9 +297,10 @@ def certified_rule(
             len(taught),
             len(held),
             gate_alone=int(alone.known(alone.distance(held)).sum()),
-            both=int(found.rule.know(held)[1].sum()),
+            both=int(found.rule.know(held).known.sum()),
         )
-    return CertifiedRule(TwoGates(rule, terms), found, searches, passing)
+    records = tuple(answer.id for answer in certification)
+    return CertifiedRule(TwoGates(rule, terms), found, searches, records, passing)
 
 
 def summary(found: RuleCertification) -> str:

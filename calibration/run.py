@@ -6,6 +6,7 @@
     set aside the held-out part      or take it from its own files
     fit on the rest                  J rounds of the layer, then the two-gate rule
     certify                          what is let through
+    escalate                         what it withholds, where another model is to answer it; certify both together
     evaluate on the held-out part    reports only
     publish                          atomic: a bundle or nothing
 
@@ -28,8 +29,10 @@ from tqdm import tqdm
 from candor.calibration.advice import Advice, advise
 from candor.calibration.agreement import Agreement
 from candor.calibration.cache import AnswerCache
+from candor.calibration.cascade import Cascade, Escalating, certify_cascade
 from candor.calibration.certificate import Certification, Claim, certify
 from candor.calibration.data import Loaded, Record, earlier_prompt_digest, load, require_disjoint
+from candor.calibration.decisions import DecisionRecord, decide_records, load_decisions
 from candor.calibration.early import Watch, require_disk, require_enough, require_writable, try_verifiers
 from candor.calibration.errors import CalibrationError, DataError
 from candor.calibration.evaluate import Evaluation, evaluate
@@ -77,7 +80,7 @@ class DataFile:
     """A file of records that was read and checked. sha256: of its bytes. loaded: how it was understood."""
 
     path: Path
-    records: list[Record]
+    records: Sequence[Record]
     sha256: str
     loaded: Loaded | None = None
 
@@ -86,6 +89,11 @@ class DataFile:
         """Raises DataError."""
         found = load(path, reading)
         return cls(path, found.records, found.rows.sha256, found)
+
+    @classmethod
+    def load_decisions(cls, path: Path, chat: ChatFormat) -> DataFile:
+        """Of labelled questions. Raises DataError."""
+        return cls(path, *load_decisions(path, chat))
 
     def to_json(self) -> dict[str, Any]:
         """JSON without folders, which would reveal the machine."""
@@ -119,12 +127,22 @@ class Inputs:
         certification: Path | None = None,
         strangers: Path | None = None,
         reading: Reading | None = None,
+        questions_for: ChatFormat | None = None,
     ) -> Inputs:
-        """Raises DataError, also where a prompt is in files with different purposes."""
+        """questions_for: the files hold labelled questions, to be put to this format's model; None: conversations.
+
+        Raises DataError, also where a prompt is in files with different purposes.
+        """
+
+        def load(path: Path) -> DataFile:
+            if questions_for is not None:
+                return DataFile.load_decisions(path, questions_for)
+            return DataFile.load(path, reading)
+
         inputs = cls(
-            DataFile.load(fitting, reading),
-            tuple(DataFile.load(path, reading) for path in held_out),
-            None if certification is None else DataFile.load(certification, reading),
+            load(fitting),
+            tuple(map(load, held_out)),
+            None if certification is None else load(certification),
         )
         if strangers is not None:
             records = [record for file in inputs.files for record in file.records]
@@ -146,6 +164,7 @@ class AnsweringOptions:
 
     relabel: asks verifiers again whose verdicts are kept. person: somebody is at the terminal, and is asked about
     what no verifier could label. review: ids of records whose labels somebody at the terminal looks at.
+    prompt_states: as in `generate.collect`.
     """
 
     cache: Path
@@ -154,6 +173,7 @@ class AnsweringOptions:
     relabel: bool = False
     person: bool = False
     review: frozenset[str] = frozenset()
+    prompt_states: bool = True
 
 
 def require_free(out: Path) -> None:
@@ -240,6 +260,7 @@ class Outcome:
     evaluation: Evaluation
     report: dict[str, Any]
     advice: Advice
+    cascade: Cascade | None = None
 
     @property
     def gates(self) -> TwoGates | None:
@@ -335,9 +356,10 @@ def make_bundle(
     name: str,
     certifying: Certifying | None = None,
     rule: RuleSettings | None = None,
+    escalating: Escalating | None = None,
 ) -> Made:
     """Fits, certifies, evaluates, publishes. certifying: None where no certificate is wanted, without a rule.
-    rule: None: the papers' regions alone.
+    rule: None: the papers' regions alone. escalating: None where no other model answers what the rule withholds.
 
     Raises CalibrationError or BundleError; then nothing is left at `out`.
     """
@@ -361,6 +383,13 @@ def make_bundle(
             certification=answers.certification,
             progress=bar.update,
         )
+    if escalating is not None and certifying is not None and outcome.rule is not None:
+        records = {record.id: record for record in (inputs.certification or inputs.fitting).records}
+        cascade = certify_cascade(
+            outcome.rule, records, answers.policy, escalating, certifying.delta, certifying.agreement
+        )
+        outcome = replace(outcome, cascade=cascade)
+        outcome.report["cascade"] = cascade.to_json()
     if inputs.strangers is not None:
         fitted = outcome.report["fitted_prompts"]
         outcome.report["fitted_prompts"] = sorted({*fitted, *inputs.strangers.digests})
@@ -421,7 +450,7 @@ def calibrate_answers(
     report["counts"]["unknown_labels"] = unknown
     if certifying is not None and certifying.agreement is not None:
         report["agreement_with_people"] = certifying.agreement.to_json()
-    advice = advise(fitted, fitting, evaluation)
+    advice = advise(fitted, fitting, evaluation, certified_gates.searches if certified_gates else None)
     report["advice"] = advice.to_json()
     return Outcome(settings, fitted, certified, certified_gates, evaluation, report, advice)
 
@@ -450,6 +479,7 @@ def publish_outcome(
         passed_over=settings.passed_over,
         certificates=outcome.certificates,
         rule=outcome.gates.terms if outcome.gates else None,
+        cascade=outcome.cascade.terms if outcome.cascade else None,
         provenance={**data, "counts": outcome.report["counts"], "settings": settings.to_json()},
     )
     predictions = fitted.estimator.support.predictions.tolist()
@@ -508,6 +538,15 @@ async def answer_file(
     watch: Watching | None = None,
 ) -> list[Labelled]:
     """Answers and labels a file's records. watch: sees each answer; by default `early.Watch`."""
+    questions = [one for one in file.records if isinstance(one, DecisionRecord)]
+    if questions:
+        with (
+            AnswerCache(asking.cache) as cache,
+            tqdm(total=len(questions), desc=title, unit="question") as bar,
+        ):
+            return await decide_records(
+                engine, chat, questions, policy, cache, asking.concurrency, bar.update
+            )
     number = len(file.records) * policy.resample
     seen = watch or Watch(
         number, policy.max_tokens, lambda line: tqdm.write(f"{file.path}: {line}", sys.stderr)
@@ -527,6 +566,7 @@ async def answer_file(
                 asking.seed,
                 watch,
                 asking.relabel,
+                asking.prompt_states,
             )
 
     with AnswerCache(asking.cache) as cache:

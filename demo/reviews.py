@@ -7,6 +7,7 @@ with the task. A file of reviews has the lines of docs/calibration.md, with a `r
 
     python -m demo.reviews model --package DIR --out MODEL
     python -m demo.reviews sets --reviews FILE --out DIR
+    python -m demo.reviews questions --reviews DIR/calibration.jsonl --out FILE
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ TEMPLATE = """{{ bos_token }}
 {% endif -%}
 """
 WORDS = "Positive", "Negative"
+POSITIVE = "The sentiment of this product review is positive."
 SEED = 20261126
 
 
@@ -76,6 +78,14 @@ def pairs(reviews: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for review in reviews:
         right, wrong = sorted(WORDS, key=lambda word: re.search(review["reference"], word) is None)
         yield review | {"positive": right, "negative": wrong}
+
+
+def question(review: dict[str, Any]) -> dict[str, Any]:
+    """Returns the review as a labelled question (docs/calibration.md): is it positive?"""
+    _, text = review["messages"][0]["content"].split("\n\n", 1)
+    positive = re.search(review["reference"], WORDS[0]) is not None
+    asked = {"type": "predicate", "instructions": POSITIVE}
+    return {"id": review["id"], "input": text, "question": asked, "answer": positive}
 
 
 @app.command("model")
@@ -115,6 +125,17 @@ def sets_command(
         with (out / f"{kind}.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in some)
         typer.echo(f"{len(some):6d} reviews -> {out / kind}.jsonl")
+
+
+@app.command("questions")
+def questions_command(
+    reviews: Annotated[Path, typer.Option(help="JSON lines of reviews, such as one of the sets")],
+    out: Annotated[Path, typer.Option(help="file of labelled questions, for candor calibrate --decisions")],
+) -> None:
+    rows = [json.loads(line) for line in reviews.read_text(encoding="utf-8").splitlines()]
+    with out.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(question(row), ensure_ascii=False) + "\n" for row in rows)
+    typer.echo(f"{len(rows):6d} questions -> {out}")
 
 
 if __name__ == "__main__":

@@ -203,6 +203,21 @@ class PromptStates:
 
 
 @dataclass(frozen=True)
+class PromptReading:
+    """What one prefill tells of a prompt: its states, and the log-probabilities of some tokens to follow it.
+
+    logprobs: under the unmodified (temperature 1) model over its whole vocabulary, in the order asked for.
+    """
+
+    states: PromptStates
+    logprobs: tuple[float, ...]
+
+    @property
+    def complete(self) -> bool:
+        return self.states.complete
+
+
+@dataclass(frozen=True)
 class Delta:
     """A piece of the answer's text, tag excluded; the pieces joined are `Generation.text`."""
 
@@ -275,6 +290,14 @@ class Engine(Protocol):
     async def prompt_states(self, prompt_ids: Sequence[int]) -> PromptStates:
         """Returns the `PromptStates` that `generate` yields first, without an answer.
 
+        Raises PromptTooLong, EngineDead or EngineError.
+        """
+        ...
+
+    async def read_prompt(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> PromptReading:
+        """Returns the prompt's states and the log-probabilities of each of `token_ids` as the next token.
+
+        Costs one prefill, of which a beginning that was read before is not computed again.
         Raises PromptTooLong, EngineDead or EngineError.
         """
         ...

@@ -48,6 +48,16 @@ def from_logprobs(names: Sequence[str], tokens: Sequence[TokenLogprob]) -> torch
     return features(names, [-token.logprob for token in tokens], [_margin(token) for token in tokens])
 
 
+def of_options(names: Sequence[str], logprobs: Sequence[float]) -> torch.Tensor:
+    """Returns `features` of an answer of one token, the likeliest of some options, were it one of them in any case.
+
+    logprobs: of at least two options.
+    """
+    best, second, *_ = sorted(logprobs, reverse=True)
+    total = best + math.log(sum(math.exp(one - best) for one in logprobs))
+    return features(names, [total - best], [best - second])
+
+
 def _margin(token: TokenLogprob) -> float:
     """Log-probability of the token minus the best other one's; negative if another was likelier."""
     return token.logprob - max(logprob for i, _, logprob in token.top if i != token.token_id)

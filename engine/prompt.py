@@ -30,6 +30,8 @@ TODAY = "today"
 """Name of the template argument with the date, as in 2026-01-31, for templates that use it."""
 
 _ANCHOR = "\ue003"  # no tokenizer merges it with what follows
+_JOINTS = range(0xF0000, 0xFFFFE)
+"""Private-use characters, of which one that the texts lack shows where an ending goes."""
 _MARKER_LIKE = re.compile(r"<\|.*\|>|\[/?[A-Z_]+\]")
 
 
@@ -124,6 +126,47 @@ class ChatFormat:
                 "these messages would make control tokens of the model's chat template; leave them out"
             )
         return [token for piece in ids for token in piece]
+
+    def encode_endings(
+        self,
+        messages: Messages,
+        endings: Sequence[str],
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> list[list[int]]:
+        """As `encode_chat`, once for each ending put behind the last message's text.
+
+        Text and ending are tokenised apart, so that all have their beginning in common, which is tokenised once.
+        """
+        if not self.template:
+            raise ValueError("this model has no chat template; decisions need one")
+        used = {letter for message in messages for letter in message["content"]}
+        joint = next((mark for mark in map(chr, _JOINTS) if mark not in used), None)
+        if joint is None:
+            raise ValueError("the last message holds every private-use character there is; leave some out")
+        *before, last = messages
+        rendered = self._render(
+            [*before, {**last, "content": last["content"] + joint}], template_arguments or {}
+        )
+        own = self._controls([self._encode(piece) for piece in rendered.own])
+        head: list[int] = []
+        tail: list[int] = []
+        side = head
+        for piece, is_text in rendered.pieces:
+            for number, part in enumerate(piece.split(joint)):
+                side = tail if number else side
+                follows = self._puts_space_before and bool(side is tail or head)
+                if part:
+                    side += self._encode_as_text(part, follows) if is_text else self._encode(part, follows)
+        controls, closing = self._controls([head]), self._controls([tail])
+        found = []
+        for ending in endings:
+            ids = self._encode_as_text(ending, self._puts_space_before)
+            if side is head or [*controls, *self._controls([ids]), *closing] != own:
+                raise ValueError(
+                    "these texts would make control tokens of the model's chat template; leave them out"
+                )
+            found.append([*head, *ids, *tail])
+        return found
 
     def check(self, template_arguments: Mapping[str, Any]) -> None:
         """Raises EngineError if the template renders no conversation with these arguments; called at start."""

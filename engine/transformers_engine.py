@@ -29,6 +29,7 @@ from candor.engine.base import (
     EngineError,
     Generation,
     HiddenSummary,
+    PromptReading,
     PromptStates,
     Sampling,
     TokenLogprob,
@@ -86,6 +87,10 @@ class TransformersEngine:
     async def prompt_states(self, prompt_ids: Sequence[int]) -> PromptStates:
         require_fit(len(prompt_ids), self.max_model_len)
         return await self._run(lambda: self._prompt_states(prompt_ids))
+
+    async def read_prompt(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> PromptReading:
+        require_fit(len(prompt_ids) + 1, self.max_model_len)
+        return await self._run(lambda: self._read_prompt(prompt_ids, token_ids))
 
     async def check(self) -> None:
         return None
@@ -169,6 +174,11 @@ class TransformersEngine:
         sequence = _Sequence(self._model)
         sequence.feed(prompt_ids)
         return sequence.prompt_states()
+
+    def _read_prompt(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> PromptReading:
+        sequence = _Sequence(self._model)
+        logprobs = torch.log_softmax(sequence.feed(prompt_ids)[-1], dim=-1)
+        return PromptReading(sequence.prompt_states(), tuple(logprobs[list(token_ids)].tolist()))
 
     def _settled(self, ids: Sequence[int]) -> str:
         """The text so far, without a last character whose bytes are incomplete."""

@@ -38,7 +38,9 @@ from candor.engine.start_failures import report_here
 from candor.engine.vllm_scheduler import KEY, StepPlan, full_attention_group, keep_whole_sequences
 
 Record = tuple[int, bool, bytes, bytes, bytes]
-"""(positions, whether all were counted, mean (H,), last state (H,), evidence (T, 3)); tensors as float32 bytes."""
+"""(positions, whether all were counted, mean (H,), last state (H,), evidence (T, 3)); tensors as float32 bytes.
+
+Where options were asked for, their log-probabilities (K,) stand in the evidence's place."""
 
 
 SCORED_ROWS = 128
@@ -55,6 +57,7 @@ class _Step:
     starts: first row of each request, then the end of the last; each request samples from its last row, and
     from those of its draft tokens.
     drawn: slots of those rows (n,), drawn tokens (n,) and their logits (n, V); None if no request needs them.
+    logits: (n, V) and, by request, the first row of its own; None likewise.
     """
 
     wanted: StepPlan
@@ -63,6 +66,7 @@ class _Step:
     requests: Sequence[str]
     starts: Any
     drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    logits: tuple[torch.Tensor, Sequence[int]] | None = None
 
     def rows_of(self, request_id: str) -> tuple[int, int]:
         """The request's first and last row."""
@@ -166,6 +170,8 @@ class WorkerCapture:
     def _note_drawn(self, logits: torch.Tensor, sampled: torch.Tensor) -> None:
         """logits: (n, V), unmodified from the model. sampled: (n, 1), the drawn tokens."""
         step = self._step
+        if step is not None and step.wanted.options:
+            step.logits = logits, range(len(logits))
         if step is not None and step.wanted.evidence:
             slots, number = step.slots, len(logits)
             if number < len(slots):  # else each request has one row
@@ -188,6 +194,9 @@ class WorkerCapture:
         row, tokens = _to_device(rows, self.device), sampled.flatten()[_to_device(firsts, self.device)]
         slots = torch.where(tokens < 0, -1, step.slots[row])
         step.slots[row] = slots
+        if step.wanted.options:
+            firsts_of = [sum(drafts[:at]) + at for at in range(len(drafts))]
+            step.logits = logits, firsts_of
         if step.wanted.evidence:
             step.drawn = slots, tokens.clamp_min(0), logits
 
@@ -220,7 +229,11 @@ class WorkerCapture:
             index = _to_device(blocks, self.device)
             mean, counted = self._sums.mean(index, positions)
             last = step.hidden[step.rows_of(request_id)[1]]
-            evidence = self._evidence.read(index, first, positions)
+            options = step.wanted.options.get(request_id)
+            if options is None:
+                evidence = self._evidence.read(index, first, positions)
+            else:
+                evidence = self._option_logprobs(step, request_id, options)
             parts = [counted, mean, last, evidence]
             found[request_id] = positions, [part.to("cpu", non_blocking=True) for part in parts]
         copied = torch.cuda.Event() if self.device.type == "cuda" else None
@@ -242,6 +255,13 @@ class WorkerCapture:
             }
 
         return records
+
+    def _option_logprobs(self, step: _Step, request_id: str, options: list[int]) -> torch.Tensor:
+        """(K,) float32, after the request's last row; a request with a report of its prompt has no drafts."""
+        assert step.logits is not None  # the step's sampler ran before
+        logits, firsts = step.logits
+        row = logits[firsts[step.requests.index(request_id)]].float()
+        return torch.log_softmax(row, dim=-1)[_to_device(options, self.device)]
 
     def _allocate(self) -> None:
         """Allocates at start-up, so that a lack of memory shows before the server reports ready."""

@@ -49,10 +49,12 @@ _REPORTED = frozenset(
         "extra_args",
         "max_tokens",
         "stop",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
     ]
 )
-"""Fields of SamplingParams that change neither the distribution of an answer's tokens nor its text, and those whose
-effect shows in the answer: `Policy.completed` looks at where it ends."""
+"""Fields of SamplingParams that do not change the distribution of an answer's tokens, and those whose effect shows in
+the answer: `Policy.completed` looks at where it ends."""
 
 
 class Judge(Protocol):

@@ -43,6 +43,7 @@ from candor.engine.base import (
     EngineError,
     Generation,
     HiddenSummary,
+    PromptReading,
     PromptStates,
     Representation,
     Sampling,
@@ -60,7 +61,7 @@ from candor.engine.vllm_scheduler import KEY, PROMPT_KEY
 
 logger = logging.getLogger("candor")
 
-S = TypeVar("S", HiddenSummary, PromptStates)
+S = TypeVar("S", HiddenSummary, PromptStates, PromptReading)
 
 _NO_TAG = [-1]
 """A tag that no model writes."""
@@ -260,6 +261,14 @@ class VLLMEngine:
         return await self._given(
             prompt_ids, self._wish(self._tag_ids, evidence=False, prompt=True), _prompt_states
         )
+
+    async def read_prompt(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> PromptReading:
+        """Sends one request over the prompt. The worker reports the log-probabilities with the states: vLLM's own
+        way to ask for some tokens' (`logprob_token_ids`) drops those of other requests in the step."""
+        require_fit(len(prompt_ids), self.max_model_len)
+        wish = self._wish(self._tag_ids, evidence=False, prompt=True)
+        wish[KEY]["options"] = list(token_ids)
+        return await self._given(prompt_ids, wish, _prompt_reading)
 
     async def _given(
         self, ids: Sequence[int], wish: dict[str, Any], read: Callable[[RequestOutput], S | None]
@@ -478,6 +487,14 @@ def _prompt_states(output: RequestOutput) -> PromptStates | None:
         return None
     _, complete, mean, last, _ = record
     return PromptStates(_from_bytes(mean), _from_bytes(last), complete)
+
+
+def _prompt_reading(output: RequestOutput) -> PromptReading | None:
+    states = _prompt_states(output)
+    if states is None:
+        return None
+    *_, logprobs = output.kv_transfer_params[PROMPT_KEY]
+    return PromptReading(states, tuple(_from_bytes(logprobs).tolist()))
 
 
 def _keep_records_of_merged_outputs() -> None:

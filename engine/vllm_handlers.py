@@ -32,6 +32,7 @@ from vllm.entrypoints.serve.tokenize.protocol import (
     TokenizeChatRequest,
     TokenizeCompletionRequest,
 )
+from vllm.lora.request import LoRARequest
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from candor.engine.base import EngineError, RequestRefused
@@ -75,7 +76,9 @@ class Handlers:
         state = State()
         await init_app_state(client, state, Namespace(**args), await engine.llm.get_supported_tasks())
         state.openai_serving_models.lora_requests = {
-            given: adapter.lora for given, adapter in adapters.items()
+            given: LoRARequest(given, adapter.lora.lora_int_id, adapter.lora.lora_path)
+            for given, adapter in adapters.items()
+            if adapter.lora is not None
         }
         renderer = copy(state.online_renderer)
         renderer.__class__ = _Renderer
@@ -103,8 +106,10 @@ class Handlers:
             raise
         except RecursionError:
             raise RequestRefused("the body is nested too deeply", 400) from None
-        except Exception as error:
-            raise _clear(create_error_response(error)) from error
+        except Exception as error:  # vLLM's own checks fail in many ways at a value of another type
+            found = create_error_response(error).error
+            code = found.code if found.code < 500 else 400
+            raise RequestRefused(f"vLLM cannot read the body: {found.message}", code, found.param) from error
 
     async def call(self, kind: Kind, request: Any) -> BaseModel | AsyncGenerator[str, None]:
         """Returns vLLM's response, or its stream of server-sent events. Raises RequestRefused or EngineError."""
@@ -211,9 +216,15 @@ def _plain(
     if asked.chat_template is not None or renderer.use_harmony:
         return None
     given = arguments if request.chat_template_kwargs is not None else None
-    if tools:
-        given = (given or {}) | {"tools": list(tools)}
+    if tools:  # as a bundle's policy may name them: without the fields that vLLM's schema adds
+        given = (given or {}) | {"tools": [_without_none(tool) for tool in tools]}
     return cast(list[dict[str, str]], turns), given
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_none(inner) for name, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _turn(message: Any) -> dict[str, str] | None:

@@ -8,14 +8,16 @@ It tracks vLLM 0.32 (0.16 to 0.33 have the same seams). It depends on the follow
   kv_transfer_params` passes through to `RequestOutput` in the API process unread.
 
 A request takes part by `SamplingParams.extra_args = {"candor": {"tag": [ids], "first": int | None, "evidence":
-bool, "prompt": bool}}`. first: start of a given response; None for a generated one. A request reports in the step
-that feeds the tag's last token: that row is the state at the declared position. A generated tag also ends the
-request in that step; the engine drops the token sampled after it.
+bool, "prompt": bool, "options": [ids]}}`. first: start of a given response; None for a generated one. A request
+reports in the step that feeds the tag's last token: that row is the state at the declared position. A generated tag
+also ends the request in that step; the engine drops the token sampled after it.
 
 prompt: a request to generate also reports in the step that feeds the prompt's last token, as a sequence without a
 response. Its blocks then hold only the prompt: full blocks that may be shared, and a last one of its own, in which
 the answer begins a step later. The record is sent with the answer's first token. Such a step always exists: if the
 whole prompt is in the prefix cache, vLLM computes the last block again.
+
+options: tokens whose log-probabilities after the prompt are reported with it; may be left out.
 
 The synchronous scheduler knows which step feeds the tag's last token: the token was sampled a step earlier. The
 asynchronous one plans a step before it has seen the token that the step feeds. So a request reports if its tokens so
@@ -55,11 +57,13 @@ class StepPlan:
     fresh: blocks given out since the last step; their old sums and evidence belong to other tokens.
     reports: (blocks that hold the sequence, its positions, start of the response, or the end for a prompt).
     scored: (row within the request, tokens): the known tokens that follow that row and the next ones.
+    options: tokens whose log-probabilities at the request's sampled row are part of its report.
     evidence: whether to measure the sampled tokens' evidence.
     """
 
     reports: dict[str, tuple[list[int], int, int]] = field(default_factory=dict)
     scored: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
+    options: dict[str, list[int]] = field(default_factory=dict)
     evidence: bool = False
     fresh: list[int] = field(default_factory=list)
 
@@ -190,6 +194,8 @@ class SchedulerCapture:
             blocks = self.kv_cache_manager.get_block_ids(request.request_id)[self._group]
             kept = list(blocks[: -(-end // self._block_size)])
             wanted.reports[request.request_id] = (kept, end, end if is_prompt else first)
+        if is_prompt and (options := wish.get("options")):
+            wanted.options[request.request_id] = options
 
 
 class CaptureScheduler(SchedulerCapture, Scheduler):

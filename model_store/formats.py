@@ -5,6 +5,7 @@
     3   kept a prompt as one text, and a system prompt or null: null means that the exemplars tell;
         kept no engine options of the model: no option that changes its states was given
     4   had no two-gate rule: the papers' regions alone serve
+    5   had no cascade: nothing is certified of another model's answers
 
 The texts of format 3 can be split into turns, except where a content itself looks like turns. The bundle then covers
 too few conversations, never too many: a conversation that it does not cover is not calibrated.
@@ -21,7 +22,7 @@ from candor.model_store.errors import Difference
 from candor.policy.conversation import Conversations, Turn, taken_apart
 from candor.policy.policy import Policy
 
-FIRST, LATEST = 1, 5
+FIRST, LATEST = 1, 6
 
 _TURNS = 4
 """The first format that keeps conversations as turns, and whose model identity covers all files that determine
@@ -48,6 +49,8 @@ def manifest_as_latest(value: dict[str, Any], version: int, faults: list[Differe
         added(value, "passed_over", 0)
     if version < 5:
         added(value, "rule", None)
+    if version < 6:
+        added(value, "cascade", None)
     if version < _TURNS and isinstance(value.get("model"), dict):
         value["model"] = dict(value["model"])
         added(value["model"], "engine_options", {}, "model.")

@@ -24,6 +24,7 @@ from candor.engine.base import AdapterIdentity as AdapterIdentity
 from candor.engine.base import ModelIdentity, Representation
 from candor.model_store import formats, strict_json
 from candor.model_store.errors import Difference, ManifestError
+from candor.policy.cascade import CascadeTerms
 from candor.policy.certificate import Certificate, RuleTerms
 from candor.policy.policy import Policy
 
@@ -70,6 +71,7 @@ class Manifest:
     passed_over: number of invalid neighbours that do not end q, at least 0 (`sdm.similarity`).
     certificates: those of the regions' answers; at most one for each alpha and estimator.
     rule: the two-gate rule's terms; None if the bundle has the papers' regions only. Its gate and score are tensors.
+    cascade: what was certified of the rule together with another model that answers what the rule withholds; or None.
     provenance: where the data came from and how the bundle was made (digests, counts, seeds, settings).
     files: the entry of each name in `LISTED`; empty until published.
 
@@ -88,6 +90,7 @@ class Manifest:
     passed_over: int = 0
     certificates: tuple[Certificate, ...] = ()
     rule: RuleTerms | None = None
+    cascade: CascadeTerms | None = None
     provenance: dict[str, Any]
     files: dict[str, FileEntry] = field(default_factory=dict)
 
@@ -137,6 +140,13 @@ class Manifest:
             "rule.certificates",
             f"alphas of {list(alphas)}",
             sorted(certified_by_rule),
+        )
+        certified_by_cascade = {one.alpha for one in self.cascade.certificates} if self.cascade else set()
+        require(
+            self.cascade is None or (self.rule is not None and certified_by_cascade <= set(alphas)),
+            "cascade.certificates",
+            f"none without a rule, and alphas of {list(alphas)}",
+            sorted(certified_by_cascade),
         )
         # Only these names are allowed, so that no path can leave the directory.
         if self.files and set(self.files) != set(LISTED):

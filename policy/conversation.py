@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 Turn = dict[str, str]
 """{"role", "content"}."""
 
+BREAK = "\n\n"
+"""Stands between an input and the question about it (`policy.decisions`)."""
+
 _SYSTEM = "system"
+_QUESTIONS = ("predicate", "choice", "score")
 _ROLE = re.compile(r"(?:^|\n)(system|user|assistant): ")
 
 
@@ -98,6 +102,11 @@ class Conversations:
     turns: tuple[str, ...] = ("user",)
     template_arguments: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def decides(self) -> bool:
+        """Whether these are decisions (`policy.decisions`)."""
+        return any(one.split()[-1:] == [kind] for one in self.turns for kind in _QUESTIONS)
+
     @classmethod
     def of_records(
         cls,
@@ -138,6 +147,9 @@ class Conversation:
 
     def encode(self, chat: ChatFormat) -> list[int]:
         """Returns its token ids, up to where the answer begins. Raises ValueError if the template refuses it."""
+        *before, last = self.turns
+        if last["role"] in _QUESTIONS:
+            return chat.encode_endings(before, [BREAK + last["content"]], self.template_arguments)[0]
         return chat.encode_chat(self.turns, self.template_arguments)
 
 

@@ -20,7 +20,7 @@ from candor.policy.certificate import Certificate, EstimatorKind, RuleCertificat
 from candor.policy.decision import Decisions, Verdict, decide, decide_by_rule, verdict_of
 from candor.sdm.estimator import SDMEstimator
 from candor.sdm.outputs import Estimate, Measurement
-from candor.sdm.rule import AnswerRule, RuleEstimate
+from candor.sdm.rule import AnswerRule, PromptEstimate, RuleEstimate
 from candor.sdm.score import sdm_figures
 
 
@@ -92,22 +92,27 @@ def judge_by_rule(
     alpha: float,
     *,
     calibrated: Tensor,
+    prompts_seen: PromptEstimate | None = None,
 ) -> Judgement:
     """Judges by both gates. seen: `estimator.measure(h)`, h (n, D). prompts (n, P): states at the end of prefill; NaN
-    where they are missing. Raises ValueError for an alpha without a region."""
+    where they are missing. prompts_seen: `gates.rule.know(prompts)`, if it is known already. Raises ValueError for an
+    alpha without a region."""
     estimate, certificate = estimator.judge(seen, alpha), gates.terms.at(alpha)
-    judged = gates.rule.judge(prompts, h, sdm_figures(seen, estimate.d))
+    judged = gates.rule.judge(prompts, h, sdm_figures(seen, estimate.d), prompts_seen)
     finite = seen.finite & prompts.isfinite().all(dim=1) & judged.score.isfinite()
     decisions = decide_by_rule(judged, certificate, finite=finite, calibrated=calibrated)
     return Judgement(alpha, estimate, decisions, calibrated, certificate, judged)
 
 
-def judge_prompts(gates: TwoGates, prompts: Tensor, alpha: float, *, calibrated: Tensor) -> list[Verdict]:
+def judge_prompts(
+    gates: TwoGates, prompts: Tensor, seen: PromptEstimate, alpha: float, *, calibrated: Tensor
+) -> list[Verdict]:
     """Returns the verdict on each of n prompts (n, P) as if its answer had the highest score: where that abstains, no
-    answer can be let through. calibrated (n,): whether the request keeps to the policy so far."""
+    answer can be let through. seen: `gates.rule.know(prompts)`. calibrated (n,): whether the request keeps to the
+    policy so far."""
     certificate = gates.terms.at(alpha)
     best = torch.full((len(prompts),), torch.inf)
-    judged = RuleEstimate(*gates.rule.know(prompts), best, best)
+    judged = RuleEstimate(seen.p_value, seen.known, seen.strange, best, best)
     finite = prompts.isfinite().all(dim=1)
     decisions = decide_by_rule(judged, certificate, finite=finite, calibrated=calibrated)
     return [

@@ -17,8 +17,8 @@ since its order of summation follows the shape of the call. Two remedies here do
   entries where it is not (about one in 10^3) are summed exactly: products of two float32 are exact
   in float64, and `math.fsum` rounds their sum once.
 
-* `pair_distances` sums float64 squares by halving. It uses only elementwise operations, which IEEE
-  754 defines to the bit, and its order depends on the width only.
+* `pair_distances` and `squared_lengths` sum float64 squares by halving. They use only elementwise operations, which
+  IEEE 754 defines to the bit, and their order depends on the width only.
 """
 
 from __future__ import annotations
@@ -40,14 +40,16 @@ class RoundedLinear:
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.weight = weight.detach().double()  # (M, D)
         self.bias = bias.detach().double()  # (M,)
-        self._norms = self.weight.norm(dim=1)  # (M,)
-        self._factor = 1.01 * (self.weight.shape[1] + 2) * UNIT_64
+        factor = 1.01 * (self.weight.shape[1] + 2) * UNIT_64
+        self._of_length = factor * self.weight.norm(dim=1)  # (M,)
+        self._of_bias = factor * self.bias.abs()  # (M,)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rows must be finite. A value beyond float32 comes back as an infinity."""
         x = x.double()
         v = torch.addmm(self.bias, x, self.weight.T)  # (n, M)
-        delta = torch.outer(x.norm(dim=1), self._norms).add_(self.bias.abs()).mul_(self._factor)
+        lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        delta = torch.addcmul(self._of_bias, lengths, self._of_length)
         below, above = (v - delta).float(), (v + delta).float()
         for row, unit in (below != above).nonzero().tolist():
             terms = (x[row] * self.weight[unit]).tolist()
@@ -60,9 +62,21 @@ def pair_distances(a: Tensor, b: Tensor) -> Tensor:
 
     Equal rows are at exactly 0, and the value is a function of the two rows alone.
     """
-    squares = (a.double() - b.double()).square_()  # (r, M)
-    while squares.shape[1] > 1:
-        half = (squares.shape[1] + 1) // 2
-        squares[:, : squares.shape[1] - half] += squares[:, half:]
-        squares = squares[:, :half]
-    return squares[:, 0]
+    return _sum_halves((a.double() - b.double()).square_())
+
+
+def squared_lengths(rows: Tensor) -> Tensor:
+    """Squared L2 lengths of rows (r, M): (r,) float64, each a function of its row alone."""
+    return _sum_halves(rows.double().square())
+
+
+def _sum_halves(terms: Tensor) -> Tensor:
+    """Sums of rows (r, M) float64, each in the order of its halves: (r,). M = 0: zeros."""
+    # NumPy adds the same numbers; its calls cost a fifth of PyTorch's, and most rows come alone. Terms by column, so
+    # that no sum overlaps what it is stored in.
+    left = terms.T.contiguous().numpy()
+    while (width := len(left)) > 1:
+        half = (width + 1) // 2
+        left[: width - half] += left[half:]
+        left = left[:half]
+    return torch.from_numpy(left[0])

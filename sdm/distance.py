@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,20 +49,23 @@ class ClasswiseECDF:
     def num_classes(self) -> int:
         return len(self.offsets) - 1
 
+    @cached_property
+    def _classes(self) -> tuple[Tensor, ...]:
+        return torch.split(self.values, self.sizes().tolist())
+
     def sizes(self) -> Tensor:
         """|E_c|: (C,) int64."""
         return self.offsets.diff()
 
     def of_class(self, c: int) -> Tensor:
         """E_c, ascending."""
-        return self.values[int(self.offsets[c]) : int(self.offsets[c + 1])]
+        return self._classes[c]
 
     def count_below(self, query: Tensor) -> Tensor:
         """#{e in E_c : e < query}: (n,) -> (n, C) int64."""
         query = query.float().contiguous()
         return torch.stack(
-            [torch.searchsorted(self.of_class(c), query, right=False) for c in range(self.num_classes)],
-            dim=1,
+            [torch.searchsorted(values, query, right=False) for values in self._classes], dim=1
         )
 
     def quantile(self, d_nearest: Tensor, conventions: Conventions = DEFAULT) -> Tensor:

@@ -137,7 +137,7 @@ class SDMEstimator:
         epsilon = dkw_epsilon(n_effective, alpha).amax(dim=1)
         d_lower, d_upper = band(d, epsilon)
         sdm_lower, q_prime_lower = _activate(seen, d_lower)
-        sdm_upper, _ = _activate(seen, d_upper)
+        sdm_upper = sdm(seen.z_prime, seen.q, d_upper)
         return Estimate(
             z_prime=seen.z_prime,
             y_hat=seen.y_hat,

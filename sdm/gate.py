@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from candor.sdm.adaptor import fit_standardisation
-from candor.sdm.arithmetic import LARGEST, RoundedLinear, pair_distances
+from candor.sdm.arithmetic import LARGEST, RoundedLinear, squared_lengths
 
 ROWS_PER_COMPONENT = 4
 """Minimum rows for each component; fewer rows give fewer components."""
@@ -122,9 +122,9 @@ class PromptGate(RankTest):
         finite = (x.abs() <= LARGEST).all(dim=1)  # also false for NaN
         x = x.where(finite.unsqueeze(1), 0.0)
         whitened = self._whiten(x)
-        within = _squared_length(whitened.double() * self.deviations)
-        outside = (_squared_length(x) - within).clamp(min=0)
-        distance = _squared_length(whitened) + outside / self.residual_variance
+        within = squared_lengths(whitened.double() * self.deviations)
+        outside = (squared_lengths(x) - within).clamp(min=0)
+        distance = squared_lengths(whitened) + outside / self.residual_variance
         return distance.where(finite, torch.inf)
 
     def state(self) -> dict[str, Tensor]:
@@ -160,8 +160,3 @@ def require_shapes(what: str, state: Mapping[str, Tensor], shapes: Mapping[str, 
     wrong = {name: tuple(state[name].shape) for name, shape in shapes.items() if state[name].shape != shape}
     if wrong:
         raise ValueError(f"{what} tensors have shapes {wrong}; expected {dict(shapes)}")
-
-
-def _squared_length(rows: Tensor) -> Tensor:
-    """(n, w) -> (n,) float64, a function of each row alone."""
-    return pair_distances(rows, torch.zeros_like(rows))

@@ -8,8 +8,8 @@ The threshold that S must reach stands in a certificate (`policy.certificate`): 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -20,13 +20,29 @@ from candor.sdm.score import AnswerScore
 
 
 @dataclass(frozen=True, eq=False)
-class RuleEstimate:
-    """n rows. p_value (n,) float64 in (0, 1], of the gate; known (n,) bool; strange (n,) bool: the probe
-    refuses it, so it is not known; score, probability (n,) float32."""
+class PromptEstimate:
+    """n prompts. p_value (n,) float64 in (0, 1], of the gate; known (n,) bool; strange (n,) bool: the probe
+    refuses it, so it is not known."""
 
     p_value: Tensor
     known: Tensor
     strange: Tensor
+
+    def row(self, row: int) -> PromptEstimate:
+        """Of one prompt, counted from 0."""
+        at = slice(row, row + 1)
+        return PromptEstimate(self.p_value[at], self.known[at], self.strange[at])
+
+    @classmethod
+    def joined(cls, some: Sequence[PromptEstimate]) -> PromptEstimate:
+        """Of all prompts, in order."""
+        return cls(*(torch.cat([getattr(one, field.name) for one in some]) for field in fields(cls)))
+
+
+@dataclass(frozen=True, eq=False)
+class RuleEstimate(PromptEstimate):
+    """n answers, with what is known of their prompts. score, probability (n,) float32."""
+
     score: Tensor
     probability: Tensor
 
@@ -39,18 +55,24 @@ class AnswerRule:
     score: AnswerScore
     probe: StrangerProbe | None = None
 
-    def judge(self, prompts: Tensor, h: Tensor, figures: Tensor) -> RuleEstimate:
-        """prompts (n, P), h (n, D), figures (n, F) -> what is known of each row, a function of that row alone."""
-        score = self.score(prompts, h, figures)
-        return RuleEstimate(*self.know(prompts), score, self.score.probability(score))
+    def judge(
+        self, prompts: Tensor, h: Tensor, figures: Tensor, seen: PromptEstimate | None = None
+    ) -> RuleEstimate:
+        """prompts (n, P), h (n, D), figures (n, F) -> what is known of each row, a function of that row alone.
 
-    def know(self, prompts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """prompts (n, P) -> p_value, known, strange (n,)."""
+        seen: `know(prompts)`, where it was asked for when prefill ended.
+        """
+        score = self.score(prompts, h, figures)
+        seen = self.know(prompts) if seen is None else seen
+        return RuleEstimate(seen.p_value, seen.known, seen.strange, score, self.score.probability(score))
+
+    def know(self, prompts: Tensor) -> PromptEstimate:
+        """prompts (n, P) -> what is known of each before it is answered."""
         distance = self.gate.distance(prompts)
         known, strange = self.gate.known(distance), torch.zeros(len(prompts), dtype=torch.bool)
         if self.probe is not None:
             strange = ~self.probe.known(self.probe.distance(prompts))
-        return self.gate.p_value(distance), known & ~strange, strange
+        return PromptEstimate(self.gate.p_value(distance), known & ~strange, strange)
 
     def state(self) -> dict[str, Tensor]:
         """gate.*, score.* and, if there is one, probe.*; `from_state` restores it to the bit."""

@@ -23,6 +23,9 @@ from torch import Tensor
 from candor.sdm.conventions import DEFAULT, Conventions
 from candor.sdm.support import BLOCK, Rough, Support
 
+FEW = 2**15
+"""Numbers that are compared exactly at once, since ruling more of them out would take as long."""
+
 
 @dataclass(frozen=True, eq=False)
 class Neighbourhood:
@@ -136,13 +139,15 @@ def _rough(queries: Tensor, support: Support) -> Iterator[Rough]:
 
 def _doubtful_pairs(rough: Rough, valid: Tensor, support: Support) -> _Pairs:
     """Returns the undecided pairs of queries of one class. After a sketch, it narrows them by each row's own error,
-    then in float32."""
+    then, where many are left, in float32."""
     pairs = _Pairs(*_sift(rough.distances, rough.slack, valid))
     if support.sketch is None or rough.lengths is None:
         return pairs
     distances = rough.distances[pairs.queries, pairs.indices]
     slack = support.sketch.pair_slack(rough.lengths[pairs.queries], pairs.indices)
     pairs = _narrow(pairs, distances, slack, valid)
+    if len(pairs.indices) * support.h_prime.shape[1] <= FEW:
+        return pairs
     distances, slack = support.rough_pairs(rough.queries, pairs.queries, pairs.indices)
     return _narrow(pairs, distances, slack[pairs.queries], valid)
 
@@ -169,7 +174,7 @@ def _sift(distances: Tensor, slack: Tensor, valid: Tensor) -> tuple[Tensor, Tens
     # Finite bounds, so that a left-out row (at infinity) is never undecided.
     largest = torch.finfo(torch.float32).max
     doubt = 2 * slack.double()
-    boundary = least(distances + torch.where(valid, torch.inf, 0.0)).double()
+    boundary = least(torch.where(valid, torch.inf, distances)).double()
     near, surely, maybe = (
         bound.clamp(max=largest).float().unsqueeze(1)
         for bound in (least(distances).double() + doubt, boundary - doubt, boundary + doubt)

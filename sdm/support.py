@@ -98,9 +98,15 @@ class Support:
             return None
         return Sketch(self.h_prime, self._centre)
 
+    @cached_property
+    def _valid(self) -> dict[int, Tensor]:
+        return {}
+
     def valid(self, c: int) -> Tensor:
-        """Which rows are valid for class c: (N,) bool."""
-        return (self.labels == c) & (self.predictions == c)
+        """Which rows are valid for class c: (N,) bool, to read only."""
+        if c not in self._valid:
+            self._valid[c] = (self.labels == c) & (self.predictions == c)
+        return self._valid[c]
 
     def updated(self, h_prime: Tensor, labels: Tensor, predictions: Tensor) -> Support:
         """A support with rows appended (2509.12760, A.6); earlier rows keep their index."""

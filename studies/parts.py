@@ -34,7 +34,15 @@ from candor.app.process.application import create_app
 from candor.app.process.backend import Backend
 from candor.app.process.settings import Settings
 from candor.engine.answer import AnswerText
-from candor.engine.base import AdapterIdentity, Delta, Generation, HiddenSummary, PromptStates, Sampling
+from candor.engine.base import (
+    AdapterIdentity,
+    Delta,
+    Generation,
+    HiddenSummary,
+    PromptReading,
+    PromptStates,
+    Sampling,
+)
 from candor.engine.prompt import ChatFormat
 from candor.engine.slot_evidence import surprisal_and_margin
 from candor.model_store.bundle import Bundle, load_bundle
@@ -180,6 +188,9 @@ class Ready:
 
     async def prompt_states(self, prompt_ids: Sequence[int]) -> PromptStates:
         return PromptStates(self._hidden.mean, self._hidden.last, complete=True)
+
+    async def read_prompt(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> PromptReading:
+        return PromptReading(await self.prompt_states(prompt_ids), (-1.0,) * len(token_ids))
 
     async def check(self) -> None:
         pass

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from candor.app.answering.request import Reliability
-from candor.app.answering.scoring import Judged
+from candor.app.answering.scoring import Judged, JudgedPrompt
 from candor.app.answering.service import Answer, AnswerService, unwritten
 from candor.engine.base import Engine, Generation, PromptStates, RequestRefused, Sampling
 
@@ -49,6 +49,7 @@ class Judging:
         self._encode = encode
         self._note = note
         self._begun = 0
+        self._read: dict[int, JudgedPrompt | None] = {}
         self._calibrated: set[tuple[int, ...]] = set()
 
     def begin(self, choices: int, prompt_tokens: int) -> int:
@@ -71,17 +72,21 @@ class Judging:
         return ids
 
     async def refuses(self, index: int, prompt: PromptStates, asked: Asked) -> bool:
-        verdict = await self._service.refused(prompt, self.reliability, calibrated=self._keeps(asked))
-        if verdict is not None:
-            empty = unwritten(len(asked.prompt_ids), prompt)
-            self._finish(Answer(index, empty, Judged(verdict), self.reliability.replacement, unwritten=True))
-        return verdict is not None
+        read = await self._service.read(prompt, self.reliability, calibrated=self._keeps(asked))
+        if read is None or read.refusal is None:
+            self._read[index] = read
+            return False
+        empty, refusal = unwritten(len(asked.prompt_ids), prompt), Judged(read.refusal)
+        self._finish(Answer(index, empty, refusal, self.reliability.replacement, unwritten=True))
+        return True
 
     async def withholds(self, index: int, generation: Generation, asked: Asked) -> bool:
         if not self.capture:
             self._finish(Answer(index, generation, None, None))
             return False
-        judged = await self._service.judged(generation, self.reliability, calibrated=self._keeps(asked))
+        judged = await self._service.judged(
+            generation, self.reliability, calibrated=self._keeps(asked), read=self._read.pop(index, None)
+        )
         replacement = self.reliability.replacement if judged.verdict.abstained else None
         self._finish(Answer(index, generation, judged, replacement))
         return replacement is not None

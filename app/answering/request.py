@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from candor.app.answering.waiting import Deadline
 from candor.app.edge.limits import Limits, Refused, at_most
 from candor.app.edge.schemas.reliability import ReliabilityOptions
 from candor.app.edge.schemas.requests import (
@@ -21,7 +22,8 @@ from candor.app.edge.schemas.requests import (
 )
 from candor.app.edge.schemas.scoring import ScoreRequest
 from candor.engine.base import PromptTooLong, Sampling
-from candor.policy.conversation import Turn
+from candor.policy.conversation import Conversation, Turn
+from candor.policy.upstream import Asked
 
 if TYPE_CHECKING:
     from candor.app.process.backend import Backend
@@ -59,7 +61,7 @@ class Reliability:
     """A request's resolved reliability options. replacement: None if nothing is withheld.
 
     certified_only: whether to abstain from answers that no certificate covers. buffered: whether a stream holds its
-    text back until the decision.
+    text back until the decision. escalates: whether another model is asked for what is withheld.
     """
 
     mode: Mode
@@ -68,14 +70,16 @@ class Reliability:
     buffered: bool
     exemplars: int
     replacement: Replacement | None
+    escalates: bool = False
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The engine's input for one answer."""
+    """The engine's input for one answer. asked: the same as text, with the system prompt."""
 
     prompt_ids: tuple[int, ...]
     sampling: Sampling
+    asked: Asked = ()
 
     def attempt(self, number: int) -> Choice:
         """Returns the choice for attempt `number`, from 0. Attempts differ; with a seed, they are reproducible."""
@@ -91,7 +95,7 @@ class AnswerRequest:
 
     calibrated: whether the request keeps to the policy, as far as that is known before the answer.
     attempts: maximum answers written for one choice until one is reliable; 1 outside the policy.
-    caller: whose places the request takes.
+    caller: whose places the request takes. streamed: whether the client gets pieces. deadline: of an escalation.
     """
 
     choices: tuple[Choice, ...]
@@ -100,6 +104,8 @@ class AnswerRequest:
     reliability: Reliability
     attempts: int = 1
     caller: str = "anyone"
+    streamed: bool = False
+    deadline: Deadline | None = None
 
     @property
     def tokens(self) -> int:
@@ -149,6 +155,7 @@ class RequestResolver:
         self.limits = Limits.of(settings, backend.engine.max_model_len)
         self._refusal_text = settings.refusal_text
         self._fallback_text = settings.fallback_text
+        self._escalates = settings.escalate_url is not None
 
     def measure(self, body: ChatCompletionRequest | CompletionRequest | ScoreRequest) -> Bulk:
         """Returns what a body asks for, and refuses what its counts and lengths alone forbid.
@@ -176,19 +183,19 @@ class RequestResolver:
         return Bulk(choices, characters)
 
     def chat(self, body: ChatCompletionRequest) -> AnswerRequest:
-        prompt_ids, calibrated = self._encode_chat(body.messages, body.chat_template_kwargs)
+        conversation, prompt_ids = self._encode_chat(body.messages, body.chat_template_kwargs)
         return self._answers(
             body,
-            [prompt_ids],
+            [(prompt_ids, conversation.turns)],
             max_tokens=body.max_completion_tokens or body.max_tokens,
             param="messages",
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            calibrated=calibrated,
+            calibrated=conversation.departure is None,
         )
 
     def completion(self, body: CompletionRequest) -> AnswerRequest:
         """Resolves plain prompts. They lack the calibrated chat format, so their answers are never calibrated."""
-        prompts = [self._encode_text(text) for text in body.prompt]
+        prompts = [(self._encode_text(text), text) for text in body.prompt]
         return self._answers(
             body,
             prompts,
@@ -217,19 +224,25 @@ class RequestResolver:
         self, turns: Sequence[Turn], template_arguments: Mapping[str, Any] | None
     ) -> tuple[list[int], bool]:
         """Returns a conversation's token ids, and whether calibration covered such conversations."""
+        conversation, ids = self._encoded(turns, template_arguments)
+        return ids, conversation.departure is None
+
+    def _encoded(
+        self, turns: Sequence[Turn], template_arguments: Mapping[str, Any] | None
+    ) -> tuple[Conversation, list[int]]:
         for turn in turns:
             self._check_beginning(turn["content"], "messages")
         conversation = self._policy.conversations.resolve(turns, template_arguments)
         try:
-            ids = conversation.encode(self._chat)
+            return conversation, conversation.encode(self._chat)
         except ValueError as error:
             raise Refused(str(error), "messages") from error
-        return ids, conversation.departure is None
 
     def pair(self, body: ScoreRequest) -> PairRequest:
         at_most(self.limits.exemplars, body.exemplars, "exemplars", "exemplars")
         if body.messages is not None:
-            prompt_ids, calibrated = self._encode_chat(body.messages)
+            conversation, prompt_ids = self._encode_chat(body.messages)
+            calibrated = conversation.departure is None
         else:
             prompt_ids, calibrated = self._encode_text(body.prompt or ""), False
         response_ids = tuple(self._chat.encode_response(body.response))
@@ -248,7 +261,7 @@ class RequestResolver:
     def _answers(
         self,
         body: GenerationRequest,
-        prompts: Sequence[tuple[int, ...]],
+        prompts: Sequence[tuple[tuple[int, ...], Asked]],
         *,
         max_tokens: int | None,
         param: str,
@@ -268,13 +281,13 @@ class RequestResolver:
             logprobs=logprobs,
         )
         choices: list[Choice] = []
-        for prompt_ids in prompts:
+        for prompt_ids, asked in prompts:
             self._check_fit(prompt_ids, max_tokens or 1, param)
             left = self._room - len(prompt_ids)
             length = max_tokens or min(self._policy.max_tokens, self.limits.output_tokens, left)
             for _ in range(n):
                 seed = None if body.seed is None else _wrapped(body.seed + len(choices))  # one seed a choice
-                choices.append(Choice(prompt_ids, replace(sampling, max_tokens=length, seed=seed)))
+                choices.append(Choice(prompt_ids, replace(sampling, max_tokens=length, seed=seed), asked))
         reported = 0 if logprobs is None else (1 + logprobs) * sum(one.sampling.max_tokens for one in choices)
         at_most(
             _MOST_LOGPROBS, reported, "log-probabilities in one request (answers, tokens, each's)", "logprobs"
@@ -285,10 +298,11 @@ class RequestResolver:
         )
         return AnswerRequest(
             choices=tuple(choices),
-            prompt_tokens=sum(map(len, prompts)),
+            prompt_tokens=sum(len(ids) for ids, _ in prompts),
             calibrated=calibrated,
             reliability=reliability,
             attempts=self._policy.resample if calibrated and reliability.mode != "off" else 1,
+            streamed=body.wants_stream,
         )
 
     @staticmethod
@@ -310,11 +324,18 @@ class RequestResolver:
             buffered=streamed and (stream == "buffered" or self._least_mode == "abstain"),
             exemplars=asked.exemplars,
             replacement=self._replacement(asked) if withholds else None,
+            escalates=withholds and asked.on_abstain == "escalate",
         )
 
     def _replacement(self, asked: ReliabilityOptions) -> Replacement:
+        if asked.on_abstain == "escalate" and not self._escalates:
+            raise Refused(
+                'this server has no other model to ask; use "refusal" or "content", or have its operator set '
+                "CANDOR_ESCALATE_URL",
+                "reliability.on_abstain",
+            )
         if asked.on_abstain != "fallback":
-            return Replacement(self._refusal_text, as_refusal=asked.on_abstain == "refusal")
+            return Replacement(self._refusal_text, as_refusal=asked.on_abstain != "content")
         if self._fallback_text is None:
             raise Refused(
                 'this server has no fallback answer; use "refusal" or "content", or have its operator set '
@@ -335,10 +356,10 @@ class RequestResolver:
 
     def _encode_chat(
         self, messages: Sequence[ChatMessage], template_arguments: dict[str, Any] | None = None
-    ) -> tuple[tuple[int, ...], bool]:
-        """Returns the prompt's token ids, and whether calibration covered such conversations."""
-        ids, calibrated = self.encode([message.to_template() for message in messages], template_arguments)
-        return tuple(ids), calibrated
+    ) -> tuple[Conversation, tuple[int, ...]]:
+        """Returns the conversation as the model gets it, and its token ids."""
+        conversation, ids = self._encoded([message.to_template() for message in messages], template_arguments)
+        return conversation, tuple(ids)
 
     def _check_beginning(self, text: str, param: str) -> None:
         """Refuses a text whose beginning alone has more tokens than fit, without tokenising the rest.

@@ -24,6 +24,7 @@ from candor.policy.certificate import Certificate, EstimatorKind, RuleCertificat
 from candor.policy.decision import Verdict, suspend
 from candor.policy.judging import TwoGates, judge, judge_by_rule, judge_prompts
 from candor.policy.monitor import StandingName
+from candor.sdm.rule import PromptEstimate
 
 Cause = Literal["not_captured", "incomplete", "non_finite", "timeout", "error"]
 
@@ -66,7 +67,8 @@ class Judged:
 @dataclass(frozen=True)
 class ScoringRequest:
     """One answer's states and how to judge it. prompt: at the end of prefill; None or incomplete where they are not
-    known, which two gates need. calibrated: whether request and answer kept to the policy."""
+    known, which two gates need. prompt_seen: what the gates found then; None if they have not looked. calibrated:
+    whether request and answer kept to the policy."""
 
     hidden: HiddenSummary | None
     alpha: float
@@ -74,6 +76,15 @@ class ScoringRequest:
     certified_only: bool = False
     exemplars: int = 0
     prompt: PromptStates | None = None
+    prompt_seen: PromptEstimate | None = None
+
+
+@dataclass(frozen=True)
+class JudgedPrompt:
+    """refusal: the verdict on a prompt that no answer can be let through for; None for every other."""
+
+    refusal: Verdict | None
+    seen: PromptEstimate
 
 
 class Scorer:
@@ -130,35 +141,37 @@ class Scorer:
             raise ScoringFailed("non_finite", "the hidden state, or what was made of it, is no finite number")
         return judged
 
-    async def judge_prompt(self, prompt: PromptStates, alpha: float, *, calibrated: bool) -> Verdict | None:
-        """Returns the verdict on a prompt that no answer can be let through for; None for every other.
-
-        A prompt that cannot be judged now is left to the answer's end.
-        """
+    async def judge_prompt(
+        self, prompt: PromptStates, alpha: float, *, calibrated: bool
+    ) -> JudgedPrompt | None:
+        """Judges a prompt before it is answered. None: it cannot be judged now, and is left to the answer's end."""
         if self.gates is None or not prompt.complete:
             return None
         work = self._prompts.submit((prompt, alpha, calibrated))
         try:
-            verdict = await asyncio.wait_for(work, self._timeout_s)
+            return await asyncio.wait_for(work, self._timeout_s)
         except Exception as error:
             logger.warning("a prompt could not be judged before its answer: %r", error)
             return None
-        return verdict if verdict.abstained and verdict.reason != "scoring_unavailable" else None
 
     def close(self) -> None:
         self._batcher.close()
         self._prompts.close()
 
     @torch.inference_mode()
-    def _judge_prompts(self, asked: list[tuple[PromptStates, float, bool]]) -> list[Verdict]:
+    def _judge_prompts(self, asked: list[tuple[PromptStates, float, bool]]) -> list[JudgedPrompt]:
         gates = self.gates
         assert gates is not None  # `judge_prompt` checks this
         states = torch.stack([_as(gates.rule.gate.mean, prompt.vector()) for prompt, _, _ in asked])  # (n, P)
         calibrated = torch.tensor([kept for _, _, kept in asked])
-        found: dict[int, Verdict] = {}
+        seen = gates.rule.know(states)
+        found: dict[int, JudgedPrompt] = {}
         for wanted in {alpha for _, alpha, _ in asked}:
-            verdicts = judge_prompts(gates, states, wanted, calibrated=calibrated)
-            found |= {row: verdicts[row] for row, (_, alpha, _) in enumerate(asked) if alpha == wanted}
+            verdicts = judge_prompts(gates, states, seen, wanted, calibrated=calibrated)
+            for row, verdict in enumerate(verdicts):
+                if asked[row][1] == wanted:
+                    refused = verdict.abstained and verdict.reason != "scoring_unavailable"
+                    found[row] = JudgedPrompt(verdict if refused else None, seen.row(row))
         return [found[row] for row in range(len(asked))]
 
     @torch.inference_mode()
@@ -171,11 +184,20 @@ class Scorer:
         prompts = (
             torch.stack([self._prompt(request) for request in requests]) if self.gates else None
         )  # (n, P)
+        seen = [request.prompt_seen for request in requests if request.prompt_seen is not None]
+        prompts_seen = PromptEstimate.joined(seen) if len(seen) == len(requests) else None
         found: dict[int, Judged] = {}
         for alpha in {request.alpha for request in requests}:
             if self.gates is not None and prompts is not None:
                 judgement = judge_by_rule(
-                    estimator, self.gates, measurement, h, prompts, alpha, calibrated=calibrated
+                    estimator,
+                    self.gates,
+                    measurement,
+                    h,
+                    prompts,
+                    alpha,
+                    calibrated=calibrated,
+                    prompts_seen=prompts_seen,
                 )
             else:
                 judgement = judge(

@@ -18,8 +18,9 @@ from time import perf_counter
 
 from opentelemetry.trace import Tracer
 
+from candor.app.answering.escalation import Escalated, Escalation, Question
 from candor.app.answering.request import AnswerRequest, Choice, PairRequest, Reliability, Replacement
-from candor.app.answering.scoring import Judged, Scorer, ScoringFailed, ScoringRequest
+from candor.app.answering.scoring import Judged, JudgedPrompt, Scorer, ScoringFailed, ScoringRequest
 from candor.app.answering.waiting import EngineWatch
 from candor.app.edge.limits import Admission
 from candor.app.telemetry.metrics import Metrics
@@ -36,10 +37,13 @@ from candor.engine.base import (
     TokenLogprob,
 )
 from candor.engine.merging import merged
-from candor.policy.decision import Verdict, unavailable
+from candor.policy.decision import unavailable
 from candor.policy.policy import Policy
 
 logger = logging.getLogger("candor")
+
+SET_OFF = "\n\n"
+"""Separates an answer that was streamed already from the text that retracts it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Answer:
     """A finished choice. judged: None in mode off. replacement: shown to the client if the answer is withheld.
 
     attempts: number of answers written; this is the last. discarded_tokens: completion tokens of the earlier ones.
-    unwritten: its prompt was refused when prefill ended.
+    unwritten: its prompt was refused when prefill ended. escalated: what the client gets in place of it; then
+    replacement is None.
     """
 
     index: int
@@ -66,6 +71,7 @@ class Answer:
     attempts: int = 1
     discarded_tokens: int = 0
     unwritten: bool = False
+    escalated: Escalated | None = None
 
     @property
     def completion_tokens(self) -> int:
@@ -76,7 +82,7 @@ class Answer:
 class AnswerService:
     """Answers requests. Raises Overloaded, PromptTooLong, EngineDead or EngineError from its iterators.
 
-    tracer: None if tracing is off.
+    tracer: None if tracing is off. escalation: None if there is no other model to ask.
     """
 
     def __init__(
@@ -88,7 +94,9 @@ class AnswerService:
         metrics: Metrics,
         watch: EngineWatch,
         tracer: Tracer | None = None,
+        escalation: Escalation | None = None,
     ) -> None:
+        self._escalation = escalation
         self.engine = engine
         self.policy = policy
         self._scorer = scorer
@@ -138,20 +146,52 @@ class AnswerService:
         """Writes attempts as the policy says. With several, it yields only the first reliable one, or the last."""
         answer: Answer | None = None
         discarded = 0
+        held = request.attempts > 1 or (request.reliability.buffered and request.reliability.escalates)
         for number in range(request.attempts):
             discarded += answer.generation.completion_tokens if answer else 0
             async with aclosing(self._attempt(index, choice.attempt(number), request)) as events:
                 async for event in events:
                     if isinstance(event, Answer):
                         answer = replace(event, attempts=number + 1, discarded_tokens=discarded)
-                    elif request.attempts == 1:
+                    elif not held:
                         yield event
             if answer and answer.judged and (answer.judged.verdict.settles or answer.judged.verdict.final):
                 break
         assert answer is not None  # every attempt yields an answer or raises
         self.count(answer)
-        if request.attempts > 1 and answer.replacement is None:
+        if held and answer.replacement is None:
             yield Piece(index, answer.generation.text, answer.generation.logprobs)
+        if answer.replacement is not None and request.reliability.escalates:
+            sent = bool(answer.generation.text) and not held
+            async with aclosing(self._escalated(answer, choice, request, SET_OFF if sent else "")) as events:
+                async for event in events:
+                    yield event
+            return
+        yield answer
+
+    async def _escalated(
+        self, answer: Answer, choice: Choice, request: AnswerRequest, before: str
+    ) -> AsyncGenerator[Piece | Answer, None]:
+        """Yields the other model's answer in pieces, then the answer as the client gets it. before: its first one."""
+        assert self._escalation is not None  # the resolver refuses such a request without
+        question = Question(
+            choice.asked,
+            len(choice.prompt_ids),
+            choice.sampling.max_tokens,
+            request.reliability.alpha,
+            request.calibrated,
+            request.reliability.certified_only,
+            request.streamed,
+            request.caller,
+            request.deadline,
+        )
+        async with aclosing(self._escalation.pieces(question)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, str):
+                    yield Piece(answer.index, before + piece, ())
+                    before = ""
+                else:
+                    answer = replace(answer, replacement=None, escalated=piece)
         yield answer
 
     async def _attempt(
@@ -170,15 +210,14 @@ class AnswerService:
                 )
             )
             generation: Generation | None = None
-            refused: Verdict | None = None
+            read: JudgedPrompt | None = None
             async with aclosing(outputs):
                 async for output in outputs:
                     if isinstance(output, Generation):
                         generation = output
                     elif isinstance(output, PromptStates):
-                        if refused := await self.refused(
-                            output, request.reliability, calibrated=request.calibrated
-                        ):
+                        read = await self.read(output, request.reliability, calibrated=request.calibrated)
+                        if read is not None and read.refusal is not None:
                             generation = unwritten(len(choice.prompt_ids), output)
                             break
                     elif isinstance(output, Delta):
@@ -187,34 +226,42 @@ class AnswerService:
                 raise EngineError("the engine ended without an answer")
             if trace:
                 trace.generated(generation)
-            if refused is not None:
+            if read is not None and read.refusal is not None:
                 if trace:
-                    trace.judged(refused)
-                yield Answer(index, generation, Judged(refused), reliability.replacement, unwritten=True)
+                    trace.judged(read.refusal)
+                yield Answer(index, generation, Judged(read.refusal), reliability.replacement, unwritten=True)
                 return
             if not judges:
                 yield Answer(index, generation, None, None)
                 return
-            judged = await self.judged(generation, reliability, calibrated=request.calibrated)
+            judged = await self.judged(generation, reliability, calibrated=request.calibrated, read=read)
             if trace:
                 trace.judged(judged.verdict)
             yield Answer(
                 index, generation, judged, reliability.replacement if judged.verdict.abstained else None
             )
 
-    async def refused(
+    async def read(
         self, prompt: PromptStates, reliability: Reliability, *, calibrated: bool
-    ) -> Verdict | None:
-        """Returns the verdict on a prompt whose answer would be withheld in any case; None if it is to be written."""
+    ) -> JudgedPrompt | None:
+        """Judges a prompt whose answer may have to be withheld; None where it isn't, or cannot be judged now."""
         if reliability.mode != "abstain":
             return None
         return await self._scorer.judge_prompt(prompt, reliability.alpha, calibrated=calibrated)
 
-    async def judged(self, generation: Generation, reliability: Reliability, *, calibrated: bool) -> Judged:
-        """Returns the verdict on a finished answer. calibrated: whether its request kept to the policy."""
+    async def judged(
+        self,
+        generation: Generation,
+        reliability: Reliability,
+        *,
+        calibrated: bool,
+        read: JudgedPrompt | None = None,
+    ) -> Judged:
+        """Returns the verdict on a finished answer. calibrated: whether its request kept to the policy. read: what
+        `read` found of its prompt."""
         complete = self.policy.completed(generation.completion_tokens, ended=not generation.truncated)
         return await self._judge(
-            generation.hidden, generation.prompt, reliability, calibrated=calibrated and complete
+            generation.hidden, generation.prompt, reliability, calibrated=calibrated and complete, read=read
         )
 
     def count(self, answer: Answer) -> None:
@@ -231,12 +278,20 @@ class AnswerService:
         asked: Reliability | PairRequest,
         *,
         calibrated: bool,
+        read: JudgedPrompt | None = None,
     ) -> Judged:
         started = perf_counter()
+        wanted = ScoringRequest(
+            hidden,
+            asked.alpha,
+            calibrated,
+            asked.certified_only,
+            asked.exemplars,
+            prompt,
+            read.seen if read else None,
+        )
         try:
-            judged = await self._scorer.judge(
-                ScoringRequest(hidden, asked.alpha, calibrated, asked.certified_only, asked.exemplars, prompt)
-            )
+            judged = await self._scorer.judge(wanted)
         except ScoringFailed as error:
             logger.warning("an answer could not be scored: %s", error)
             self._metrics.scoring_failed(error.cause)

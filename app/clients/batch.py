@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import httpx
     from tqdm import tqdm
 
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/reliability")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/reliability", "/v1/decisions")
 _LATER = (429, 503)
 _LONGEST_PAUSE_S = 30.0
 

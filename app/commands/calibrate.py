@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from candor.engine.prompt import ChatFormat
     from candor.engine.settings import EngineSettings
     from candor.policy.policy import Policy
+    from candor.policy.upstream import Upstream
 
 
 class Rule(StrEnum):
@@ -91,6 +92,9 @@ def calibrate(
             help="Held-out records that only report; default: a fifth of the data. May be repeated."
         ),
     ] = None,
+    decisions: Annotated[
+        bool, typer.Option("--decisions", help="The records are labelled questions, for POST /v1/decisions.")
+    ] = False,
     rule: Annotated[
         Rule,
         typer.Option(help="What lets answers through: two certified gates, or the papers' region alone."),
@@ -122,6 +126,16 @@ def calibrate(
         str | None,
         typer.Option(help="Score of the second gate, by its name in the report; default: the best."),
     ] = None,
+    escalate_to: Annotated[
+        str | None,
+        typer.Option(
+            help="OpenAI-compatible API, up to /v1, that answers what the gates withhold: certifies both as one."
+        ),
+    ] = None,
+    escalate_model: Annotated[
+        str | None, typer.Option(help="Name of the model that is asked there; the server's must be the same.")
+    ] = None,
+    escalate_key_file: Annotated[Path | None, typer.Option(help="File with its API key.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the bundle; default: that of its folder.")] = None,
     represent: Annotated[
         str, typer.Option(help="What is judged: mean, last, evidence, by commas; the papers' is mean,last.")
@@ -187,6 +201,7 @@ def calibrate(
     vllm = vllm_options(context, engine.value)  # first, so that a wrong option is refused at once
     from candor.calibration import certificate
     from candor.calibration.base_rates import base_rate_table
+    from candor.calibration.cascade import Escalating, require_judged, try_upstream
     from candor.calibration.early import certificate_hope
     from candor.calibration.fit import FitSettings
     from candor.calibration.report import table
@@ -204,12 +219,13 @@ def calibrate(
     from candor.engine.prompt import ChatFormat
     from candor.engine.settings import EngineSettings
     from candor.policy.conversation import Conversations
+    from candor.policy.decisions import EVIDENCE as DECISION_EVIDENCE
     from candor.policy.policy import Policy
 
     with reporting_errors(), ending_children(143), results_alone_on_stdout():
         try:
             parts = _by_commas(represent)
-            unnamed = EVIDENCE if "evidence" in parts else ()
+            unnamed = () if "evidence" not in parts else DECISION_EVIDENCE if decisions else EVIDENCE
             names = unnamed if evidence is None else _by_commas(evidence)
             representation = Representation(order=parts, evidence=names)  # type: ignore[arg-type]
             settings = FitSettings(
@@ -223,13 +239,26 @@ def calibrate(
                 raise ValueError(
                     "--strangers are refused by the first gate, which the rule sdm does not have"
                 )
-            policy = Policy(temperature=temperature, max_tokens=max_tokens, resample=resample)
+            upstream = _upstream(escalate_to, escalate_model, escalate_key_file)
+            if upstream is not None and gates is None:
+                raise ValueError("--escalate-to certifies the two gates with another model, and sdm has none")
+            if decisions and (strangers or human or verifier or columns or temperature or resample > 1):
+                raise ValueError(
+                    "--decisions are read, not drawn or verified: leave out --strangers, --human, --verifier, "
+                    "--columns, --temperature and --resample"
+                )
+            if decisions and upstream is not None:
+                raise ValueError("--decisions are not handed on to another model: leave out --escalate-to")
+            policy = Policy(
+                temperature=temperature, max_tokens=1 if decisions else max_tokens, resample=resample
+            )
             arguments = _template_arguments(template_arguments)
             reading = reading_of(columns, verifier)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         require_free(out)
-        inputs = Inputs.load(data, test or [], certify_data, strangers, reading)
+        chat = ChatFormat.from_directory(model)
+        inputs = Inputs.load(data, test or [], certify_data, strangers, reading, chat if decisions else None)
         for file in inputs.files:
             tell_what_was_read(file)
         asked = [record.messages for record in inputs.fitting.records]
@@ -244,8 +273,9 @@ def calibrate(
             vllm=vllm,
         )
         cache = hidden_cache or beside(review or out)
-        asking = AnsweringOptions(cache, concurrency, seed, relabel, ask_person, _suspects(review))
-        chat = ChatFormat.from_directory(model)
+        asking = AnsweringOptions(
+            cache, concurrency, seed, relabel, ask_person, _suspects(review), prompt_states=gates is not None
+        )
         chat.check(policy.conversations.template_arguments)
         require_possible(
             chat,
@@ -268,18 +298,27 @@ def calibrate(
             for claim in certifying.claims(settings.alphas if gates else ()):
                 if warning := certificate_hope(prompts, share, claim.accuracy, claim.delta):
                     typer.echo(f"Note: {warning}.", err=True)
+        escalating = None
+        if upstream is not None:
+            escalating = Escalating(upstream, asking.cache, concurrency, relabel, ask_person)
+            certified_on = (inputs.certification or inputs.fitting).records
+            require_judged(certified_on)
+            try_upstream(certified_on[0], policy, escalating)
         answers = asyncio.run(_answer(adapter, engine_settings, chat, inputs, policy, asking))
-        made = make_bundle(inputs, answers, settings, out, name or out.resolve().name, certifying, gates)
+        made = make_bundle(
+            inputs, answers, settings, out, name or out.resolve().name, certifying, gates, escalating
+        )
     outcome = made.outcome
     if as_json:
         typer.echo(json.dumps({"bundle": str(out), "digest": made.digest, "report": outcome.report}))
         return
     if outcome.rule is not None:
         typer.echo(f"{outcome.rule}\n")
+    if outcome.cascade is not None:
+        typer.echo(f"{outcome.cascade}\n")
     typer.echo(table({"held out": outcome.evaluation}))
     if advice := str(outcome.advice):
-        about = "Of the layer and the papers' region, whatever the gates let through:\n"
-        typer.echo("\n" + (about if outcome.rule else "") + advice)
+        typer.echo(f"\n{advice}")
     typer.echo("\n" + base_rate_table(outcome.evaluation))
     if outcome.certification is not None:
         typer.echo("\n" + certificate.summary(outcome.certification))
@@ -302,6 +341,20 @@ async def _answer(
         return await answer_inputs(engine, chat, inputs, policy, asking)
 
     return await asked(engine_settings, chat, adapter, ask)
+
+
+def _upstream(url: str | None, model: str | None, key_file: Path | None) -> Upstream | None:
+    """Raises ValueError, which names the options."""
+    from candor.policy.upstream import Upstream
+
+    if url is None and model is None and key_file is None:
+        return None
+    if url is None or model is None:
+        raise ValueError("--escalate-to and --escalate-model go together: give both")
+    try:
+        return Upstream(url, model, key_file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--escalate-to, --escalate-model, --escalate-key-file: {error}") from error
 
 
 def _suspects(bundle: Path | None) -> frozenset[str]:

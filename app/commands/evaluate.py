@@ -102,6 +102,7 @@ def evaluate(
     vllm = vllm_options(context, engine.value)  # first, so that a wrong option is refused at once
     from candor.calibration.early import require_writable, try_verifiers
     from candor.calibration.run import AnsweringOptions, DataFile, require_unseen
+    from candor.engine.prompt import ChatFormat
     from candor.engine.settings import EngineSettings
     from candor.model_store.bundle import load_bundle
     from candor.model_store.identity import check_options
@@ -115,7 +116,15 @@ def evaluate(
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         paths = {"test": data, "shifted": shifted, "ood": ood, "near": near}
-        sets = {name: DataFile.load(path, reading) for name, path in paths.items() if path is not None}
+        decides = loaded.policy.conversations.decides
+        if decides and settings:
+            raise typer.BadParameter("--compare knows no decisions: leave it out")
+        chat = ChatFormat.from_directory(model)
+        sets = {
+            name: DataFile.load_decisions(path, chat) if decides else DataFile.load(path, reading)
+            for name, path in paths.items()
+            if path is not None
+        }
         for file in sets.values():
             tell_what_was_read(file)
             require_unseen(loaded, file)
@@ -129,7 +138,14 @@ def evaluate(
             eager=eager,
             vllm=vllm,
         )
-        asking = AnsweringOptions(hidden_cache or beside(bundle), concurrency, seed, relabel, ask_person)
+        asking = AnsweringOptions(
+            hidden_cache or beside(bundle),
+            concurrency,
+            seed,
+            relabel,
+            ask_person,
+            prompt_states=loaded.rule is not None,
+        )
         require_writable(asking.cache, "the cache")
         for file in sets.values():
             try_verifiers(file.records, asking.cache)

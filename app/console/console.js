@@ -101,7 +101,7 @@ function show({ id, content, refusal, result }) {
   $("reason").textContent = result.explanation;
   $("text").textContent = refusal === null ? content || "(an empty answer)" : `Withheld. The client reads: “${refusal}”`;
   $("text").classList.toggle("withheld", refusal !== null);
-  $("measures").replaceChildren(...(result.rule ? gates(result) : []), ...(result.sdm_probability === null ? [] : measures(result)));
+  $("measures").replaceChildren(...(result.rule ? gates(result) : []), ...(result.activation === null ? [] : measures(result)));
   if (bundle.takes_feedback && refusal === null) offerFeedback(id);
   plane.show(result, result.alpha);
   $("exemplars").hidden = result.exemplars.length === 0;
@@ -144,7 +144,7 @@ function measures(result) {
     measure("Similarity", "q", result.similarity, "calibrated answers of the same verdict that are nearer than the first other one"),
     measure("Distance quantile", "d", result.distance_quantile.toFixed(3), "1 is as near as any calibration answer, 0 farther off than all"),
     measure("Magnitude", null, result.magnitude.toFixed(2), "how far the verdict’s logit leads"),
-    measure("Probability", "SDM(z′)", probability(result.sdm_probability), `that “${bundle.class_names[result.prediction]}”${discounted(result)}`),
+    measure("Probability", "SDM(z′)", probability(result.activation), `that “${bundle.class_names[result.prediction]}”${discounted(result)}`),
     measure("Rescaled similarity", "q′", result.rescaled_similarity.toFixed(1), "q, discounted by the probability"),
     measure("Sample size", null, Math.min(...result.effective_sample_size), `calibration answers with a smaller q′: ${sizes}`),
   ];
@@ -152,7 +152,7 @@ function measures(result) {
 
 // The probability at the lower end of its band, where that reads otherwise.
 function discounted(result) {
-  const [text, lower] = [result.sdm_probability, result.probability_lower].map(probability);
+  const [text, lower] = [result.activation, result.probability_lower].map(probability);
   return text === lower ? "" : `; counted as ${lower}`;
 }
 

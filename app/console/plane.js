@@ -27,7 +27,7 @@ export class Plane {
 
   // result: an answer's, or null for none. alpha: whose region is drawn.
   show(result, alpha) {
-    this.result = result?.sdm_probability == null ? null : result;
+    this.result = result?.activation == null ? null : result;
     this.alpha = alpha;
     this.draw();
   }
@@ -76,7 +76,7 @@ export class Plane {
   // The answer, and a line to where it is counted once it is asked how few calibration answers stand behind it.
   #answer() {
     if (!this.result) return [];
-    const { similarity: q, rescaled_similarity, sdm_probability: probability, probability_lower } = this.result;
+    const { similarity: q, rescaled_similarity, activation: probability, probability_lower } = this.result;
     const here = at(rescaled_similarity, probability);
     const counted = at(Math.min(q, (2 + q) ** probability_lower), probability_lower);
     const tone = colour(this.result.region);
@@ -113,7 +113,7 @@ export class Plane {
       ? "The line leads to where the answer is counted after the discount for how few calibration answers stand behind it."
       : "Ask something, and its answer appears here.";
     $("plane").setAttribute("aria-label", `${right} calibration answers judged rightly and ${wrong} wrongly`
-      + (this.result ? `; this answer at q′ ${this.result.rescaled_similarity.toFixed(1)}, probability ${this.result.sdm_probability.toFixed(3)}` : ""));
+      + (this.result ? `; this answer at q′ ${this.result.rescaled_similarity.toFixed(1)}, probability ${this.result.activation.toFixed(3)}` : ""));
   }
 }
 

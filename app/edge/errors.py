@@ -176,6 +176,9 @@ def _describe_http(error: HTTPException) -> HttpError:
 def _describe_validation(errors: Sequence[Any]) -> HttpError:
     first = errors[0]
     location = first["loc"][1:]  # without "body"
+    if first["type"] == "unknown_field":
+        path = _path([*location, first["ctx"]["name"]])
+        return HttpError(400, first["msg"], path, "unknown_parameter")
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "syntax error")
         return HttpError(
@@ -189,8 +192,6 @@ def _describe_validation(errors: Sequence[Any]) -> HttpError:
                 None,
                 "invalid_body",
             )
-        if first["type"] == "unknown_field":
-            return HttpError(400, first["msg"], first["ctx"]["name"], "unknown_parameter")
         return HttpError(400, first["msg"], None, "invalid_value")
     path = _path(location)
     if first["type"] == "unsupported":

@@ -50,7 +50,7 @@ def scope_of(path: str, *, deep: bool = False) -> KeyScope | None:
         return "feedback"
     if path in ("/v1/reliability/queue", "/v1/reliability/labels"):
         return "review"
-    if path.startswith("/v1/") or path in ("/version", "/openapi.json"):
+    if path.startswith("/v1/") or path in ("/version", "/openapi.json", "/tokenize", "/detokenize"):
         return "answer"
     return "operate"
 

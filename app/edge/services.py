@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypedDict, TypeVar, 
 
 from fastapi import Depends, Request
 
+from candor.app.answering.decisions import DecisionResolver, DecisionService
 from candor.app.answering.preparing import Preparing
-from candor.app.answering.request import Bulk, RequestResolver
+from candor.app.answering.request import Bulk
 from candor.app.answering.scoring import Scorer
-from candor.app.answering.service import AnswerService
 from candor.app.answering.shadow import Shadow
 from candor.app.answering.waiting import EngineWatch
 from candor.app.edge.keys import Key
@@ -82,9 +82,9 @@ class ServedModel:
     bundle: Bundle
     path: Path
     rule: RuleKind
-    resolver: RequestResolver
+    resolver: DecisionResolver
     scorer: Scorer
-    service: AnswerService
+    service: DecisionService
     selftest: SelfTest
     metrics: Metrics
     drift: PromptDrift | None = None  # where two gates judge

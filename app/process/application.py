@@ -14,8 +14,9 @@ from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry
 from starlette.middleware.cors import CORSMiddleware
 
+from candor.app.answering.decisions import DecisionResolver
+from candor.app.answering.escalation import Escalation, upstream_of
 from candor.app.answering.preparing import Preparing
-from candor.app.answering.request import RequestResolver
 from candor.app.answering.waiting import EngineWatch
 from candor.app.edge import errors
 from candor.app.edge.connections import Connections, most_connections
@@ -25,6 +26,7 @@ from candor.app.edge.middleware import BodyLimit, Gate, HeadAsGet, Hosts, Reques
 from candor.app.edge.quotas import Quotas
 from candor.app.edge.routes import (
     answers,
+    decisions,
     feedback,
     operations,
     reliability,
@@ -76,7 +78,8 @@ def create_app(
     on_engine_death: called once; the caller should then end the application. tracer: None disables tracing.
     leaving: set by the caller before it ends the application. `app.state.connections` bounds connections: give its
     `protocol` to uvicorn.
-    Raises Refused if the settings ask for an alpha that the bundle does not have, and KeyFileError, QuotaFileError,
+    Raises Refused if the settings ask for an alpha that the bundle does not have or an upstream that cannot be asked,
+    and KeyFileError, QuotaFileError,
     AuditFileError or StoreError for a file that cannot be used.
     """
     keys = KeyRing(settings.keys, settings.keys_grace_s) if settings.keys else None
@@ -90,13 +93,14 @@ def create_app(
     audit = AuditLog(settings.audit_log)
     first = settings.served_model_name or backend.bundle.manifest.name
     backends = {first: backend} | {one.bundle.manifest.name: one for one in backend.adapted}
-    resolvers = {name: RequestResolver(one, settings) for name, one in backends.items()}
+    resolvers = {name: DecisionResolver(one, settings) for name, one in backends.items()}
     selftests = {name: SelfTest(one) for name, one in backends.items()}
     store = _store(settings)
     if store is not None:
         held = store
         health.watch_store(lambda: held.behind, lambda: held.lost)
     promotions = backend.promotions or Promotions.beside(settings.bundle)
+    upstream = upstream_of(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[LifespanState]:
@@ -110,7 +114,8 @@ def create_app(
         traces = {"exemplar": exemplar} if tracer else {}
         instruments = Metrics(registry, first, **traces)
         admission = Admission(settings.max_in_flight, settings.max_in_flight_tokens, weights)
-        renewal = Renewal(settings, promotions, instruments, admission, watch, store, tracer)
+        escalation = Escalation(settings, upstream, quotas, instruments) if upstream else None
+        renewal = Renewal(settings, promotions, instruments, admission, watch, store, tracer, escalation)
         slots = {
             name: await renewal.begin(name, one, resolvers[name], selftests[name])
             for name, one in backends.items()
@@ -148,6 +153,8 @@ def create_app(
             await renewal.close()
             if store is not None:
                 await store.close()
+            if escalation is not None:
+                await escalation.close()
             await backend.engine.close()
 
     app = _Documented(title="Candor", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -156,7 +163,7 @@ def create_app(
     turned_away: dict[int | str, dict[str, Any]] = (
         {status: ERRORS[status] for status in (401, 403)} if keys else {}
     )
-    for module in (answers, surface, reliability, feedback, review, served, operations):
+    for module in (answers, decisions, surface, reliability, feedback, review, served, operations):
         app.include_router(module.router, dependencies=keyed, responses=turned_away)
     app.mount("/console", Console(), name="console")
     errors.install(app)

@@ -21,9 +21,10 @@ from pathlib import Path
 
 from opentelemetry.trace import Tracer
 
-from candor.app.answering.request import RequestResolver, certified_alphas, default_alpha, gates_of
+from candor.app.answering.decisions import DecisionResolver, DecisionService
+from candor.app.answering.escalation import Escalation
+from candor.app.answering.request import certified_alphas, default_alpha, gates_of
 from candor.app.answering.scoring import Scorer
-from candor.app.answering.service import AnswerService
 from candor.app.answering.shadow import Seen, Shadow
 from candor.app.answering.waiting import EngineWatch
 from candor.app.edge.limits import Admission, Refused
@@ -74,6 +75,7 @@ class Renewal:
         watch: EngineWatch,
         store: VerdictStore | None,
         tracer: Tracer | None,
+        escalation: Escalation | None,
     ) -> None:
         self._settings = settings
         self._promotions = promotions
@@ -82,11 +84,14 @@ class Renewal:
         self._watch = watch
         self._store = store
         self._tracer = tracer
+        self._escalation = escalation
         self._certificates: CertificateWatch | None = None
         self._scorers: set[Scorer] = set()
         self._shadows: set[Shadow] = set()
 
-    async def begin(self, name: str, backend: Backend, resolver: RequestResolver, selftest: SelfTest) -> Slot:
+    async def begin(
+        self, name: str, backend: Backend, resolver: DecisionResolver, selftest: SelfTest
+    ) -> Slot:
         """Returns the slot that answers by the backend's bundle, and has its shadow score too."""
         path = backend.path or self._settings.bundle
         model = await self._model(name, backend, path, resolver, selftest)
@@ -216,7 +221,7 @@ class Renewal:
         default_alpha(self._settings.alpha, bundle.manifest.alphas)
         certified_alphas(bundle, self._settings)
         ready = replace(backend, bundle=bundle, path=path)
-        resolver = RequestResolver(ready, self._settings)
+        resolver = DecisionResolver(ready, self._settings)
         selftest = await asyncio.to_thread(SelfTest, ready)
         new = await self._model(old.name, ready, path, resolver, selftest)
         if old.shadow is not None and old.shadow.bundle.digest != bundle.digest:
@@ -224,14 +229,22 @@ class Renewal:
         return new
 
     async def _model(
-        self, name: str, backend: Backend, path: Path, resolver: RequestResolver, selftest: SelfTest
+        self, name: str, backend: Backend, path: Path, resolver: DecisionResolver, selftest: SelfTest
     ) -> ServedModel:
         bundle, metrics = backend.bundle, self._metrics.of(name)
         scorer = await self._scorer(bundle, self._standing_name)
         gates = scorer.gates
         metrics.expect(gates)
-        service = AnswerService(
-            backend.engine, bundle.policy, scorer, self._admission, metrics, self._watch, self._tracer
+        cascade = bundle.manifest.cascade if gates else None
+        service = DecisionService(
+            backend.engine,
+            bundle.policy,
+            scorer,
+            self._admission,
+            metrics,
+            self._watch,
+            self._tracer,
+            self._escalation.of(cascade, metrics) if self._escalation else None,
         )
         rule: RuleKind = "two-gates" if gates else "sdm"
         drift = PromptDrift(len(gates.rule.gate.reference), metrics.drift) if gates else None
@@ -327,6 +340,10 @@ def require_certified(old: ServedModel, new: ServedModel, settings: Settings) ->
         for alpha, accuracy in before.items()
         if after.get(alpha, 0.0) < accuracy
     ]
+    if old.bundle.manifest.cascade is not None and new.bundle.manifest.cascade is None:
+        missing.append(
+            "what it and another model answer together is certified now, and by that bundle nothing"
+        )
     if missing:
         raise NotPromoted(
             f"the bundle {new.bundle.digest[:12]} promises less than the one that answers: {'; '.join(missing)}. "

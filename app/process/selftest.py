@@ -21,6 +21,7 @@ import torch
 
 from candor.engine.base import EngineError, Generation, HiddenSummary
 from candor.model_store.formats import knows_turns
+from candor.policy.decisions import Asked, Decided, Prompt, asked_before
 
 if TYPE_CHECKING:
     from candor.app.process.backend import Backend
@@ -37,10 +38,13 @@ class GoldenMismatch(EngineError):
 
 @dataclass(frozen=True)
 class _Case:
+    """asked: of a decision, whose response says its labels; None: an answer."""
+
     row: int
     prompt_ids: tuple[int, ...]
     response: str
     response_ids: tuple[int, ...]
+    asked: Asked | None = None
 
 
 class SelfTest:
@@ -71,6 +75,10 @@ class SelfTest:
     async def _answer(self, case: _Case) -> HiddenSummary:
         """Returns the stored answer's state: from generation if it gives this very answer, else from a new pass."""
         engine = self._backend.engine
+        if case.asked is not None:
+            prompt = Prompt(case.asked, case.prompt_ids, None)
+            reading = await engine.read_prompt(case.prompt_ids, case.asked.label_ids)
+            return Decided.of(prompt, reading).summary(engine.representation)
         sampling = self._backend.bundle.manifest.policy.sampling(temperature=0.0)
         generation: Generation | None = None
         async with aclosing(engine.generate(case.prompt_ids, sampling)) as outputs:
@@ -121,6 +129,10 @@ def _choose(backend: Backend) -> tuple[_Case, ...]:
             if of_class[row] < 0 or not known_turns:
                 continue
             prompt_ids = conversations.resolve(exemplar.messages).encode(chat)
+            if conversations.decides:
+                asked = asked_before(exemplar.messages[-1], exemplar.response, chat)
+                cases.append(_Case(row, (*prompt_ids, *asked.given), exemplar.response, (), asked))
+                break
             response_ids = chat.encode_response(exemplar.response)
             if len(prompt_ids) + len(response_ids) + _TAG_ROOM <= backend.engine.max_model_len:
                 cases.append(_Case(row, tuple(prompt_ids), exemplar.response, tuple(response_ids)))

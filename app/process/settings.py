@@ -153,6 +153,43 @@ class Settings(BaseSettings):
         description='Text in place of a withheld answer under `on_abstain: "fallback"`, for example where to '
         "find a person. Without it, such a request gets 400.",
     )
+    escalate_url: str | None = Field(
+        default=None,
+        description="OpenAI-compatible API, up to `/v1`, that gets withheld prompts under "
+        '`on_abstain: "escalate"` and whose answer the client gets. Without it, such a request gets 400.',
+    )
+    escalate_model: str | None = Field(default=None, description="Name of the model that is asked there.")
+    escalate_key_file: Path | None = Field(
+        default=None,
+        description="File with the API key for it, read at each request to it. Without it, none is sent; never a "
+        "client's.",
+    )
+    escalate_timeout_s: PositiveFloat = Field(
+        default=60.0,
+        description="Maximum seconds of its answer, retries included, within the request's own; beyond it, the "
+        "ordinary refusal.",
+    )
+    escalate_retries: int = Field(
+        default=2, ge=0, description="Further tries, with growing pauses, where it is away or busy."
+    )
+    escalate_concurrency: PositiveInt = Field(
+        default=32, description="Maximum answers asked of it at once; beyond it, the ordinary refusal."
+    )
+    escalate_requests_per_day: PositiveInt | None = Field(
+        default=None,
+        description="Answers a day (UTC) asked of it for each key; beyond it, the ordinary refusal.",
+    )
+    escalate_tokens_per_day: PositiveInt | None = Field(
+        default=None,
+        description="Tokens a day (UTC) asked of it for each key, by its own count where it gives one; beyond it, "
+        "the ordinary refusal.",
+    )
+    escalate_failures: PositiveInt = Field(
+        default=5, description="Failures in a row after which it is left alone."
+    )
+    escalate_pause_s: PositiveFloat = Field(
+        default=30.0, description="Seconds that it is then left alone before one request tries it again."
+    )
     scoring_timeout_s: PositiveFloat = Field(
         10.0, description="Maximum seconds to score an answer; beyond it, the region is `unavailable`."
     )
@@ -286,4 +323,6 @@ class Settings(BaseSettings):
             )
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key go together: give both or neither")
+        if (self.escalate_url is None) != (self.escalate_model is None):
+            raise ValueError("escalate_url and escalate_model go together: give both or neither")
         return self

@@ -179,11 +179,12 @@ class Database:
 
     def _put_label(self, connection: Connection, name: str, row: Row) -> Receipt | None:
         table = {thumbs.name: thumbs, labels.name: labels}[name]
-        judged = connection.execute(
-            select(verdicts.c.region, verdicts.c.bundle, verdicts.c.abstained, verdicts.c.covered).where(
-                verdicts.c.id == row["id"], verdicts.c.choice == row["choice"]
-            )
-        ).first()
+        asked = select(verdicts.c.region, verdicts.c.bundle, verdicts.c.abstained, verdicts.c.covered).where(
+            verdicts.c.id == row["id"], verdicts.c.choice == row["choice"]
+        )
+        if table is thumbs:  # one on another model's answer says nothing of ours
+            asked = asked.where(verdicts.c.kind != "escalated")
+        judged = connection.execute(asked).first()
         if judged is None:
             return None
         return Receipt(Judged(*judged), self._keep(connection, table, row))

@@ -38,7 +38,7 @@ class Drawing:
 
     def draw(self, given: GivenVerdict) -> Draw:
         """Returns whether the answer is drawn, and with which probability."""
-        if given.kind != "answer" or given.index > 0 or not self.share:
+        if given.kind == "pair" or given.index > 0 or not self.share:
             return NEVER
         p = given.verdict.probability
         probability = least = self.share

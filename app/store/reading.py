@@ -130,7 +130,7 @@ def queue(connection: Connection, kind: Kind, reviewer: str, limit: int = 50) ->
     likewise.
     """
     mine = exists().where(_same(labels, verdicts), labels.c.reviewer == reviewer)
-    asked = _with_contents().where(verdicts.c.kind == "answer", ~mine).limit(limit)
+    asked = _with_contents().where(verdicts.c.kind != "pair", ~mine).limit(limit)
     nobody = _said.c.reviewers.is_not(None)
     if kind == "sampled":
         asked = asked.where(verdicts.c.drawn, ~_withheld).order_by(nobody, verdicts.c.number)

@@ -71,7 +71,8 @@ class Content:
 class GivenVerdict:
     """A verdict that was sent. id: of the response. index: of the choice. bundle: digest of the judging bundle.
 
-    kind: an answer of ours, or a pair that the client brought, which is no sample of anything. time: Unix, s.
+    kind: an answer of ours; one that was withheld and that another model answered, so that a client's thumb is not on
+    ours; or a pair that the client brought, which is no sample of anything. time: Unix, s.
     """
 
     id: str
@@ -81,7 +82,7 @@ class GivenVerdict:
     model: str = ""
     rule: RuleKind = "sdm"
     caller: str = "anyone"
-    kind: Literal["answer", "pair"] = "answer"
+    kind: Literal["answer", "escalated", "pair"] = "answer"
     content: Content | None = None
     time: float = field(default_factory=time.time)
 

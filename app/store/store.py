@@ -229,7 +229,7 @@ class VerdictStore:
         made = [item.make() for item in items if item.make is not None]
         entries = [(table, plain(row)) for table, row in made]
         for table, row in entries:
-            if table == verdicts.name:
+            if table == verdicts.name and row["kind"] != "escalated":
                 self._remember(row)
         now = time.monotonic()
         results: list[Answered] | None = None

@@ -36,7 +36,12 @@ verdicts = Table(
     Column("id", Text, nullable=False),
     Column("choice", BigInteger, nullable=False),
     Column("time", Double, nullable=False),
-    Column("kind", Text, nullable=False, comment="answer, or pair: a response that the client brought"),
+    Column(
+        "kind",
+        Text,
+        nullable=False,
+        comment="answer, escalated (another model answered), or pair (the client brought it)",
+    ),
     Column("model", Text, nullable=False),
     Column("bundle", Text, nullable=False, comment="digest"),
     Column("rule", Text, nullable=False, comment="two-gates or sdm"),

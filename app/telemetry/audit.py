@@ -3,7 +3,8 @@
     {"time": "2026-11-26T00:00:00.000Z", "request_id": "...", "caller": "alice", "address": "10.0.0.7",
      "method": "POST", "route": "/v1/chat/completions", "status": 200, "seconds": 0.41, "model": "tiny",
      "bundle": "0123...",
-     "verdicts": [{"index": 0, "region": "high", "reason": null, "abstained": false, "alpha": 0.9}]}
+     "verdicts": [{"index": 0, "region": "high", "reason": null, "abstained": false, "alpha": 0.9,
+                   "escalated": false}]}
 
 One line for each request, those that were refused included; probes, metrics and the console's page have none. A route
 is its pattern, so that nothing a client made up gets in. Lines are written by a thread of their own; the file may be
@@ -37,11 +38,13 @@ class AuditFileError(Exception):
 
 @dataclass
 class AuditRecord:
-    """What a handler knows of its request. verdicts: by index of the choice."""
+    """What a handler knows of its request. verdicts: by index of the choice. escalated: indices of those that another
+    model answered in place of the withheld one."""
 
     model: str | None = None
     bundle: str | None = None
     verdicts: list[tuple[int, Verdict]] = field(default_factory=list)
+    escalated: list[int] = field(default_factory=list)
 
 
 def audited(request: Request, model: str, bundle: str) -> AuditRecord:
@@ -92,6 +95,7 @@ class AuditLog:
                     "reason": verdict.reason,
                     "abstained": verdict.abstained,
                     "alpha": verdict.alpha,
+                    "escalated": index in record.escalated,
                 }
                 for index, verdict in sorted(record.verdicts, key=lambda pair: pair[0])
             ],

@@ -19,6 +19,7 @@ from typing import get_args
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
 from prometheus_client.exposition import choose_encoder
 
+from candor.app.answering.escalation import OUTCOMES, Outcome
 from candor.app.answering.scoring import Cause
 from candor.app.answering.shadow import DECISIONS, SHADOW_DECISIONS, Decision, ShadowDecision
 from candor.app.store.records import Judged
@@ -127,6 +128,31 @@ class Metrics:
             "sdm_scoring_failures",
             "Answers that could not be scored and are unavailable.",
             (*label, "cause"),
+            registry=registry,
+        )
+        self._escalations = Counter(
+            "sdm_escalations",
+            "Withheld answers that another model was to give, by what came of it.",
+            (*label, "outcome"),
+            registry=registry,
+        )
+        self._escalation_duration = Histogram(
+            "sdm_escalation_duration_seconds",
+            "Of those that were asked: until its answer was whole, or given up.",
+            label,
+            buckets=(*_SECONDS, 30, 60, 120),
+            registry=registry,
+        )
+        self._escalation_tokens = Counter(
+            "sdm_escalation_tokens",
+            "Tokens that the other model read and wrote, by its own count.",
+            (*label, "kind"),
+            registry=registry,
+        )
+        self._escalation_circuit = Gauge(
+            "sdm_escalation_circuit",
+            "Whether the other model is asked: 0 it is, 1 one request tries it again, 2 it is left alone.",
+            label,
             registry=registry,
         )
         self._feedback = Counter(
@@ -318,6 +344,26 @@ class Metrics:
         """Sets the evidence, log10, that the prompts of a key changed."""
         self._drift.labels(self._model, key).set(evidence)
         self._drift_threshold.labels(self._model).set(log10(PROMPTS_PER_FALSE_ALARM))
+
+    def escalates(self, level: Callable[[], int]) -> None:
+        """Starts the instruments of escalation at 0. level: of the circuit, asked at each scrape."""
+        self._escalation_circuit.labels(self._model).set_function(level)
+        self._escalation_duration.labels(self._model)
+        for outcome in OUTCOMES:
+            self._escalations.labels(self._model, outcome)
+        for kind in ("prompt", "completion"):
+            self._escalation_tokens.labels(self._model, kind)
+
+    def escalated(self, outcome: Outcome, seconds: float | None = None) -> None:
+        """Counts one answer that another model was to give. seconds: that it took; None if it was not asked."""
+        self._escalations.labels(self._model, outcome).inc(exemplar=self._exemplar())
+        if seconds is not None:
+            self._escalation_duration.labels(self._model).observe(seconds, self._exemplar())
+
+    def escalated_tokens(self, prompt: int | None, completion: int | None) -> None:
+        """Counts what the other model says that an answer cost."""
+        self._escalation_tokens.labels(self._model, "prompt").inc(prompt or 0)
+        self._escalation_tokens.labels(self._model, "completion").inc(completion or 0)
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Returns the page for a scraper's Accept header, and its content type.

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from candor.app.answering.escalation import Escalated
 from candor.app.answering.request import AnswerRequest
 from candor.app.answering.scoring import Judged
 from candor.app.answering.service import Answer, Piece
@@ -26,6 +27,8 @@ from candor.app.edge.schemas.bundle import ShownCertificate
 from candor.app.edge.schemas.reliability import (
     ReliabilityObject,
     ReliabilityResult,
+    ShownCascade,
+    ShownEscalation,
     ShownExemplar,
     ShownRule,
 )
@@ -233,6 +236,8 @@ class CompletionRenderer(Renderer):
 
 def _message(answer: Answer) -> AssistantMessage:
     instead = answer.replacement
+    if answer.escalated is not None:
+        return AssistantMessage(content=answer.escalated.text)
     if instead is None:
         return AssistantMessage(content=answer.generation.text)
     return AssistantMessage(
@@ -243,10 +248,12 @@ def _message(answer: Answer) -> AssistantMessage:
 
 def _shows_logprobs(answer: Answer) -> bool:
     # The log-probabilities of a withheld answer would reveal it.
-    return bool(answer.generation.logprobs) and answer.replacement is None
+    return bool(answer.generation.logprobs) and answer.replacement is None and answer.escalated is None
 
 
 def _finish_reason(answer: Answer) -> Literal["stop", "length"]:
+    if answer.escalated is not None:
+        return answer.escalated.finish_reason
     return "stop" if answer.replacement else answer.generation.finish_reason
 
 
@@ -258,7 +265,9 @@ def _json(response: ChatCompletion | Completion) -> bytes:
 def reliability(answers: Iterable[Answer]) -> ReliabilityObject | None:
     """Returns the `reliability` object of these answers; None in mode off."""
     results = [
-        verdict_result(answer.index, answer.judged, answer.attempts) for answer in answers if answer.judged
+        verdict_result(answer.index, answer.judged, answer.attempts, answer.escalated)
+        for answer in answers
+        if answer.judged
     ]
     return ReliabilityObject(results=results) if results else None
 
@@ -266,7 +275,9 @@ def reliability(answers: Iterable[Answer]) -> ReliabilityObject | None:
 _FIGURES = tuple(field.name for field in fields(Figures) if field.name != "probability")
 
 
-def verdict_result(index: int, judged: Judged, attempts: int = 1) -> ReliabilityResult:
+def verdict_result(
+    index: int, judged: Judged, attempts: int = 1, escalated: Escalated | None = None
+) -> ReliabilityResult:
     """Returns the verdict on the choice at `index` in the form that a client gets."""
     verdict = judged.verdict
     certificate, figures, rule = verdict.certificate, verdict.figures, verdict.rule
@@ -278,12 +289,13 @@ def verdict_result(index: int, judged: Judged, attempts: int = 1) -> Reliability
         explanation=explanation(verdict),
         alpha=verdict.alpha,
         probability=verdict.probability,
-        sdm_probability=None if figures is None else figures.probability,
+        activation=None if figures is None else figures.probability,
         **{name: None if figures is None else getattr(figures, name) for name in _FIGURES},
         rule=None if rule is None else ShownRule(**vars(rule)),
         calibrated=verdict.calibrated,
         certificate=None if certificate is None else ShownCertificate.of(certificate, judged.standing),
         attempts=attempts,
+        escalated=None if escalated is None else _shown(escalated),
         exemplars=[
             ShownExemplar(
                 id=near.exemplar.id,
@@ -295,4 +307,14 @@ def verdict_result(index: int, judged: Judged, attempts: int = 1) -> Reliability
             )
             for near in judged.exemplars
         ],
+    )
+
+
+def _shown(escalated: Escalated) -> ShownEscalation:
+    certificate = escalated.certificate
+    return ShownEscalation(
+        model=escalated.model,
+        certified=None if certificate is None else ShownCascade(**vars(certificate)),
+        prompt_tokens=escalated.prompt_tokens,
+        completion_tokens=escalated.completion_tokens,
     )

@@ -1,20 +1,22 @@
 """Checks certificates of two-gate rules, and of regions, against a known truth: how many are false, how many issued.
 
-    python -m benchmarks.certificates [--redraws 500] [--regions 0] [--only NAME] [--json]
+    python -m benchmarks.certificates [--redraws 500] [--whole 0] [--regions 0] [--only NAME] [--json]
 
 Every redraw repeats the whole procedure with new data: records are dealt into fitting and certification, gate and
 score fitted, order and start taken from cross-validated scores, and a certificate sought. The accuracy among those
 let through is taken over 10,000 further records of a world in which it is known. A redraw *fails* where a certificate
-was issued and the true accuracy is below it. At most a share delta may fail, up to sampling error. The papers' region
-uses the same records: a layer on four fifths, its region certified on one fifth (`calibration.certificate`). It takes
-longer, so only `--regions` redraws of it are made. The exit code is 1 where failures exceed delta beyond chance.
+was issued and the true accuracy is below it. At most a share delta may fail, up to sampling error. `--whole` redraws
+are made by the steps of `candor calibrate`: with an SDM layer, whose figures the score may use, and with declared
+strangers, which a probe learns to refuse; what it refuses depends on h. The papers' region uses the same records: a
+layer on four fifths, its region certified on one fifth (`calibration.certificate`). These take longer. The exit code
+is 1 where failures exceed delta beyond chance.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Annotated, Any
 
@@ -27,15 +29,19 @@ from benchmarks.certificates.world import WIDTH, World, as_answers
 from candor.calibration.certificate import KINDS, Claim, certify
 from candor.calibration.errors import CalibrationError
 from candor.calibration.fit import FitSettings, fit, set_aside_for_certification
+from candor.calibration.generate import Labelled
 from candor.calibration.intervals import Share
 from candor.calibration.rule import RuleRows, fit_rule
-from candor.calibration.rule_certificate import certify_rule
+from candor.calibration.rule_certificate import RuleParts, certified_rule, certify_rule
 from candor.calibration.rule_settings import RuleSettings
 from candor.calibration.served import Attempts
 from candor.calibration.splits import draw, split
+from candor.sdm.score import sdm_figures
 
 FRESH = 10_000
 PROMPT_WIDTH = 6
+STRANGERS = 60
+"""Declared ones; half of them teach the probe."""
 
 Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor, Tensor]]
 """n, generator -> h (n, WIDTH), labels (n,), P(y = 1 | h) (n,)."""
@@ -117,16 +123,39 @@ def redraw(scenario: Draws, seed: int) -> RedrawCounts:
     return RedrawCounts(True, false, float(answered.double().mean()))
 
 
+def redraw_whole(scenario: Draws, seed: int) -> RedrawCounts:
+    """One redraw of a two-gate rule with the layer's figures and a probe, by calibration's own steps."""
+    generator = torch.Generator().manual_seed(seed)
+    pool = [replace(one, prompt_states=_prompts(one.h, generator)) for one in _answers(scenario, generator)]
+    rest, apart = set_aside_for_certification(pool, 0.4, seed)
+    strangers = torch.randn(STRANGERS, PROMPT_WIDTH, generator=generator)
+    strangers[:, 1] += 2
+    how = RuleParts(
+        RuleSettings(seed=seed), (("last", WIDTH),), (PROMPT_WIDTH,), strangers, [None] * STRANGERS
+    )
+    try:
+        fitted = fit(rest, ((WIDTH, "scalar"),), _layer(scenario, seed), lambda _: None)
+        made = certified_rule(fitted, how, apart, {scenario.wanted.accuracy: scenario.wanted})
+    except CalibrationError:
+        return NOTHING
+    certificate = made.searches[0].certificate
+    if certificate is None:
+        return NOTHING
+    h, _, truth = scenario.draw(FRESH, generator)
+    seen = fitted.estimator.measure(h)
+    d, _, _ = fitted.estimator.activate(seen)
+    judged = made.gates.rule.judge(_prompts(h, generator), h, sdm_figures(seen, d))
+    answered = certificate.covers(judged.known, judged.score)
+    false = bool(answered.any()) and float(truth[answered].mean()) < scenario.wanted.accuracy
+    return RedrawCounts(True, false, float(answered.double().mean()))
+
+
 def redraw_region(scenario: Draws, seed: int) -> RedrawCounts:
     """One redraw of the papers' region, under the lower estimator."""
     generator = torch.Generator().manual_seed(seed)
-    pool = as_answers(*scenario.draw(scenario.records, generator)[:2], "record")
-    rest, apart = set_aside_for_certification(pool, 0.2, seed)
-    settings = FitSettings(
-        (scenario.alpha,), rounds=1, epochs=6, exemplar_dim=16, learning_rate=1e-2, seed=seed
-    )
+    rest, apart = set_aside_for_certification(_answers(scenario, generator), 0.2, seed)
     try:
-        fitted = fit(rest, ((WIDTH, "scalar"),), settings, lambda _: None)
+        fitted = fit(rest, ((WIDTH, "scalar"),), _layer(scenario, seed), lambda _: None)
     except CalibrationError:
         return NOTHING
     found = certify(fitted.estimator, fitted.calibration, apart, scenario.wanted)
@@ -141,6 +170,21 @@ def redraw_region(scenario: Draws, seed: int) -> RedrawCounts:
     answered = served.answered & (served.q_prime >= certificate.rescaled_similarity_min)
     false = bool(answered.any()) and float(truth[answered].mean()) < scenario.wanted.accuracy
     return RedrawCounts(True, false, float(answered.double().mean()))
+
+
+def _answers(scenario: Draws, generator: torch.Generator) -> list[Labelled]:
+    return as_answers(*scenario.draw(scenario.records, generator)[:2], "record")
+
+
+def _layer(scenario: Draws, seed: int) -> FitSettings:
+    return FitSettings((scenario.alpha,), rounds=1, epochs=6, exemplar_dim=16, learning_rate=1e-2, seed=seed)
+
+
+def _prompts(h: Tensor, generator: torch.Generator) -> Tensor:
+    """Of h (..., WIDTH): (..., PROMPT_WIDTH), whose first two coordinates tell something of h."""
+    drawn = torch.randn(*h.shape[:-1], PROMPT_WIDTH, generator=generator)
+    drawn[..., :2] += h[..., :2]
+    return drawn
 
 
 def _rows(scenario: Draws, n: int, generator: torch.Generator) -> tuple[RuleRows, Tensor]:
@@ -168,14 +212,15 @@ def summarise(scenario: Draws, way: str, outcomes: list[RedrawCounts]) -> dict[s
 
 
 def main(
-    redraws: Annotated[int, typer.Option(min=1, help="Of each scenario.")] = 500,
+    redraws: Annotated[int, typer.Option(min=0, help="Of each scenario.")] = 500,
+    whole: Annotated[int, typer.Option(min=0, help="Redraws of each with layer and probe.")] = 0,
     regions: Annotated[int, typer.Option(min=0, help="Redraws of each by the papers' region.")] = 0,
     only: Annotated[list[str] | None, typer.Option(help="Scenarios by name; all without.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
     rows = []
-    ways = [("rule", redraw, redraws), ("region", redraw_region, regions)]
+    ways = [("rule", redraw, redraws), ("whole", redraw_whole, whole), ("region", redraw_region, regions)]
     for scenario, (way, function, count) in product(SCENARIOS, ways):
         if not count or (only and scenario.name not in only):
             continue

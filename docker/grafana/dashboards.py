@@ -349,6 +349,32 @@ def serving() -> list[Panel]:
             unit="suffix: preemptions/s",
             steps={"orange": 0.1},
         ),
+        lines(
+            "Escalations",
+            "Withheld answers that the other model was to give, by what came of it. Circuit: 1 one request tries it "
+            "again, 2 it is left alone.",
+            "Escalation",
+            {
+                "{{outcome}}": rate("sdm_escalations_total", by="outcome"),
+                "circuit": f"max(sdm_escalation_circuit{{{MODEL}}})",
+            },
+            unit="none",
+        ),
+        lines(
+            "Escalation latency",
+            "Until the other model's answer was whole, or given up.",
+            "Escalation",
+            quantiles("sdm_escalation_duration_seconds"),
+            unit="s",
+            steps={"orange": 30},
+        ),
+        lines(
+            "Escalated tokens per second",
+            "Tokens that the other model read (prompt) and wrote (completion), by its own count: what it costs.",
+            "Escalation",
+            {"{{kind}}": rate("sdm_escalation_tokens_total", by="kind")},
+            unit="suffix: tokens/s",
+        ),
     ]
 
 

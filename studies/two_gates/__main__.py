@@ -24,14 +24,14 @@ import typer
 from torch import Tensor
 
 from candor.calibration.certificate import Claim, certify
-from candor.calibration.rule import FittedRule, RuleRows, fit_rule
+from candor.calibration.ranking import probabilistic, rms_calibration
+from candor.calibration.rule import FittedRule, RuleRows, fit_rule, with_probabilities
 from candor.calibration.rule_certificate import ceiling, certify_rule
 from candor.calibration.rule_settings import RuleSettings
 from candor.calibration.served import Attempts
 from studies.two_gates.answers import Answered, load
 from studies.two_gates.deals import Deal, layer, rows
 
-BINS = 15
 DELTA = 0.05
 
 Outcome = dict[str, Any]
@@ -55,31 +55,31 @@ def looked_at(answered: Tensor, known: Tensor, y: Tensor, accuracy: float) -> Ou
     }
 
 
-def ece(probability: Tensor, y: Tensor) -> float | None:
-    """Over `BINS` bins of the probability that the answer is right; None without answers."""
+def off_by(probability: Tensor, y: Tensor) -> dict[str, float | None]:
+    """ECE of the probability that the answer is right, and RMS calibration error; None without answers."""
     if not len(y):
-        return None
-    bins = (probability.double() * BINS).long().clamp(max=BINS - 1)
-    off = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, probability.double() - y.double())
-    return float(off.abs().sum()) / len(y)
+        return {"ece": None, "rms": None}
+    once, one_bin = torch.ones(1, len(y), dtype=torch.float64), torch.zeros_like(y)
+    error = probabilistic(once, probability.double(), one_bin, y == 1)["top_label_ece"]
+    return {"ece": float(error), "rms": rms_calibration(probability, y == 1, 0)[0]}
 
 
 def by_rule(
     fitted: FittedRule, apart: RuleRows, sets: dict[str, RuleRows], accuracies: Sequence[float]
 ) -> dict[float, Outcome]:
-    found = {}
+    found, served = {}, with_probabilities(fitted, apart)
     for accuracy in accuracies:
         made = certify_rule(fitted, apart, Claim(accuracy, DELTA))
         outcome: Outcome = {"issued": made.certificate is not None, "chosen": fitted.chosen}
         outcome |= {"certified": made.answered, "horizon": made.horizon}
         for name, some in sets.items():
-            judged = fitted.rule.judge(some.prompts, some.h, some.figures)
+            judged = served.judge(some.prompts, some.h, some.figures)
             through = torch.zeros_like(judged.known)
             if made.certificate:
                 through = made.certificate.covers(judged.known, judged.score)
             outcome[name] = looked_at(through, judged.known, some.y, accuracy)
             scored = judged.score.isfinite()
-            outcome[name]["ece"] = ece(judged.probability[scored], some.y[scored])
+            outcome[name] |= off_by(judged.probability[scored], some.y[scored])
         found[accuracy] = outcome
     return found
 
@@ -171,9 +171,9 @@ def table(deals: Sequence[dict[str, dict[float, Outcome]]], names: Sequence[str]
     lines.append(
         "known %: " + ", ".join(f"{name} {mean([one[name]['known'] for one in gates])}" for name in names)
     )
-    lines.append(
-        "ECE of the probability %: " + ", ".join(f"{n} {mean([g[n]['ece'] for g in gates])}" for n in names)
-    )
+    for title, error in (("ECE", "ece"), ("RMS calibration error, without chance,", "rms")):
+        said = ", ".join(f"{name} {mean([one[name][error] for one in gates])}" for name in names)
+        lines.append(f"{title} of the probability %: {said}")
     lines.append("scores chosen: " + ", ".join(str(one["chosen"]) for one in gates))
     return lines
 

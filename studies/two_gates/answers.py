@@ -147,6 +147,33 @@ class BatchedModel:
             for record, (prompt, h) in zip(records, self._states(prompts, nothing, nothing), strict=True)
         ]
 
+    @torch.inference_mode()
+    def along(
+        self, records: Sequence[Record], texts: Sequence[str], checks: Sequence[int]
+    ) -> list[tuple[int, Tensor]]:
+        """Of every answer, given as text: its tokens, and (checks, 2 H + 6) mean and last state and evidence after so
+        many of them, NaN where there are no more."""
+        prompts = [self.chat.encode_chat(record.messages) for record in records]
+        bodies = [self.chat.encode_response(text) for text in texts]
+        whole = [[*p, *b] for p, b in zip(prompts, bodies, strict=True)]
+        width = max(map(len, whole))
+        ids = torch.tensor([ids + [self.chat.end_id] * (width - len(ids)) for ids in whole])
+        states = self._model.model(ids).last_hidden_state
+        found = []
+        for row, (p, b) in enumerate(zip(prompts, bodies, strict=True)):
+            own = states[row, : len(p) + len(b)]
+            logits = self._model.lm_head(own[len(p) - 1 : -1])
+            measured = surprisal_and_margin(logits, torch.tensor(list(b))) if b else torch.empty(0, 2)
+            sums = own.float().cumsum(0)
+            at = torch.full((len(checks), 2 * own.shape[1] + len(EVIDENCE)), torch.nan)
+            for number, check in enumerate(checks):
+                if check < len(b):
+                    end = len(p) + check - 1
+                    evidence = features(EVIDENCE, measured[:check, 0].tolist(), measured[:check, 1].tolist())
+                    at[number] = torch.cat([sums[end] / (end + 1), own[end].float(), evidence])
+            found.append((len(b), at))
+        return found
+
     def _generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """Greedy, each until its tag, its end or the limit: the ids of each, tag and end included."""
         from transformers import DynamicCache

@@ -40,6 +40,7 @@ from candor.engine.base import (
     Generation,
     HiddenSummary,
     ModelIdentity,
+    PromptReading,
     PromptStates,
     Representation,
     Sampling,
@@ -47,6 +48,7 @@ from candor.engine.base import (
 )
 from candor.model_store.bundle import Bundle, Exemplar
 from candor.model_store.manifest import Manifest
+from candor.policy.cascade import CascadeTerms
 from candor.policy.certificate import Certificate, RuleCertificate, RuleTerms
 from candor.policy.conversation import Conversations, SystemPrompt
 from candor.policy.judging import TwoGates
@@ -56,6 +58,7 @@ from candor.sdm.estimator import SDMEstimator
 from candor.sdm.gate import PromptGate
 from candor.sdm.rule import AnswerRule
 from candor.sdm.score import AnswerScore
+from tests.app.upstream import FakeUpstream, answers, fake_upstream
 
 HIDDEN = 4
 ALPHAS = (0.9, 0.95)
@@ -160,6 +163,17 @@ class LetterFormat:
 
     encode_response = encode_text
 
+    def encode_endings(
+        self,
+        messages: Sequence[dict[str, str]],
+        endings: Sequence[str],
+        template_arguments: dict[str, Any] | None = None,
+    ) -> list[list[int]]:
+        *before, last = messages
+        return [
+            self.encode_chat([*before, {**last, "content": last["content"] + ending}]) for ending in endings
+        ]
+
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(i) if i < self.START else "|" for i in ids)
 
@@ -194,9 +208,11 @@ class ScriptedEngine:
     scripts: dict[str, Script] = field(default_factory=dict)
     known: dict[str, torch.Tensor] = field(default_factory=dict)  # h of the exemplars' pairs, by prompt
     asked: list[tuple[str, Sampling, bool]] = field(default_factory=list)
+    read: list[tuple[str, str]] = field(default_factory=list)  # prompts, and the tokens asked about
     cancelled: list[str] = field(default_factory=list)
     summarised: int = 0
     running: int = 0
+    most_running: int = 0
     dead: bool = False
     closed: bool = False
 
@@ -285,6 +301,33 @@ class ScriptedEngine:
         text = LetterFormat().decode(prompt_ids)
         script = next((script for key, script in self.scripts.items() if key in text), Script())
         return _prompt(script.kind)
+
+    async def read_prompt(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> PromptReading:
+        """The first option is the likeliest, each further one by a half less so."""
+        text = LetterFormat().decode(prompt_ids)
+        script = next((script for key, script in self.scripts.items() if key in text), Script())
+        self.read.append((text, "".join(map(chr, token_ids))))
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            await asyncio.sleep(script.pause_s)
+            if script.hangs:
+                await asyncio.Event().wait()
+            if script.fails:
+                raise script.fails
+            exemplar = re.search(r"user:(prompt \d+)\n", text)
+            if exemplar and exemplar[1] in self.known:
+                states = PromptStates(*self.known[exemplar[1]].split(HIDDEN), complete=True)
+            else:
+                hidden = _hidden(script.state)
+                assert hidden is not None
+                states = PromptStates(hidden.mean, hidden.last, hidden.complete)
+            return PromptReading(states, tuple(-1 - 0.5 * at for at in range(len(token_ids))))
+        except asyncio.CancelledError:
+            self.cancelled.append(text)
+            raise
+        finally:
+            self.running -= 1
 
     async def check(self) -> None:
         if self.dead:
@@ -446,7 +489,7 @@ Serve = Callable[..., AbstractContextManager[Running]]
 @pytest.fixture
 def serve(engine: ScriptedEngine, bundle: Bundle) -> Serve:
     """`with serve(alpha=0.95) as server`: a server with these settings; `policy`, `report`, `certificates`,
-    `gates` go into the bundle."""
+    `gates`, `cascade` go into the bundle."""
 
     def start(
         policy: Policy | None = None,
@@ -456,11 +499,13 @@ def serve(engine: ScriptedEngine, bundle: Bundle) -> Serve:
         gates: TwoGates | None = None,
         adapted: Sequence[Backend] = (),
         chat: LetterFormat | None = None,
+        cascade: CascadeTerms | None = None,
+        exemplars: tuple[Exemplar, ...] | None = None,
         **given: Any,
     ) -> AbstractContextManager[Running]:
         terms = gates.terms if gates else None
-        manifest = replace(bundle.manifest, certificates=tuple(certificates), rule=terms)
-        served = replace(bundle, manifest=manifest, rule=gates)
+        manifest = replace(bundle.manifest, certificates=tuple(certificates), rule=terms, cascade=cascade)
+        served = replace(bundle, manifest=manifest, rule=gates, exemplars=exemplars or bundle.exemplars)
         if policy is not None:
             served = replace(served, manifest=replace(manifest, policy=policy))
         if report is not None:
@@ -523,6 +568,14 @@ def until(holds: Callable[[], bool], within_s: float = 5.0) -> None:
 def hostile() -> SimpleNamespace:
     """The corpus in hostile.py."""
     return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("hostile.py"))))
+
+
+@pytest.fixture
+def upstream() -> Iterator[FakeUpstream]:
+    """An upstream on a loopback port that answers "Theirs."."""
+    with fake_upstream() as fake:
+        fake.behaves(answers())
+        yield fake
 
 
 class Replica:

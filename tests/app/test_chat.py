@@ -49,7 +49,7 @@ def test_an_answer_with_its_reliability(server: Any) -> None:
         "prediction",
         "alpha",
         "probability",
-        "sdm_probability",
+        "activation",
         "probability_lower",
         "probability_upper",
         "similarity",
@@ -61,6 +61,7 @@ def test_an_answer_with_its_reliability(server: Any) -> None:
         "calibrated",
         "certificate",
         "attempts",
+        "escalated",
         "exemplars",
     ]
     assert (one["region"], one["abstained"], one["reason"], one["calibrated"]) == ("high", False, None, True)

@@ -55,6 +55,7 @@ def client(demo_model: Path) -> Iterator[httpx.Client]:
     options = ["--model", str(demo_model), "--bundle", "demo/bundle", "--port", str(port)]
     tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     environment = os.environ | {"CANDOR_EAGER": "true", "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+    environment |= {"CANDOR_ESCALATE_URL": "http://127.0.0.1:9/v1", "CANDOR_ESCALATE_MODEL": "behind"}
     process = subprocess.Popen(
         [*command, *options, *tools], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
     )
@@ -123,6 +124,17 @@ def test_the_answer_and_its_verdict_are_this_servers_own(client: httpx.Client, p
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_what_is_more_than_a_conversation_is_not_escalated(client: httpx.Client, path: str) -> None:
+    body = {"model": "word-ordering", "reliability": {"mode": "abstain", "on_abstain": "escalate"}} | SALT
+    asked = (
+        {"input": UNSURE} if path == "/v1/responses" else {"messages": [{"role": "user", "content": UNSURE}]}
+    )
+    refused = client.post(path, json=body | asked | ({"max_tokens": 8} if path == "/v1/messages" else {}))
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "reliability.on_abstain"
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_a_stream_says_what_the_body_says(client: httpx.Client, path: str) -> None:
     whole = words(path, ask(client, KNOWN, path, **SALT))
     events = chunks(ask(client, KNOWN, path, stream=True, **SALT))
@@ -173,6 +185,7 @@ def test_what_was_withheld_is_not_stored(client: httpx.Client) -> None:
         {"priority": 0, "min_p": 0.2},  # greedy, so that it changes nothing
         {"return_token_ids": True},
         {"prompt_logprobs": 1},
+        {"skip_special_tokens": False},
         {"seed": 3, "cache_salt": "s"},
         {"top_logprobs": 2, "logprobs": True, "cache_salt": "s"},
         {"response_format": {"type": "text"}, "cache_salt": "s"},
@@ -192,7 +205,6 @@ def test_what_only_reports_is_calibrated(client: httpx.Client, more: dict[str, A
         {"ignore_eos": True},
         {"repetition_penalty": 1.2},
         {"stop_token_ids": [28]},
-        {"skip_special_tokens": False},
         {"include_stop_str_in_output": True, "stop": ["storm"]},
         {"truncate_prompt_tokens": 20},
         {"use_beam_search": True, "n": 2, "temperature": 0},
@@ -323,3 +335,63 @@ def test_tokens(client: httpx.Client) -> None:
         "/v1/messages/count_tokens", json=model | {"messages": [{"role": "user", "content": "hello"}]}
     )
     assert counted.json()["input_tokens"] > 5
+
+
+def test_a_caller_who_leaves_frees_its_place(client: httpx.Client) -> None:
+    body = {"model": "word-ordering", "messages": [{"role": "user", "content": KNOWN}], "cache_salt": "s"}
+    for _ in range(3):
+        more = {"stream": True, "ignore_eos": True, "max_tokens": 500, "reliability": {"mode": "off"}}
+        with client.stream("POST", "/v1/chat/completions", json=body | more) as stream:
+            assert stream.status_code == 200
+            next(stream.iter_lines())
+    for _ in range(100):
+        if not client.get("/load").json()["server_load"]:
+            break
+        time.sleep(0.1)
+    assert client.get("/load").json()["server_load"] == 0
+
+
+def test_too_many_log_probabilities_are_refused(client: httpx.Client) -> None:
+    body = {"model": "word-ordering", "messages": [{"role": "user", "content": KNOWN}], "cache_salt": "s"}
+    more = {"logprobs": True, "top_logprobs": 20, "n": 16, "max_tokens": 100, "temperature": 1}
+    response = client.post("/v1/chat/completions", json=body | more)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "logprobs")
+
+
+VALUES: list[Any] = [
+    *(None, True, -1, 0, 1, 3.5, 2**63, -(2**70), 1e308, float("inf")),
+    *("", "x", "\ud800", "\x00", "<|im_end|>"),
+    *([], [1], [[]], ["a"] * 3, [{"type": "text"}], [{"role": "tool"}]),
+    *({}, {"a": 1}, {"type": "function"}, {"type": "json_schema"}, {"regex": "("}, {"choice": []}),
+    *({"json": "{"}, {"grammar": "root ::="}, {"choice": ["c"] * 2000}),
+    {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nope"}}},
+    [{"type": "function", "function": {"name": "x y", "parameters": {"type": 5}}}],
+]
+FIELDS = {
+    "/v1/chat/completions": (
+        "chat",
+        {"messages": [{"role": "user", "content": KNOWN}], "max_tokens": 8} | SALT,
+    ),
+    "/v1/completions": ("completion", {"prompt": "a", "max_tokens": 8} | SALT),
+    "/v1/responses": ("responses", {"input": "a"}),
+    "/v1/messages": ("messages", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 8}),
+    "/v1/messages/count_tokens": ("count_tokens", {"messages": [{"role": "user", "content": "a"}]}),
+    "/tokenize": ("tokenize", {"prompt": "a"}),
+    "/detokenize": ("detokenize", {"tokens": [1]}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FIELDS)
+def test_no_value_of_any_field_breaks_it(client: httpx.Client, path: str) -> None:
+    from candor.engine.vllm_handlers import SCHEMAS
+
+    kind, given = FIELDS[path]
+    fields = SCHEMAS[kind].model_fields  # type: ignore[index]
+    for field in fields:
+        for value in VALUES:
+            body = json.dumps({"model": "word-ordering"} | given | {field: value})
+            headers = {"content-type": "application/json"}
+            response = client.post(path, content=body.encode("utf-8", "surrogatepass"), headers=headers)
+            assert response.status_code in (200, 400, 404), (field, value, response.text)
+    assert verdict(ask(client))["region"] == "high"

@@ -10,6 +10,7 @@ import pytest
 from candor.app.edge.limits import Refused
 from candor.policy.conversation import Conversations, SystemPrompt
 from candor.policy.policy import Policy
+from candor.sdm.rule import AnswerRule
 
 ABSTAIN = {"mode": "abstain"}
 
@@ -35,7 +36,7 @@ def test_an_answer_says_what_both_gates_measured(serve: Any, gates: Any) -> None
         rule = one["rule"]
         assert (rule["prompt_known"], rule["score"], rule["score_min"]) == (True, 2.0, 1.5)
         assert one["probability"] == rule["probability"] == pytest.approx(0.9526, abs=1e-4)
-        assert 0.5 < one["sdm_probability"] <= 1
+        assert 0.5 < one["activation"] <= 1
         assert one["certificate"]["rule"] == "two-gates"
         assert one["certificate"]["score_min"] == 1.5
         assert "reaches 1.50" in one["explanation"]
@@ -171,7 +172,7 @@ def test_an_operator_may_serve_the_papers_region_of_the_same_bundle(serve: Any, 
         server.engine.script("strange", kind="stranger")
         one = result(server.chat("strange", reliability=ABSTAIN))
         assert (one["reason"], one["rule"], one["certificate"]) == (None, None, None)
-        assert one["probability"] == one["sdm_probability"]
+        assert one["probability"] == one["activation"]
         assert server.client.get("/v1/reliability").json()["rule"] == "sdm"
 
 
@@ -198,3 +199,20 @@ def test_certified_only_asks_for_the_rules_certificate(serve: Any, gates: Any) -
     uncertified = replace(gates, terms=replace(gates.terms, certificates=()))
     with pytest.raises(Refused, match="has a certificate"), serve(gates=uncertified, certified_only=True):
         pass
+
+
+def test_a_prompt_is_looked_at_once(serve: Any, gates: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the gates found when prefill ended stands in the answer's verdict; in annotate they look at its end."""
+    looked = []
+    know = AnswerRule.know
+    monkeypatch.setattr(
+        AnswerRule, "know", lambda rule, states: looked.append(len(states)) or know(rule, states)
+    )
+    with serve(gates=gates) as server:
+        looked.clear()  # of warming up
+        found = [
+            result(server.chat("ask", reliability={"mode": mode}))["rule"] for mode in ("abstain", "annotate")
+        ]
+        assert looked == [1, 1]
+        assert found[0] == found[1]
+        assert found[0]["prompt_known"] is True

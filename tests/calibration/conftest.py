@@ -23,6 +23,7 @@ from candor.engine.base import (
     Generation,
     HiddenSummary,
     ModelIdentity,
+    PromptReading,
     PromptStates,
     Representation,
     Sampling,
@@ -124,6 +125,16 @@ class ScriptedEngine:
     async def prompt_states(self, prompt_ids: Sequence[int]) -> PromptStates:
         self.read += 1
         return _prompt_states(_number("".join(map(chr, prompt_ids))))
+
+    async def read_prompt(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> PromptReading:
+        """Prompts are "number <i>" and a question, whose right option is the first where i is even."""
+        prompt = "".join(map(chr, prompt_ids))
+        self.asked.append((prompt, None))
+        i = int(prompt.split("number ")[1].split("\n")[0])
+        said = (i + (hardness(i) > 0.7)) % 2
+        summary = _summary(i)
+        states = PromptStates(summary.mean, summary.last, complete=True)
+        return PromptReading(states, tuple(-0.5 if at == said else -2.0 for at in range(len(token_ids))))
 
     async def check(self) -> None: ...
 

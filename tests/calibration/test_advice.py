@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from candor.calibration.advice import Shortfall, shortfall
+from candor.calibration.advice import Shortfall, advise, of_rule, shortfall
+from candor.calibration.certificate import Claim, Step
 from candor.calibration.fit import FitSettings
 from candor.calibration.generate import Labelled
+from candor.calibration.rule_certificate import Outlook, RuleCertification
 from candor.calibration.run import Outcome, calibrate_answers
+from candor.policy.certificate import RuleCertificate
 from candor.sdm.region import find_region
 
 
@@ -119,3 +122,51 @@ def test_labels_that_were_turned_are_among_the_suspects() -> None:
     first = made.advice.suspects[0]
     assert (first.id in turned, first.against) == (True, 10)
     assert first.twin not in turned
+
+
+def search(
+    steps: list[tuple[int, int]], more: tuple[Outlook, ...] = (), answered: tuple[int, int] | None = None
+) -> RuleCertification:
+    """Of 400 records, 300 of them right, at alpha 0.9. answered: (let through, right) of a certificate."""
+    made = None
+    if answered is not None:
+        made = RuleCertificate(0.9, 0.9, 0.95, 1.0, 400, answered[0], answered[1], 300, 0.91)
+    prompts = frozenset(map(str, range(400)))
+    tried = tuple(Step(1.0, n, right, 0.5, False) for n, right in steps)
+    return RuleCertification(0.9, Claim(0.9, 0.05), prompts, 300, 3, tried, made, more)
+
+
+def test_too_few_to_show_anything() -> None:
+    held, helps = of_rule(search([(28, 28)], (Outlook(400, 0.0), Outlook(800, 0.071))))
+    assert held == [
+        "alpha 0.9: no certificate: 28 records reach the score at which the search begins, and 29, all right, are "
+        "the fewest that show an accuracy of 0.9"
+    ]
+    assert 0.9**29 <= 0.05 < 0.9**28
+    assert helps == [
+        "alpha 0.9: 800 records to certify on, in place of 400, for 7.1% answered, were this the truth"
+    ]
+
+
+def test_too_many_of_them_wrong() -> None:
+    held, helps = of_rule(search([(100, 92)], (Outlook(400, 0.0), Outlook(3_200, 0.0))))
+    assert held[0].endswith("92 of 100 are right, which does not show an accuracy of 0.9")
+    assert helps == ["a lower --alpha than 0.9: more records would not bring this one"]
+
+
+def test_a_certificate_far_below_the_ceiling() -> None:
+    """No rule can answer more than 0.75 / 0.9 of the prompts."""
+    more = (Outlook(400, 0.3), Outlook(800, 0.35))
+    held, helps = of_rule(search([], more, (120, 115)))
+    assert held[0].startswith("alpha 0.9: 30.0% answered of the 83.3% that any rule could answer")
+    assert "800 records to certify on, in place of 400, for 35.0% answered" in helps[0]
+    assert of_rule(search([], more, (170, 160))) == ([], [])
+
+
+def test_with_two_gates_advice_speaks_of_what_they_lack() -> None:
+    found = outcome(world(400, 0.0))
+    assert any("no region" in one for one in found.advice.holds_back)
+    advice = advise(found.fitted, world(400, 0.0), found.evaluation, [search([(100, 92)])])
+    assert not any("region" in one for one in advice.holds_back)
+    assert any(one.startswith("alpha 0.9: no certificate") for one in advice.holds_back)
+    assert any("hardly tells right from wrong" in one for one in advice.holds_back)

@@ -35,6 +35,10 @@ def candor(*arguments: object) -> Result:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def tiny_model(folder: Path) -> Path:
     """A Llama of 16 dimensions with random weights and a tokenizer of bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -57,7 +61,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=wrapped.eos_token_id,
         bos_token_id=None,
     )
-    folder = tmp_path_factory.mktemp("model") / "tiny"
     LlamaForCausalLM(config).save_pretrained(folder)
     wrapped.save_pretrained(folder)
     return folder

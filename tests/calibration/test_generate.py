@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def gather(
     concurrency: int = 4,
     progress: Callable[[int], object] = lambda _: None,
     seed: int = 0,
+    prompt_states: bool = True,
 ) -> list[Labelled]:
     with AnswerCache(folder) as cache:
         return asyncio.run(
@@ -56,6 +58,7 @@ def gather(
                 concurrency,
                 progress,
                 seed,
+                prompt_states=prompt_states,
             )
         )
 
@@ -395,6 +398,41 @@ def test_given_responses_cannot_be_resampled(
     ):
         gather(engine, chat, [record], tmp_path, policy=replace(SAMPLED, resample=2))
     assert engine.asked == []
+
+
+def test_prompts_are_not_read_where_no_gate_asks_for_them(
+    make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
+) -> None:
+    """The papers' region needs none; answers kept without them get them once gates do."""
+    records = load_records(task(tmp_path / "d.jsonl", range(5)))
+    for prompt_states, asked, read in ((False, 5, 0), (False, 0, 0), (True, 0, 5)):
+        engine = make_engine()
+        found = gather(engine, chat, records, tmp_path / "cache", prompt_states=prompt_states)
+        assert (len(engine.asked), engine.read) == (asked, read)
+        assert all(bool(one.prompt_states.numel()) is prompt_states for one in found)
+
+
+def test_two_runs_may_open_an_old_cache_at_once(tmp_path: Path) -> None:
+    """The second finds the column missing until the first has added it."""
+    with AnswerCache(tmp_path) as cache:
+        cache.put("k", CachedAnswer("text", False, torch.ones(2)))
+    first = sqlite3.connect(tmp_path / "answers.sqlite", isolation_level=None)
+    first.execute("ALTER TABLE answers DROP COLUMN prompt")
+    first.execute("BEGIN IMMEDIATE")
+    first.execute("ALTER TABLE answers ADD COLUMN prompt BLOB NOT NULL DEFAULT x''")
+    with ThreadPoolExecutor(1) as pool:
+
+        def second() -> CachedAnswer | None:
+            with AnswerCache(tmp_path) as cache:
+                return cache.get("k")
+
+        opened = pool.submit(second)
+        time.sleep(0.5)
+        first.execute("COMMIT")
+        found = opened.result()
+    first.close()
+    assert found is not None
+    assert found.response == "text"
 
 
 def test_answers_kept_before_prompt_states_were_get_them_without_being_written_again(

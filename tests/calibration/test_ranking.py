@@ -17,6 +17,7 @@ from candor.calibration.ranking import (
     probabilistic,
     ranking,
     redrawn,
+    rms_calibration,
     shares,
     summarise,
 )
@@ -175,3 +176,30 @@ def test_redraws_that_leave_a_figure_undefined_are_left_out() -> None:
     nan = float("nan")
     assert interval(torch.tensor([nan, 1.0, nan, 1.0])) == (1.0, 1.0)
     assert interval(torch.tensor([nan])) == (None, None)
+
+
+@pytest.mark.parametrize("off", [0.0, 0.06])
+def test_rms_calibration_says_what_is_left_without_chance(off: float) -> None:
+    """Probabilities off by so much everywhere, 100 sets of 500: ECE says more, this on average the truth."""
+    generator = torch.Generator().manual_seed(0)
+    squares, covered, eces = [], 0, []
+    for seed in range(100):
+        truth = torch.sigmoid(3 * torch.randn(500, generator=generator, dtype=torch.float64))
+        said = truth + off * (0.5 - truth).sign()
+        right = torch.rand(500, generator=generator, dtype=torch.float64) < truth
+        value, low, high = rms_calibration(said, right, seed)
+        squares.append(value**2)
+        covered += low <= off <= high
+        bins = torch.zeros(500, dtype=torch.int64)
+        eces.append(float(probabilistic(once(500), said, bins, right)["top_label_ece"]))
+    assert sum(eces) / 100 > off + 0.01
+    assert (sum(squares) / 100) ** 0.5 == pytest.approx(off, abs=0.03 if off == 0 else 0.01)
+    assert covered >= 90
+
+
+def test_rms_calibration_by_hand() -> None:
+    """One bin of each kind for 30 rows: 15 pairs, each of mean 1/2 too high where half are right."""
+    said, right = torch.ones(30), torch.arange(30) % 2 == 0
+    # Each bin: mean 1/2 squared, less its variance: 1/4 / (2 - 1).
+    assert rms_calibration(said, right, 0)[0] == 0
+    assert rms_calibration(said, torch.zeros(30, dtype=torch.bool), 0) == (1, 1, 1)

@@ -212,10 +212,10 @@ def test_a_probe_is_fitted_beside_the_gate_which_keeps_its_cut() -> None:
     assert fitted.rule.probe is not None
     assert int(fitted.rule.probe.rank_cut) == 1
     assert fitted.refusal_bound > without.refusal_bound
-    passing = [int(one.rule.know(strangers[40:])[1].sum()) for one in (without, fitted)]
+    passing = [int(one.rule.know(strangers[40:]).known.sum()) for one in (without, fitted)]
     assert passing[1] < passing[0]
     fresh, _ = world(4_000, 16)
-    refused = float((~fitted.rule.know(fresh.prompts)[1]).double().mean())
+    refused = float((~fitted.rule.know(fresh.prompts).known).double().mean())
     assert refused <= fitted.refusal_bound
     with pytest.raises(CalibrationError, match="at least 5 declared strangers"):
         fit_rule(rows, half, PARTS, (3, 3), RuleSettings(score="evidence"), strangers[:4])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from benchmarks.certificates.__main__ import SCENARIOS, redraw
+from benchmarks.certificates.__main__ import SCENARIOS, redraw, redraw_whole
 from candor.calibration.certificate import Claim
 from candor.calibration.errors import CalibrationError
 from candor.calibration.rule import FittedRule, RuleRows
@@ -262,6 +262,15 @@ def test_what_is_certified_has_its_bound(seed: int, base: float, n: int) -> None
 def test_few_certificates_are_false(scenario) -> None:  # type: ignore[no-untyped-def]
     """The benchmark in small: of 40 redraws with delta 0.05, more than 6 false ones come with probability 0.003."""
     assert sum(redraw(scenario, 10_000 + seed).false for seed in range(40)) <= 6
+
+
+def test_few_certificates_are_false_with_layer_and_probe() -> None:
+    """In the world where nearly every certificate is just false: more than 5 of 30 come with probability 0.003."""
+    [scenario] = [one for one in SCENARIOS if one.name == "none true"]
+    drawn = [redraw_whole(scenario, 10_000 + seed) for seed in range(30)]
+    assert sum(one.false for one in drawn) <= 5
+    [scenario] = [one for one in SCENARIOS if one.name == "few wrong"]
+    assert sum(redraw_whole(scenario, seed).issued for seed in range(5)) >= 4
 
 
 def test_a_choice_by_eye_would_be_false_often() -> None:

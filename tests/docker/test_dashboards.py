@@ -127,6 +127,7 @@ def _series() -> list[dict[str, str]]:
         "sdm_certificate_standing": certificate | {"standing": "suspended"},
         "sdm_prompt_drift_evidence": model | {"key": ""},
         "sdm_prompt_drift_threshold": model,
+        "sdm_escalation_circuit": model,
         "vllm:num_requests_running": ENGINE,
         "vllm:num_requests_waiting": ENGINE,
         "vllm:kv_cache_usage_perc": ENGINE,
@@ -135,8 +136,10 @@ def _series() -> list[dict[str, str]]:
         ("sdm_answers_total", ANSWERS),
         ("sdm_answers_total", ABSTAINED),
         ("sdm_answers_total", ABSTAINED | {"region": "ood", "reason": "out_of_distribution"}),
-        ("sdm_scoring_failures_total", model | {"cause": "timeout"}),
         ("sdm_tokens_saved_total", model),
+        ("sdm_scoring_failures_total", model | {"cause": "timeout"}),
+        ("sdm_escalations_total", model | {"outcome": "answered"}),
+        ("sdm_escalation_tokens_total", model | {"kind": "prompt"}),
         ("sdm_feedback_total", model | {"region": "high", "decision": "answered", "correct": "true"}),
         ("vllm:prompt_tokens_total", ENGINE),
         ("vllm:generation_tokens_total", ENGINE),
@@ -146,9 +149,12 @@ def _series() -> list[dict[str, str]]:
         ("vllm:request_success_total", ENGINE | {"finished_reason": "stop"}),
     ]
     histograms = [
-        *(f"sdm_{name}" for name in ("probability", "distance_quantile", "rescaled_similarity")),
-        "sdm_prompt_p_value",
+        *(
+            f"sdm_{name}"
+            for name in ("probability", "distance_quantile", "rescaled_similarity", "prompt_p_value")
+        ),
         "sdm_scoring_duration_seconds",
+        "sdm_escalation_duration_seconds",
         "vllm:e2e_request_latency_seconds",
         "vllm:time_to_first_token_seconds",
         "vllm:inter_token_latency_seconds",

@@ -282,6 +282,36 @@ def test_a_prompt_reports_before_its_answer_begins_in_the_same_block(
     assert torch.allclose(_floats(answer[2]), torch.stack(driver.states["a"]).mean(0), atol=1e-6)
 
 
+def test_options_are_those_after_the_prompt_s_last_token(device: torch.device, second: bool) -> None:
+    driver = Driver(Worker(device, second=second, later=False))
+    driver.step({"a": 6}, StepPlan(evidence=True))
+    due = {"a": (BLOCKS["a"][:2], 7, 6), "b": (BLOCKS["b"][:1], 3, 3)}
+    records = getattr(
+        driver.step({"a": 1, "b": 3}, StepPlan(due, options={"b": [5, 2, 9]}, evidence=True)), KEY
+    )
+    assert_options(driver, records["b"], [5, 2, 9])
+    assert len(_floats(records["a"][4])) == 3  # an answer's evidence, as ever
+
+
+def test_options_beside_drafts() -> None:
+    driver = Driver(Worker(torch.device("cpu"), second=False, later=False))
+    driver.step({"a": 6}, StepPlan())
+    driver.worker.model_runner.accepted = [1, 0]
+    wanted = StepPlan({"b": (BLOCKS["b"][:1], 3, 3)}, options={"b": [5, 2]})
+    output = driver.step({"a": 4, "b": 3}, wanted, {"a": 3, "b": 0})
+    assert_options(driver, getattr(output, KEY)["b"], [5, 2])
+
+
+def assert_options(driver: Driver, record: Any, options: list[int]) -> None:
+    positions, whole, mean, last, found = record
+    states = torch.stack(driver.states["b"])
+    assert (positions, whole) == (3, True)
+    assert torch.allclose(_floats(mean), states.mean(0), atol=1e-6)
+    assert torch.equal(_floats(last), states[-1])
+    expected = (states[-1] @ driver.worker.model_runner.head.cpu()).log_softmax(0)[options]
+    assert torch.allclose(_floats(found), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("waits", [False, True], ids=["at once", "beside other steps"])
 def test_rejected_drafts_count_for_nothing(waits: bool) -> None:
     """Speculation is served by the first runner alone."""

@@ -25,6 +25,7 @@ from candor.engine.base import (
     Engine,
     Generation,
     HiddenSummary,
+    PromptReading,
     PromptStates,
     PromptTooLong,
     Representation,
@@ -299,6 +300,34 @@ def test_a_prompt_that_lies_in_the_cache_as_a_whole(bench: Bench, beyond: int) -
     for _ in range(3):
         bench.assert_exact(prompt, bench.one(prompt, Sampling(max_tokens=8)))
         bench.assert_exact_prompt(prompt, bench.runner.run(bench.engine.prompt_states(prompt)))
+
+
+def test_what_may_follow_prompts_that_begin_alike(bench: Bench) -> None:
+    """At once, beside an answer that reports log-probabilities of its own, and again from the cache."""
+    story = "The wind was in the sails of the small white boat. " * 8
+    prompts = [
+        bench.ask(f"{story}\n\n{question}") for question in ("Is it?", "Is it not so?", "Was there wind?")
+    ]
+    options = [11, 5, 7, 300, *range(1000, 1150)]  # more than vLLM itself would report
+    plain = bench.one(prompts[0], Sampling(max_tokens=6, logprobs=5))
+
+    async def together() -> tuple[list[PromptReading], Generation]:
+        readings = (bench.engine.read_prompt(prompt, options) for prompt in prompts)
+        answering = finish(bench.engine, prompts[0], Sampling(max_tokens=6, logprobs=5))
+        *found, answer = await asyncio.gather(*readings, answering)
+        return found, answer
+
+    within = 1e-3 if bench.dtype == "float32" else 0.5
+    for _ in range(2):
+        found, answer = bench.runner.run(together())
+        assert [len(one.top) for one in answer.logprobs] == [len(one.top) for one in plain.logprobs]
+        for prompt, reading in zip(prompts, found, strict=True):
+            bench.assert_exact_prompt(prompt, reading.states)
+            expected = bench.runner.run(bench.reference.read_prompt(prompt, options)).logprobs
+            assert reading.logprobs == pytest.approx(expected, abs=within)
+        first = {one: logprob for one, _, logprob in plain.logprobs[0].top}
+        again = bench.runner.run(bench.engine.read_prompt(prompts[0], list(first)))
+        assert again.logprobs == pytest.approx(list(first.values()), abs=within)
 
 
 def test_a_prompt_s_states_come_before_an_answer_and_can_end_it(bench: Bench) -> None:

@@ -154,6 +154,17 @@ def test_a_prompt_reports_in_the_step_that_ends_it_and_does_not_end_there() -> N
         assert scheduler.came(step, drawn) == [expected]
 
 
+def test_options_are_asked_for_in_the_step_that_ends_the_prompt_alone() -> None:
+    scheduler = OneRequest()
+    scheduler.request.sampling_params.extra_args[KEY]["options"] = [5, 2]
+    asked = []
+    for count, tokens in ((4, []), (2, [TAG[0]]), (1, [TAG[1]]), (1, [1])):
+        step = scheduler.plan(count)
+        asked.append(getattr(step, KEY).options)
+        scheduler.came(step, *tokens)
+    assert asked == [{}, {"a": [5, 2]}, {}, {}]
+
+
 def test_a_step_planned_before_the_prompt_s_is_seen_says_nothing_of_it() -> None:
     """As with asynchronous scheduling."""
     scheduler = OneRequest()

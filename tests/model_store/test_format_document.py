@@ -14,6 +14,7 @@ from candor.model_store import errors
 from candor.model_store.bundle import Exemplar
 from candor.model_store.layout import layout
 from candor.model_store.manifest import LIMITS, NAMES, Manifest
+from candor.policy.cascade import CascadeCertificate, CascadeTerms
 from candor.policy.certificate import Certificate, RuleCertificate, RuleTerms
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "bundle-format.md").read_text("utf-8")
@@ -54,6 +55,9 @@ def test_every_field_of_the_manifest_is_described(example: dict[str, Any]) -> No
         elif key == "rule":
             expected |= {"rule"} | {f"rule.{field.name}" for field in fields(RuleTerms)}
             expected |= {f"rule.certificates[].{field.name}" for field in fields(RuleCertificate)}
+        elif key == "cascade":
+            expected |= {"cascade"} | {f"cascade.{field.name}" for field in fields(CascadeTerms)}
+            expected |= {f"cascade.certificates[].{field.name}" for field in fields(CascadeCertificate)}
         elif key == "policy":
             expected |= {f"policy.{inner}" for inner in value}
             expected |= {f"policy.conversations.{inner}" for inner in value["conversations"]}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from candor.model_store.bundle import load_bundle
+from candor.model_store.errors import ManifestError
 from candor.model_store.formats import identifies_as_before, knows_turns
 from candor.model_store.manifest import EXEMPLARS, MANIFEST, SEAL, FileEntry, seal
 from candor.policy.conversation import Conversations, SystemPrompt, Turn, shown
@@ -30,7 +31,7 @@ def older(
     exemplars = "".join(json.dumps(line) + "\n" for line in lines).encode()
     manifest: dict[str, Any] = json.loads(files[MANIFEST])
     manifest["format_version"] = version
-    del manifest["rule"]
+    del manifest["rule"], manifest["cascade"]
     del manifest["policy"]["conversations"], manifest["model"]["engine_options"]
     manifest["policy"]["system_prompt"] = system_prompt
     if version < 3:
@@ -75,17 +76,37 @@ def test_null_means_what_the_exemplars_say(
 
 
 def test_which_formats_know_turns_and_the_latest_identity() -> None:
-    assert [knows_turns(version) for version in range(1, 6)] == [False, False, False, True, True]
-    assert [identifies_as_before(version) for version in range(1, 6)] == [True, True, True, False, False]
+    assert [knows_turns(version) for version in range(1, 7)] == [False, False, False, True, True, True]
+    assert [identifies_as_before(version) for version in range(1, 7)] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
-def test_format_4_is_format_5_without_a_rule(
+def test_format_5_has_no_cascade(
+    files: dict[str, bytes], write: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path
+) -> None:
+    manifest: dict[str, Any] = json.loads(files[MANIFEST]) | {"format_version": 5}
+    written = json.dumps(manifest).encode()
+    with pytest.raises(ManifestError, match="cascade: expected no such field"):
+        load_bundle(write(tmp_path / "named", {**files, MANIFEST: written, SEAL: seal(written)}))
+    assert manifest.pop("cascade") is None
+    written = json.dumps(manifest).encode()
+    old = load_bundle(write(tmp_path / "old", {**files, MANIFEST: written, SEAL: seal(written)}))
+    assert replace(old.manifest, format_version=6) == load_bundle(write(tmp_path / "new", files)).manifest
+
+
+def test_format_4_is_the_latest_without_a_rule(
     files: dict[str, bytes], write: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path
 ) -> None:
     manifest: dict[str, Any] = json.loads(files[MANIFEST]) | {"format_version": 4}
-    assert manifest.pop("rule") is None
+    assert (manifest.pop("rule"), manifest.pop("cascade")) == (None, None)
     written = json.dumps(manifest).encode()
     old = load_bundle(write(tmp_path / "old", {**files, MANIFEST: written, SEAL: seal(written)}))
     new = load_bundle(write(tmp_path / "new", files))
     assert old.rule is None
-    assert replace(old.manifest, format_version=5) == new.manifest
+    assert replace(old.manifest, format_version=6) == new.manifest

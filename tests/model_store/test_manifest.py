@@ -25,6 +25,7 @@ from candor.model_store.manifest import (
     Manifest,
     seal,
 )
+from candor.policy.cascade import CascadeTerms
 from candor.policy.certificate import Certificate
 from candor.policy.conversation import SystemPrompt
 from candor.policy.policy import Policy
@@ -93,8 +94,8 @@ def test_unknown_fields_are_named_all_at_once(fields: dict[str, Any]) -> None:
 
 
 def test_another_format_is_said_before_its_fields(fields: dict[str, Any]) -> None:
-    with pytest.raises(ManifestError, match="format_version: expected 1 to 5, got 6") as caught:
-        _parse({"format_version": 6, "quite": "different"})
+    with pytest.raises(ManifestError, match="format_version: expected 1 to 6, got 7") as caught:
+        _parse({"format_version": 7, "quite": "different"})
     assert len(caught.value.differences) == 1
     assert "version of candor" in caught.value.remedy
     with pytest.raises(ManifestError, match="format_version: expected an integer, got true"):
@@ -161,11 +162,12 @@ def test_a_file_may_be_empty_or_as_large_as_its_limit(fields: dict[str, Any]) ->
         ({"class_names": ("one",)}, "class_names"),
         ({"class_names": ("one", "one")}, "class_names"),
         ({"class_names": ("one", "")}, "class_names"),
-        ({"format_version": 6}, "format_version"),
+        ({"format_version": 7}, "format_version"),
         ({"passed_over": -1}, "passed_over"),
         ({"format_version": 0}, "format_version"),
         ({"certificates": (AT_0_9, AT_0_9)}, "certificates"),
         ({"alphas": (0.8, 0.95), "certificates": (AT_0_9,)}, "certificates"),  # of no region
+        ({"cascade": CascadeTerms("big", 64, None, None)}, "cascade.certificates"),  # of no rule
         ({"model": ModelIdentity("m", "M", 0, "float32", "", "", "", "")}, "model.hidden_size"),
     ],
 )
@@ -234,7 +236,7 @@ def _older(fields: dict[str, Any], version: int, system_prompt: str | None = "Be
     """The manifest as that version would have written it."""
     policy = {name: value for name, value in fields["policy"].items() if name != "conversations"}
     old = fields | {"format_version": version, "policy": policy | {"system_prompt": system_prompt}}
-    del old["rule"]
+    del old["rule"], old["cascade"]
     old["model"] = {name: value for name, value in old["model"].items() if name != "engine_options"}
     if version < 3:
         del old["passed_over"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import candor
 
 ROOMS = Path(candor.__file__).parent
-MADE_BY_POLICY = {"Sampling", "encode_chat"}
-"""A way to draw, and a conversation's ids."""
+MADE_BY_POLICY = {"Sampling", "encode_chat", "encode_endings"}
+"""A way to draw, and the ids of a conversation and of questions."""
 
 ITSELF = {"policy", "engine"}
 PROBE = ("app/answering/waiting.py", "Sampling")

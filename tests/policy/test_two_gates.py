@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from candor.policy.certificate import RuleCertificate, RuleTerms
-from candor.policy.decision import REASONS, REGION_OF, decide_by_rule
+from candor.policy.decision import REASONS, REGION_OF, Verdict, decide_by_rule
 from candor.policy.judging import TwoGates, judge_by_rule, judge_prompts
 from candor.policy.words import explanation
 from candor.sdm.adaptor import ExemplarAdaptor
@@ -122,6 +122,13 @@ def test_without_a_certificate_nothing_is_let_through(estimator: SDMEstimator, g
     assert found.verdict(0).reason == "no_certificate_at_alpha"
 
 
+def early_verdicts(
+    gates: TwoGates, prompts: torch.Tensor, alpha: float, calibrated: torch.Tensor | None = None
+) -> list[Verdict]:
+    kept = torch.ones(len(prompts), dtype=torch.bool) if calibrated is None else calibrated
+    return judge_prompts(gates, prompts, gates.rule.know(prompts), alpha, calibrated=kept)
+
+
 def test_a_prompt_is_refused_early_iff_no_answer_to_it_could_be_let_through(
     estimator: SDMEstimator, gates: TwoGates
 ) -> None:
@@ -130,18 +137,16 @@ def test_a_prompt_is_refused_early_iff_no_answer_to_it_could_be_let_through(
     best = torch.full((3, 1), 9.0)
     for alpha, kept in product((0.9, 0.95), (True, False)):
         calibrated = torch.full((3,), kept)
-        early = judge_prompts(gates, prompts, alpha, calibrated=calibrated)
+        early = early_verdicts(gates, prompts, alpha, calibrated)
         late = judge_by_rule(
             estimator, gates, estimator.measure(best), best, prompts, alpha, calibrated=calibrated
         )
         assert [one.reason for one in early] == [late.verdict(row).reason for row in range(3)]
-    assert [one.figures for one in judge_prompts(gates, prompts, 0.9, calibrated=torch.ones(3).bool())] == [
-        None
-    ] * 3
+    assert [one.figures for one in early_verdicts(gates, prompts, 0.9)] == [None] * 3
 
 
 def test_an_early_verdict_knows_no_score(gates: TwoGates) -> None:
-    [verdict] = judge_prompts(gates, torch.tensor([[90.0, 0.0]]), 0.9, calibrated=torch.tensor([True]))
+    [verdict] = early_verdicts(gates, torch.tensor([[90.0, 0.0]]), 0.9)
     assert verdict.rule is not None
     assert (verdict.rule.score, verdict.rule.probability, verdict.probability) == (None, None, None)
     assert explanation(verdict) == (
@@ -153,7 +158,7 @@ def test_declared_strangers_are_named(gates: TwoGates) -> None:
     """b = s0: a prompt at (2, 0) is near enough for the gate, and strange to the probe."""
     probe = StrangerProbe.fit(torch.tensor([1.0, 0.0]), torch.zeros(9, 2), 1)
     probed = replace(gates, rule=replace(gates.rule, probe=probe))
-    [verdict] = judge_prompts(probed, torch.tensor([[1.0, 0.0]]), 0.9, calibrated=torch.tensor([True]))
+    [verdict] = early_verdicts(probed, torch.tensor([[1.0, 0.0]]), 0.9)
     assert verdict.reason == "out_of_distribution"
     assert verdict.rule is not None
     assert verdict.rule.like_strangers

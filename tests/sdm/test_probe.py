@@ -10,7 +10,7 @@ import torch
 
 from candor.sdm.gate import PromptGate
 from candor.sdm.probe import StrangerProbe
-from candor.sdm.rule import AnswerRule
+from candor.sdm.rule import AnswerRule, PromptEstimate
 from candor.sdm.score import AnswerScore
 
 
@@ -60,13 +60,18 @@ def test_a_prompt_must_be_known_to_both() -> None:
     alone = rule_without()
     rule = replace(alone, probe=probe())
     prompts = torch.tensor([[0.0, 0, 0, 0], [3.0, 0, 0, 0], [0.0, 900, 0, 0], [900.0, 0, 0, 0]])
-    p_value, known, strange = rule.know(prompts)
-    by_gate_p, by_gate, none = alone.know(prompts)
-    assert not none.any()
-    assert strange.tolist() == (~probe().known(probe().distance(prompts))).tolist()
-    assert by_gate.tolist() == [True, True, False, False]
-    assert known.tolist() == [True, False, False, False]
-    assert p_value.equal(by_gate_p)
+    both, by_gate = rule.know(prompts), alone.know(prompts)
+    assert not by_gate.strange.any()
+    assert both.strange.tolist() == (~probe().known(probe().distance(prompts))).tolist()
+    assert by_gate.known.tolist() == [True, True, False, False]
+    assert both.known.tolist() == [True, False, False, False]
+    assert both.p_value.equal(by_gate.p_value)
+    joined = PromptEstimate.joined([both.row(2), both.row(0)])
+    assert (joined.p_value.tolist(), joined.known.tolist(), joined.strange.tolist()) == (
+        both.p_value[[2, 0]].tolist(),
+        [False, True],
+        both.strange[[2, 0]].tolist(),
+    )
 
 
 def test_state_restores_it_to_the_bit() -> None:

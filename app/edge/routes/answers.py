@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 from starlette.background import BackgroundTask
@@ -17,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from candor.app.answering.request import Reliability
 from candor.app.answering.scoring import ScoringRequest
-from candor.app.answering.service import Answer, Piece
+from candor.app.answering.service import SET_OFF, Answer, Piece
 from candor.app.answering.shadow import Sent
 from candor.app.answering.waiting import (
     ClientGone,
@@ -44,8 +45,6 @@ _chat = APIRouter(route_class=either("chat", ChatCompletionRequest))
 _plain = APIRouter(route_class=either("completion", CompletionRequest))
 
 _STREAM = "text/event-stream"
-_SET_OFF = "\n\n"
-"""Separates an answer that was streamed already from the text that retracts it."""
 
 
 @_chat.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS | STREAMED)
@@ -104,18 +103,21 @@ async def _respond(
                 model.name,
                 model.rule,
                 wanted.caller,
+                "escalated" if answer.escalated else "answer",
                 content=_content(body, answer, len(wanted.choices), model.bundle.manifest.representation),
             )
             for answer in answers
             if answer.judged
         ]
         record.verdicts += [(one.index, one.verdict) for one in given]
+        record.escalated += [answer.index for answer in answers if answer.escalated]
         services.note(model, given, usual=wanted.calibrated)
 
     def sent(answers: Sequence[Answer]) -> None:
         shadowed(model, envelope.id, answers, wanted.reliability)
 
-    if body.wants_stream and not wanted.reliability.buffered:
+    wanted = replace(wanted, deadline=deadline)
+    if body.wants_stream and (wanted.reliability.escalates or not wanted.reliability.buffered):
         chunks = _as_they_come(service.events(wanted), renderer, len(wanted.choices), note, sent)
         return EventStream(chunks, watch, deadline.left_s)
     answers = await unless_interrupted(service.answers(wanted), request.receive, watch, deadline.left_s)
@@ -193,18 +195,22 @@ async def _as_they_come(
     sent: Callable[[Sequence[Answer]], None],
 ) -> AsyncGenerator[bytes, None]:
     answers: list[Answer] = []
-    opening = b"".join(renderer.opening(index) for index in range(choices))
+    unopened = set(range(choices))
     async with aclosing(events):
         async for event in events:
+            opening = b""
+            if event.index in unopened:
+                unopened.remove(event.index)
+                instead = event.replacement if isinstance(event, Answer) else None
+                opening = renderer.opening(event.index, refused=instead is not None and instead.as_refusal)
             if isinstance(event, Piece):
                 chunk = renderer.piece(event) if event.text or event.logprobs else b""
             else:
                 answers.append(event)
                 note(event)
-                separator = _SET_OFF if event.generation.text else ""
+                separator = SET_OFF if event.generation.text else ""
                 chunk = renderer.replacement(event, separator) + renderer.finish(event)
             yield opening + chunk
-            opening = b""
     yield renderer.closing(sorted(answers, key=lambda answer: answer.index))
     sent(answers)
 

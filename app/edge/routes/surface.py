@@ -10,9 +10,10 @@ Nothing that changes an answer is ignored: a field is applied, or refused by its
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import ExitStack, aclosing
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,7 +25,7 @@ from candor.app.answering.judging import Judging
 from candor.app.answering.request import Bulk
 from candor.app.answering.service import Answer
 from candor.app.answering.waiting import Deadline, seconds_for, unless_interrupted
-from candor.app.edge.limits import Refused
+from candor.app.edge.limits import Refused, at_most
 from candor.app.edge.parsing import BoundedRoute
 from candor.app.edge.routes.answers import EventStream, shadowed, verdict_headers
 from candor.app.edge.routes.documented import ERRORS, STREAMED
@@ -43,6 +44,11 @@ if TYPE_CHECKING:
     from candor.engine.vllm_handlers import Kind
 
 router = APIRouter(route_class=BoundedRoute)
+
+_STREAM = "text/event-stream"
+_MOST_GRAMMAR_CHOICES = 1000
+_MOST_LOGPROBS = 1 << 14
+"""Of one request; vLLM's handlers write them in one go, on the event loop."""
 
 _NOT_SERVED: Mapping[str, str] = {
     "kv_transfer_params": "KV blocks are computed here alone",
@@ -67,11 +73,12 @@ async def create_response(request: Request, services: InjectedServices) -> Respo
 
 
 @router.get("/v1/responses/{response_id}", responses=ERRORS, response_model=None)
-async def retrieve_response(response_id: str, services: InjectedServices) -> Response:
+async def retrieve_response(response_id: str, request: Request, services: InjectedServices) -> Response:
     """A stored response; vLLM stores them where VLLM_ENABLE_RESPONSES_API_STORE=1."""
     surface = _surface(services)
+    judging = surface.recall(response_id, request.state.caller)
     found = await surface.handlers.retrieve(response_id)
-    return _json(surface.recalled(response_id, found.model_dump(mode="json", by_alias=True)))
+    return _json(FORMS["responses"].body(_dumped("responses", found), judging))
 
 
 @router.post("/v1/messages", responses=ERRORS | STREAMED, response_model=None)
@@ -111,10 +118,18 @@ async def _respond(kind: Kind, body: dict[str, Any], request: Request, services:
     surface = _surface(services)
     form = FORMS[kind]
     given = body.get("model")
+    if isinstance(before := body.get("previous_response_id"), str):
+        surface.recall(before, request.state.caller)
     asked = _options(body.pop("reliability", None))
     model = services.model(given if isinstance(given, str) else None, asked.bundle)
     streamed = body.get("stream") is True
     reliability = model.resolver.resolve_reliability(asked, streamed=streamed)
+    if reliability.escalates:
+        raise Refused(
+            "the other model is asked plain conversations and prompts alone; leave out what is more, or use "
+            '"refusal"',
+            "reliability.on_abstain",
+        )
     record = audited(request, model.name, model.bundle.digest)
     deadline = Deadline(seconds_for(request, services.request_timeout_s))
     choices, most = _fill_in(kind, body, model)
@@ -131,12 +146,40 @@ async def _respond(kind: Kind, body: dict[str, Any], request: Request, services:
         services.prepare(request, bulk, parse), request.receive, services.watch, deadline.left_s
     )
 
-    verdicts: list[Answer] = []
+    digest = model.bundle.digest
+    answer_id: str | None = None
+    unnamed: list[Answer] = []  # judged before vLLM's handler said the response's id
 
-    def note(answer: Answer) -> None:
-        if answer.judged is not None:
-            record.verdicts.append((answer.index, answer.judged.verdict))
-            verdicts.append(answer)
+    def note(*answers: Answer) -> None:
+        for answer in answers:
+            if answer.judged is not None:
+                record.verdicts.append((answer.index, answer.judged.verdict))
+        unnamed.extend(answers)
+        if answer_id is not None:
+            keep(answer_id)
+
+    def keep(name: str) -> None:
+        nonlocal answer_id
+        if answer_id is None:
+            answer_id = name
+            surface.remember(name, parsed.caller, judging)
+        given = [
+            GivenVerdict(
+                name,
+                one.index,
+                one.judged.verdict,
+                digest,
+                model.name,
+                model.rule,
+                request.state.caller,
+                content=_content(kind, body, one, model),
+            )
+            for one in unnamed
+            if one.judged
+        ]
+        services.note(model, given, usual=all(one.verdict.calibrated for one in given))
+        shadowed(model, name, unnamed, reliability)
+        unnamed.clear()
 
     async def encode(
         turns: Sequence[dict[str, str]], arguments: Mapping[str, Any] | None
@@ -148,45 +191,32 @@ async def _respond(kind: Kind, body: dict[str, Any], request: Request, services:
 
     judging = Judging(model.service, reliability, model.resolver.limits.prompt_tokens, encode, note)
 
-    def remember(answer_id: str) -> None:
-        surface.remember(answer_id, judging)
-        given = [
-            GivenVerdict(
-                answer_id,
-                answer.index,
-                answer.judged.verdict,
-                model.bundle.digest,
-                model.name,
-                model.rule,
-                request.state.caller,
-                content=_content(kind, body, answer, model),
-            )
-            for answer in verdicts
-            if answer.judged
-        ]
-        services.note(model, given, usual=all(one.verdict.calibrated for one in given))
-        shadowed(model, answer_id, verdicts, reliability)
+    admitted = services.admission.admit(parsed.caller, choices, parsed.tokens)
 
-    with ExitStack() as held:
-        held.enter_context(services.admission.admit(parsed.caller, choices, parsed.tokens))
-        written = await unless_interrupted(
-            surface.call(kind, parsed.request, judging), request.receive, services.watch, deadline.left_s
-        )
+    async def call() -> BaseModel | AsyncGenerator[str, None]:
+        written = await surface.call(kind, parsed.request, judging)
         if isinstance(written, BaseModel):
-            shown = form.body(
-                written.model_dump(mode="json", by_alias=True, exclude_none=kind == "messages"), judging
-            )
-            shown |= {"system_fingerprint": fingerprint(model.bundle.digest)} if "choices" in shown else {}
-            remember(shown["id"])
-            return _json(shown, verdict_headers(judging.finished, model.bundle.digest))
-        events = _noting(form.stream(written, judging), judging, remember)
-        if reliability.buffered:
-            whole = await unless_interrupted(
-                _joined(events), request.receive, services.watch, deadline.left_s
-            )
-            headers = verdict_headers(judging.finished, model.bundle.digest)
-            return Response(whole, headers=dict(headers), media_type="text/event-stream")
-        return EventStream(_encoded(_begun(events, held.pop_all())), services.watch, deadline.left_s)
+            return written
+        return _named(form.stream(written, judging), judging, keep)
+
+    async def whole() -> tuple[bytes, str]:
+        with admitted:
+            written = await call()
+            if isinstance(written, BaseModel):
+                body = form.body(_dumped(kind, written), judging)
+                body |= {"system_fingerprint": fingerprint(digest)} if "choices" in body else {}
+                keep(body["id"])
+                return await asyncio.to_thread(_bytes, body), "application/json"
+            async with aclosing(written) as events:
+                return "".join([event async for event in events]).encode(), _STREAM
+
+    if streamed and not reliability.buffered:
+        events = await unless_interrupted(call(), request.receive, services.watch, deadline.left_s)
+        assert not isinstance(events, BaseModel)
+        return EventStream(_admitted(events, admitted), services.watch, deadline.left_s)
+    content, kind_of = await unless_interrupted(whole(), request.receive, services.watch, deadline.left_s)
+    headers = verdict_headers(judging.finished, digest)
+    return Response(content, headers=dict(headers), media_type=kind_of)
 
 
 class Surface:
@@ -202,7 +232,7 @@ class Surface:
         self.handlers = handlers
         self.schemas: Mapping[Kind, type[BaseModel]] = SCHEMAS
         self._judged_by, self._read_within = judged_by, read_within
-        self._judgings: dict[str, Judging] = {}
+        self._judgings: dict[str, tuple[str, Judging]] = {}
 
     async def respond(
         self, kind: Kind, body: dict[str, Any], request: Request, services: Services
@@ -216,18 +246,18 @@ class Surface:
             written = await self.handlers.call(kind, request)
         return written if isinstance(written, BaseModel) else self._read_within(judge, written)
 
-    def remember(self, response_id: str, judging: Judging) -> None:
+    def remember(self, response_id: str, caller: str, judging: Judging) -> None:
         if response_id.startswith("resp_"):
-            self._judgings[response_id] = judging
+            self._judgings[response_id] = caller, judging
             if len(self._judgings) > self._REMEMBERED:
                 del self._judgings[next(iter(self._judgings))]
 
-    def recalled(self, response_id: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Returns a stored response as it was first given. Raises RequestRefused if that is no longer known."""
-        judging = self._judgings.get(response_id)
-        if judging is None:
+    def recall(self, response_id: str, caller: str) -> Judging:
+        """Returns what was judged of a response. Raises RequestRefused if the caller has none of this id."""
+        whose, judging = self._judgings.get(response_id, (None, None))
+        if judging is None or whose != caller:
             raise RequestRefused(f"no response {response_id[:100]!r} is kept here", 404)
-        return FORMS["responses"].body(body, judging)
+        return judging
 
 
 async def start(backend: Backend, name: str) -> Surface | None:
@@ -256,6 +286,7 @@ async def _plainly(kind: Kind, request: Request, services: Services) -> Response
     characters = len(await request.body())
 
     def parse() -> _Parsed:
+        _check_fields(kind, body, surface)
         return _Parsed(_parsed(kind, body, surface), characters // 4)
 
     bulk = model.resolver.within(Bulk(1, characters), 1)
@@ -283,14 +314,27 @@ def _fill_in(kind: Kind, body: dict[str, Any], model: ServedModel) -> tuple[int,
     several = isinstance(prompts, list) and not all(isinstance(token, int) for token in prompts)
     choices = (n if isinstance(n, int) and n > 0 else 1) * (len(prompts or ()) if several else 1)
     model.resolver.check_sizes(most, choices)
+    asked = [body.get(name) for name in ("logprobs", "top_logprobs", "prompt_logprobs")]
+    if any(isinstance(one, int) and one is not False for one in asked):
+        each = 1 + max((one for one in asked if isinstance(one, int)), default=0)
+        what = "log-probabilities in one request (answers, tokens, each's)"
+        at_most(_MOST_LOGPROBS, each * choices * most, what, "logprobs")
     return max(choices, 1), max(most, 0)
 
 
 def _check_fields(kind: Kind, body: Mapping[str, Any], surface: Surface) -> None:
-    """Raises RequestRefused for a field that would be ignored."""
+    """Raises RequestRefused for a field that would be ignored, and for texts that are none."""
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RequestRefused("expected Unicode text, got half a surrogate pair", 400) from None
     for name, why in _NOT_SERVED.items():
         if body.get(name):
             raise RequestRefused(f"{name} is not served: {why}; leave it out", 400, name)
+    grammar = body.get("structured_outputs")
+    choices = grammar.get("choice") if isinstance(grammar, dict) else None
+    if isinstance(choices, list):  # vLLM compiles them on the event loop
+        at_most(_MOST_GRAMMAR_CHOICES, len(choices), "choices", "structured_outputs.choice")
     schema = surface.schemas[kind]
     known = {field.alias or name for name, field in schema.model_fields.items()} | set(schema.model_fields)
     for name in body:
@@ -324,18 +368,16 @@ def _content(kind: Kind, body: Mapping[str, Any], answer: Answer, model: ServedM
     return Content(asked, made.text, made.hidden, made.prompt, model.bundle.manifest.representation)
 
 
-async def _noting(
-    events: AsyncGenerator[str, None], judging: Judging, remember: Callable[[str], None]
+async def _named(
+    events: AsyncGenerator[str, None], judging: Judging, keep: Callable[[str], None]
 ) -> AsyncGenerator[str, None]:
-    """Passes the events on; at the end it has the verdicts remembered under the response's id."""
-    answer_id: str | None = None
+    """Passes the events on, and says the response's id as soon as one has it."""
+    name: str | None = None
     async with aclosing(events):
         async for event in events:
-            if answer_id is None:
-                answer_id = _id_in(event, judging)
+            if name is None and (name := _id_in(event, judging)) is not None:
+                keep(name)
             yield event
-    if answer_id is not None:
-        remember(answer_id)
 
 
 def _id_in(event: str, judging: Judging) -> str | None:
@@ -355,23 +397,14 @@ def _id_in(event: str, judging: Judging) -> str | None:
     return found if isinstance(found, str) else None
 
 
-async def _begun(events: AsyncGenerator[str, None], held: ExitStack) -> AsyncGenerator[str, None]:
-    """Passes the events on, and frees what the request holds at their end."""
-    with held:
+async def _admitted(
+    events: AsyncGenerator[str, None], admitted: AbstractContextManager[None]
+) -> AsyncGenerator[bytes, None]:
+    """Passes the events on while the request holds its places."""
+    with admitted:
         async with aclosing(events):
             async for event in events:
-                yield event
-
-
-async def _encoded(events: AsyncGenerator[str, None]) -> AsyncGenerator[bytes, None]:
-    async with aclosing(events):
-        async for event in events:
-            yield event.encode()
-
-
-async def _joined(events: AsyncGenerator[str, None]) -> bytes:
-    async with aclosing(events):
-        return "".join([event async for event in events]).encode()
+                yield event.encode()
 
 
 def _dumped(kind: Kind, response: BaseModel) -> dict[str, Any]:
@@ -379,5 +412,9 @@ def _dumped(kind: Kind, response: BaseModel) -> dict[str, Any]:
     return response.model_dump(mode="json", by_alias=True, exclude_none=kind in ("messages", "count_tokens"))
 
 
-def _json(body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
-    return Response(json.dumps(body), headers=dict(headers or {}), media_type="application/json")
+def _bytes(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body).encode()
+
+
+def _json(body: Mapping[str, Any]) -> Response:
+    return Response(_bytes(body), media_type="application/json")

@@ -29,10 +29,11 @@ class ReliabilityOptions(FewFields):
         description="Abstain also from answers that no certificate covers. By default what the server was told; "
         "`false` does not undo that.",
     )
-    on_abstain: Literal["refusal", "content", "fallback"] = Field(
+    on_abstain: Literal["refusal", "content", "fallback", "escalate"] = Field(
         default="refusal",
         description="Where the text that replaces a withheld answer stands: `refusal` beside an empty "
-        "content, `content` in its place; `fallback` puts the text there that the operator set for this.",
+        "content, `content` in its place; `fallback` puts the text there that the operator set for this; "
+        "`escalate` the answer of the other model that the operator set, or else the refusal.",
     )
     stream: Literal["optimistic", "buffered"] | None = Field(
         default=None,
@@ -78,13 +79,43 @@ class ShownRule(BaseModel):
     probability: float | None
 
 
+class ShownCascade(BaseModel):
+    """P(right | answered) >= lower_bound of what clients get from both models together, with this confidence.
+
+    Of `records` prompts set aside for it, `escalated` went to the other model (of all prompts at most
+    `escalated_at_most`), `answered` were answered by either, `right` of them rightly.
+    """
+
+    alpha: float
+    confidence: float
+    records: int
+    escalated: int
+    escalated_at_most: float
+    answered: int
+    right: int
+    lower_bound: float
+
+
+class ShownEscalation(BaseModel):
+    """Another model gave this answer. The result's other fields speak of the withheld one.
+
+    certified: what was certified of both models together; null: nothing is promised of this answer.
+    prompt_tokens, completion_tokens: what it cost there, as that model counts; null where it does not say.
+    """
+
+    model: str
+    certified: ShownCascade | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
 class ReliabilityResult(BaseModel):
     """Everything measured is null where region is `unavailable`, or the prompt was refused before it was answered.
 
     explanation: a sentence for people.
-    probability: that the answer is right, where two gates judge (`rule`); else sdm_probability.
+    probability: that the answer is right, where two gates judge (`rule`); else activation.
     prediction: the SDM layer's class, 1 = follows its instruction.
-    sdm_probability, probability_lower, probability_upper: SDM(z') of that class, and its band.
+    activation, probability_lower, probability_upper: SDM(z') of that class, and its band.
     similarity: q. rescaled_similarity: q'. distance_quantile: d.
     magnitude: how far the predicted class's z' is above the others', >= 0.
     effective_sample_size: calibration points behind the estimate, per class.
@@ -92,6 +123,7 @@ class ReliabilityResult(BaseModel):
     calibrated: whether the request kept to the policy that was calibrated.
     certificate: what was certified of answers like this one, null where nothing was.
     attempts: answers written until this one, where the policy resamples.
+    escalated: who gave the answer in place of the withheld one; null where nobody did.
     """
 
     index: int
@@ -102,7 +134,7 @@ class ReliabilityResult(BaseModel):
     prediction: int | None
     alpha: float
     probability: float | None
-    sdm_probability: float | None
+    activation: float | None
     probability_lower: float | None
     probability_upper: float | None
     similarity: int | None
@@ -114,6 +146,7 @@ class ReliabilityResult(BaseModel):
     calibrated: bool
     certificate: ShownCertificate | None
     attempts: int
+    escalated: ShownEscalation | None
     exemplars: list[ShownExemplar]
 
 

@@ -61,7 +61,8 @@ def unknown_field(name: str, known: Iterable[str]) -> str:
     return f"there is no field {name[:100]!a}; {hint}"
 
 
-def _encodable(value: str) -> str:
+def encodable(value: str) -> str:
+    """Returns the value. Raises PydanticCustomError for what is no Unicode text."""
     # JSON can escape half a surrogate pair; that is no character, and neither UTF-8 nor a tokenizer takes it.
     try:
         value.encode()
@@ -72,7 +73,7 @@ def _encodable(value: str) -> str:
     return value
 
 
-Unicode = Annotated[str, AfterValidator(_encodable)]
+Unicode = Annotated[str, AfterValidator(encodable)]
 """A text that can be encoded."""
 
 _TEXT_PART = {

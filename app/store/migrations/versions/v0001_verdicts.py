@@ -20,7 +20,10 @@ def upgrade() -> None:
         sa.Column("choice", sa.BigInteger, nullable=False),
         sa.Column("time", sa.Double, nullable=False),
         sa.Column(
-            "kind", sa.Text, nullable=False, comment="answer, or pair: a response that the client brought"
+            "kind",
+            sa.Text,
+            nullable=False,
+            comment="answer, escalated (another model answered), or pair (the client brought it)",
         ),
         sa.Column("model", sa.Text, nullable=False),
         sa.Column("bundle", sa.Text, nullable=False, comment="digest"),
