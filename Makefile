@@ -99,9 +99,9 @@ $(DEMO)/config.json: demo/adapter/adapter_model.safetensors | $(BASE)/config.jso
 
 # Pins what is run, each file by its digest: everything, then what serving takes of it.
 lock: .venv/.ready
-	$(LOCK) --extra $(EXTRA) --extra finetune --extra compare --extra demo --extra bench --extra dev \
+	$(LOCK) --extra $(EXTRA) --extra postgres --extra signing --extra finetune --extra compare --extra demo --extra bench --extra dev \
 	  --output-file requirements/$(EXTRA)-dev.txt
-	$(LOCK) --extra $(EXTRA) --constraint requirements/$(EXTRA)-dev.txt --output-file requirements/$(EXTRA).txt
+	$(LOCK) --extra $(EXTRA) --extra postgres --extra signing --constraint requirements/$(EXTRA)-dev.txt --output-file requirements/$(EXTRA).txt
 ifeq ($(EXTRA),cpu)
   RESOLVED := --override requirements/cpu-overrides.txt --no-emit-package torch
 endif

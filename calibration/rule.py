@@ -31,6 +31,7 @@ from candor.calibration.served import Attempts
 from candor.calibration.splits import split
 from candor.sdm.adaptor import Block
 from candor.sdm.estimator import SDMEstimator
+from candor.sdm.probe import StrangerProbe
 from candor.sdm.rule import AnswerRule
 from candor.sdm.score import FIGURES, AnswerScore, sdm_figures
 
@@ -111,20 +112,26 @@ def fit_rule(
     prompt_widths: Sequence[int],
     settings: RuleSettings,
     strangers: Tensor | None = None,
+    probe_weight: Tensor | None = None,
 ) -> FittedRule:
     """rows: the fitting records. in_calibration: (n,) bool, those of the layer's calibration half.
 
     parts: h's blocks by name and width, e.g. (("mean", 576), ("last", 576), ("evidence", 6)). prompt_widths: of the
     prompt states' blocks. strangers: (s, P), states of prompts that are to be refused; None: none were declared.
+    probe_weight: (P,), of an earlier probe, which is kept and measured against these prompts.
 
     Raises CalibrationError where a fold lacks right or wrong answers, ValueError where the
     settings name a score that these rows do not provide.
     """
     known, reference = gate_halves(rows.prompts, rows.digests, in_calibration)
-    gate, probe = fit_gate(known, reference, prompt_widths, settings), None
+    gate = fit_gate(known, reference, prompt_widths, settings)
+    probe: StrangerProbe | None = None
     refused = refusal_bound(len(reference), int(gate.rank_cut), settings.delta)
-    if strangers is not None:  # both bounds hold together, each at half of delta
+    if strangers is not None:
         probe = fit_probe(known, reference, strangers, prompt_widths, settings)
+    elif probe_weight is not None:
+        probe = StrangerProbe.fit(probe_weight, reference, 1)
+    if probe is not None:  # both bounds hold together, each at half of delta
         refused = sum(
             refusal_bound(len(reference), int(one.rank_cut), settings.delta / 2) for one in (gate, probe)
         )

@@ -139,6 +139,16 @@ def certify_rule(
     at = (distinct.unsqueeze(1) * attempts + torch.arange(attempts)).flatten()
     rows = certification[at]
     drawn = Drawn.of(fitted.rule.judge(rows.prompts, rows.h, rows.figures), rows.y, attempts)
+    found = certify_drawn(
+        fitted, drawn, frozenset(first), wanted, wanted.accuracy if alpha is None else alpha
+    )
+    return replace(found, withheld=tuple(distinct[list(found.withheld)].tolist()))
+
+
+def certify_drawn(
+    fitted: FittedRule, drawn: Drawn, prompts: frozenset[str], wanted: Claim, alpha: float
+) -> RuleCertification:
+    """The same of records that are judged already. prompts: what names each."""
     order = thresholds(fitted)
     tried = order[start(fitted, order, len(drawn), wanted) :]
     steps = walk(drawn, tried, wanted)
@@ -148,7 +158,7 @@ def certify_rule(
     if passed:
         last = passed[-1]
         certificate = RuleCertificate(
-            alpha=wanted.accuracy if alpha is None else alpha,
+            alpha=alpha,
             accuracy=wanted.accuracy,
             confidence=1 - wanted.delta,
             score_min=last.threshold,
@@ -159,16 +169,18 @@ def certify_rule(
             lower_bound=proven_bound(last, wanted),
         )
     return RuleCertification(
-        wanted.accuracy if alpha is None else alpha,
+        alpha,
         wanted,
-        frozenset(first),
+        prompts,
         base_right,
         int((~drawn.known.any(dim=1)).sum()),
         steps,
         certificate,
         outlook(drawn, order, wanted),
         len(tried),
-        tuple(distinct[~drawn.through(passed[-1].threshold if passed else torch.inf)[0]].tolist()),
+        tuple(
+            (~drawn.through(passed[-1].threshold if passed else torch.inf)[0]).nonzero().flatten().tolist()
+        ),
     )
 
 

@@ -12,6 +12,7 @@ from candor.engine.identity import as_before, differences, identify
 from candor.engine.prompt import ChatFormat
 from candor.engine.vllm_options import changing_h
 from candor.model_store.bundle import Bundle
+from candor.model_store.errors import BundleError, Difference
 from candor.model_store.formats import identifies_as_before
 
 
@@ -56,6 +57,35 @@ def check_model(
         identity = as_before(identity, model)
     if found := differences(made_for, identity):
         raise _mismatch(bundle, found)
+
+
+def require_successor(old: Bundle, new: Bundle) -> None:
+    """Raises BundleError unless `new` can take the place of `old` under the same requests.
+
+    It must have the same policy, and judge by the same kind of rule at the same alphas or more. Whether it was made
+    for the model, `check_identity` says.
+    """
+    one, other = old.manifest, new.manifest
+    rules = ["two gates" if bundle.rule else "regions alone" for bundle in (old, new)]
+    pairs: dict[str, tuple[object, object]] = {
+        "name": (one.name, other.name),
+        "policy": (one.policy, other.policy),
+        "class_names": (one.class_names, other.class_names),
+        "rule": (rules[0], rules[1]),
+    }
+    found = [
+        Difference(where, str(expected), str(actual))
+        for where, (expected, actual) in pairs.items()
+        if expected != actual
+    ]
+    if missing := sorted(set(one.alphas) - set(other.alphas)):
+        found.append(Difference("alphas", f"{list(one.alphas)} among them", f"none at {missing}"))
+    if found:
+        raise BundleError(
+            f"the bundle {new.digest[:12]} cannot follow {old.digest[:12]} in a running server",
+            found,
+            "Restart the server with it as the configured bundle.",
+        )
 
 
 def _mismatch(bundle: Bundle, found: list[str]) -> IdentityMismatch:

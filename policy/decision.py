@@ -9,6 +9,7 @@ of two gates (`decide_by_rule`):
     uncalibrated_request         low           the request or its answer left the calibrated policy
     no_certificate_at_alpha      low           nothing is certified at this accuracy
     below_score_threshold        low           S < the certificate's score_min
+    certificate_suspended        high          audits speak against the certificate, and the operator withholds then
     none: let through            high
 
 and those of the papers' region (`decide`):
@@ -21,6 +22,7 @@ and those of the papers' region (`decide`):
     below_class_threshold        low           the class thresholds psi do not admit it
     predicted_not_following      high          y_hat is not FOLLOWS
     not_certified                high          only certified answers count, and no certificate covers q'
+    certificate_suspended        high          as above
     none: let through            high
 
 The order matters: an answer that could not be checked is never reported as checked, and an answer that was drawn
@@ -30,7 +32,7 @@ differently from calibration is never reported as reliable.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Literal
 
@@ -54,6 +56,7 @@ Reason = Literal[
     "below_class_threshold",
     "predicted_not_following",
     "not_certified",
+    "certificate_suspended",
 ]
 REGION_OF: dict[Reason, RegionName] = {
     "scoring_unavailable": "unavailable",
@@ -66,6 +69,7 @@ REGION_OF: dict[Reason, RegionName] = {
     "below_class_threshold": "low",
     "predicted_not_following": "high",
     "not_certified": "high",
+    "certificate_suspended": "high",
 }
 """In the order of precedence."""
 
@@ -153,6 +157,16 @@ def decide_by_rule(
     )
     through = reason == 0
     return Decisions(reason, through, through, through)
+
+
+def suspend(decisions: Decisions, rows: Tensor) -> Decisions:
+    """Returns the decisions with what is let through of `rows` (n,) bool withheld: its certificate is suspended.
+
+    Such an answer still counts as covered: audits of it show when the certificate holds again.
+    """
+    code = REASONS.index("certificate_suspended")
+    withheld = decisions.answered & rows
+    return replace(decisions, reason=decisions.reason.masked_fill(withheld, code))
 
 
 def compared(estimate: Estimate, estimator: EstimatorKind) -> Tensor:

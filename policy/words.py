@@ -31,6 +31,8 @@ def explanation(verdict: Verdict) -> str:
             return f"Calibration could not certify {asked} accuracy for any answers."
         case "below_score_threshold":
             return f"The prompt is of the kind calibrated on, but {_score(verdict)}."
+        case "certificate_suspended":
+            return f"Audits no longer bear out what was certified at {asked} accuracy, so it is withheld."
         case "no_region_at_alpha":
             return f"Calibration found no region of {asked} accuracy."
         case "below_similarity_threshold":

@@ -20,7 +20,7 @@ from typing import Any
 
 _PINNED = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([^ ;\\]+)")
 _HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
-_READ = {"oss-harmony": "Apache-2.0", "setuptools": "MIT"}
+_READ = {"oss-harmony": "Apache-2.0", "setuptools": "MIT", "sigstore-models": "MIT"}
 """Licences of packages that declare none, as their licence files have them."""
 
 _PYPI = "https://pypi.org/project"

@@ -78,10 +78,18 @@ class SDMEstimator:
             raise ValueError(f"training rows {bad[:10]} aren't finite; leave them out")
         support = Support(h_prime, y_train.long(), y_hat)
         bare = cls(adaptor, support, EMPTY_ECDF, EMPTY_CALIBRATION, {}, conventions)
-        seen = bare.measure(h_cal)
-        ecdf = ClasswiseECDF.fit(seen.d_nearest, seen.q, y_cal, num_classes)
+        return bare.recalibrated(support, h_cal, y_cal, alphas)
+
+    def recalibrated(
+        self, support: Support, h: Tensor, labels: Tensor, alphas: Iterable[float]
+    ) -> SDMEstimator:
+        """The same adaptor over another support, with distances, scores and regions from rows (h (n, D), labels (n,)
+        in 0..C-1) that are not in it."""
+        bare = replace(self, support=support, ecdf=EMPTY_ECDF, calibration=EMPTY_CALIBRATION, regions={})
+        seen = bare.measure(h)
+        ecdf = ClasswiseECDF.fit(seen.d_nearest, seen.q, labels, self.adaptor.num_classes)
         _, scores, rescaled = replace(bare, ecdf=ecdf).activate(seen)
-        fitted = replace(bare, ecdf=ecdf, calibration=Calibration(scores, rescaled, y_cal.long()))
+        fitted = replace(bare, ecdf=ecdf, calibration=Calibration(scores, rescaled, labels.long()))
         return fitted.with_regions(alphas)
 
     @cached_property

@@ -76,7 +76,7 @@ class Judging:
         if read is None or read.refusal is None:
             self._read[index] = read
             return False
-        empty, refusal = unwritten(len(asked.prompt_ids)), Judged(read.refusal)
+        empty, refusal = unwritten(len(asked.prompt_ids), prompt), Judged(read.refusal)
         self._finish(Answer(index, empty, refusal, self.reliability.replacement, unwritten=True))
         return True
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,9 +20,10 @@ import torch
 from candor.app.answering.batching import MicroBatcher
 from candor.engine.base import HiddenSummary, PromptStates
 from candor.model_store.bundle import Bundle, Exemplar
-from candor.policy.certificate import EstimatorKind
-from candor.policy.decision import Verdict
+from candor.policy.certificate import Certificate, EstimatorKind, RuleCertificate
+from candor.policy.decision import Verdict, suspend
 from candor.policy.judging import TwoGates, judge, judge_by_rule, judge_prompts
+from candor.policy.monitor import StandingName
 from candor.sdm.rule import PromptEstimate
 
 Cause = Literal["not_captured", "incomplete", "non_finite", "timeout", "error"]
@@ -52,10 +54,14 @@ class NearExemplar:
 
 @dataclass(frozen=True)
 class Judged:
-    """A verdict with the nearest exemplars. exemplars: nearest first, as many as the request asked for."""
+    """A verdict with the nearest exemplars. exemplars: nearest first, as many as the request asked for.
+
+    standing: of the certificate that covers it; None if there is none, or nobody watches it.
+    """
 
     verdict: Verdict
     exemplars: tuple[NearExemplar, ...] = ()
+    standing: StandingName | None = None
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,19 @@ class Scorer:
     """Judges answers by one bundle: by its two gates, or by its regions under one estimator."""
 
     def __init__(
-        self, bundle: Bundle, kind: EstimatorKind, timeout_s: float, gates: TwoGates | None = None
+        self,
+        bundle: Bundle,
+        kind: EstimatorKind,
+        timeout_s: float,
+        gates: TwoGates | None = None,
+        standing: Callable[[Certificate | RuleCertificate], StandingName | None] = lambda _: None,
+        *,
+        withholds_suspended: bool = False,
     ) -> None:
+        """standing: of a certificate now. withholds_suspended: let nothing through at an alpha whose certificate is
+        suspended; else only requests that want certified answers alone are refused them."""
+        self._standing = standing
+        self._withholds_suspended = withholds_suspended
         self._bundle = bundle
         self.gates = gates
         self._kind = kind
@@ -192,10 +209,15 @@ class Scorer:
                     certificates=manifest.certificates,
                     certified_only=certified_only,
                 )
+            stands = self._standing(judgement.certificate) if judgement.certificate else None
+            if stands == "suspended":
+                rows = certified_only | self._withholds_suspended
+                judgement = replace(judgement, decisions=suspend(judgement.decisions, rows))
             for row, request in enumerate(requests):
                 if request.alpha == alpha:
+                    verdict = judgement.verdict(row)
                     nearest = self._nearest(h[row], request.exemplars)
-                    found[row] = Judged(judgement.verdict(row), nearest)
+                    found[row] = Judged(verdict, nearest, stands if verdict.certificate else None)
         return [found[row] for row in range(len(requests))]
 
     def _vector(self, request: ScoringRequest) -> torch.Tensor:

@@ -218,7 +218,7 @@ class AnswerService:
                     elif isinstance(output, PromptStates):
                         read = await self.read(output, request.reliability, calibrated=request.calibrated)
                         if read is not None and read.refusal is not None:
-                            generation = unwritten(len(choice.prompt_ids))
+                            generation = unwritten(len(choice.prompt_ids), output)
                             break
                     elif isinstance(output, Delta):
                         yield Piece(index, output.text, output.logprobs)
@@ -300,7 +300,7 @@ class AnswerService:
         return judged
 
 
-def unwritten(prompt_tokens: int) -> Generation:
+def unwritten(prompt_tokens: int, prompt: PromptStates) -> Generation:
     """Returns the empty answer to a prompt that was refused when prefill ended."""
     return Generation(
         text="",
@@ -311,4 +311,5 @@ def unwritten(prompt_tokens: int) -> Generation:
         hidden=None,
         prompt_tokens=prompt_tokens,
         completion_tokens=0,
+        prompt=prompt,
     )

@@ -1,9 +1,10 @@
-"""`candor bundle`: shows what a bundle holds, and verifies it. Neither command starts a model."""
+"""`candor bundle`: shows what a bundle holds, signs and verifies it. No command here starts a model."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,16 +12,41 @@ if TYPE_CHECKING:
     from candor.model_store.bundle import Bundle
     from candor.policy.conversation import SystemPrompt
 
-bundle_app = typer.Typer(help="Check a bundle, or show what it holds.", no_args_is_help=True)
+bundle_app = typer.Typer(help="Check or sign a bundle, or show what it holds.", no_args_is_help=True)
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The directory of the bundle.")]
 
 
 @bundle_app.command()
-def verify(directory: Directory) -> None:
-    """Check every byte of a bundle, and that its parts fit together. Exit code 1 if they don't."""
-    bundle = _load(directory)
-    typer.echo(f"{directory}: whole, {len(bundle.exemplars)} exemplars, digest {bundle.digest}")
+def verify(
+    directory: Directory,
+    key: Annotated[
+        Path | None,
+        typer.Option(help="Public key in PEM format; the bundle must be signed with its private one."),
+    ] = None,
+) -> None:
+    """Check every byte of a bundle, that its parts fit together, and its signature where a key is given. Exit code 1
+    if anything is wrong."""
+    bundle = _load(directory, key)
+    signed = f", signed with {key}" if key else ""
+    typer.echo(f"{directory}: whole, {len(bundle.exemplars)} exemplars, digest {bundle.digest}{signed}")
+
+
+@bundle_app.command("sign")
+def sign_bundle(
+    directory: Directory,
+    key: Annotated[Path, typer.Option(help="Private elliptic-curve key in PEM format.")],
+) -> None:
+    """Sign a bundle: writes DIR.sig beside it. A key's password is taken from CANDOR_SIGNING_PASSWORD."""
+    from candor.model_store.errors import BundleError
+    from candor.model_store.signing import sign
+
+    try:
+        signature = sign(directory, key, os.environ.get("CANDOR_SIGNING_PASSWORD"))
+    except (BundleError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"signed: {signature}")
 
 
 @bundle_app.command()
@@ -29,12 +55,12 @@ def show(directory: Directory) -> None:
     typer.echo("\n".join(_describe(_load(directory))))
 
 
-def _load(directory: Path) -> Bundle:
-    from candor.model_store.bundle import load_bundle
+def _load(directory: Path, key: Path | None = None) -> Bundle:
     from candor.model_store.errors import BundleError
+    from candor.model_store.signing import load_signed
 
     try:
-        return load_bundle(directory)
+        return load_signed(directory, key)
     except BundleError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
@@ -53,6 +79,7 @@ def _describe(bundle: Bundle) -> list[str]:
         "name": manifest.name,
         "digest": bundle.digest,
         "created": manifest.created,
+        **_lineage(manifest.provenance.get("lineage")),
         "model": f"{model.name}, {model.architecture}, {model.dtype}, weights {model.weights_sha256[:12]}",
         "adapter": f"{adapter.name}, {adapter.sha256[:12]}" if adapter else "none",
         "representation": f"{blocks} = {sum(sizes)}, at the last token of {representation.tag}",
@@ -92,6 +119,16 @@ def _describe(bundle: Bundle) -> list[str]:
             f"{one.rescaled_similarity_min:.1f}: {one.right} of {one.answered} answered were right"
         )
     return [f"{label + ':':<16} {text}" for label, text in rows.items()]
+
+
+def _lineage(found: Any) -> dict[str, str]:
+    """Returns where a recalibrated bundle comes from."""
+    if not isinstance(found, dict):
+        return {}
+    return {
+        "follows": f"{str(found.get('parent'))[:12]}, by {found.get('audits')} audits of answers given from "
+        f"{found.get('from')} to {found.get('until')}"
+    }
 
 
 def _system_prompt(calibrated: SystemPrompt) -> str:

@@ -17,8 +17,8 @@ def key(
     scope: Annotated[
         list[str] | None,
         typer.Option(
-            help="What it may do, once or more: answer (ask), feedback (label answers), operate (metrics, deep "
-            "checks); answer by default."
+            help="What it may do, once or more: answer (ask), feedback (thumbs), review (read and label kept "
+            "answers), operate (metrics, deep checks); answer by default."
         ),
     ] = None,
 ) -> None:

@@ -22,6 +22,10 @@ def serve(
     bundle: Annotated[
         Path | None, typer.Option(help="Directory of the bundle made for it. [CANDOR_BUNDLE]")
     ] = None,
+    shadow: Annotated[
+        Path | None,
+        typer.Option(help="Directory of a second bundle that scores each answer too, and decides nothing."),
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on, 127.0.0.1 by default.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on, 8000 by default.")] = None,
     engine: Annotated[EngineKind | None, typer.Option(help="What generates, vllm by default.")] = None,
@@ -52,9 +56,17 @@ def serve(
 
     from candor.app.process.settings import Settings
 
+    if os.environ.get("CANDOR_FEEDBACK"):
+        typer.echo(
+            "candor: CANDOR_FEEDBACK is no longer read: give CANDOR_STORE a new file, and take the old one over with "
+            "`candor store import`",
+            err=True,
+        )
+        raise typer.Exit(2)
     given: dict[str, Any] = {
         "model": model,
         "bundle": bundle,
+        "shadow": shadow,
         "host": host,
         "port": port,
         "engine": engine and engine.value,

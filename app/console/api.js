@@ -36,6 +36,7 @@ export const getText = async (path) => (await call(path)).text();
 const post = (path, body) =>
   call(path, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
 
+export const sendLabel = (label) => post("v1/reliability/labels", label);
 export const sendFeedback = (id, correct) => post("v1/reliability/feedback", { id, index: 0, correct });
 
 // Streams one answer. onText: called with the text so far. Gives {id, content, refusal, result}, result being its

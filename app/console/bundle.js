@@ -5,7 +5,8 @@ import { percent } from "./words.js";
 
 export function showBundle(bundle) {
   showHeldOut(bundle);
-  showCertificates(bundle.certificates, bundle.rule);
+  showCertificates(bundle.certificates, bundle);
+  showShadow(bundle.shadow);
   const { counts, regions = {}, held_out: heldOut } = bundle.report;
   const { system_prompt: system, turns } = bundle.policy.conversations;
   const facts = {
@@ -28,6 +29,22 @@ export function showBundle(bundle) {
   };
   $("facts").replaceChildren(...Object.entries(facts).filter(([, value]) => value)
     .flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
+}
+
+function showShadow(shadow) {
+  $("shadow").hidden = !shadow;
+  if (!shadow) return;
+  const ends = ["answered", "abstained", "unknown"];
+  const rows = Object.entries(shadow.decisions).map(([old, found]) => element("tr", {},
+    element("th", { scope: "row" }, `${old} now`), ...ends.map((end) => element("td", { class: "number" }, found[end]))));
+  $("shadow").replaceChildren(
+    element("h3", {}, "A bundle that shadows"),
+    element("p", { class: "hint" }, `${shadow.bundle.slice(0, 12)} scores each answer too and decides nothing`
+      + (shadow.dropped ? `; ${shadow.dropped} were too many for it.` : ".")),
+    element("table", {},
+      element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "Answers"),
+        ...ends.map((end) => element("th", { scope: "col", class: "number" }, `${end} by it`)))),
+      element("tbody", {}, ...rows)));
 }
 
 function systemPrompt({ kind, text, digests, optional }) {
@@ -61,13 +78,22 @@ function showHeldOut(bundle) {
     : "This bundle's report has no held-out figures.";
 }
 
-function showCertificates(certificates, rule) {
-  const lines = certificates.filter((one) => one.rule === rule).map((one) => element("li", {},
+const STANDS = { upheld: "upheld", suspended: "suspended: audits speak against it", renewed: "renewed by audits" };
+
+function stands(one, { standings }) {
+  const found = standings.find((other) => other.alpha === one.alpha);
+  if (one.standing === null || !found) return " Nobody watches it here.";
+  return ` Now ${STANDS[one.standing]}; of ${found.right + found.wrong} audits ${found.right} were right, ${found.open} wait for a label.`;
+}
+
+function showCertificates(certificates, bundle) {
+  const judging = certificates.filter((one) => one.rule === bundle.rule && (one.estimator ?? bundle.estimator) === bundle.estimator);
+  const lines = judging.map((one) => element("li", one.standing === "suspended" ? { class: "suspended" } : {},
     element("strong", {}, `At least ${percent(one.accuracy, 1)} right`),
     ` among the answered at ${percent(one.alpha)} (${one.rule === "two-gates" ? `score from ${one.score_min.toFixed(2)}`
       : `${one.estimator} estimate, q′ from ${one.rescaled_similarity_min.toFixed(1)}`}), with `
     + `${percent(one.confidence, 1)} confidence: of ${one.records} prompts set aside for it, ${one.answered} were answered and `
-    + `${one.right} of them rightly.`));
+    + `${one.right} of them rightly.${stands(one, bundle)}`));
   $("certificates").replaceChildren(element("h3", {}, "Certificates"), lines.length ? element("ul", {}, ...lines)
     : element("p", { class: "hint" }, "None: the figures above are measured, and nothing is certified."));
 }

@@ -24,6 +24,7 @@ export const REASONS = {
   below_class_threshold: "similar answers agree, but it is not probable enough",
   predicted_not_following: "reliably judged wrong",
   not_certified: "in the region, but not certified",
+  certificate_suspended: "audits speak against its certificate",
   no_region_at_alpha: "no region at this accuracy",
   uncalibrated_request: "asked in another way than calibrated",
   scoring_unavailable: "its score could not be had",
@@ -32,6 +33,7 @@ export const REASONS = {
 
 export function headline(result) {
   if (result.reason === "not_certified") return "Reliable, but not certified";
+  if (result.reason === "certificate_suspended") return "Reliable once, and not shown to be now";
   if (result.region === "high") return result.abstained ? "Reliably judged wrong" : "Reliable";
   return { low: "Not reliable enough", ood: "Unlike what was calibrated", unavailable: "Could not be checked" }[result.region];
 }

@@ -5,6 +5,7 @@
     401  no key, or an unknown one       403  a key without the scope
     404  no such model, answer or path   405  no such method
     408  the body comes too slowly       413  the body is too large
+    409  another bundle than the one that is pinned, or one that is not promoted
     429  the key has used up its rate (Retry-After)
     500  the engine or this server failed
     503  overloaded, not answered in time, or the engine is dead (Retry-After)
@@ -29,11 +30,13 @@ from candor.app.answering.waiting import ClientGone, DeadlineExceeded
 from candor.app.edge.keys import Forbidden, Unauthorized
 from candor.app.edge.limits import Overloaded, Refused, TooFast
 from candor.app.edge.schemas.errors import Error, ErrorBody, ErrorType
-from candor.app.edge.services import ModelNotFound
-from candor.app.feedback import FeedbackLost, NoSuchAnswer
+from candor.app.edge.services import PIN, AnotherBundle, ModelNotFound
 from candor.app.process.ending import ShuttingDown
+from candor.app.process.renewal import ChangeNotKept, ChangeUnderWay, NotPromoted
 from candor.app.process.selftest import GoldenMismatch
+from candor.app.store.records import NoSuchAnswer, NotKept, StoreUnavailable
 from candor.engine.base import EngineDead, EngineError, PromptTooLong, RequestRefused
+from candor.model_store.errors import BundleNotFound
 
 logger = logging.getLogger("candor")
 
@@ -65,6 +68,16 @@ def describe(error: Exception) -> HttpError:
     match error:
         case ModelNotFound():
             return HttpError(404, str(error), "model", "model_not_found")
+        case AnotherBundle():
+            return HttpError(409, str(error), "bundle", "bundle_changed", {PIN: error.bundle})
+        case ChangeUnderWay():
+            return HttpError(409, str(error), None, "change_under_way")
+        case ChangeNotKept():
+            return HttpError(503, str(error), None, "change_not_kept", {"Retry-After": "10"})
+        case NotPromoted():
+            return HttpError(409, str(error), None, "not_promoted")
+        case BundleNotFound():
+            return HttpError(404, str(error), "bundle", "bundle_not_found")
         case PromptTooLong():
             return HttpError(400, str(error), None, "context_length_exceeded")
         case RequestRefused():
@@ -78,8 +91,10 @@ def describe(error: Exception) -> HttpError:
             return HttpError(403, str(error), None, "insufficient_scope")
         case NoSuchAnswer():
             return HttpError(404, str(error), "id", "answer_not_found")
-        case FeedbackLost():
+        case NotKept():
             return HttpError(503, str(error), None, "feedback_not_kept", {"Retry-After": "10"})
+        case StoreUnavailable():
+            return HttpError(503, str(error), None, "store_unavailable", {"Retry-After": "10"})
         case DeadlineExceeded():
             return HttpError(503, str(error), None, "deadline_exceeded", {"Retry-After": "1"})
         case TooFast():
@@ -114,11 +129,15 @@ def install(app: FastAPI) -> None:
     """Makes `app` respond to errors with `describe`; `app.edge.middleware` does so for unforeseen ones."""
     for kind in (
         ModelNotFound,
+        AnotherBundle,
+        NotPromoted,
+        BundleNotFound,
         PromptTooLong,
         Refused,
         Overloaded,
         NoSuchAnswer,
-        FeedbackLost,
+        NotKept,
+        StoreUnavailable,
         DeadlineExceeded,
         EngineError,
         ShuttingDown,

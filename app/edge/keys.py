@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 
 logger = logging.getLogger("candor")
 
-Scope = Literal["answer", "feedback", "operate"]
+Scope = Literal["answer", "feedback", "review", "operate"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 _PREFIX = "candor-"  # scanners for leaked secrets look for it

@@ -48,6 +48,8 @@ def scope_of(path: str, *, deep: bool = False) -> KeyScope | None:
         return None  # the page has no secrets; it gets its data from the API with the reader's key
     if path == "/v1/reliability/feedback":
         return "feedback"
+    if path in ("/v1/reliability/queue", "/v1/reliability/labels"):
+        return "review"
     if path.startswith("/v1/") or path in ("/version", "/openapi.json", "/tokenize", "/detokenize"):
         return "answer"
     return "operate"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypedDict, TypeVar, cast
 
 from fastapi import Depends, Request
@@ -11,20 +12,28 @@ from fastapi import Depends, Request
 from candor.app.answering.decisions import DecisionResolver, DecisionService
 from candor.app.answering.preparing import Preparing
 from candor.app.answering.request import Bulk
+from candor.app.answering.scoring import Scorer
+from candor.app.answering.shadow import Shadow
 from candor.app.answering.waiting import EngineWatch
 from candor.app.edge.keys import Key
 from candor.app.edge.limits import Admission, Overloaded, RateLimit
 from candor.app.edge.quotas import Quotas
-from candor.app.feedback import FeedbackStore
 from candor.app.process.ending import Leaving
 from candor.app.process.selftest import SelfTest
+from candor.app.store.records import GivenVerdict
+from candor.app.store.store import VerdictStore
+from candor.app.store.watching import CertificateWatch
+from candor.app.telemetry.drifting import PromptDrift
 from candor.app.telemetry.metrics import Metrics
 from candor.engine.base import Engine
 from candor.model_store.bundle import Bundle
-from candor.policy.certificate import EstimatorKind, RuleKind
+from candor.policy.certificate import Certificate, EstimatorKind, RuleCertificate, RuleKind
+from candor.policy.monitor import Standing
 
 if TYPE_CHECKING:
     from candor.app.edge.routes.surface import Surface
+    from candor.app.process.backend import Backend
+    from candor.app.process.renewal import Renewal
 
 
 class Charged(Protocol):
@@ -39,6 +48,9 @@ class Charged(Protocol):
 
 Resolved = TypeVar("Resolved", bound=Charged)
 
+PIN = "x-sdm-bundle"
+"""The header by which a request pins a bundle, and a response names the one that judged."""
+
 _CHARACTERS_PER_TOKEN = 4
 """To charge for a prompt before it is tokenised; afterwards the charge is corrected."""
 
@@ -47,50 +59,122 @@ class ModelNotFound(Exception):
     """A request names a model that is not served."""
 
 
+class AnotherBundle(Exception):
+    """A request pins a bundle, and another answers by now. bundle: digest of the one that does."""
+
+    def __init__(self, pinned: str, bundle: str) -> None:
+        super().__init__(
+            f"this request is for the bundle {pinned[:64]!a}, and {bundle} answers here: read what it promises "
+            "(`GET /v1/reliability`), then ask for it, or for none"
+        )
+        self.bundle = bundle
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """A model that requests can name, with its bundle: the base model, or that model under an adapter.
 
-    rule: by which its answers are let through.
+    Nothing in it changes, so a request that holds it ends with the bundle that it began with. path: the bundle's
+    directory. rule: by which its answers are let through. shadow: scores the same answers too; None: none does.
     """
 
     name: str
     bundle: Bundle
+    path: Path
     rule: RuleKind
     resolver: DecisionResolver
+    scorer: Scorer
     service: DecisionService
     selftest: SelfTest
     metrics: Metrics
+    drift: PromptDrift | None = None  # where two gates judge
+    standing: Callable[[Certificate | RuleCertificate], Standing | None] = lambda _: None
+    shadow: Shadow | None = None
+
+    def certificates(self, estimator: EstimatorKind) -> tuple[Certificate | RuleCertificate, ...]:
+        """Returns the certificates that judge here."""
+        manifest = self.bundle.manifest
+        if self.rule == "two-gates":
+            return manifest.rule.certificates if manifest.rule else ()
+        return tuple(one for one in manifest.certificates if one.estimator == estimator)
+
+
+@dataclass
+class Slot:
+    """A name that requests give, and what answers under it now: the one thing that a promotion changes.
+
+    previous: what a rollback goes back to, still loaded. withdrawn: what was rolled back from, likewise. changing:
+    whether a promotion or a rollback is under way.
+    """
+
+    backend: Backend
+    current: ServedModel
+    previous: ServedModel | None = None
+    withdrawn: ServedModel | None = None
+    changing: bool = False
 
 
 @dataclass(frozen=True)
 class Services:
-    """The objects that handlers use. models: by name; the first is the default."""
+    """The objects that handlers use. slots: by name; the first is the default. pinned: digest of the bundle that the
+    request's header asks for."""
 
     engine: Engine
-    models: Mapping[str, ServedModel]
+    slots: Mapping[str, Slot]
     admission: Admission
     token_rate: RateLimit
     quotas: Quotas
     preparing: Preparing
     leaving: Leaving
     watch: EngineWatch
-    feedback: FeedbackStore | None
+    store: VerdictStore | None
     surface: Surface | None  # None: the engine is not vLLM
+    certificates: CertificateWatch | None  # where there is a store
     metrics: Metrics  # of the first model; they share one page
     estimator: EstimatorKind
     request_timeout_s: float
     started: int  # Unix time, s
+    renewal: Renewal
+    pinned: str | None = None
 
-    def model(self, name: str | None = None) -> ServedModel:
-        """Returns the model of that name, by default the first. Raises ModelNotFound."""
-        if name is None and self.models:
-            return next(iter(self.models.values()))
-        if name is None or name not in self.models:
-            served = ", ".join(map(repr, self.models)) or "none for this key"
+    @property
+    def models(self) -> Mapping[str, ServedModel]:
+        """What answers now, by name."""
+        return {name: slot.current for name, slot in self.slots.items()}
+
+    def slot(self, name: str | None = None) -> Slot:
+        """Returns the slot of that name, by default the first. Raises ModelNotFound."""
+        if name is None and self.slots:
+            return next(iter(self.slots.values()))
+        if name is None or name not in self.slots:
+            served = ", ".join(map(repr, self.slots)) or "none for this key"
             shown = ascii(name if name is None else name[:100])
             raise ModelNotFound(f"the model {shown} is not served here; this server has {served}")
-        return self.models[name]
+        return self.slots[name]
+
+    def model(self, name: str | None = None, bundle: str | None = None) -> ServedModel:
+        """Returns what answers under that name now, by default the first. Call it once for each request.
+
+        bundle: digest that the request's body pins. Raises ModelNotFound, or AnotherBundle for a pin that does not
+        fit.
+        """
+        current = self.slot(name).current
+        for pinned in (self.pinned, bundle):
+            if pinned is not None and pinned != current.bundle.digest:
+                raise AnotherBundle(pinned, current.bundle.digest)
+        return current
+
+    def note(self, model: ServedModel, given: Sequence[GivenVerdict], *, usual: bool) -> None:
+        """Has verdicts that are about to be sent kept, and their prompts watched for drift.
+
+        usual: the request kept to the policy. One that departs is said to, and drifts from nothing.
+        """
+        if model.drift is not None and usual:
+            for one in given:
+                if one.index == 0:  # each prompt once
+                    model.drift.observe(one.verdict, one.caller)
+        if self.store is not None:
+            self.store.note(given)
 
     async def prepare(self, request: Request, bulk: Bulk, resolve: Callable[[], Resolved]) -> Resolved:
         """Returns the resolved request, charged to its key. resolve: runs off the event loop.
@@ -125,10 +209,14 @@ def services_of(request: Request) -> Services:
     """Returns the services, with those models alone that the request's key may ask for."""
     services = cast(LifespanState, request.state)["services"]
     key: Key | None = request.state.key
+    pinned = request.headers.get(PIN)
+    if pinned is not None:
+        services = replace(services, pinned=pinned)
     if key is None or key.models is None:
         return services
-    allowed = {name: model for name, model in services.models.items() if name in key.models}
-    return replace(services, models=allowed)
+    return replace(
+        services, slots={name: slot for name, slot in services.slots.items() if name in key.models}
+    )
 
 
 InjectedServices = Annotated[Services, Depends(services_of)]

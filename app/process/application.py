@@ -14,11 +14,9 @@ from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry
 from starlette.middleware.cors import CORSMiddleware
 
-from candor.app.answering.decisions import DecisionResolver, DecisionService
+from candor.app.answering.decisions import DecisionResolver
 from candor.app.answering.escalation import Escalation, upstream_of
 from candor.app.answering.preparing import Preparing
-from candor.app.answering.request import gates_of
-from candor.app.answering.scoring import Scorer
 from candor.app.answering.waiting import EngineWatch
 from candor.app.edge import errors
 from candor.app.edge.connections import Connections, most_connections
@@ -26,21 +24,32 @@ from candor.app.edge.keys import KeyRing
 from candor.app.edge.limits import Admission, RateLimit
 from candor.app.edge.middleware import BodyLimit, Gate, HeadAsGet, Hosts, RequestId
 from candor.app.edge.quotas import Quotas
-from candor.app.edge.routes import answers, decisions, feedback, operations, reliability, served, surface
+from candor.app.edge.routes import (
+    answers,
+    decisions,
+    feedback,
+    operations,
+    reliability,
+    review,
+    served,
+    surface,
+)
 from candor.app.edge.routes.console import Console
 from candor.app.edge.routes.documented import ERRORS
-from candor.app.edge.services import LifespanState, ServedModel, Services
-from candor.app.feedback import FeedbackStore
+from candor.app.edge.services import PIN, LifespanState, Services
 from candor.app.process.backend import Backend
 from candor.app.process.ending import Leaving
 from candor.app.process.processors import EngineProcessors
+from candor.app.process.promoted import Promotions
+from candor.app.process.renewal import Renewal
 from candor.app.process.selftest import SelfTest
 from candor.app.process.settings import Settings
+from candor.app.store.drawing import Drawing
+from candor.app.store.store import Keeping, VerdictStore
 from candor.app.telemetry.audit import AuditLog
 from candor.app.telemetry.health import ServerMetrics
 from candor.app.telemetry.metrics import Metrics
 from candor.app.telemetry.tracing import Traced, exemplar
-from candor.policy.certificate import RuleKind
 
 _PREPARED_AT_ONCE = 1 << 21
 """Characters that wait to be tokenised; a second or two of one processor's work."""
@@ -71,7 +80,7 @@ def create_app(
     `protocol` to uvicorn.
     Raises Refused if the settings ask for an alpha that the bundle does not have or an upstream that cannot be asked,
     and KeyFileError, QuotaFileError,
-    AuditFileError or FeedbackFileError for a file that cannot be used.
+    AuditFileError or StoreError for a file that cannot be used.
     """
     keys = KeyRing(settings.keys, settings.keys_grace_s) if settings.keys else None
     weights = keys.weights if keys else dict
@@ -86,7 +95,11 @@ def create_app(
     backends = {first: backend} | {one.bundle.manifest.name: one for one in backend.adapted}
     resolvers = {name: DecisionResolver(one, settings) for name, one in backends.items()}
     selftests = {name: SelfTest(one) for name, one in backends.items()}
-    store = FeedbackStore(settings.feedback) if settings.feedback else None
+    store = _store(settings)
+    if store is not None:
+        held = store
+        health.watch_store(lambda: held.behind, lambda: held.lost)
+    promotions = backend.promotions or Promotions.beside(settings.bundle)
     upstream = upstream_of(settings)
 
     @asynccontextmanager
@@ -102,40 +115,33 @@ def create_app(
         instruments = Metrics(registry, first, **traces)
         admission = Admission(settings.max_in_flight, settings.max_in_flight_tokens, weights)
         escalation = Escalation(settings, upstream, quotas, instruments) if upstream else None
-        scorers: list[Scorer] = []
-        models: dict[str, ServedModel] = {}
-        for name, one in backends.items():
-            bundle, metrics = one.bundle, instruments.of(name)
-            gates = gates_of(bundle, settings)
-            metrics.describe(bundle, settings.estimator, gates)
-            scorer = Scorer(bundle, settings.estimator, settings.scoring_timeout_s, gates)
-            scorers.append(scorer)
-            await scorer.warm_up()
-            policy = bundle.manifest.policy
-            cascade = bundle.manifest.cascade if gates else None
-            escalates = escalation.of(cascade, metrics) if escalation else None
-            service = DecisionService(
-                one.engine, policy, scorer, admission, metrics, watch, tracer, escalates
-            )
-            rule: RuleKind = "two-gates" if gates else "sdm"
-            models[name] = ServedModel(name, bundle, rule, resolvers[name], service, selftests[name], metrics)
+        renewal = Renewal(settings, promotions, instruments, admission, watch, store, tracer, escalation)
+        slots = {
+            name: await renewal.begin(name, one, resolvers[name], selftests[name])
+            for name, one in backends.items()
+        }
+        certificates = await renewal.watch_certificates(slots)
         services = Services(
             engine=backend.engine,
-            models=models,
+            slots=slots,
             admission=admission,
             token_rate=RateLimit(settings.tokens_per_minute, "tokens"),
             quotas=quotas,
             preparing=Preparing(_PREPARED_AT_ONCE, admission.alone),
             leaving=leaving,
             watch=watch,
-            feedback=store,
+            store=store,
             surface=await surface.start(backend, first),
+            certificates=certificates,
             metrics=instruments,
             estimator=settings.estimator,
             request_timeout_s=settings.request_timeout_s,
             started=int(time.time()),
+            renewal=renewal,
         )
         running = [asyncio.create_task(work) for work in (watch.run(), quotas.run(), health.run(watch))]
+        if certificates is not None:
+            running.append(asyncio.create_task(certificates.run()))
         try:
             yield {"services": services}
         finally:
@@ -144,8 +150,7 @@ def create_app(
             services.preparing.close()
             await asyncio.to_thread(quotas.write)
             await asyncio.to_thread(audit.close)
-            for scorer in scorers:
-                scorer.close()
+            await renewal.close()
             if store is not None:
                 await store.close()
             if escalation is not None:
@@ -158,7 +163,7 @@ def create_app(
     turned_away: dict[int | str, dict[str, Any]] = (
         {status: ERRORS[status] for status in (401, 403)} if keys else {}
     )
-    for module in (answers, decisions, surface, reliability, feedback, served, operations):
+    for module in (answers, decisions, surface, reliability, feedback, review, served, operations):
         app.include_router(module.router, dependencies=keyed, responses=turned_away)
     app.mount("/console", Console(), name="console")
     errors.install(app)
@@ -176,10 +181,24 @@ def create_app(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id", "x-request-timeout"],
+            allow_headers=["authorization", "content-type", "x-request-id", "x-request-timeout", PIN],
             expose_headers=["x-request-id", "x-sdm-region", "x-sdm-abstained", "x-sdm-bundle", "retry-after"],
         )
     app.add_middleware(RequestId, leaving=leaving, audit=audit, log_bodies=settings.log_bodies)
     if tracer is not None:
         app.add_middleware(Traced, tracer=tracer)
     return app
+
+
+def _store(settings: Settings) -> VerdictStore | None:
+    if settings.store is None:
+        return None
+    return VerdictStore(
+        settings.store,
+        settings.store_spool,
+        drawing=Drawing(settings.audit_share, settings.audit_by),
+        keeping=Keeping(
+            settings.keep_texts, settings.keep_states, settings.keep_days, settings.store_verdicts
+        ),
+        most_spooled_bytes=settings.store_spool_bytes,
+    )

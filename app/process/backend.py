@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from candor.app.answering.request import certified_alphas, default_alpha
 from candor.app.edge.limits import Refused
+from candor.app.process.promoted import Promotions
 from candor.engine.base import Engine, EngineError
-from candor.model_store.bundle import Bundle, load_bundle
-from candor.model_store.identity import check_identity, check_model, check_options
+from candor.model_store.bundle import Bundle
+from candor.model_store.identity import check_identity, check_model, check_options, require_successor
+from candor.model_store.signing import load_signed
 
 if TYPE_CHECKING:
     from candor.app.process.settings import Settings
@@ -26,12 +28,58 @@ class Backend:
     """An engine with its bundle. It owns the engine: the holder of the backend closes it.
 
     adapted: one backend per LoRA adapter, with the adapter's bundle; they share the engine and close with it.
+    path: the bundle's directory; None: the configured one. shadow: directory and bundle that scores its answers too.
+    promotions: what was promoted before; None: nothing was asked.
     """
 
     engine: Engine
     chat: ChatFormat
     bundle: Bundle
     adapted: tuple[Backend, ...] = ()
+    path: Path | None = None
+    shadow: tuple[Path, Bundle] | None = None
+    promotions: Promotions | None = None
+
+
+@dataclass(frozen=True)
+class Bundles:
+    """What is to be served, read before an engine starts. first, adapted, shadow: directory and bundle each."""
+
+    promotions: Promotions
+    first: tuple[Path, Bundle]
+    adapted: tuple[tuple[Path, Bundle], ...] = ()
+    shadow: tuple[Path, Bundle] | None = None
+
+    @classmethod
+    def read(cls, settings: Settings, adapted: Sequence[Path] = ()) -> Bundles:
+        """Reads what is configured, or was promoted in its place. adapted: the adapters' bundles.
+
+        Raises BundleError, PromotedFileError, or Refused where a bundle lacks what the settings ask for.
+        """
+        promotions = Promotions.beside(settings.bundle)
+
+        def served(configured: Path) -> tuple[Path, Bundle]:
+            path = promotions.serving(configured)
+            return path, _load(path, settings)
+
+        first, *others = (served(path) for path in (settings.bundle, *adapted))
+        read = cls(promotions, first, tuple(others))
+        if settings.shadow is None:
+            return read
+        shadow = _load(settings.shadow, settings)
+        require_successor(read.shadowed_by(shadow), shadow)
+        return replace(read, shadow=(settings.shadow, shadow))
+
+    def shadowed_by(self, shadow: Bundle) -> Bundle:
+        """Returns the bundle whose answers the shadow scores too: the one of its name. Raises Refused."""
+        for _, bundle in (self.first, *self.adapted):
+            if bundle.manifest.name == shadow.manifest.name:
+                return bundle
+        names = ", ".join(bundle.manifest.name for _, bundle in (self.first, *self.adapted))
+        raise Refused(
+            f"CANDOR_SHADOW: expected a bundle named as one that is served ({names}), got {shadow.manifest.name}",
+            "CANDOR_SHADOW",
+        )
 
 
 async def start_backend(
@@ -46,15 +94,18 @@ async def start_backend(
     from candor.engine.prompt import ChatFormat
     from candor.engine.settings import EngineSettings
 
-    bundle = _load(settings.bundle, settings)
+    read = Bundles.read(settings, [path for _, path in adapters])
+    bundle = read.first[1]
     check_options(bundle, vllm or {})
-    adapted = [(adapter, _load(path, settings)) for adapter, path in adapters]
-    names = [settings.served_model_name or bundle.manifest.name, *(one.manifest.name for _, one in adapted)]
+    names = [
+        settings.served_model_name or bundle.manifest.name,
+        *(one.manifest.name for _, one in read.adapted),
+    ]
     if len(set(names)) < len(names):
         raise Refused(f"each model served needs a name of its own, got {', '.join(names)}", "model")
     logger.info("starting engine=%s model=%s", settings.engine, settings.model)
     chat = ChatFormat.from_directory(settings.model)
-    for one in (bundle, *(other for _, other in adapted)):
+    for _, one in (read.first, *read.adapted, *([read.shadow] if read.shadow else [])):
         chat.check(one.manifest.policy.conversations.template_arguments)
         check_model(one, settings.model, chat, settings.max_model_len, vllm or {})
     engine = await start_engine(
@@ -75,22 +126,28 @@ async def start_backend(
         chat,
     )
     try:
-        check_identity(engine, bundle)
         others = []
-        for adapter, one in adapted:
+        for (adapter, _), (path, one) in zip(adapters, read.adapted, strict=True):
             # vLLM only: other engines refuse adapters.
             adapted_engine = cast(Any, engine).with_adapter(adapter, one.manifest.representation)
-            check_identity(adapted_engine, one)
-            others.append(Backend(adapted_engine, chat, one))
+            others.append(_backend(adapted_engine, chat, path, one, read))
+        return replace(_backend(engine, chat, *read.first, read), adapted=tuple(others))
     except EngineError:
         await engine.close()
         raise
-    return Backend(engine, chat, bundle, tuple(others))
+
+
+def _backend(engine: Engine, chat: ChatFormat, path: Path, bundle: Bundle, read: Bundles) -> Backend:
+    """Raises IdentityMismatch where the bundle, or the one that shadows it, was not made for the engine's model."""
+    shadow = read.shadow if read.shadow and read.shadowed_by(read.shadow[1]) is bundle else None
+    for one in (bundle, *([shadow[1]] if shadow else [])):
+        check_identity(engine, one)
+    return Backend(engine, chat, bundle, path=path, shadow=shadow, promotions=read.promotions)
 
 
 def _load(path: Path, settings: Settings) -> Bundle:
     """Loads a bundle. Raises Refused, before the slow engine start, if it lacks what the settings ask for."""
-    bundle = load_bundle(path)
+    bundle = load_signed(path, settings.bundle_key)
     default_alpha(settings.alpha, bundle.manifest.alphas)
     certified_alphas(bundle, settings)
     alphas = ",".join(map(str, bundle.manifest.alphas))

@@ -31,12 +31,13 @@ from candor.app.edge.connections import KEEP_ALIVE_S
 from candor.app.edge.keys import KeyFileError, read_keys
 from candor.app.edge.limits import Refused
 from candor.app.edge.quotas import QuotaFileError
-from candor.app.feedback import FeedbackFileError
 from candor.app.process.application import create_app
 from candor.app.process.backend import Backend, start_backend
 from candor.app.process.ending import Leaving, ending_children
+from candor.app.process.promoted import PromotedFileError
 from candor.app.process.selftest import SelfTest
 from candor.app.process.settings import LOOPBACK, Settings
+from candor.app.store.records import StoreError
 from candor.app.telemetry.audit import AuditFileError
 from candor.app.telemetry.tracing import tracer_from_environment
 from candor.engine.base import EngineError
@@ -54,10 +55,11 @@ _FORESEEN = (
     AuditFileError,
     BundleError,
     EngineError,
-    FeedbackFileError,
     KeyFileError,
+    PromotedFileError,
     QuotaFileError,
     Refused,
+    StoreError,
 )
 
 

@@ -33,6 +33,16 @@ class Settings(BaseSettings):
 
     model: Path = Field(description="Directory of the model: config.json, safetensors files, tokenizer.")
     bundle: Path = Field(description="Directory of the bundle that was calibrated for this model.")
+    shadow: Path | None = Field(
+        default=None,
+        description="Directory of a second bundle of the same name that scores each answer too, once it is sent, and "
+        "decides nothing. It can be promoted.",
+    )
+    bundle_key: Path | None = Field(
+        default=None,
+        description="Public key in PEM format. With it, a bundle is served, shadows or is promoted only if it was "
+        "signed with the private one (`candor bundle sign`).",
+    )
     host: str = Field(
         default="127.0.0.1",
         description="Address to listen on. Without keys, only a loopback address is allowed.",
@@ -126,6 +136,11 @@ class Settings(BaseSettings):
         default=False,
         description="Withhold every answer that no certificate covers, whatever a request asks for, in every "
         "mode, stream and route.",
+    )
+    on_suspended: Literal["annotate", "abstain"] = Field(
+        default="annotate",
+        description="Where audits suspend a certificate: `annotate` says so beside each answer, `abstain` also lets "
+        "nothing through at its alpha.",
     )
     refusal_text: str = Field(
         default="I do not know this reliably enough to answer.",
@@ -225,10 +240,45 @@ class Settings(BaseSettings):
         "`x-request-timeout` asks for fewer.",
     )
 
-    feedback: Path | None = Field(
+    store: str | None = Field(
         default=None,
-        description="SQLite file of verdicts and the feedback on them. Without it, the server takes no "
-        "feedback.",
+        description="Store of verdicts and labels: an SQLite file, or the URL of a PostgreSQL database. Without it, "
+        "the server takes no feedback and no certificate is watched.",
+    )
+    store_spool: Path | None = Field(
+        default=None,
+        description="File on this machine's disk for what comes while the store cannot be written. Without it, "
+        "beside the SQLite file; PostgreSQL needs one.",
+    )
+    store_spool_bytes: PositiveInt = Field(
+        default=1 << 28, description="Maximum bytes of the spool; beyond it, feedback gets 503."
+    )
+    store_verdicts: PositiveInt = Field(
+        default=1_000_000,
+        description="Verdicts kept in the store; beyond it, the oldest go that were neither drawn for an audit nor "
+        "labelled.",
+    )
+    keep_texts: Literal["none", "drawn", "all"] = Field(
+        default="none",
+        description="Answers whose conversation and text the store keeps: `none`, those `drawn` for an audit, or "
+        "`all`.",
+    )
+    keep_states: Literal["none", "drawn", "all"] = Field(
+        default="none", description="Answers whose states (h and the prompt's) the store keeps, likewise."
+    )
+    keep_days: PositiveFloat = Field(
+        default=30.0, description="Days after which kept texts, states and comments are deleted."
+    )
+    audit_share: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="Share of answers drawn for an audit, whose labels watch the certificates.",
+    )
+    audit_by: Literal["share", "doubt"] = Field(
+        default="share",
+        description="Probability with which an answer is drawn: `share` for all alike, or by `doubt`, more often "
+        "where its own probability is less sure.",
     )
     log_format: Literal["text", "json"] = Field(
         default="text", description="Format of the log: `text` for people, `json` for one object per line."

@@ -34,6 +34,14 @@ class ServerMetrics:
         self._keys = Gauge(
             "candor_keys_stale_seconds", "Seconds for which the keys could not be read.", registry=registry
         )
+        self._behind = Gauge(
+            "candor_store_behind", "Whether verdicts or labels wait for the store.", registry=registry
+        )
+        self._lost = Gauge(
+            "candor_store_verdicts_lost",
+            "Verdicts that neither store nor spool could take.",
+            registry=registry,
+        )
         self._lag = Gauge(
             "candor_event_loop_lag_seconds",
             "Longest wait for the event loop in the last quarter of a minute.",
@@ -52,6 +60,11 @@ class ServerMetrics:
 
     def watch_keys(self, stale_s: Callable[[], float]) -> None:
         self._keys.set_function(stale_s)
+
+    def watch_store(self, behind: Callable[[], bool], lost: Callable[[], int]) -> None:
+        """behind: whether something waits to be written. lost: verdicts that could not be kept."""
+        self._behind.set_function(behind)
+        self._lost.set_function(lost)
 
     def refused_connection(self, cause: str) -> None:
         self._connections.labels(cause).inc()

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable
 from copy import copy
+from itertools import product
+from math import log10
 from typing import get_args
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
@@ -19,10 +21,14 @@ from prometheus_client.exposition import choose_encoder
 
 from candor.app.answering.escalation import OUTCOMES, Outcome
 from candor.app.answering.scoring import Cause
+from candor.app.answering.shadow import DECISIONS, SHADOW_DECISIONS, Decision, ShadowDecision
+from candor.app.store.records import Judged
 from candor.model_store.bundle import Bundle
 from candor.policy.certificate import EstimatorKind
 from candor.policy.decision import REGION_OF, RegionName, Verdict
+from candor.policy.drift import PROMPTS_PER_FALSE_ALARM
 from candor.policy.judging import TwoGates
+from candor.policy.monitor import Standing, StandingName
 
 # Buckets are finer where the calibrated accuracies lie.
 _PROBABILITIES = (
@@ -48,6 +54,12 @@ _PROBABILITIES = (
 # d is uniform if answers resemble the calibration's, but the smallest quantiles matter most.
 _QUANTILES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _COUNTS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
+_JUDGED = (
+    ("high", "answered", "true"),
+    ("high", "answered", "false"),
+    *((region, "abstained", "false") for region in get_args(RegionName)),
+)
+"""Region, decision and whether a certificate covers it: as far as a verdict can have them."""
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
@@ -67,6 +79,7 @@ class Metrics:
         self._exemplar = exemplar
         self._model = model_name
         self._answer_tokens = 0.0
+        self._described: dict[str, list[tuple[Gauge, tuple[str, ...]]]] = {}  # gauges of each model's bundle
         label = ("model_name",)
         self._answers = Counter(
             "sdm_answers",
@@ -144,9 +157,40 @@ class Metrics:
         )
         self._feedback = Counter(
             "sdm_feedback",
-            "Labels that came back for answers given, by the verdict's region.",
-            (*label, "region", "correct"),
+            "Labels that clients sent for answers given, by the verdict.",
+            (*label, "region", "decision", "certified", "correct"),
             registry=registry,
+        )
+        certificate = (*label, "rule", "alpha")
+        self._standing = Gauge(
+            "sdm_certificate_standing",
+            "1 for how the certificate stands after audits: upheld, suspended or renewed.",
+            (*certificate, "standing"),
+            registry=registry,
+        )
+        self._evidence = Gauge(
+            "sdm_certificate_evidence",
+            "log10 of the evidence against a certificate (alarm), and for it anew (renewal).",
+            (*certificate, "direction"),
+            registry=registry,
+        )
+        self._threshold = Gauge(
+            "sdm_certificate_threshold", "log10 at which either is shown.", certificate, registry=registry
+        )
+        self._audits = Gauge(
+            "sdm_certificate_audits",
+            "Drawn answers that a certificate covers: right, wrong, or open, without a label.",
+            (*certificate, "label"),
+            registry=registry,
+        )
+        self._drift = Gauge(
+            "sdm_prompt_drift_evidence",
+            "log10 of the evidence that prompts changed, by key; of all keys where it is empty.",
+            (*label, "key"),
+            registry=registry,
+        )
+        self._drift_threshold = Gauge(
+            "sdm_prompt_drift_threshold", "log10 at which it is shown.", label, registry=registry
         )
         self._reference = Gauge(
             "sdm_reference_abstention_ratio",
@@ -157,6 +201,18 @@ class Metrics:
         self._reference_ood = Gauge(
             "sdm_reference_ood_ratio",
             "Share of answers out of distribution that calibration measured on held-out prompts.",
+            label,
+            registry=registry,
+        )
+        self._shadow = Counter(
+            "sdm_shadow",
+            "Answers that a shadowing bundle scored too, by the decision on them (old) and its own (new).",
+            (*label, "old", "new"),
+            registry=registry,
+        )
+        self._shadow_dropped = Counter(
+            "sdm_shadow_dropped",
+            "Answers that a shadowing bundle did not score, for too many waited for it.",
             label,
             registry=registry,
         )
@@ -173,26 +229,49 @@ class Metrics:
         other._model = model_name
         return other
 
-    def describe(self, bundle: Bundle, estimator: EstimatorKind, gates: TwoGates | None = None) -> None:
-        """Sets the gauges of the bundle, and starts all counters and histograms at 0. gates: if two gates judge."""
+    def expect(self, gates: TwoGates | None) -> None:
+        """Says by what answers are judged that these metrics count. gates: None if a region judges."""
         self._answer_tokens = gates.terms.tokens if gates else 0.0
+
+    def describe(self, bundle: Bundle, estimator: EstimatorKind, gates: TwoGates | None = None) -> None:
+        """Sets the gauges of the bundle in place of an earlier one's, and starts counters and histograms that are new
+        at 0. gates: if two gates judge."""
+        for gauge, labels in self._described.pop(self._model, ()):
+            gauge.remove(*labels)
         self._tokens_saved.labels(self._model)
         for alpha in bundle.manifest.alphas:
-            self._bundle_info.labels(self._model, bundle.digest, str(alpha)).set(1)
+            self._set(self._bundle_info, 1, bundle.digest, str(alpha))
         reference = "reference_abstention_ratio" + ("_of_rule" if gates else "")
         if gates or estimator == "lower":  # calibration measures the abstentions of these only
             for alpha_name, ratio in bundle.report.get(reference, {}).items():
-                self._reference.labels(self._model, alpha_name).set(ratio)
+                self._set(self._reference, ratio, alpha_name)
         for label, size in Tally(one.label for one in bundle.exemplars).items():
-            self._support_size.labels(self._model, str(label)).set(size)
+            self._set(self._support_size, size, str(label))
         held_out = bundle.report.get("held_out", {})
         if gates:
             known = next(iter(held_out.get("rule", {}).values()), None)
             if known is not None:
-                self._reference_ood.labels(self._model).set(1 - known["known"]["value"])
+                self._set(self._reference_ood, 1 - known["known"]["value"])
         elif (ood := held_out.get("ood")) is not None:
-            self._reference_ood.labels(self._model).set(ood["value"])
+            self._set(self._reference_ood, ood["value"])
         self._begin(bundle.manifest.alphas)
+
+    def _set(self, gauge: Gauge, value: float, *labels: str) -> None:
+        gauge.labels(self._model, *labels).set(value)
+        self._described.setdefault(self._model, []).append((gauge, (self._model, *labels)))
+
+    def begin_shadow(self) -> None:
+        """Starts the counters of a shadowing bundle at 0."""
+        self._shadow_dropped.labels(self._model)
+        for old, new in product(DECISIONS, SHADOW_DECISIONS):
+            self._shadow.labels(self._model, old, new)
+
+    def shadowed(self, decisions: tuple[Decision, ShadowDecision] | None) -> None:
+        """Counts an answer that a shadowing bundle scored too, by both decisions; None: it was dropped."""
+        if decisions is None:
+            self._shadow_dropped.labels(self._model).inc()
+        else:
+            self._shadow.labels(self._model, *decisions).inc()
 
     def _begin(self, alphas: Iterable[float]) -> None:
         for alpha in map(str, alphas):
@@ -201,9 +280,9 @@ class Metrics:
                 self._answers.labels(self._model, alpha, region, "abstained", reason)
         for cause in get_args(Cause):
             self._scoring_failures.labels(self._model, cause)
-        for region in get_args(RegionName):
+        for region, decision, certified in _JUDGED:
             for correct in ("true", "false"):
-                self._feedback.labels(self._model, region, correct)
+                self._feedback.labels(self._model, region, decision, certified, correct)
         for histogram in (
             self._probability,
             self._distance_quantile,
@@ -244,6 +323,28 @@ class Metrics:
     def scoring_failed(self, cause: str) -> None:
         self._scoring_failures.labels(self._model, cause).inc()
 
+    def feedback(self, judged: Judged, correct: bool) -> None:
+        """Counts the first thumb that arrives for an answer. Those of answers let through and withheld stay apart."""
+        decision = "abstained" if judged.abstained else "answered"
+        flags = (str(flag).lower() for flag in (judged.covered, correct))
+        self._feedback.labels(self._model, judged.region, decision, *flags).inc()
+
+    def stands(self, rule: str, alpha: float, standing: Standing) -> None:
+        """Sets how a certificate stands."""
+        certificate = (self._model, rule, str(alpha))
+        for name in get_args(StandingName):
+            self._standing.labels(*certificate, name).set(name == standing.name)
+        for direction in ("alarm", "renewal"):
+            self._evidence.labels(*certificate, direction).set(getattr(standing, direction))
+        self._threshold.labels(*certificate).set(standing.threshold)
+        for label in ("right", "wrong", "open"):
+            self._audits.labels(*certificate, label).set(getattr(standing, label))
+
+    def drift(self, key: str, evidence: float) -> None:
+        """Sets the evidence, log10, that the prompts of a key changed."""
+        self._drift.labels(self._model, key).set(evidence)
+        self._drift_threshold.labels(self._model).set(log10(PROMPTS_PER_FALSE_ALARM))
+
     def escalates(self, level: Callable[[], int]) -> None:
         """Starts the instruments of escalation at 0. level: of the circuit, asked at each scrape."""
         self._escalation_circuit.labels(self._model).set_function(level)
@@ -263,10 +364,6 @@ class Metrics:
         """Counts what the other model says that an answer cost."""
         self._escalation_tokens.labels(self._model, "prompt").inc(prompt or 0)
         self._escalation_tokens.labels(self._model, "completion").inc(completion or 0)
-
-    def feedback(self, region: str, correct: bool) -> None:
-        """Counts the first label that arrives for an answer."""
-        self._feedback.labels(self._model, region, str(correct).lower()).inc()
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Returns the page for a scraper's Accept header, and its content type.

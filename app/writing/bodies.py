@@ -293,7 +293,7 @@ def verdict_result(
         **{name: None if figures is None else getattr(figures, name) for name in _FIGURES},
         rule=None if rule is None else ShownRule(**vars(rule)),
         calibrated=verdict.calibrated,
-        certificate=None if certificate is None else ShownCertificate.of(certificate),
+        certificate=None if certificate is None else ShownCertificate.of(certificate, judged.standing),
         attempts=attempts,
         escalated=None if escalated is None else _shown(escalated),
         exemplars=[

@@ -192,14 +192,51 @@ def calibration() -> list[Panel]:
             steps={"blue": 1},
         ),
         lines(
-            "Accuracy by region, from feedback",
-            "Share of answers of the last seven days that feedback calls correct, and the lowest alpha, which "
-            "`high` promises. Feedback is seldom a random sample: read it with the number of answers behind it.",
-            "CandorAccuracyLow",
+            "Evidence on certificates, from audits",
+            "log10 of the evidence against each certificate (alarm) and for it anew (renewal). Either is shown where "
+            "it reaches the threshold, whenever one looks: the certificate is then suspended, or renewed.",
+            "CandorCertificateSuspended",
             {
-                "{{model_name}}: {{region}}": f"model_region:sdm_feedback_accuracy:ratio7d{{{MODEL}}}",
-                "{{model_name}}: alpha": f"model:sdm_alpha:min{{{MODEL}}}",
+                f"{{{{model_name}}}} {{{{alpha}}}}: {direction}": "max by (model_name, alpha) "
+                f'(sdm_certificate_evidence{{{MODEL}, direction="{direction}"}})'
+                for direction in ("alarm", "renewal")
+            }
+            | {
+                "{{model_name}} {{alpha}}: threshold": "max by (model_name, alpha) "
+                f"(sdm_certificate_threshold{{{MODEL}}})"
             },
+            unit="none",
+            steps={"red": 1.3},
+        ),
+        lines(
+            "Audits by label",
+            "Drawn answers that a certificate covers. Open ones wait for a reviewer; until then they count as right "
+            "for the alarm and as wrong for the renewal.",
+            "CandorCertificateSuspended",
+            {
+                "{{alpha}}: {{label}}": f"max by (model_name, alpha, label) (sdm_certificate_audits{{{MODEL}}})",
+                "suspended": f'max(sdm_certificate_standing{{{MODEL}, standing="suspended"}})',
+            },
+            unit="none",
+        ),
+        lines(
+            "Evidence that prompts changed",
+            "log10, of all prompts and of each key's own, by the gate's ranks. The threshold is reached falsely no "
+            "more than once in 100,000 prompts.",
+            "CandorPromptDrift",
+            {
+                "{{model_name}}: {{key}}": f"max by (model_name, key) (sdm_prompt_drift_evidence{{{MODEL}}})",
+                "{{model_name}}: threshold": f"max by (model_name) (sdm_prompt_drift_threshold{{{MODEL}}})",
+            },
+            unit="none",
+            steps={"orange": 5},
+        ),
+        lines(
+            "Share that clients call correct",
+            "Of the last seven days' feedback, answers let through and withheld apart. Whoever sends it chose "
+            "himself: it is no sample, moves no certificate, and sets off no alert.",
+            "Calibration",
+            {"{{model_name}}: {{decision}}": f"model_decision:sdm_feedback_accuracy:ratio7d{{{MODEL}}}"},
             unit="percentunit",
             steps={"blue": 0.9},
             share=True,

@@ -30,7 +30,7 @@ import uvicorn
 from opentelemetry.trace import Tracer
 
 from candor.app.process.application import create_app
-from candor.app.process.backend import Backend
+from candor.app.process.backend import Backend, Bundles
 from candor.app.process.server import uvicorn_config
 from candor.app.process.settings import Settings
 from candor.engine.base import (
@@ -457,6 +457,14 @@ def running(
 ) -> Iterator[Running]:
     """A server in a thread; afterwards, everything that the engine was asked for must have ended."""
     backend = Backend(engine, chat or LetterFormat(), bundle, tuple(adapted))  # type: ignore[arg-type]
+    with listening(engine, backend, settings, tracer) as server:
+        yield server
+
+
+@contextmanager
+def listening(
+    engine: ScriptedEngine, backend: Backend, settings: Settings, tracer: Tracer | None = None
+) -> Iterator[Running]:
     ended = threading.Event()
     app = create_app(settings, backend, ended.set, tracer)
     server = uvicorn.Server(uvicorn_config(app, settings.model_copy(update={"drain_timeout_s": 2})))
@@ -505,6 +513,28 @@ def serve(engine: ScriptedEngine, bundle: Bundle) -> Serve:
         return running(
             engine, served, make_settings(**{"engine_check_interval_s": 0.02, **given}), tracer, adapted, chat
         )
+
+    return start
+
+
+@pytest.fixture
+def serve_from(engine: ScriptedEngine) -> Serve:
+    """`with serve_from(directory, shadow=other) as server`: reads bundles from the disk as a server does at start."""
+
+    def start(directory: Path, **given: Any) -> AbstractContextManager[Running]:
+        settings = make_settings(bundle=directory, engine_check_interval_s=0.02, **given)
+        read = Bundles.read(settings)
+        path, bundle = read.first
+        backend = Backend(
+            engine,
+            LetterFormat(),  # type: ignore[arg-type]
+            bundle,
+            path=path,
+            shadow=read.shadow,
+            promotions=read.promotions,
+        )
+        engine.closed = False
+        return listening(engine, backend, settings)
 
     return start
 
@@ -616,3 +646,14 @@ def start_scripted(identity: ModelIdentity, bundle: Bundle) -> Callable[..., Abs
         return running(scripted(identity, bundle), bundle, make_settings(**given))
 
     return start
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A real PostgreSQL (tests/app/postgres.py); `.database()` makes a database and returns its URL."""
+    made = runpy.run_path(str(Path(__file__).with_name("postgres.py")))
+    try:
+        with made["running"]() as server:
+            yield server
+    except LookupError as error:
+        pytest.skip(str(error))

@@ -86,12 +86,12 @@ def fuzzed(
         return Fuzzed(url, secret, model["id"], alphas, ask(url, "/openapi.json"))
 
     if VLLM:
-        settings = {"CANDOR_KEYS": str(folder / "keys"), "CANDOR_FEEDBACK": str(folder / "feedback.db")}
+        settings = {"CANDOR_KEYS": str(folder / "keys"), "CANDOR_STORE": str(folder / "feedback.db")}
         model = request.getfixturevalue("demo_model")
         with serving(model, ROOT / "demo/bundle", settings | {"CANDOR_EAGER": "true"}) as real:
             yield describe(real.url)
     else:
-        with start_scripted(keys=folder / "keys", feedback=folder / "feedback.db") as scripted:
+        with start_scripted(keys=folder / "keys", store=str(folder / "feedback.db")) as scripted:
             yield describe(scripted.url)
 
 

@@ -315,7 +315,9 @@ def test_scopes_of_paths() -> None:
     assert scope_of("/v1/reliability") == "answer"
     assert scope_of("/v1/reliability/feedback") == "feedback"
     assert scope_of("/debug") == "operate"
-    assert set(SCOPES) == {"answer", "feedback", "operate"}
+    assert {scope_of(f"/v1/reliability/{path}") for path in ("queue", "labels")} == {"review"}
+    assert scope_of("/v1/reliability/answers/x") == "answer"
+    assert set(SCOPES) == {"answer", "feedback", "review", "operate"}
 
 
 def test_a_key_is_not_logged(guarded: Any, secrets: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:

@@ -54,7 +54,7 @@ def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory, chromium:
     (folder / "keys").write_text(kept.line(), encoding="utf-8")
     command = [sys.executable, "-c", "from candor.app.cli import main; main()", "serve"]
     command += ["--model", str(demo_model), "--bundle", str(ROOT / "demo/bundle"), "--port", "0"]
-    settings = {"CANDOR_KEYS": str(folder / "keys"), "CANDOR_FEEDBACK": str(folder / "feedback.db")}
+    settings = {"CANDOR_KEYS": str(folder / "keys"), "CANDOR_STORE": str(folder / "feedback.db")}
     environment = {"CANDOR_ENGINE": "transformers"} | os.environ | settings | {"OMP_NUM_THREADS": "1"}
     with (folder / "log").open("w+", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)

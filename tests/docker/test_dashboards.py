@@ -114,10 +114,19 @@ def test_every_expression_finds_data(
 def _series() -> list[dict[str, str]]:
     """What a server with some traffic exposes."""
     model = {"model_name": "m"}
+    certificate = model | {"rule": "two-gates", "alpha": "0.9"}
+    evidence = [
+        ("sdm_certificate_evidence", certificate | {"direction": way}) for way in ("alarm", "renewal")
+    ]
     gauges = {
         "sdm_bundle_info": model | {"bundle": "b", "alpha": "0.9"},
         "sdm_reference_abstention_ratio": model | {"alpha": "0.9"},
         "sdm_support_size": model | {"label": "1"},
+        "sdm_certificate_threshold": certificate,
+        "sdm_certificate_audits": certificate | {"label": "right"},
+        "sdm_certificate_standing": certificate | {"standing": "suspended"},
+        "sdm_prompt_drift_evidence": model | {"key": ""},
+        "sdm_prompt_drift_threshold": model,
         "sdm_escalation_circuit": model,
         "vllm:num_requests_running": ENGINE,
         "vllm:num_requests_waiting": ENGINE,
@@ -131,7 +140,7 @@ def _series() -> list[dict[str, str]]:
         ("sdm_scoring_failures_total", model | {"cause": "timeout"}),
         ("sdm_escalations_total", model | {"outcome": "answered"}),
         ("sdm_escalation_tokens_total", model | {"kind": "prompt"}),
-        ("sdm_feedback_total", model | {"region": "high", "correct": "true"}),
+        ("sdm_feedback_total", model | {"region": "high", "decision": "answered", "correct": "true"}),
         ("vllm:prompt_tokens_total", ENGINE),
         ("vllm:generation_tokens_total", ENGINE),
         ("vllm:prefix_cache_hits_total", ENGINE),
@@ -152,7 +161,7 @@ def _series() -> list[dict[str, str]]:
     ]
     buckets = [(f"{name}_bucket", model | {"le": le}) for name in histograms for le in ("0.5", "+Inf")]
     return [
-        *(_one(name, labels, "0.5x60") for name, labels in gauges.items()),
+        *(_one(name, labels, "0.5x60") for name, labels in (*gauges.items(), *evidence)),
         *(_one(name, labels, "0+3x60") for name, labels in (*counters, *buckets)),
     ]
 

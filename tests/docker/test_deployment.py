@@ -167,7 +167,7 @@ REAL = {
         "gateway.hostnames[0]=a.example",
     ),
     "kept files": (
-        "settings.CANDOR_FEEDBACK=/state/feedback.db",
+        "settings.CANDOR_STORE=/state/store.db",
         "settings.CANDOR_AUDIT_LOG=/state/audit.jsonl",
         "extraVolumes[0].name=state",
         "extraVolumes[0].persistentVolumeClaim.claimName=state",

@@ -57,7 +57,7 @@ def watched(root: Path, demo_model: Path, tmp_path_factory: pytest.TempPathFacto
     with ExitStack() as stack:
         otlp, spans = stack.enter_context(_receiver())
         settings = {
-            "CANDOR_FEEDBACK": str(folder / "feedback.db"),
+            "CANDOR_STORE": str(folder / "feedback.db"),
             "CANDOR_EAGER": "true",
             "CANDOR_KV_CACHE_BYTES": str(1 << 28),
             "OTEL_EXPORTER_OTLP_ENDPOINT": otlp,

@@ -97,7 +97,7 @@ def test_every_package_that_is_served_with_has_a_licence(root: Path, sbom: Any) 
     assert set(listed) == {f"{one.name} {one.version}" for one in served}
     assert "not declared" not in listed.values()
     asking = {name.split()[0] for name, licence in listed.items() if re.search("GPL|Proprietary", licence)}
-    assert asking == {"intel-cmplr-lib-ur", "intel-openmp", "pycountry"}
+    assert asking == {"intel-cmplr-lib-ur", "intel-openmp", "psycopg", "psycopg-binary", "pycountry"}
 
 
 def test_the_bill_of_materials(root: Path, sbom: Any) -> None:

@@ -106,7 +106,7 @@ def start(model: Path, folder: Path, **environment: str) -> Server:
         "CANDOR_MAX_MODEL_LEN": "1024",
         "CANDOR_MAX_NUM_SEQS": "16",
         "CANDOR_MAX_IN_FLIGHT": str(FITS),
-        "CANDOR_FEEDBACK": str(folder / "feedback.db"),
+        "CANDOR_STORE": str(folder / "feedback.db"),
         "CANDOR_DRAIN_TIMEOUT_S": "60",
         "CANDOR_SHUTDOWN_DELAY_S": "2",
     }

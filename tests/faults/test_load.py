@@ -254,7 +254,7 @@ def test_sigterm_under_load(server: Any, ask_body: Any, terminate: Any, wait_unt
         thread.join(30)
     assert ended == ["data: [DONE]"] * 12
     with sqlite3.connect(server.feedback) as file:
-        kept = {row for (row,) in file.execute("SELECT id FROM feedback")}
+        kept = {row for (row,) in file.execute("SELECT id FROM thumbs")}
     file.close()
     assert set(acknowledged) <= kept
     assert not server.processes()

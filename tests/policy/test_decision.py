@@ -144,6 +144,7 @@ def test_reasons(row: Row, region: Region, expected: str | None, kind: Estimator
         (None, "high"),
         ("predicted_not_following", "high"),
         ("not_certified", "high"),
+        ("certificate_suspended", "high"),
         ("below_class_threshold", "low"),
         ("below_similarity_threshold", "low"),
         ("no_region_at_alpha", "low"),
@@ -157,7 +158,7 @@ def test_reasons(row: Row, region: Region, expected: str | None, kind: Estimator
 def test_each_reason_has_its_region(reason: Any, region: str) -> None:
     assert ({None: "high"} | REGION_OF)[reason] == region
     assert (None, *REGION_OF) == REASONS
-    assert len(REASONS) == 11
+    assert len(REASONS) == 12
 
 
 def test_the_estimator_in_force_admits() -> None:

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
+from starlette.background import BackgroundTask
 from starlette.types import Receive, Scope, Send
 
+from candor.app.answering.request import Reliability
+from candor.app.answering.scoring import ScoringRequest
 from candor.app.answering.service import SET_OFF, Answer, Piece
+from candor.app.answering.shadow import Sent
 from candor.app.answering.waiting import (
     ClientGone,
     Deadline,
@@ -29,11 +33,11 @@ from candor.app.edge.routes.documented import ERRORS, STREAMED
 from candor.app.edge.routes.either import either
 from candor.app.edge.schemas.requests import ChatCompletionRequest, CompletionRequest
 from candor.app.edge.schemas.responses import ChatCompletion, Completion
-from candor.app.edge.services import InjectedServices, Services
-from candor.app.feedback import GivenVerdict
+from candor.app.edge.services import PIN, InjectedServices, ServedModel, Services
+from candor.app.store.records import Content, GivenVerdict
 from candor.app.telemetry.audit import audited
 from candor.app.writing.bodies import ChatRenderer, CompletionRenderer, Envelope, Renderer
-from candor.engine.base import EngineError
+from candor.engine.base import EngineError, Representation
 
 logger = logging.getLogger("candor")
 router = APIRouter()
@@ -70,7 +74,7 @@ async def _respond(
     renders: type[ChatRenderer] | type[CompletionRenderer],
 ) -> Response:
     """Raises Refused, Overloaded, TooFast, DeadlineExceeded, ClientGone, or an error of the service."""
-    model = services.model(body.model)
+    model = services.model(body.model, body.reliability.bundle if body.reliability else None)
     service, resolver, watch, digest = model.service, model.resolver, services.watch, model.bundle.digest
     record = audited(request, model.name, digest)
     bulk = resolver.measure(body)
@@ -91,28 +95,70 @@ async def _respond(
 
     def note(*answers: Answer) -> None:
         given = [
-            GivenVerdict(renderer.envelope.id, answer.index, answer.judged.verdict, digest)
+            GivenVerdict(
+                renderer.envelope.id,
+                answer.index,
+                answer.judged.verdict,
+                digest,
+                model.name,
+                model.rule,
+                wanted.caller,
+                "escalated" if answer.escalated else "answer",
+                content=_content(body, answer, len(wanted.choices), model.bundle.manifest.representation),
+            )
             for answer in answers
             if answer.judged
         ]
         record.verdicts += [(one.index, one.verdict) for one in given]
         record.escalated += [answer.index for answer in answers if answer.escalated]
-        if services.feedback is not None:
-            # A label of another model's answer would be taken for one of the withheld answer.
-            services.feedback.note([one for one in given if one.index not in record.escalated])
+        services.note(model, given, usual=wanted.calibrated)
+
+    def sent(answers: Sequence[Answer]) -> None:
+        shadowed(model, envelope.id, answers, wanted.reliability)
 
     wanted = replace(wanted, deadline=deadline)
     if body.wants_stream and (wanted.reliability.escalates or not wanted.reliability.buffered):
-        chunks = _as_they_come(service.events(wanted), renderer, len(wanted.choices), note)
+        chunks = _as_they_come(service.events(wanted), renderer, len(wanted.choices), note, sent)
         return EventStream(chunks, watch, deadline.left_s)
     answers = await unless_interrupted(service.answers(wanted), request.receive, watch, deadline.left_s)
     note(*answers)
     headers = verdict_headers(answers, digest)
+    after = BackgroundTask(_call, sent, answers)
     if body.wants_stream:
         content = await asyncio.to_thread(_buffered, answers, renderer)
-        return Response(content, headers=headers, media_type=_STREAM)
+        return Response(content, headers=headers, media_type=_STREAM, background=after)
     content = await asyncio.to_thread(renderer.body, answers)
-    return Response(content, headers=headers, media_type="application/json")
+    return Response(content, headers=headers, media_type="application/json", background=after)
+
+
+async def _call(sent: Callable[[Sequence[Answer]], None], answers: Sequence[Answer]) -> None:
+    sent(answers)  # Starlette would run a plain function in a thread
+
+
+def shadowed(model: ServedModel, id: str, answers: Iterable[Answer], asked: Reliability) -> None:
+    """Has the bundle that shadows score answers too that were sent. Nobody waits for it."""
+    for one in answers:
+        if model.shadow is not None and one.judged is not None:
+            made, verdict = one.generation, one.judged.verdict
+            scoring = ScoringRequest(
+                made.hidden, asked.alpha, verdict.calibrated, asked.certified_only, 0, made.prompt
+            )
+            model.shadow.offer(Sent(id, one.index, verdict, scoring))
+
+
+def _content(
+    body: ChatCompletionRequest | CompletionRequest,
+    answer: Answer,
+    choices: int,
+    representation: Representation,
+) -> Content:
+    """Returns what the store may keep of an answer, as far as its operator wants it kept."""
+    if isinstance(body, ChatCompletionRequest):
+        conversation: list[dict[str, str]] | str = [message.to_template() for message in body.messages]
+    else:
+        conversation = body.prompt[answer.index * len(body.prompt) // choices]
+    made = answer.generation
+    return Content(conversation, made.text, made.hidden, made.prompt, representation)
 
 
 def verdict_headers(answers: Sequence[Answer], digest: str) -> Mapping[str, str]:
@@ -123,7 +169,7 @@ def verdict_headers(answers: Sequence[Answer], digest: str) -> Mapping[str, str]
     return {
         "x-sdm-region": ",".join(verdict.region for verdict in verdicts),
         "x-sdm-abstained": ",".join(str(verdict.abstained).lower() for verdict in verdicts),
-        "x-sdm-bundle": digest,
+        PIN: digest,
     }
 
 
@@ -146,6 +192,7 @@ async def _as_they_come(
     renderer: Renderer,
     choices: int,
     note: Callable[[Answer], None],
+    sent: Callable[[Sequence[Answer]], None],
 ) -> AsyncGenerator[bytes, None]:
     answers: list[Answer] = []
     unopened = set(range(choices))
@@ -165,6 +212,7 @@ async def _as_they_come(
                 chunk = renderer.replacement(event, separator) + renderer.finish(event)
             yield opening + chunk
     yield renderer.closing(sorted(answers, key=lambda answer: answer.index))
+    sent(answers)
 
 
 class EventStream(Response):

@@ -15,7 +15,7 @@ from candor.app.edge.routes.documented import ERRORS
 from candor.app.edge.schemas import decisions as schema
 from candor.app.edge.schemas.reliability import ReliabilityObject, ReliabilityResult
 from candor.app.edge.services import InjectedServices
-from candor.app.feedback import GivenVerdict
+from candor.app.store.records import GivenVerdict
 from candor.app.telemetry.audit import audited
 from candor.app.writing.bodies import fingerprint, verdict_result
 
@@ -45,10 +45,13 @@ async def decide(body: schema.DecisionRequest, request: Request, services: Injec
     response_id = f"dec-{uuid.uuid4().hex}"
     verdicts = [(at, one.judged.verdict) for at, one in enumerate(decisions) if one.judged]
     record.verdicts += verdicts
-    if services.feedback is not None:
-        services.feedback.note(
-            [GivenVerdict(response_id, at, verdict, model.bundle.digest) for at, verdict in verdicts]
+    given = [
+        GivenVerdict(
+            response_id, at, verdict, model.bundle.digest, model.name, model.rule, request.state.caller
         )
+        for at, verdict in verdicts
+    ]
+    services.note(model, given, usual=all(one.verdict.calibrated for one in given))
 
     def written() -> str:
         response = schema.DecisionResponse(

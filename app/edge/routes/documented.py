@@ -11,6 +11,7 @@ _MEANINGS = {
     401: "No key came, or an unknown one.",
     403: "The key lacks the scope for this.",
     404: "The model is not served here, or the answer is not known.",
+    409: "Another bundle answers than the one that is pinned, or the bundle is not promoted.",
     408: "The body comes too slowly.",
     413: "The body is too large.",
     429: "The key has had its share for now.",

@@ -1,4 +1,4 @@
-"""Routes that list the models, report health, load and version, and give the metrics."""
+"""Routes that list the models, report health, load and version, give the metrics, and change the bundle in use."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from candor.app.answering.waiting import seconds_for, unless_interrupted
+from candor.app.edge.parsing import BoundedRoute
 from candor.app.edge.routes.documented import ERRORS
+from candor.app.edge.schemas.bundle import shown_shadow
+from candor.app.edge.schemas.renewal import (
+    BundleInUse,
+    BundlesInUse,
+    PromoteRequest,
+    RollbackRequest,
+)
 from candor.app.edge.schemas.responses import Model, ModelList, ServedBundle
-from candor.app.edge.services import InjectedServices, ServedModel, Services
+from candor.app.edge.services import InjectedServices, ServedModel, Services, Slot
 from candor.app.process.ending import ShuttingDown
 from candor.engine.base import EngineDead
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
+_CHANGES: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (400, 404, 409, 503)}
 _UNREADY: dict[int | str, dict[str, Any]] = {503: ERRORS[503]}
 _DEEP: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (400, 401, 403, 500)}
 
@@ -77,6 +86,40 @@ async def show_metrics(request: Request, services: InjectedServices) -> Response
     """For Prometheus: this server's metrics and the engine's own."""
     content, content_type = services.metrics.exposition(request.headers.get("accept", ""))
     return Response(content, headers={"content-type": content_type})
+
+
+@router.get("/bundles")
+async def show_bundles(services: InjectedServices) -> BundlesInUse:
+    """The bundle that answers under each name, what a rollback goes back to, and what shadows."""
+    return BundlesInUse(data=[_in_use(slot) for slot in services.slots.values()])
+
+
+@router.post("/bundles/promote", responses=_CHANGES)
+async def promote_bundle(body: PromoteRequest, services: InjectedServices) -> BundleInUse:
+    """Has another bundle answer, once its model, certificates and golden prompts are found to be right. No request
+    fails or waits for it. It is kept: a restarted server answers by it too.
+    """
+    slot = services.slot(body.model)
+    await services.renewal.promote(slot, body.bundle)
+    return _in_use(slot)
+
+
+@router.post("/bundles/rollback", responses=_CHANGES)
+async def roll_back_bundle(body: RollbackRequest, services: InjectedServices) -> BundleInUse:
+    """Has the bundle answer that did before the last promotion, at once."""
+    slot = services.slot(body.model)
+    await services.renewal.roll_back(slot)
+    return _in_use(slot)
+
+
+def _in_use(slot: Slot) -> BundleInUse:
+    current, previous = slot.current, slot.previous
+    return BundleInUse(
+        model=current.name,
+        bundle=current.bundle.digest,
+        previous=previous and previous.bundle.digest,
+        shadow=shown_shadow(current.shadow),
+    )
 
 
 def _alive(services: Services) -> dict[str, str]:

@@ -7,9 +7,17 @@ from dataclasses import asdict
 from fastapi import APIRouter
 
 from candor.app.edge.routes.documented import ERRORS
-from candor.app.edge.schemas.bundle import BundleReport, CalibrationPoints, ShownCertificate, ShownRegion
+from candor.app.edge.schemas.bundle import (
+    BundleReport,
+    CalibrationPoints,
+    ShownCertificate,
+    ShownRegion,
+    ShownStanding,
+    shown_shadow,
+)
 from candor.app.edge.services import InjectedServices
 from candor.model_store.bundle import Bundle
+from candor.policy.certificate import Certificate, RuleCertificate
 
 router = APIRouter()
 
@@ -25,6 +33,11 @@ async def show_bundle(services: InjectedServices, model: str | None = None) -> B
     """The bundle in use: how it was calibrated, what that measured, and its regions. model: else the first."""
     served = services.model(model)
     bundle, manifest = served.bundle, served.bundle.manifest
+    watched: list[Certificate | RuleCertificate] = [
+        *(manifest.rule.certificates if manifest.rule else ()),
+        *manifest.certificates,
+    ]
+    standings = {one: served.standing(one) for one in watched}
     return BundleReport(
         name=manifest.name,
         bundle=bundle.digest,
@@ -37,12 +50,22 @@ async def show_bundle(services: InjectedServices, model: str | None = None) -> B
         policy=asdict(manifest.policy),
         regions=_regions(bundle),
         certificates=[
-            *(ShownCertificate.of(one) for one in (manifest.rule.certificates if manifest.rule else ())),
-            *(ShownCertificate.of(one) for one in manifest.certificates),
+            ShownCertificate.of(one, found.name if found else None) for one, found in standings.items()
+        ],
+        standings=[
+            ShownStanding(
+                rule=served.rule,
+                alpha=one.alpha,
+                standing=found.name,
+                **{name: value for name, value in vars(found).items() if name != "name"},
+            )
+            for one, found in standings.items()
+            if found is not None
         ],
         most_exemplars=served.resolver.most_exemplars,
         examples=_examples(bundle) if served.resolver.most_exemplars else [],
-        takes_feedback=services.feedback is not None,
+        takes_feedback=services.store is not None,
+        shadow=shown_shadow(served.shadow),
         report={name: value for name, value in bundle.report.items() if name not in _NOT_SHOWN},
     )
 

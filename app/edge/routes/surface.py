@@ -27,13 +27,13 @@ from candor.app.answering.service import Answer
 from candor.app.answering.waiting import Deadline, seconds_for, unless_interrupted
 from candor.app.edge.limits import Refused, at_most
 from candor.app.edge.parsing import BoundedRoute
-from candor.app.edge.routes.answers import EventStream, verdict_headers
+from candor.app.edge.routes.answers import EventStream, shadowed, verdict_headers
 from candor.app.edge.routes.documented import ERRORS, STREAMED
 from candor.app.edge.routes.either import json_object
 from candor.app.edge.schemas.reliability import ReliabilityOptions
 from candor.app.edge.schemas.requests import HARMLESS, unknown_field
 from candor.app.edge.services import InjectedServices, ServedModel, Services
-from candor.app.feedback import GivenVerdict
+from candor.app.store.records import Content, GivenVerdict
 from candor.app.telemetry.audit import audited
 from candor.app.writing.bodies import fingerprint
 from candor.app.writing.verdicts import FORMS
@@ -118,10 +118,10 @@ async def _respond(kind: Kind, body: dict[str, Any], request: Request, services:
     surface = _surface(services)
     form = FORMS[kind]
     given = body.get("model")
-    model = services.model(given if isinstance(given, str) else None)
     if isinstance(before := body.get("previous_response_id"), str):
         surface.recall(before, request.state.caller)
     asked = _options(body.pop("reliability", None))
+    model = services.model(given if isinstance(given, str) else None, asked.bundle)
     streamed = body.get("stream") is True
     reliability = model.resolver.resolve_reliability(asked, streamed=streamed)
     if reliability.escalates:
@@ -163,10 +163,23 @@ async def _respond(kind: Kind, body: dict[str, Any], request: Request, services:
         if answer_id is None:
             answer_id = name
             surface.remember(name, parsed.caller, judging)
-        given = [GivenVerdict(name, one.index, one.judged.verdict, digest) for one in unnamed if one.judged]
+        given = [
+            GivenVerdict(
+                name,
+                one.index,
+                one.judged.verdict,
+                digest,
+                model.name,
+                model.rule,
+                request.state.caller,
+                content=_content(kind, body, one, model),
+            )
+            for one in unnamed
+            if one.judged
+        ]
+        services.note(model, given, usual=all(one.verdict.calibrated for one in given))
+        shadowed(model, name, unnamed, reliability)
         unnamed.clear()
-        if services.feedback is not None:
-            services.feedback.note(given)
 
     async def encode(
         turns: Sequence[dict[str, str]], arguments: Mapping[str, Any] | None
@@ -346,6 +359,13 @@ def _options(given: Any) -> ReliabilityOptions:
             one | {"loc": ("body", "reliability", *one["loc"])} for one in error.errors(include_url=False)
         ]
         raise RequestValidationError(found) from error
+
+
+def _content(kind: Kind, body: Mapping[str, Any], answer: Answer, model: ServedModel) -> Content:
+    """Returns what the store may keep of an answer: the conversation as the client sent it."""
+    asked = body.get({"completion": "prompt", "responses": "input"}.get(kind, "messages"))
+    made = answer.generation
+    return Content(asked, made.text, made.hidden, made.prompt, model.bundle.manifest.representation)
 
 
 async def _named(

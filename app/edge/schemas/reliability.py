@@ -43,6 +43,12 @@ class ReliabilityOptions(FewFields):
     exemplars: int = Field(
         default=0, ge=0, description="How many of the nearest calibration exemplars to show."
     )
+    bundle: str | None = Field(
+        default=None,
+        pattern="^[0-9a-f]{64}$",
+        description="Digest of the bundle that is to judge. It is a 409 where another answers; so is the header "
+        "`x-sdm-bundle`.",
+    )
 
 
 class ShownExemplar(BaseModel):

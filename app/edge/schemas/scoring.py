@@ -25,6 +25,9 @@ class ScoreRequest(FewFields):
     alpha: float | None = Field(default=None, allow_inf_nan=False)
     certified: bool | None = None
     exemplars: int = Field(default=0, ge=0)
+    bundle: str | None = Field(
+        default=None, pattern="^[0-9a-f]{64}$", description="Digest of the bundle that is to judge."
+    )
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:

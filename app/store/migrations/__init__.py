@@ -1,0 +1,1 @@
+"""Alembic's migrations of the store, oldest first; a database is brought up to date when it is opened."""
