@@ -24,7 +24,7 @@ endif
 # What is imported is compiled once, not anew by each of vLLM's three processes at every start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup serve lint check test zoo gpu-check lock ages release clean
+.PHONY: setup serve lint check test zoo gpu-check reviews lock ages release clean
 
 setup: .venv/.ready $(DEMO)/config.json
 
@@ -52,6 +52,10 @@ test: check $(BASE)/config.json $(DEMO)/config.json
 # Tiny models of each family, vLLM held to transformers; hours on two cores, and a stopped run goes on.
 zoo: .venv/.dev
 	$(BIN)/python -m benchmarks.zoo --kept var/zoo.json
+
+# The second worked example, from PyPI to a bundle with a certificate and a report for people.
+reviews: .venv/.dev $(BASE)/config.json
+	$(BIN)/python -m examples.reviews --model $(BASE)
 
 # What an owner of a GPU runs once (docs/gpu.md): EXTRA=cuda.
 gpu-check: .venv/.dev $(BASE)/config.json $(DEMO)/config.json

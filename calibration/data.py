@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from candor.calibration.errors import DataError, VerifierError
-from candor.calibration.shapes import UNKNOWN, Reading, flattened, label_of, messages_of, pick
+from candor.calibration.shapes import INSTEAD, UNKNOWN, Reading, flattened, label_of, messages_of, pick
 from candor.calibration.sources import Row, Rows, kind_of, read_rows
 from candor.calibration.verifiers import as_reference, collapse, load_verifier, normalise, reference_problem
 from candor.policy.conversation import shown
@@ -143,7 +143,7 @@ def load(source: Path | str, reading: Reading | None = None) -> Loaded:
         try:
             program, flat = flattened(row)
             fields, used = pick(flat, reading)
-            seen |= dict.fromkeys(flat)
+            seen |= dict.fromkeys(name for name in flat if name not in INSTEAD.get(program or "", ()))
             record = _record(
                 fields, number, found, folder, flat, annotated=program in ("Argilla", "Label Studio")
             )

@@ -251,7 +251,8 @@ class Certifying:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The result of calibration, before anything is published. report: the bundle's report.json."""
+    """The result of calibration, before anything is published. report: the bundle's report.json. held_out: the
+    answers that `evaluation` is about."""
 
     settings: FitSettings
     fitted: Fitted
@@ -260,6 +261,7 @@ class Outcome:
     evaluation: Evaluation
     report: dict[str, Any]
     advice: Advice
+    held_out: Sequence[Labelled]
     cascade: Cascade | None = None
 
     @property
@@ -452,7 +454,7 @@ def calibrate_answers(
         report["agreement_with_people"] = certifying.agreement.to_json()
     advice = advise(fitted, fitting, evaluation, certified_gates.searches if certified_gates else None)
     report["advice"] = advice.to_json()
-    return Outcome(settings, fitted, certified, certified_gates, evaluation, report, advice)
+    return Outcome(settings, fitted, certified, certified_gates, evaluation, report, advice, reporting)
 
 
 def publish_outcome(
@@ -497,21 +499,28 @@ def publish_outcome(
     )
 
 
-async def run_evaluation(
+async def answer_sets(
     engine: Engine, chat: ChatFormat, bundle: Bundle, sets: Mapping[str, DataFile], asking: AnsweringOptions
-) -> dict[str, Evaluation]:
-    """Evaluates a bundle on named sets, at its own alphas and by its own policy.
+) -> dict[str, list[Labelled]]:
+    """Answers named sets by a bundle's own policy.
 
     engine: of the bundle's model and representation, which the caller has checked.
     Raises CalibrationError or EngineError.
     """
-    evaluations = {}
-    for name, file in sets.items():
-        answers = await answer_file(engine, chat, file, bundle.manifest.policy, asking, f"answering {name}")
-        evaluations[name] = evaluate(
-            bundle.estimator, answers, bundle.manifest.alphas, asking.seed, bundle.rule
-        )
-    return evaluations
+    return {
+        name: await answer_file(engine, chat, file, bundle.manifest.policy, asking, f"answering {name}")
+        for name, file in sets.items()
+    }
+
+
+def evaluate_sets(
+    bundle: Bundle, answers: Mapping[str, Sequence[Labelled]], seed: int = 0
+) -> dict[str, Evaluation]:
+    """Evaluates a bundle on answers to named sets, at its own alphas."""
+    return {
+        name: evaluate(bundle.estimator, some, bundle.manifest.alphas, seed, bundle.rule)
+        for name, some in answers.items()
+    }
 
 
 def require_unseen(bundle: Bundle, file: DataFile) -> None:

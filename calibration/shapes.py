@@ -34,6 +34,9 @@ _USUAL = {
     "label": ("correct", "is_correct", "verdict"),
     "options": ("choices",),
 }
+INSTEAD = {"ShareGPT": ("conversations",), "Alpaca": ("instruction", "input")}
+"""Columns by program of which other columns were made."""
+
 _ANSWERS = ("answer", "completion", "output")
 """The answer that was given where a label stands beside it, else the right one."""
 
@@ -61,10 +64,15 @@ class Reading:
     @classmethod
     def parse(cls, columns: str, verifier: str | None = None) -> Reading:
         """Reads "prompt=question, reference=answer"."""
-        pairs = [part.split("=", 1) for part in columns.split(",") if part.strip()]
-        if bad := next((pair for pair in pairs if len(pair) != 2), None):
-            raise ValueError(f"expected FIELD=COLUMN, such as prompt=question, got {bad[0].strip()!r}")
-        return cls({name.strip(): column.strip() for name, column in pairs}, verifier)
+        return cls(columns_by_field(columns), verifier)
+
+
+def columns_by_field(text: str) -> dict[str, str]:
+    """Reads "prompt=question, reference=answer". Raises ValueError."""
+    pairs = [part.split("=", 1) for part in text.split(",") if part.strip()]
+    if bad := next((pair for pair in pairs if len(pair) != 2), None):
+        raise ValueError(f"expected FIELD=COLUMN, such as prompt=question, got {bad[0].strip()!r}")
+    return {name.strip(): column.strip() for name, column in pairs}
 
 
 def flattened(row: Row) -> tuple[str | None, Row]:

@@ -263,7 +263,7 @@ def _csv(path: Path, text: str) -> tuple[str, list[tuple[int, Row]], list[str]]:
         pass
     except csv.Error as error:
         problems.append(f"line {start}: {error}: is a quotation mark unclosed?")
-    kind = {",": "CSV", "\t": "CSV with tabs"}.get(delimiter, f"CSV with {delimiter}")
+    kind = {",": "CSV", "\t": "CSV with tabs", ";": "CSV with semicolons", "|": "CSV with bars"}[delimiter]
     return kind, rows, problems
 
 

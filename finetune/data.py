@@ -1,27 +1,47 @@
-"""Reads the pairs to fine-tune on, one JSON object per line; every line is checked before training.
+"""Reads the pairs to fine-tune on; every line is checked before training.
 
-    {"id", "messages", "reference", "verifier", "positive", "negative"}
+A pair is a record as calibration reads it (`calibration.data`), of any kind of file, with two more columns:
 
-`positive` is an answer that follows the instruction, `negative` one that does not (both without the
-verification tag, which is added). `reference` and `verifier` decide whether an answer that the
-model itself generates is right (calibration.verifiers).
+    positive    an answer that follows the instruction; without one, the reference where that is a text
+    negative    one that does not
+
+Both are without the verification tag, which is added. `reference` and `verifier` decide whether an answer that the
+model itself generates is right (`calibration.verifiers`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from candor.calibration.data import parse_lines, prompt_digest, read_messages
-from candor.calibration.errors import DataError, VerifierError
-from candor.calibration.shapes import messages_of
-from candor.calibration.verifiers import load_verifier, reference_problem
+from candor.calibration.data import Loaded, Record, load, prompt_digest
+from candor.calibration.errors import DataError
+from candor.calibration.shapes import Reading, columns_by_field
+from candor.calibration.verifiers import load_verifier
 
-FIELDS = frozenset({"id", "messages", "reference", "verifier", "positive", "negative"})
-REMEDY = f"Every line is one JSON object with {', '.join(sorted(FIELDS))}. Correct these lines and run again."
+REMEDY = (
+    'A pair has "prompt" or "messages", "reference", "verifier" (or --verifier), "positive" and "negative". Columns '
+    'of other names are named by --columns, such as "prompt=question, negative=rejected". Correct these lines and '
+    "run again."
+)
+
+
+@dataclass(frozen=True)
+class PairReading:
+    """How rows are read. positive, negative: their columns; other fields as `record` says."""
+
+    record: Reading = field(default_factory=Reading)
+    positive: str | None = None
+    negative: str = "negative"
+
+    @classmethod
+    def parse(cls, columns: str, verifier: str | None = None) -> PairReading:
+        """Reads "prompt=question, reference=chosen, negative=rejected". Raises ValueError."""
+        named = columns_by_field(columns)
+        positive, negative = named.pop("positive", None), named.pop("negative", "negative")
+        return cls(Reading(named, verifier), positive, negative)
 
 
 @dataclass(frozen=True)
@@ -41,9 +61,19 @@ class Pair:
         return load_verifier(self.verifier, self.folder)(response, self.reference) is True
 
 
-def load_pairs(path: Path) -> list[Pair]:
+def load_pairs(path: Path, reading: PairReading | None = None) -> list[Pair]:
     """Reads the pairs. Raises a DataError that lists the invalid lines, or says that the file is empty."""
-    return parse_lines(path, partial(_parse, folder=path.parent), REMEDY)
+    reading = reading or PairReading()
+    loaded = load(path, reading.record)
+    pairs, problems = [], []
+    for record in loaded.records:
+        try:
+            pairs.append(_pair(record, loaded, reading))
+        except ValueError as error:
+            problems.append(f"{record.place}: {error}")
+    if problems:
+        raise DataError.from_problems(path, problems, REMEDY)
+    return pairs
 
 
 def require_apart(path: Path, pairs: Sequence[Pair], other_path: Path, others: Sequence[Pair]) -> None:
@@ -56,22 +86,23 @@ def require_apart(path: Path, pairs: Sequence[Pair], other_path: Path, others: S
         )
 
 
-def _parse(fields: dict[str, Any], _line: int, folder: Path) -> Pair:
-    missing, unknown = sorted(FIELDS - fields.keys()), sorted(fields.keys() - FIELDS)
-    if missing or unknown:
-        raise ValueError(f"missing {missing}, unknown {unknown} (expected {', '.join(sorted(FIELDS))})")
-    for name in ("id", "verifier", "positive", "negative"):
-        if not isinstance(fields[name], str) or (name != "negative" and not fields[name]):
-            raise ValueError(f'"{name}" must be a non-empty string')
-    try:
-        load_verifier(fields["verifier"], folder)
-    except VerifierError as error:
-        raise ValueError(str(error)) from error
-    if problem := reference_problem(fields["verifier"], fields["reference"]):
-        raise ValueError(problem)
-    made = Pair(**(fields | {"messages": read_messages(messages_of(fields["messages"]))}), folder=folder)
-    if not made.is_right(made.positive):
-        raise ValueError(f'"positive" is wrong by verifier "{made.verifier}"')
-    if made.is_right(made.negative):
-        raise ValueError(f'"negative" is right by verifier "{made.verifier}"')
+def _pair(record: Record, loaded: Loaded, reading: PairReading) -> Pair:
+    if record.verifier is None or record.response is not None:
+        raise ValueError('a pair has "positive" and "negative" in place of "response" and "label"')
+    positive, right = reading.positive or "positive", record.row.get(reading.positive or "positive")
+    if reading.positive is None and right is None:
+        positive = next((name for name in loaded.columns["reference"] if name in record.row), positive)
+        right = record.row.get(positive)
+    wrong = record.row.get(reading.negative)
+    if not isinstance(right, str) or not right:
+        raise ValueError(f'"{positive}" must be a non-empty string: an answer that is right')
+    if not isinstance(wrong, str):
+        raise ValueError(f'"{reading.negative}" must be a string: an answer that is wrong')
+    made = Pair(
+        record.id, record.messages, record.reference, record.verifier, right, wrong, folder=record.folder
+    )
+    if not made.is_right(right):
+        raise ValueError(f'"{positive}" is wrong by verifier "{made.verifier}"')
+    if made.is_right(wrong):
+        raise ValueError(f'"{reading.negative}" is right by verifier "{made.verifier}"')
     return made

@@ -10,7 +10,8 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from enum import StrEnum
@@ -24,11 +25,14 @@ from candor.app.process.ending import ending_children
 
 if TYPE_CHECKING:
     from candor.calibration.agreement import Agreement
+    from candor.calibration.data import Record
+    from candor.calibration.generate import Labelled
     from candor.calibration.run import AnsweringOptions, Answers, DataFile, Inputs
     from candor.calibration.shapes import Reading
     from candor.engine.base import Engine
     from candor.engine.prompt import ChatFormat
     from candor.engine.settings import EngineSettings
+    from candor.model_store.bundle import Bundle
     from candor.policy.policy import Policy
     from candor.policy.upstream import Upstream
 
@@ -60,6 +64,16 @@ Cache = Annotated[
     typer.Option(help="Folder where finished answers are kept for the next run; default: beside the bundle."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print all figures as one JSON object.")]
+Page = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where the report for people is written, one HTML file; default of calibrate: OUT.html."
+    ),
+]
+KindColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of the data that tells kinds of prompts apart in the report; default: length."),
+]
 Columns = Annotated[
     str,
     typer.Option(help='Columns of the data by field, such as "prompt=question, reference=answer".'),
@@ -183,6 +197,8 @@ def calibrate(
             help="An earlier bundle of these data: look at its suspects here, and mend their labels."
         ),
     ] = None,
+    page: Page = None,
+    kind: KindColumn = None,
     seed: Seed = 0,
     adapter: Adapter = None,
     engine: Kind = EngineKind.vllm,
@@ -218,6 +234,7 @@ def calibrate(
     from candor.engine.identity import hidden_size_of
     from candor.engine.prompt import ChatFormat
     from candor.engine.settings import EngineSettings
+    from candor.model_store.bundle import load_bundle
     from candor.policy.conversation import Conversations
     from candor.policy.decisions import EVIDENCE as DECISION_EVIDENCE
     from candor.policy.policy import Policy
@@ -261,6 +278,9 @@ def calibrate(
         inputs = Inputs.load(data, test or [], certify_data, strangers, reading, chat if decisions else None)
         for file in inputs.files:
             tell_what_was_read(file)
+        reported = inputs.held_out or (inputs.fitting,)
+        for file in reported:
+            require_kind(kind, file)
         asked = [record.messages for record in inputs.fitting.records]
         policy = replace(policy, conversations=Conversations.of_records(asked, system_prompt, arguments))
         engine_settings = EngineSettings(
@@ -304,13 +324,32 @@ def calibrate(
             certified_on = (inputs.certification or inputs.fitting).records
             require_judged(certified_on)
             try_upstream(certified_on[0], policy, escalating)
-        answers = asyncio.run(_answer(adapter, engine_settings, chat, inputs, policy, asking))
+        began = time.perf_counter()
+        answers, answering_s = asyncio.run(_answer(adapter, engine_settings, chat, inputs, policy, asking))
+        answered = time.perf_counter()
         made = make_bundle(
             inputs, answers, settings, out, name or out.resolve().name, certifying, gates, escalating
         )
+        records = [record for file in reported for record in file.records]
+        write_page(page or beside(out, ".html"), load_bundle(out), made.outcome.held_out, records, kind=kind)
+        seconds = {
+            "engine": answered - began - answering_s,
+            "answering": answering_s,
+            "fitting": time.perf_counter() - answered,
+        }
+        number = sum(len(file.records) for file in inputs.files)
+        typer.echo(
+            f"Seconds: {seconds['engine']:.0f} until the engine was ready, {answering_s:.0f} for {number} answers "
+            f"({number / answering_s:.1f} a second), {seconds['fitting']:.0f} to fit, certify and report.",
+            err=True,
+        )
     outcome = made.outcome
     if as_json:
-        typer.echo(json.dumps({"bundle": str(out), "digest": made.digest, "report": outcome.report}))
+        typer.echo(
+            json.dumps(
+                {"bundle": str(out), "digest": made.digest, "seconds": seconds, "report": outcome.report}
+            )
+        )
         return
     if outcome.rule is not None:
         typer.echo(f"{outcome.rule}\n")
@@ -332,13 +371,18 @@ async def _answer(
     inputs: Inputs,
     policy: Policy,
     asking: AnsweringOptions,
-) -> Answers:
-    """Answers all inputs, then closes the engine, since training needs its memory and cores."""
+) -> tuple[Answers, float]:
+    """Answers all inputs, then closes the engine, since training needs its memory and cores.
+
+    Returns also the seconds that the answers took, without the engine's start and end.
+    """
     from candor.calibration.kept import asked
     from candor.calibration.run import answer_inputs
 
-    async def ask(engine: Engine) -> Answers:
-        return await answer_inputs(engine, chat, inputs, policy, asking)
+    async def ask(engine: Engine) -> tuple[Answers, float]:
+        began = time.perf_counter()
+        answers = await answer_inputs(engine, chat, inputs, policy, asking)
+        return answers, time.perf_counter() - began
 
     return await asked(engine_settings, chat, adapter, ask)
 
@@ -379,6 +423,30 @@ def _agreement(human: Path, inputs: Inputs, reading: Reading, cache: Path) -> Ag
     found = agreement(file.records, names.pop(), cache)
     typer.echo(f"{human}: {found}", err=True)
     return found
+
+
+def require_kind(kind: str | None, file: DataFile) -> None:
+    """Raises DataError where the records do not have this column."""
+    from candor.calibration.errors import DataError
+
+    if kind is not None and (without := next((one for one in file.records if kind not in one.row), None)):
+        raise DataError(f"{file.path}, {without.place}: no column {kind}; there are {', '.join(without.row)}")
+
+
+def write_page(
+    path: Path,
+    bundle: Bundle,
+    held_out: Sequence[Labelled],
+    records: Sequence[Record],
+    others: Mapping[str, Sequence[Labelled]] | None = None,
+    kind: str | None = None,
+) -> None:
+    """Writes the report for people (`calibration.report_page`)."""
+    from candor.calibration.report_page import page
+
+    by_prompt = {one.prompt_digest: one for one in records}
+    path.write_text(page(bundle, held_out, by_prompt, others, kind), encoding="utf-8")
+    typer.echo(f"The report for people: {path}", err=True)
 
 
 def reading_of(columns: str, verifier: str | None) -> Reading:

@@ -24,21 +24,25 @@ from candor.app.commands.calibrate import (
     Eager,
     Json,
     Kind,
+    KindColumn,
     Model,
+    Page,
     Relabel,
     Seed,
     VerifierName,
     beside,
     reading_of,
     reporting_errors,
+    require_kind,
     results_alone_on_stdout,
     tell_what_was_read,
+    write_page,
 )
 from candor.app.commands.serve import EngineKind, vllm_options
 from candor.app.process.ending import ending_children
 
 if TYPE_CHECKING:
-    from candor.calibration.evaluate import Evaluation
+    from candor.calibration.generate import Labelled
     from candor.calibration.run import AnsweringOptions, DataFile
     from candor.comparison.run import CompareSettings, ComparisonData
     from candor.engine.base import Engine
@@ -73,6 +77,8 @@ def evaluate(
         Path | None,
         typer.Option(help="With --compare: folder of the report; default: beside the bundle."),
     ] = None,
+    page: Page = None,
+    kind: KindColumn = None,
     ensemble: Annotated[int, typer.Option(min=2, help="With --compare: layers of the ensemble.")] = 3,
     asked: Annotated[
         int,
@@ -101,7 +107,7 @@ def evaluate(
     """
     vllm = vllm_options(context, engine.value)  # first, so that a wrong option is refused at once
     from candor.calibration.early import require_writable, try_verifiers
-    from candor.calibration.run import AnsweringOptions, DataFile, require_unseen
+    from candor.calibration.run import AnsweringOptions, DataFile, evaluate_sets, require_unseen
     from candor.engine.prompt import ChatFormat
     from candor.engine.settings import EngineSettings
     from candor.model_store.bundle import load_bundle
@@ -128,6 +134,7 @@ def evaluate(
         for file in sets.values():
             tell_what_was_read(file)
             require_unseen(loaded, file)
+        require_kind(kind, sets["test"])
         fitted = DataFile.load(calibration, reading) if settings and calibration else None
         engine_settings = EngineSettings(
             model=model,
@@ -149,9 +156,15 @@ def evaluate(
         require_writable(asking.cache, "the cache")
         for file in sets.values():
             try_verifiers(file.records, asking.cache)
-        evaluations, material = asyncio.run(
+        if page is not None:
+            require_writable(page.parent, "the page's folder")
+        answers, material = asyncio.run(
             _ask(loaded, adapter, engine_settings, sets, fitted, settings, asking)
         )
+        evaluations = evaluate_sets(loaded, answers, seed)
+        if page is not None:
+            held_out = answers.pop("test")
+            write_page(page, loaded, held_out, sets["test"].records, answers, kind)
         figures = {name: evaluation.to_json() for name, evaluation in evaluations.items()}
         told: dict[str, Any] = {"bundle": str(bundle), "digest": loaded.digest, "sets": figures}
         if settings and material:
@@ -197,16 +210,16 @@ async def _ask(
     fitted: DataFile | None,
     settings: CompareSettings | None,
     asking: AnsweringOptions,
-) -> tuple[dict[str, Evaluation], ComparisonData | None]:
+) -> tuple[dict[str, list[Labelled]], ComparisonData | None]:
     """Answers all records, then closes the engine, since comparators need its memory and cores."""
     from candor.calibration.kept import asked
-    from candor.calibration.run import run_evaluation
+    from candor.calibration.run import answer_sets
     from candor.engine.prompt import ChatFormat
     from candor.model_store.identity import check_identity
 
     chat = ChatFormat.from_directory(engine_settings.model)
 
-    async def ask(engine: Engine) -> tuple[dict[str, Evaluation], ComparisonData | None]:
+    async def ask(engine: Engine) -> tuple[dict[str, list[Labelled]], ComparisonData | None]:
         material = None
         if (
             settings is not None and fitted is not None
@@ -214,7 +227,7 @@ async def _ask(
             from candor.comparison.run import gather
 
             material = await gather(engine, chat, bundle, fitted, sets, settings, asking)
-        return await run_evaluation(engine, chat, bundle, sets, asking), material
+        return await answer_sets(engine, chat, bundle, sets, asking), material
 
     return await asked(engine_settings, chat, adapter, ask, lambda engine: check_identity(engine, bundle))
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from candor.app.commands.calibrate import reporting_errors
+from candor.app.commands.calibrate import VerifierName, reporting_errors
 from candor.app.commands.data import data_app
 
 
@@ -33,7 +33,7 @@ Share = Annotated[float, typer.Option(min=0, max=1)]
 
 def finetune(
     model: Annotated[Path, typer.Option(help="Directory of the pretrained model.")],
-    data: Annotated[Path, typer.Option(help="Pairs to train on, JSON Lines (docs/finetuning.md).")],
+    data: Annotated[Path, typer.Option(help="Pairs to train on: JSON, CSV, ... (docs/finetuning.md).")],
     held_out: Annotated[Path, typer.Option(help="Pairs to choose the checkpoint by, with other prompts.")],
     out: Annotated[Path, typer.Option(help="Where the run goes; its model/ is served.")],
     loss: Annotated[Loss, typer.Option(help="What is minimised.")] = Loss.sdm,
@@ -66,6 +66,11 @@ def finetune(
     evaluations: Annotated[int, typer.Option(min=1, help="An epoch.")] = 2,
     samples: Annotated[int, typer.Option(min=1, help="Sampled answers a prompt, of --loss ual.")] = 4,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps; a multiple of 16.")] = 64,
+    columns: Annotated[
+        str,
+        typer.Option(help='Columns of the pairs by field, such as "prompt=question, negative=rejected".'),
+    ] = "",
+    verifier: VerifierName = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     bf16: bool = True,
     gradient_checkpointing: bool = False,
@@ -80,7 +85,7 @@ def finetune(
 
     with reporting_errors(FinetuneError, stopped="--resume goes on from the last checkpoint."):
         from candor.calibration.epochs import LayerSettings
-        from candor.finetune.data import load_pairs, require_apart
+        from candor.finetune.data import PairReading, load_pairs, require_apart
         from candor.finetune.settings import FinetuneSettings
         from candor.finetune.trainer import Trainer
 
@@ -108,9 +113,10 @@ def finetune(
                 gradient_checkpointing=gradient_checkpointing,
                 compile=compile,
             )
+            reading = PairReading.parse(columns, verifier)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
-        pairs, others = load_pairs(data), load_pairs(held_out)
+        pairs, others = load_pairs(data, reading), load_pairs(held_out, reading)
         require_apart(data, pairs, held_out, others)
         final = Trainer(model, pairs, others, out, settings, teacher).run(resume)
     typer.echo(f"{final}: next, `candor calibrate --model {final} ...`")

@@ -19,10 +19,11 @@ from candor.calibration.run import (
     Certifying,
     DataFile,
     Inputs,
+    answer_file,
     answer_inputs,
+    evaluate_sets,
     make_bundle,
     require_unseen,
-    run_evaluation,
 )
 from candor.engine.base import Representation
 from candor.engine.prompt import ChatFormat
@@ -103,7 +104,8 @@ def test_a_bundle_of_decisions(
     held_out = DataFile.load_decisions(numbers(tmp_path / "test.jsonl", range(1000, 1200)), chat)
     require_unseen(bundle, held_out)
     asking = AnsweringOptions(tmp_path / "cache", concurrency=8)
-    [evaluation] = asyncio.run(run_evaluation(engine, chat, bundle, {"test": held_out}, asking)).values()
+    answers = asyncio.run(answer_file(engine, chat, held_out, bundle.manifest.policy, asking, "answering"))
+    [evaluation] = evaluate_sets(bundle, {"test": answers}).values()
     assert evaluation.to_json()["auroc"]["value"] > 0.9
     with pytest.raises(DataError, match="the bundle was fitted on this prompt"):
         require_unseen(bundle, inputs.fitting)

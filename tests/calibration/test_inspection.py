@@ -41,8 +41,11 @@ def test_what_is_said_of_good_data(tmp_path: Path) -> None:
     assert "prompts: 600 different" in lines
     assert "labels: 600 given, 50.0% right [45.9%, 54.1%]" in lines
     assert "languages, roughly: English 100%" in lines
-    assert "region at alpha 0.9: possible (600 prompts, at least 48 with 50% of the rarer label)" in lines
-    assert any(line.startswith("certificate of 0.95 at delta 0.05: possible, if 59 of 120") for line in lines)
+    assert "region at alpha 0.9: possible (600 prompts, at least 64 with 50% of the rarer label)" in lines
+    assert any(
+        line.startswith("certificate of 0.95 at delta 0.05: possible (240 prompts set aside")
+        for line in lines
+    )
     told = json.loads(check(data, test, "--json").stdout)
     assert (told["fine"], told["files"][str(data)]["prompts"], told["shared"]) == (True, 600, {})
 
@@ -77,10 +80,10 @@ def test_leaks_duplicates_and_twins(tmp_path: Path) -> None:
     [
         (
             given(range(40)),
-            "region at alpha 0.9: not possible (40 prompts, at least 60 with 50% of the rarer label)",
+            "region at alpha 0.9: not possible (40 prompts, at least 80 with 50% of the rarer label)",
         ),
         (given(range(400), 1), "region at alpha 0.9: not possible (all labels are the same)"),
-        (given(range(400), 20), "not possible (400 prompts, at least 600 with 5% of the rarer label)"),
+        (given(range(400), 20), "not possible (400 prompts, at least 800 with 5% of the rarer label)"),
     ],
 )
 def test_too_little_is_said(rows: list[dict[str, Any]], says: str, tmp_path: Path) -> None:

@@ -22,10 +22,11 @@ from candor.calibration.run import (
     Inputs,
     Made,
     answer_inputs,
+    answer_sets,
+    evaluate_sets,
     make_bundle,
     require_free,
     require_unseen,
-    run_evaluation,
 )
 from candor.calibration.strangers import dealt
 from candor.engine.base import AdapterIdentity, EngineDead
@@ -173,7 +174,7 @@ def test_evaluation_of_a_bundle_repeats_what_the_report_says(
     far = task(tmp_path / "far.jsonl", [-1, -2])
     sets = {"test": DataFile.load(held_out), "ood": DataFile.load(far)}
     asking = AnsweringOptions(tmp_path / "cache", concurrency=2)
-    figures = asyncio.run(run_evaluation(engine, chat, bundle, sets, asking))
+    figures = evaluate_sets(bundle, asyncio.run(answer_sets(engine, chat, bundle, sets, asking)))
     assert len(engine.asked) == 2  # the held-out answers come from the cache
     assert figures["test"].to_json() == report["held_out"]
     assert figures["ood"].records == 2

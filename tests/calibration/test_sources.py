@@ -61,7 +61,7 @@ KINDS: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
     "one after another": ("d.json", "\n".join(json.dumps(r, indent=2) for r in ROWS).encode(), "JSON"),
     "under a name": ("d.json", json.dumps({"version": 1, "data": ROWS}).encode(), "JSON"),
     "CSV": ("d.csv", CSV.replace("\nF", " F").encode(), "CSV"),
-    "semicolons": ("d.csv", CSV.replace("\nF", " F").replace(",", ";").encode(), "CSV with ;"),
+    "semicolons": ("d.csv", CSV.replace("\nF", " F").replace(",", ";").encode(), "CSV with semicolons"),
     "tabs": ("d.tsv", CSV.replace("\nF", " F").replace(",", "\t").encode(), "CSV with tabs"),
     "Parquet": ("d.parquet", parquet, "Parquet"),
     "data set": ("d", on_disk, "Hugging Face data set"),
@@ -150,38 +150,39 @@ def test_annotators_who_disagree_leave_a_label_unknown() -> None:
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": FRANCE}]
 
 
-@pytest.mark.parametrize(
-    ("row", "expected", "program"),
-    [
-        (
-            {"messages": [*CHAT, {"role": "assistant", "content": "Paris", "weight": 1}]},
-            (f"system: Be brief.\nuser: {FRANCE}", "Paris", None, None),
-            "OpenAI fine-tuning",
-        ),
-        (
-            {"messages": [*CHAT, {"role": "assistant", "content": "Rome"}], "label": "no"},
-            (f"system: Be brief.\nuser: {FRANCE}", None, "Rome", 0),
-            "OpenAI fine-tuning",
-        ),
-        ({"prompt": FRANCE, "completion": "Paris"}, (FRANCE, "Paris", None, None), None),
-        ({"input": CHAT[1:], "ideal": "Paris"}, (FRANCE, "Paris", None, None), "OpenAI Evals"),
-        ({"input": FRANCE, "ideal": ["Paris", "paris"]}, (FRANCE, ["Paris", "paris"], None, None), "OpenAI Evals"),
-        ({"item": {"question": FRANCE, "expected": "Paris"}}, (FRANCE, "Paris", None, None), "OpenAI Evals"),
-        (
-            {"conversations": [{"from": "human", "value": FRANCE}, {"from": "gpt", "value": "Paris"}]},
-            (FRANCE, "Paris", None, None),
-            "ShareGPT",
-        ),
-        (
-            {"instruction": "Name the capital.", "input": "France", "output": "Paris"},
-            ("Name the capital.\n\nFrance", "Paris", None, None),
-            "Alpaca",
-        ),
-        ({"system": "A.", "prompt": FRANCE, "reference": 3}, (f"system: A.\nuser: {FRANCE}", "3", None, None), None),
-        ({"prompt": FRANCE, "response": "", "label": False}, (FRANCE, None, "", 0), None),
-        ({"prompt": FRANCE, "response": "Paris", "reference": "Paris"}, (FRANCE, "Paris", "Paris", None), None),
-    ],
-)  # fmt: skip
+PROGRAMS: list[tuple[Any, Any, str | None]] = [
+    (
+        {"messages": [*CHAT, {"role": "assistant", "content": "Paris", "weight": 1}]},
+        (f"system: Be brief.\nuser: {FRANCE}", "Paris", None, None),
+        "OpenAI fine-tuning",
+    ),
+    (
+        {"messages": [*CHAT, {"role": "assistant", "content": "Rome"}], "label": "no"},
+        (f"system: Be brief.\nuser: {FRANCE}", None, "Rome", 0),
+        "OpenAI fine-tuning",
+    ),
+    ({"prompt": FRANCE, "completion": "Paris"}, (FRANCE, "Paris", None, None), None),
+    ({"input": CHAT[1:], "ideal": "Paris"}, (FRANCE, "Paris", None, None), "OpenAI Evals"),
+    ({"input": FRANCE, "ideal": ["Paris", "paris"]}, (FRANCE, ["Paris", "paris"], None, None), "OpenAI Evals"),
+    ({"item": {"question": FRANCE, "expected": "Paris"}}, (FRANCE, "Paris", None, None), "OpenAI Evals"),
+    (
+        {"conversations": [{"from": "human", "value": FRANCE}, {"from": "gpt", "value": "Paris"}]},
+        (FRANCE, "Paris", None, None),
+        "ShareGPT",
+    ),
+    (
+        {"instruction": "Name the capital.", "input": "France", "output": "Paris"},
+        ("Name the capital.\n\nFrance", "Paris", None, None),
+        "Alpaca",
+    ),
+    ({"system": "A.", "prompt": FRANCE, "reference": 3}, (f"system: A.\nuser: {FRANCE}", "3", None, None), None),
+    ({"prompt": FRANCE, "response": "", "label": False}, (FRANCE, None, "", 0), None),
+    ({"prompt": FRANCE, "response": "Paris", "reference": "Paris"}, (FRANCE, "Paris", "Paris", None), None),
+]  # fmt: skip
+ROWS_OF_PROGRAMS = [row for row, _, _ in PROGRAMS]
+
+
+@pytest.mark.parametrize(("row", "expected", "program"), PROGRAMS)
 def test_rows_of_other_programs(row: Any, expected: Any, program: str | None, tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_bytes(jsonl(row))

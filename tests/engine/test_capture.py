@@ -466,3 +466,24 @@ def test_memory_on_the_gpu_does_not_grow_with_the_sequence() -> None:
 
 def _floats(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_closing_takes_the_place_of_the_end_token_where_the_first_runner_reads(in_batch: bool) -> None:
+    tokens = np.zeros((2, 16), dtype=np.int64)
+    tokens[1, :9] = [3] * 6 + [5, 4, 0]  # prompt, answer, end token
+    batch = SimpleNamespace(
+        req_id_to_index={"a": 1} if in_batch else {},
+        num_prompt_tokens=np.array([0, 6]),
+        token_ids_cpu=tokens,
+        is_token_ids=np.zeros((2, 16), dtype=bool),
+        num_tokens_no_spec=np.array([0, 9]),
+    )
+    request = SimpleNamespace(output_token_ids=[5, 4, 0])
+    held = request.output_token_ids  # vLLM's batch keeps the list itself
+    worker = SimpleNamespace(model_runner=SimpleNamespace(requests={"a": request}, input_batch=batch))
+    WorkerCapture._put(worker, "a", 2, [6, 8, 9])  # type: ignore[arg-type]
+    assert held == [5, 4, 6, 8, 9]
+    assert tokens[1, 6:12].tolist() == ([5, 4, 6, 8, 9, 0] if in_batch else [5, 4, 0, 0, 0, 0])
+    assert batch.num_tokens_no_spec[1] == (11 if in_batch else 9)
+    assert batch.is_token_ids[1, 8:11].all() == in_batch

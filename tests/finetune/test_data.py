@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from candor.calibration.errors import DataError
-from candor.finetune.data import load_pairs, require_apart
+from candor.finetune.data import PairReading, load_pairs, require_apart
 
 GOOD: dict[str, Any] = {
     "id": "a",
@@ -32,6 +32,22 @@ def test_pairs_are_read(tmp_path: Path) -> None:
     assert not pair.is_right("yes!")
 
 
+def test_columns_are_named_and_the_reference_is_the_positive(tmp_path: Path) -> None:
+    file = tmp_path / "preferences.csv"
+    file.write_text("question,chosen,rejected,rater\nSay yes.,yes,no,7\nSay no.,no,yes,8\n")
+    reading = PairReading.parse("reference=chosen, negative=rejected", "choice(yes, no)")
+    pairs = load_pairs(file, reading)
+    assert [(pair.messages[0]["content"], pair.positive, pair.negative) for pair in pairs] == [
+        ("Say yes.", "yes", "no"),
+        ("Say no.", "no", "yes"),
+    ]
+    assert all(pair.is_right(pair.positive) and not pair.is_right(pair.negative) for pair in pairs)
+    with pytest.raises(DataError, match=r'line 2: "rejected" is wrong by verifier'):
+        load_pairs(file, PairReading.parse("reference=chosen, positive=rejected, negative=chosen", "exact"))
+    with pytest.raises(DataError, match=r'line 2: "worse" must be a string'):
+        load_pairs(file, PairReading.parse("reference=chosen, negative=worse", "exact"))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -39,13 +55,13 @@ def test_pairs_are_read(tmp_path: Path) -> None:
         ({"negative": "yes"}, '"negative" is right by verifier "exact"'),
         ({"negative": 3}, '"negative" must be a'),
         ({"verifier": "guess"}, "unknown verifier"),
-        ({"messages": []}, '"messages" must be a non-empty list'),
+        ({"messages": []}, 'missing "prompt" or "messages"'),
         ({"reference": None}, '"reference" must be a string'),
-        ({"extra": 1}, "unknown ['extra']"),
+        ({"reference": None, "verifier": None, "response": "yes", "label": 1}, 'in place of "response"'),
     ],
 )
 def test_the_line_is_named(change: dict[str, Any], said: str, tmp_path: Path) -> None:
-    file = written(tmp_path / "p.jsonl", GOOD, GOOD | change)
+    file = written(tmp_path / "p.jsonl", GOOD, GOOD | {"id": "b"} | change)
     with pytest.raises(DataError, match="line 2") as error:
         load_pairs(file)
     assert said in str(error.value)
