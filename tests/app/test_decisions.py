@@ -360,7 +360,9 @@ class TestAsTheOtherRoutes:
         assert [one["index"] for one in line["verdicts"]] == [0, 1]
 
     def test_metrics_and_feedback(self, serve: Any, wide: Any, questions: Any, tmp_path: Path) -> None:
-        with serve(policy=POLICY, gates=wide, exemplars=questions, feedback=tmp_path / "feedback") as server:
+        with serve(
+            policy=POLICY, gates=wide, exemplars=questions, store=str(tmp_path / "feedback")
+        ) as server:
             server.engine.script("vague", state="thin")
             body = decided(server, PREDICATE, {**PREDICATE, "instructions": "vague"}, **ABSTAIN)
             page = server.client.get("/metrics").text

@@ -566,7 +566,7 @@ def test_where_only_certified_answers_count(certified: Any, upstream: Any, by: s
 
 
 def test_no_label_of_its_answer_is_taken_for_the_withheld_one(escalating: Any, tmp_path: Path) -> None:
-    with escalating(feedback=tmp_path / "f") as server:
+    with escalating(store=str(tmp_path / "f")) as server:
         server.engine.script("thin", state="thin")
         for reliability, status in ((ESCALATE, 404), ({"mode": "abstain"}, 200)):
             given = server.chat("thin", reliability=reliability).json()["id"]
