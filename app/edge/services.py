@@ -65,7 +65,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Services:
-    """The objects that handlers use. models: by name; the first is the default."""
+    """The objects that handlers use. models: by each name that they answer to; the first is the default."""
 
     engine: Engine
     models: Mapping[str, ServedModel]

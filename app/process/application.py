@@ -82,7 +82,7 @@ def create_app(
         health.watch_keys(keys.stale_s)
     quotas = Quotas(settings.quotas)
     audit = AuditLog(settings.audit_log)
-    first = settings.served_model_name or backend.bundle.manifest.name
+    first, *aliases = settings.model_names(backend.bundle.manifest.name)
     backends = {first: backend} | {one.bundle.manifest.name: one for one in backend.adapted}
     resolvers = {name: DecisionResolver(one, settings) for name, one in backends.items()}
     selftests = {name: SelfTest(one) for name, one in backends.items()}
@@ -119,6 +119,7 @@ def create_app(
             )
             rule: RuleKind = "two-gates" if gates else "sdm"
             models[name] = ServedModel(name, bundle, rule, resolvers[name], service, selftests[name], metrics)
+        models = {first: models[first]} | dict.fromkeys(aliases, models[first]) | models
         services = Services(
             engine=backend.engine,
             models=models,
@@ -152,7 +153,9 @@ def create_app(
                 await escalation.close()
             await backend.engine.close()
 
-    app = _Documented(title="Candor", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = _Documented(
+        title="Candor", lifespan=lifespan, docs_url=None, redoc_url=None, root_path=settings.root_path or ""
+    )
     # This makes the OpenAPI document say that keys are needed; app.edge.middleware.Gate checks them.
     keyed = [Depends(HTTPBearer(auto_error=False))] if keys else []
     turned_away: dict[int | str, dict[str, Any]] = (
@@ -176,7 +179,7 @@ def create_app(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id", "x-request-timeout"],
+            allow_headers=["*"],  # the SDKs send many of their own
             expose_headers=["x-request-id", "x-sdm-region", "x-sdm-abstained", "x-sdm-bundle", "retry-after"],
         )
     app.add_middleware(RequestId, leaving=leaving, audit=audit, log_bodies=settings.log_bodies)

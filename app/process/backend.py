@@ -49,7 +49,7 @@ async def start_backend(
     bundle = _load(settings.bundle, settings)
     check_options(bundle, vllm or {})
     adapted = [(adapter, _load(path, settings)) for adapter, path in adapters]
-    names = [settings.served_model_name or bundle.manifest.name, *(one.manifest.name for _, one in adapted)]
+    names = [*settings.model_names(bundle.manifest.name), *(one.manifest.name for _, one in adapted)]
     if len(set(names)) < len(names):
         raise Refused(f"each model served needs a name of its own, got {', '.join(names)}", "model")
     logger.info("starting engine=%s model=%s", settings.engine, settings.model)

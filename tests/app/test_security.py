@@ -464,6 +464,8 @@ class TestHosts:
         with serve(cors_origins="https://app.example") as server:
             taken = server.client.options("/v1/chat/completions", headers=preflight)
             assert taken.headers["access-control-allow-origin"] == "https://app.example"
+            sdk = {"access-control-request-headers": "authorization,x-stainless-lang"}
+            assert server.client.options("/v1/chat/completions", headers=preflight | sdk).status_code == 200
             other = preflight | {"origin": "https://evil.example"}
             refused = server.client.options("/v1/chat/completions", headers=other)
             assert "access-control-allow-origin" not in refused.headers

@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
@@ -25,8 +26,9 @@ from candor.app.answering.waiting import (
     unless_interrupted,
 )
 from candor.app.edge.errors import describe
+from candor.app.edge.parsing import BoundedRoute
 from candor.app.edge.routes.documented import ERRORS, STREAMED
-from candor.app.edge.routes.either import either
+from candor.app.edge.routes.either import either, is_beyond, json_object, parsed
 from candor.app.edge.schemas.requests import ChatCompletionRequest, CompletionRequest
 from candor.app.edge.schemas.responses import ChatCompletion, Completion
 from candor.app.edge.services import InjectedServices, Services
@@ -35,8 +37,11 @@ from candor.app.telemetry.audit import audited
 from candor.app.writing.bodies import ChatRenderer, CompletionRenderer, Envelope, Renderer
 from candor.engine.base import EngineError
 
+if TYPE_CHECKING:
+    from candor.engine.vllm_handlers import Kind
+
 logger = logging.getLogger("candor")
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 _chat = APIRouter(route_class=either("chat", ChatCompletionRequest))
 _plain = APIRouter(route_class=either("completion", CompletionRequest))
 
@@ -57,6 +62,19 @@ async def create_completion(
 ) -> Response:
     """A plain prompt, continued. It leaves the chat format, so its reliability is never calibrated."""
     return await _respond(request, body, services, CompletionRenderer)
+
+
+@router.post("/invocations", response_model=None, responses=ERRORS | STREAMED)
+async def invoke(request: Request, services: InjectedServices) -> Response:
+    """SageMaker's one route: a conversation or a plain prompt, as the body has `messages` or not."""
+    body = await json_object(request)
+    kind: Kind = "chat" if "messages" in body else "completion"
+    own = ChatCompletionRequest if kind == "chat" else CompletionRequest
+    renders = ChatRenderer if kind == "chat" else CompletionRenderer
+    body.setdefault("model", services.model().name)
+    if services.surface is not None and is_beyond(body, own):
+        return await services.surface.respond(kind, body, request, services)
+    return await _respond(request, parsed(own, body), services, renders)
 
 
 router.include_router(_chat)
