@@ -46,8 +46,8 @@ def scope_of(path: str, *, deep: bool = False) -> KeyScope | None:
     """Returns the scope that a path needs, or None if it is open. deep: whether the check runs the model."""
     if path in OPEN:
         return "operate" if deep else None
-    if path == "/console" or path.startswith("/console/"):
-        return None  # the page has no secrets; it gets its data from the API with the reader's key
+    if path in ("/console", "/docs") or path.startswith("/console/"):
+        return None  # the pages have no secrets; they get their data from the API with the reader's key
     if path == "/v1/reliability/feedback":
         return "feedback"
     if path.startswith(_AUDITED) or path in ("/version", "/openapi.json"):

@@ -99,6 +99,8 @@ def test_behind_a_proxy_under_a_path(serve: Any) -> None:
             assert server.client.get(path).json() == {"status": "ok"}
         assert server.client.get("/candor/openapi.json").json()["servers"] == [{"url": "/candor"}]
         assert "Candor" in server.client.get("/candor/console/").text
+        page = server.client.get("/candor/docs", follow_redirects=True)
+        assert (page.url.path, page.status_code) == ("/candor/console/docs.html", 200)
         assert server.client.get("/candor/candor/livez").status_code == 404
 
 
@@ -224,8 +226,7 @@ def test_the_interface_describes_itself(server: Any) -> None:
     assert unprocessable == {"$ref": "#/components/schemas/ErrorBody"}
     fields = document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
     assert fields["tools"]["enum"] == [None, []]
-    for path in ("/docs", "/redoc"):  # they would load from another host
-        assert server.client.get(path).status_code == 404
+    assert server.client.get("/redoc").status_code == 404  # it would load from another host
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
@@ -36,9 +35,6 @@ from candor.app.feedback import GivenVerdict
 from candor.app.telemetry.audit import audited
 from candor.app.writing.bodies import ChatRenderer, CompletionRenderer, Envelope, Renderer
 from candor.engine.base import EngineError
-
-if TYPE_CHECKING:
-    from candor.engine.vllm_handlers import Kind
 
 logger = logging.getLogger("candor")
 router = APIRouter(route_class=BoundedRoute)
@@ -68,13 +64,13 @@ async def create_completion(
 async def invoke(request: Request, services: InjectedServices) -> Response:
     """SageMaker's one route: a conversation or a plain prompt, as the body has `messages` or not."""
     body = await json_object(request)
-    kind: Kind = "chat" if "messages" in body else "completion"
-    own = ChatCompletionRequest if kind == "chat" else CompletionRequest
-    renders = ChatRenderer if kind == "chat" else CompletionRenderer
     body.setdefault("model", services.model().name)
-    if services.surface is not None and is_beyond(body, own):
-        return await services.surface.respond(kind, body, request, services)
-    return await _respond(request, parsed(own, body), services, renders)
+    chat = "messages" in body
+    if services.surface is not None and is_beyond(body, ChatCompletionRequest if chat else CompletionRequest):
+        return await services.surface.respond("chat" if chat else "completion", body, request, services)
+    if chat:
+        return await _respond(request, parsed(ChatCompletionRequest, body), services, ChatRenderer)
+    return await _respond(request, parsed(CompletionRequest, body), services, CompletionRenderer)
 
 
 router.include_router(_chat)

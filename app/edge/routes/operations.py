@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import RedirectResponse
 
 from candor.app.answering.waiting import seconds_for, unless_interrupted
 from candor.app.edge.routes.documented import ERRORS
@@ -67,6 +68,12 @@ async def healthy(services: InjectedServices) -> dict[str, str]:
 @router.get("/version")
 async def show_version(services: InjectedServices) -> dict[str, str]:
     return {"version": version("candor"), "bundle": services.model().bundle.digest}
+
+
+@router.get("/docs", include_in_schema=False)
+async def show_documentation() -> Response:
+    """A page of `/openapi.json`; the address is relative, so that it holds behind a proxy."""
+    return RedirectResponse("console/docs.html")
 
 
 @router.get("/load")
