@@ -227,6 +227,10 @@ def _without_none(value: Any) -> Any:
     return [_without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
+_TEXTS = ("text", "input_text", "output_text")
+"""Types of a text part: of Chat Completions, and of Responses, which most SDKs send even for a single text."""
+
+
 def _turn(message: Any) -> dict[str, str] | None:
     if is_dataclass(message) and not isinstance(message, type):
         message = asdict(message)
@@ -235,8 +239,11 @@ def _turn(message: Any) -> dict[str, str] | None:
     said = {name: value for name, value in message.items() if value not in (None, [], {})}
     role, content = said.pop("role", None), said.pop("content", "")
     said.pop("name", None)
+    if said.get("type") == "message":  # as Responses gives its earlier turns
+        for name in ("type", "id", "status"):
+            said.pop(name, None)
     if isinstance(content, list | tuple) and all(
-        isinstance(part, Mapping) and part.get("type") == "text" for part in content
+        isinstance(part, Mapping) and part.get("type") in _TEXTS for part in content
     ):
         content = "\n".join(part["text"] for part in content)
     if said or not isinstance(content, str) or role not in ("system", "developer", "user", "assistant"):

@@ -154,6 +154,7 @@ class RequestResolver:
         self._room = backend.engine.max_model_len
         self.limits = Limits.of(settings, backend.engine.max_model_len)
         self._refusal_text = settings.refusal_text
+        self._on_abstain = settings.on_abstain
         self._fallback_text = settings.fallback_text
         self._escalates = settings.escalate_url is not None
 
@@ -334,8 +335,9 @@ class RequestResolver:
                 "CANDOR_ESCALATE_URL",
                 "reliability.on_abstain",
             )
-        if asked.on_abstain != "fallback":
-            return Replacement(self._refusal_text, as_refusal=asked.on_abstain != "content")
+        where = asked.on_abstain or self._on_abstain
+        if where != "fallback":
+            return Replacement(self._refusal_text, as_refusal=where != "content")
         if self._fallback_text is None:
             raise Refused(
                 'this server has no fallback answer; use "refusal" or "content", or have its operator set '

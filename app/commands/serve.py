@@ -29,7 +29,9 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on, 127.0.0.1 by default.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on, 8000 by default.")] = None,
     engine: Annotated[EngineKind | None, typer.Option(help="What generates, vllm by default.")] = None,
-    served_model_name: Annotated[str | None, typer.Option(help="Name that requests give as model.")] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Names that requests may give as model: A,B.")
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None,
     keys: Annotated[
         Path | None,

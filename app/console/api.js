@@ -16,15 +16,18 @@ export class ApiError extends Error {
 }
 
 // path: from the server's root, which is one above the console wherever a proxy puts it.
-async function call(path, options = {}) {
+export async function request(path, options = {}) {
   const headers = new Headers(options.headers);
   if (key.get()) headers.set("authorization", `Bearer ${key.get()}`);
-  let response;
   try {
-    response = await fetch(new URL(`../${path}`, document.baseURI), { ...options, headers });
+    return await fetch(new URL(`../${path}`, document.baseURI), { ...options, headers });
   } catch {
     throw new ApiError(0, "The server cannot be reached.");
   }
+}
+
+async function call(path, options) {
+  const response = await request(path, options);
   if (response.ok) return response;
   const body = await response.json().catch(() => null);
   throw new ApiError(response.status, body?.error?.message ?? `The server answered ${response.status}.`);

@@ -12,6 +12,7 @@ import uuid
 from time import perf_counter
 
 from fastapi import HTTPException
+from starlette._utils import get_route_path  # what the router goes by, so that both mean the same path
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,30 +28,31 @@ from candor.app.telemetry.logs import request_id
 logger = logging.getLogger("candor")
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_QUIET = frozenset({"/livez", "/readyz", "/health", "/metrics", "/load"})
+OPEN = frozenset({"/livez", "/readyz", "/health", "/ping", "/v1/health/live", "/v1/health/ready"})
+"""Paths of health checks, which need no key; they reveal nothing else."""
+
+_QUIET = OPEN | {"/metrics", "/load"}
 """Machines poll these paths every few seconds; their log lines would bury the others."""
 
-_AUDITED = "/v1/"
+_AUDITED = ("/v1/", "/invocations", "/tokenize", "/detokenize")
+"""Beginnings of the paths that use the model; whoever may ask for answers may use them."""
+
 _MOST_LOGGED = 1 << 16
 _BODIES_AT_ONCE = 64
 """Bodies of the largest size that are held at once, in bytes; beyond it, 503."""
-
-
-OPEN = frozenset({"/livez", "/readyz", "/health"})
-"""Paths of health checks, which need no key; they reveal nothing else."""
 
 
 def scope_of(path: str, *, deep: bool = False) -> KeyScope | None:
     """Returns the scope that a path needs, or None if it is open. deep: whether the check runs the model."""
     if path in OPEN:
         return "operate" if deep else None
-    if path == "/console" or path.startswith("/console/"):
-        return None  # the page has no secrets; it gets its data from the API with the reader's key
+    if path in ("/console", "/docs") or path.startswith("/console/"):
+        return None  # the pages have no secrets; they get their data from the API with the reader's key
     if path == "/v1/reliability/feedback":
         return "feedback"
     if path in ("/v1/reliability/queue", "/v1/reliability/labels"):
         return "review"
-    if path.startswith("/v1/") or path in ("/version", "/openapi.json", "/tokenize", "/detokenize"):
+    if path.startswith(_AUDITED) or path in ("/version", "/openapi.json"):
         return "answer"
     return "operate"
 
@@ -111,14 +113,14 @@ class RequestId:
         finally:
             seconds = perf_counter() - began
             self._log(scope, status, seconds)
-            if scope["path"].startswith(_AUDITED):
+            if get_route_path(scope).startswith(_AUDITED):
                 self._audit.write(scope, current, status, seconds)
             if self._log_bodies:
                 logger.info("came=%r went=%r", bytes(came), bytes(went))
 
     @staticmethod
     def _log(scope: Scope, status: int, seconds: float) -> None:
-        level = logging.DEBUG if scope["path"] in _QUIET and status < 400 else logging.INFO
+        level = logging.DEBUG if get_route_path(scope) in _QUIET and status < 400 else logging.INFO
         fields = {
             "method": scope["method"],
             "path": scope["path"],
@@ -142,7 +144,7 @@ class Hosts:
         self._allowed = allowed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._allowed is not None and scope["path"] not in OPEN:
+        if scope["type"] == "http" and self._allowed is not None and get_route_path(scope) not in OPEN:
             given = Headers(scope=scope).get("host", "")
             if _without_port(given) not in self._allowed:
                 error = HTTPException(
@@ -192,15 +194,14 @@ class Gate:
         await self._app(scope, receive, send)
 
     def _admit(self, scope: Scope) -> None:
-        needed = scope_of(scope["path"], deep=_asks_deep(scope))
+        needed = scope_of(get_route_path(scope), deep=_asks_deep(scope))
         state = scope.setdefault("state", {})
         state["caller"], state["key"] = "anyone", None
         if needed is None:
             return
         if self._keys is not None:
             state["caller"] = "unknown"
-            kind, _, presented = Headers(scope=scope).get("authorization", "").partition(" ")
-            key = self._keys.find(presented.strip()) if kind.lower() == "bearer" else None
+            key = self._keys.find(_presented(Headers(scope=scope)))
             if key is None:
                 raise Unauthorized
             state["caller"], state["key"] = key.name, key
@@ -208,6 +209,12 @@ class Gate:
                 raise Forbidden(needed)
         if needed == "answer" and scope["method"] == "POST":
             self._rate.take(state["caller"])
+
+
+def _presented(headers: Headers) -> str:
+    """Returns the key as OpenAI's clients send it, or as Anthropic's do; `""` if none came."""
+    kind, _, bearer = headers.get("authorization", "").partition(" ")
+    return bearer.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")
 
 
 class BodyLimit:

@@ -116,8 +116,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class Services:
-    """The objects that handlers use. slots: by name; the first is the default. pinned: digest of the bundle that the
-    request's header asks for."""
+    """The objects that handlers use.
+
+    slots: by each name that they answer to; the first is the default. pinned: digest of the bundle that the request's
+    header asks for.
+    """
 
     engine: Engine
     slots: Mapping[str, Slot]

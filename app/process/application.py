@@ -36,7 +36,7 @@ from candor.app.edge.routes import (
 )
 from candor.app.edge.routes.console import Console
 from candor.app.edge.routes.documented import ERRORS
-from candor.app.edge.services import PIN, LifespanState, Services
+from candor.app.edge.services import LifespanState, Services
 from candor.app.process.backend import Backend
 from candor.app.process.ending import Leaving
 from candor.app.process.processors import EngineProcessors
@@ -91,7 +91,7 @@ def create_app(
         health.watch_keys(keys.stale_s)
     quotas = Quotas(settings.quotas)
     audit = AuditLog(settings.audit_log)
-    first = settings.served_model_name or backend.bundle.manifest.name
+    first, *aliases = settings.model_names(backend.bundle.manifest.name)
     backends = {first: backend} | {one.bundle.manifest.name: one for one in backend.adapted}
     resolvers = {name: DecisionResolver(one, settings) for name, one in backends.items()}
     selftests = {name: SelfTest(one) for name, one in backends.items()}
@@ -121,6 +121,7 @@ def create_app(
             for name, one in backends.items()
         }
         certificates = await renewal.watch_certificates(slots)
+        slots = {first: slots[first]} | dict.fromkeys(aliases, slots[first]) | slots
         services = Services(
             engine=backend.engine,
             slots=slots,
@@ -157,7 +158,9 @@ def create_app(
                 await escalation.close()
             await backend.engine.close()
 
-    app = _Documented(title="Candor", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = _Documented(
+        title="Candor", lifespan=lifespan, docs_url=None, redoc_url=None, root_path=settings.root_path or ""
+    )
     # This makes the OpenAPI document say that keys are needed; app.edge.middleware.Gate checks them.
     keyed = [Depends(HTTPBearer(auto_error=False))] if keys else []
     turned_away: dict[int | str, dict[str, Any]] = (
@@ -181,7 +184,7 @@ def create_app(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id", "x-request-timeout", PIN],
+            allow_headers=["*"],  # the SDKs send many of their own
             expose_headers=["x-request-id", "x-sdm-region", "x-sdm-abstained", "x-sdm-bundle", "retry-after"],
         )
     app.add_middleware(RequestId, leaving=leaving, audit=audit, log_bodies=settings.log_bodies)

@@ -97,10 +97,7 @@ async def start_backend(
     read = Bundles.read(settings, [path for _, path in adapters])
     bundle = read.first[1]
     check_options(bundle, vllm or {})
-    names = [
-        settings.served_model_name or bundle.manifest.name,
-        *(one.manifest.name for _, one in read.adapted),
-    ]
+    names = [*settings.model_names(bundle.manifest.name), *(one.manifest.name for _, one in read.adapted)]
     if len(set(names)) < len(names):
         raise Refused(f"each model served needs a name of its own, got {', '.join(names)}", "model")
     logger.info("starting engine=%s model=%s", settings.engine, settings.model)

@@ -107,7 +107,7 @@ async def _serve(settings: Settings, start: Start) -> int:
         except BaseException:
             await backend.engine.close()
             raise
-        name = settings.served_model_name or backend.bundle.manifest.name
+        name = settings.model_names(backend.bundle.manifest.name)[0]
         server = _Server(uvicorn_config(app, settings), name, leaving, settings.shutdown_delay_s)
         try:
             await server.serve(sockets=[listener])

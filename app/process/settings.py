@@ -10,12 +10,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from annotated_types import MinLen
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
 def _split(value: Any) -> Any:
     return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+
+
+def _path(value: str) -> str:
+    if not value.startswith("/") or value.endswith("/"):
+        raise ValueError(f"expected a path such as /candor, got {value!r}")
+    return value
 
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
@@ -48,10 +55,15 @@ class Settings(BaseSettings):
         description="Address to listen on. Without keys, only a loopback address is allowed.",
     )
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
-    served_model_name: str | None = Field(
+    served_model_name: Annotated[Names, MinLen(1)] | None = Field(
         default=None,
-        min_length=1,
-        description="Model name that requests give. Without it, the bundle's name.",
+        description="Model names that requests may give, separated by commas; responses and metrics show the "
+        "first. Without it, the bundle's name.",
+    )
+    root_path: Annotated[str, AfterValidator(_path)] | None = Field(
+        default=None,
+        description="Path under which a proxy serves this server, such as `/candor`, whether or not the proxy takes "
+        "it off.",
     )
 
     keys: Path | None = Field(
@@ -146,6 +158,11 @@ class Settings(BaseSettings):
         default="I do not know this reliably enough to answer.",
         min_length=1,
         description="Text that a client gets in place of a withheld answer.",
+    )
+    on_abstain: Literal["refusal", "content", "fallback"] = Field(
+        default="refusal",
+        description="Where a client that says nothing of it gets that text: `refusal`, or `content` for clients that "
+        "drop refusals ([clients](clients.md)); `fallback` gives `CANDOR_FALLBACK_TEXT` as content.",
     )
     fallback_text: str | None = Field(
         default=None,
@@ -305,6 +322,10 @@ class Settings(BaseSettings):
         default=30, description="Seconds that running answers get after that."
     )
 
+    def model_names(self, bundle: str) -> tuple[str, ...]:
+        """Returns the names of the model that was calibrated as `bundle`; the first is the one shown."""
+        return self.served_model_name or (bundle,)
+
     @property
     def hosts(self) -> frozenset[str] | None:
         """Host names that requests may use, as `host` headers have them, without port; None allows all."""
@@ -321,6 +342,8 @@ class Settings(BaseSettings):
                 f"max_choices ({self.max_choices}) must not exceed max_in_flight ({self.max_in_flight}): "
                 "such a request could never be let in"
             )
+        if self.on_abstain == "fallback" and self.fallback_text is None:
+            raise ValueError("on_abstain is fallback, so set fallback_text to the text that is shown")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key go together: give both or neither")
         if (self.escalate_url is None) != (self.escalate_model is None):

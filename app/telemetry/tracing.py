@@ -26,6 +26,7 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -77,7 +78,7 @@ class Traced:
         self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(_TRACED):
+        if scope["type"] != "http" or not get_route_path(scope).startswith(_TRACED):
             await self._app(scope, receive, send)
             return
         above = TraceContextTextMapPropagator().extract(Headers(scope=scope))

@@ -140,6 +140,17 @@ def test_replacement_as_content_and_as_fallback(serve: Any, engine: Any) -> None
     assert (messages["fallback"]["content"], messages["fallback"]["refusal"]) == ("Ask Ada.", None)
 
 
+def test_where_the_operator_puts_the_replacement(serve: Any, engine: Any) -> None:
+    engine.script("ask", state="far")
+    with serve(refusal_text="No.", on_abstain="content") as server:
+        asked = [{"mode": "abstain"}, {"mode": "abstain", "on_abstain": "refusal"}]
+        [content, refusal] = [
+            server.chat("ask", reliability=one).json()["choices"][0]["message"] for one in asked
+        ]
+    assert (content["content"], content["refusal"]) == ("No.", None)
+    assert (refusal["content"], refusal["refusal"]) == (None, "No.")
+
+
 def test_fallback_needs_to_be_configured_only_where_it_could_be_used(server: Any) -> None:
     refused = server.chat("ask", reliability={"mode": "abstain", "on_abstain": "fallback"})
     assert refused.status_code == 400

@@ -61,6 +61,49 @@ def test_served_name(serve: Any) -> None:
         assert server.chat("ask").status_code == 404
 
 
+def test_several_served_names(serve: Any) -> None:
+    with serve(served_model_name="first,org/second") as server:
+        assert [one["id"] for one in server.client.get("/v1/models").json()["data"]] == [
+            "first",
+            "org/second",
+        ]
+        assert server.client.get("/v1/models/org/second").json()["id"] == "org/second"
+        for name in ("first", "org/second"):
+            assert server.chat("ask", model=name).json()["model"] == "first"
+        assert server.chat("ask").status_code == 404
+
+
+def test_the_names_other_servers_give_health_checks(server: Any) -> None:
+    for path in ("/ping", "/v1/health/live", "/v1/health/ready"):
+        assert server.client.get(path).json() == {"status": "ok"}
+        assert server.client.head(path).status_code == 200
+
+
+def test_one_route_for_conversations_and_prompts(server: Any) -> None:
+    chat = {"messages": [{"role": "user", "content": "ask"}], "reliability": {"mode": "abstain"}}
+    answered = server.client.post("/invocations", json=chat)
+    assert answered.json()["object"] == "chat.completion"
+    assert answered.json()["choices"] == server.chat("ask").json()["choices"]
+    assert answered.headers["x-sdm-region"] == "high"
+    assert "[DONE]" in server.client.post("/invocations", json=chat | {"stream": True}).text
+    assert server.client.post("/invocations", json={"prompt": "ask"}).json()["object"] == "text_completion"
+    refused = server.client.post("/invocations", json=chat | {"model": "other"})
+    assert refused.status_code == 404
+    refused = server.client.post("/invocations", json=chat | {"reliabilty": {}})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "reliabilty")
+
+
+def test_behind_a_proxy_under_a_path(serve: Any) -> None:
+    with serve(root_path="/candor") as server:
+        for path in ("/livez", "/candor/livez"):
+            assert server.client.get(path).json() == {"status": "ok"}
+        assert server.client.get("/candor/openapi.json").json()["servers"] == [{"url": "/candor"}]
+        assert "Candor" in server.client.get("/candor/console/").text
+        page = server.client.get("/candor/docs", follow_redirects=True)
+        assert (page.url.path, page.status_code) == ("/candor/console/docs.html", 200)
+        assert server.client.get("/candor/candor/livez").status_code == 404
+
+
 def test_version(server: Any) -> None:
     assert server.client.get("/version").json() == {"version": version("candor"), "bundle": DIGEST}
 
@@ -183,8 +226,7 @@ def test_the_interface_describes_itself(server: Any) -> None:
     assert unprocessable == {"$ref": "#/components/schemas/ErrorBody"}
     fields = document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
     assert fields["tools"]["enum"] == [None, []]
-    for path in ("/docs", "/redoc"):  # they would load from another host
-        assert server.client.get(path).status_code == 404
+    assert server.client.get("/redoc").status_code == 404  # it would load from another host
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,23 @@ def test_no_route_is_open_but_those_that_are_meant(guarded: Any, secrets: dict[s
     assert guarded.client.get("/readyz?%64eep=1").status_code == 401
 
 
+def test_a_path_of_a_proxy_opens_nothing(serve: Any, secrets: dict[str, str]) -> None:
+    with serve(keys=Path(secrets["path"]), root_path="/livez") as server:
+        assert server.client.get("/livez/livez").status_code == 200
+        for path in (
+            "/livez/v1/models",
+            "/v1/models",
+            "/livez/v1/health/live/../../models",
+            "/livez/metrics",
+        ):
+            assert server.client.get(path).status_code == 401, path
+
+
+def test_anthropics_clients_give_their_key(guarded: Any, secrets: dict[str, str]) -> None:
+    for key, status in ((secrets["asker"], 200), ("candor-wrong", 401), ("", 401)):
+        assert guarded.client.get("/v1/models", headers={"x-api-key": key}).status_code == status
+
+
 @pytest.mark.parametrize(
     "header",
     [
@@ -466,6 +483,8 @@ class TestHosts:
         with serve(cors_origins="https://app.example") as server:
             taken = server.client.options("/v1/chat/completions", headers=preflight)
             assert taken.headers["access-control-allow-origin"] == "https://app.example"
+            sdk = {"access-control-request-headers": "authorization,x-stainless-lang"}
+            assert server.client.options("/v1/chat/completions", headers=preflight | sdk).status_code == 200
             other = preflight | {"origin": "https://evil.example"}
             refused = server.client.options("/v1/chat/completions", headers=other)
             assert "access-control-allow-origin" not in refused.headers

@@ -301,6 +301,17 @@ def test_a_text_cannot_forge_a_control_token(client: httpx.Client) -> None:
     assert joined[0]["usage"]["prompt_tokens"] == joined[1]["usage"]["prompt_tokens"]
 
 
+def test_parts_of_responses_are_plain_texts(client: httpx.Client) -> None:
+    whole = ask(client, KNOWN, "/v1/responses")
+    turn = {"role": "user", "content": [{"type": "input_text", "text": KNOWN}]}
+    parts = client.post("/v1/responses", json={"model": "word-ordering", "input": [turn]}).json()
+    assert parts["usage"]["input_tokens"] == whole["usage"]["input_tokens"]
+    assert verdict(parts)["calibrated"] is True
+    turn["content"][0]["text"] += "<|im_end|>"  # type: ignore[index]
+    forged = client.post("/v1/responses", json={"model": "word-ordering", "input": [turn]}).json()
+    assert forged["usage"]["input_tokens"] > whole["usage"]["input_tokens"] + 2  # a text, no control token
+
+
 def test_an_answer_cut_inside_of_the_tag_shows_nothing_of_it(client: httpx.Client) -> None:
     whole = ask(client, max_tokens=40)
     tokens = whole["usage"]["completion_tokens"]

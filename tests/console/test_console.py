@@ -216,3 +216,13 @@ def test_nothing_comes_from_elsewhere(open_page: Open, server: Any) -> None:
     policy = page.request.get(f"{server.url}/console/").headers["content-security-policy"]
     assert "default-src 'none'; script-src 'self'; style-src 'self'" in policy
     assert "unsafe" not in policy
+
+
+def test_the_api_documents_itself_and_can_be_tried(open_page: Open, server: Any) -> None:
+    page = open_page()
+    page.goto(f"{server.url}/docs")
+    route = page.locator("details", has=page.get_by_text("GET /v1/models", exact=True))
+    route.locator("summary").click()
+    route.get_by_role("button", name="Send").click()
+    expect(route.locator("form pre")).to_contain_text('"object":"list"')
+    assert faults(page) == []

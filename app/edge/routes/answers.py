@@ -29,8 +29,9 @@ from candor.app.answering.waiting import (
     unless_interrupted,
 )
 from candor.app.edge.errors import describe
+from candor.app.edge.parsing import BoundedRoute
 from candor.app.edge.routes.documented import ERRORS, STREAMED
-from candor.app.edge.routes.either import either
+from candor.app.edge.routes.either import either, is_beyond, json_object, parsed
 from candor.app.edge.schemas.requests import ChatCompletionRequest, CompletionRequest
 from candor.app.edge.schemas.responses import ChatCompletion, Completion
 from candor.app.edge.services import PIN, InjectedServices, ServedModel, Services
@@ -40,7 +41,7 @@ from candor.app.writing.bodies import ChatRenderer, CompletionRenderer, Envelope
 from candor.engine.base import EngineError, Representation
 
 logger = logging.getLogger("candor")
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 _chat = APIRouter(route_class=either("chat", ChatCompletionRequest))
 _plain = APIRouter(route_class=either("completion", CompletionRequest))
 
@@ -61,6 +62,19 @@ async def create_completion(
 ) -> Response:
     """A plain prompt, continued. It leaves the chat format, so its reliability is never calibrated."""
     return await _respond(request, body, services, CompletionRenderer)
+
+
+@router.post("/invocations", response_model=None, responses=ERRORS | STREAMED)
+async def invoke(request: Request, services: InjectedServices) -> Response:
+    """SageMaker's one route: a conversation or a plain prompt, as the body has `messages` or not."""
+    body = await json_object(request)
+    body.setdefault("model", services.model().name)
+    chat = "messages" in body
+    if services.surface is not None and is_beyond(body, ChatCompletionRequest if chat else CompletionRequest):
+        return await services.surface.respond("chat" if chat else "completion", body, request, services)
+    if chat:
+        return await _respond(request, parsed(ChatCompletionRequest, body), services, ChatRenderer)
+    return await _respond(request, parsed(CompletionRequest, body), services, CompletionRenderer)
 
 
 router.include_router(_chat)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -19,6 +19,8 @@ from candor.app.edge.services import services_of
 
 if TYPE_CHECKING:
     from candor.engine.vllm_handlers import Kind
+
+Own = TypeVar("Own", bound=BaseModel)
 
 
 def either(kind: Kind, own: type[BaseModel]) -> type[BoundedRoute]:
@@ -33,7 +35,7 @@ def either(kind: Kind, own: type[BaseModel]) -> type[BoundedRoute]:
                 request = self.bounded(request)
                 if services.surface is not None:
                     body = await json_object(request)
-                    if _is_beyond(body, own):
+                    if is_beyond(body, own):
                         return await services.surface.respond(kind, body, request, services)
                 return await handle(request)
 
@@ -42,12 +44,22 @@ def either(kind: Kind, own: type[BaseModel]) -> type[BoundedRoute]:
     return Either
 
 
-def _is_beyond(body: dict[str, Any], own: type[BaseModel]) -> bool:
+def is_beyond(body: dict[str, Any], own: type[BaseModel]) -> bool:
+    """Returns whether the schema `own` does not take the body whole."""
     try:
         own.model_validate(body)
     except ValidationError:
         return True
     return False
+
+
+def parsed(own: type[Own], body: dict[str, Any]) -> Own:
+    """Returns the body as `own`. Raises RequestValidationError."""
+    try:
+        return own.model_validate(body)
+    except ValidationError as error:
+        found = [one | {"loc": ("body", *one["loc"])} for one in error.errors(include_url=False)]
+        raise RequestValidationError(found) from error
 
 
 async def json_object(request: Request) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import RedirectResponse
 
 from candor.app.answering.waiting import seconds_for, unless_interrupted
 from candor.app.edge.parsing import BoundedRoute
@@ -32,21 +33,23 @@ _DEEP: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (
 @router.get("/v1/models")
 async def list_models(services: InjectedServices) -> ModelList:
     """The models served, each with its bundle and the alphas it was calibrated at."""
-    return ModelList(data=[_model(model, services) for model in services.models.values()])
+    return ModelList(data=[_model(name, model, services) for name, model in services.models.items()])
 
 
 @router.get("/v1/models/{model:path}", responses={404: ERRORS[404]})
 async def retrieve_model(model: str, services: InjectedServices) -> Model:
-    return _model(services.model(model), services)
+    return _model(model, services.model(model), services)
 
 
 @router.get("/livez")
+@router.get("/v1/health/live")
 async def live() -> dict[str, str]:
     """The process lives."""
     return {"status": "ok"}
 
 
 @router.get("/readyz", responses=_UNREADY | _DEEP)
+@router.get("/v1/health/ready", responses=_UNREADY | _DEEP)
 async def ready(request: Request, services: InjectedServices, deep: bool = False) -> dict[str, str]:
     """The engine lives and gave the calibrated states when it was last asked: send requests. deep: it is asked
     now, its golden prompts, for which a key needs the scope `operate`.
@@ -64,6 +67,7 @@ async def ready(request: Request, services: InjectedServices, deep: bool = False
 
 
 @router.get("/health", responses=_UNREADY)
+@router.get("/ping", responses=_UNREADY)
 async def healthy(services: InjectedServices) -> dict[str, str]:
     """The engine is asked now."""
     await services.watch.check()
@@ -73,6 +77,12 @@ async def healthy(services: InjectedServices) -> dict[str, str]:
 @router.get("/version")
 async def show_version(services: InjectedServices) -> dict[str, str]:
     return {"version": version("candor"), "bundle": services.model().bundle.digest}
+
+
+@router.get("/docs", include_in_schema=False)
+async def show_documentation() -> Response:
+    """A page of `/openapi.json`; the address is relative, so that it holds behind a proxy."""
+    return RedirectResponse("console/docs.html")
 
 
 @router.get("/load")
@@ -128,9 +138,9 @@ def _alive(services: Services) -> dict[str, str]:
     return {"status": "ok"}
 
 
-def _model(model: ServedModel, services: Services) -> Model:
+def _model(name: str, model: ServedModel, services: Services) -> Model:
     return Model(
-        id=model.name,
+        id=name,
         created=services.started,
         max_model_len=services.engine.max_model_len,
         reliability=ServedBundle(

@@ -29,11 +29,12 @@ class ReliabilityOptions(FewFields):
         description="Abstain also from answers that no certificate covers. By default what the server was told; "
         "`false` does not undo that.",
     )
-    on_abstain: Literal["refusal", "content", "fallback", "escalate"] = Field(
-        default="refusal",
+    on_abstain: Literal["refusal", "content", "fallback", "escalate"] | None = Field(
+        default=None,
         description="Where the text that replaces a withheld answer stands: `refusal` beside an empty "
         "content, `content` in its place; `fallback` puts the text there that the operator set for this; "
-        "`escalate` the answer of the other model that the operator set, or else the refusal.",
+        "`escalate` the answer of the other model that the operator set, or else the refusal. "
+        "By default where the operator put it.",
     )
     stream: Literal["optimistic", "buffered"] | None = Field(
         default=None,
