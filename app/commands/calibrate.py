@@ -274,8 +274,8 @@ def calibrate(
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         require_free(out)
-        chat = ChatFormat.from_directory(model)
-        inputs = Inputs.load(data, test or [], certify_data, strangers, reading, chat if decisions else None)
+        rendering = ChatFormat.from_directory(model) if decisions else None
+        inputs = Inputs.load(data, test or [], certify_data, strangers, reading, rendering)
         for file in inputs.files:
             tell_what_was_read(file)
         reported = inputs.held_out or (inputs.fitting,)
@@ -296,6 +296,7 @@ def calibrate(
         asking = AnsweringOptions(
             cache, concurrency, seed, relabel, ask_person, _suspects(review), prompt_states=gates is not None
         )
+        chat = rendering or ChatFormat.from_directory(model)
         chat.check(policy.conversations.template_arguments)
         require_possible(
             chat,
