@@ -4,8 +4,9 @@
 
 Each row is a folder with calibration.pt and test.pt, and ood.pt where strangers are asked (studies.knows.answers), of
 one model; all are answers to the same records. In a deal every row sets the same prompts aside to certify on. Without
-test.pt every deal looks at another fifth of the calibration's records and has only the others, and more.pt. Ratios are of what is
-let through, means over deals; their intervals redraw the prompts, the same for both rows, and the deals.
+test.pt every deal looks at another fifth of the calibration's records and has only the others, and more.pt where that
+is. Ratios are of what is let through, means over deals; their intervals redraw the prompts, the same for both rows, and
+the deals.
 """
 
 from __future__ import annotations
@@ -90,10 +91,14 @@ def by_region(folder: Path, seed: int, known: Answered, sets: Sets, accuracy: fl
 
 
 def together(one: Answered, other: Answered) -> Answered:
-    tensors = (
-        torch.cat([getattr(a, n) for a in (one, other)]) for n in ("prompts", "h", "labels", "complete")
+    return Answered(
+        torch.cat([one.prompts, other.prompts]),
+        torch.cat([one.h, other.h]),
+        torch.cat([one.labels, other.labels]),
+        torch.cat([one.complete, other.complete]),
+        one.digests + other.digests,
+        one.texts + other.texts,
     )
-    return Answered(*tensors, one.digests + other.digests, one.texts + other.texts)
 
 
 def judged(judge: Judge, folder: Path, deal: int, known: Answered, sets: Sets, accuracy: float) -> Passed:
