@@ -5,7 +5,7 @@
 Each row is a folder with calibration.pt and test.pt, and ood.pt where strangers are asked (studies.knows.answers), of
 one model; all are answers to the same records. In a deal every row sets the same prompts aside to certify on. Without
 test.pt every deal looks at another fifth of the calibration's records and has only the others, and more.pt where that
-is. Ratios are of what is let through, means over deals; their intervals redraw the prompts, the same for both rows, and
+is. Ratios are of what is let through, means over deals; their intervals redraw prompts, the same for both rows, and
 the deals.
 """
 
