@@ -4,8 +4,9 @@
 
 Each row is a folder with calibration.pt and test.pt, and ood.pt where strangers are asked (studies.knows.answers), of
 one model; all are answers to the same records. In a deal every row sets the same prompts aside to certify on. Without
-test.pt every deal looks at another fifth of the calibration's records and has only the others. Ratios are of what is
-let through, means over deals; their intervals redraw the prompts, the same for both rows, and the deals.
+test.pt every deal looks at another fifth of the calibration's records and has only the others, and more.pt where that
+is. Ratios are of what is let through, means over deals; their intervals redraw prompts, the same for both rows, and
+the deals.
 """
 
 from __future__ import annotations
@@ -89,14 +90,27 @@ def by_region(folder: Path, seed: int, known: Answered, sets: Sets, accuracy: fl
     return passed
 
 
+def together(one: Answered, other: Answered) -> Answered:
+    return Answered(
+        torch.cat([one.prompts, other.prompts]),
+        torch.cat([one.h, other.h]),
+        torch.cat([one.labels, other.labels]),
+        torch.cat([one.complete, other.complete]),
+        one.digests + other.digests,
+        one.texts + other.texts,
+    )
+
+
 def judged(judge: Judge, folder: Path, deal: int, known: Answered, sets: Sets, accuracy: float) -> Passed:
     """As floats. Without a test set, a fifth of the records is looked at, and NaN stands for the others."""
     if "test" in sets:
         return {name: one.double() for name, one in judge(folder, deal, known, sets, accuracy).items()}
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
     seen, rest = order[deal::DEALS].sort().values, order[torch.arange(len(order)) % DEALS != deal]
-    looked = {"test": known.take(seen.tolist())}
-    found = judge(folder / f"fold-{deal}", deal, known.take(rest.tolist()), looked, accuracy)
+    looked, others = {"test": known.take(seen.tolist())}, known.take(rest.tolist())
+    if (folder / "more.pt").exists():
+        others = together(others, load(folder / "more.pt"))
+    found = judge(folder / f"fold-{deal}", deal, others, looked, accuracy)
     passed = torch.full((len(known),), torch.nan, dtype=torch.float64)
     passed[seen] = found["test"].double()
     return {"test": passed}
