@@ -350,6 +350,17 @@ def serving() -> list[Panel]:
             steps={"orange": 0.1},
         ),
         lines(
+            "Shadow: decisions per second",
+            "Answers that the shadowing bundle scored too, by the old bundle's decision and its own. Dropped: the "
+            "machine had no time for it.",
+            "The next bundle",
+            {
+                "{{old}}, then {{new}}": rate("sdm_shadow_total", by="old, new"),
+                "dropped": rate("sdm_shadow_dropped_total"),
+            },
+            unit="suffix: answers/s",
+        ),
+        lines(
             "Escalations",
             "Withheld answers that the other model was to give, by what came of it. Circuit: 1 one request tries it "
             "again, 2 it is left alone.",

@@ -218,7 +218,7 @@ def test_the_interface_describes_itself(server: Any) -> None:
     assert chat["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith(
         "ChatCompletionRequest"
     )
-    refused = {"400", "401", "403", "404", "408", "413", "429"}
+    refused = {"400", "401", "403", "404", "408", "409", "413", "429"}
     assert set(chat["responses"]) == {"200", *refused, "500", "503"}
     for path in ("/v1/reliability", "/v1/reliability/calibration"):  # of a model that may be unknown
         assert "404" in document["paths"][path]["get"]["responses"]

@@ -476,6 +476,6 @@ def test_a_bundle_that_always_abstained_is_said_at_start(
     warns: bool,
 ) -> None:
     one = replace(bundle, report={"reference_abstention_ratio": ratios})
-    monkeypatch.setattr("candor.app.process.backend.load_bundle", lambda _: one)
+    monkeypatch.setattr("candor.app.process.backend.load_signed", lambda *_: one)
     _load(Path("bundle"), settings())
     assert ("expect every answer to be abstained from" in caplog.text) is warns
