@@ -203,6 +203,6 @@ def test_what_is_kept_of_an_answer(serve: Any, gates: Any, tmp_path: Path) -> No
     }
     turns = [{"role": "user", "content": "ask"}]
     assert texts[ids[0], 1] == (turns, "The answer.", 8 * 4, 8 * 4)
-    assert texts[ids[1], 0] == ([{"role": "user", "content": "far"}], "", None, None)  # refused unwritten
+    assert texts[ids[1], 0] == ([{"role": "user", "content": "far"}], "", None, 8 * 4)  # refused unwritten
     assert [texts[ids[2], index][0] for index in range(4)] == ["one", "one", "two", "two"]
     assert (pair, 0) not in texts
