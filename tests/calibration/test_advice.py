@@ -133,7 +133,7 @@ def search(
         made = RuleCertificate(0.9, 0.9, 0.95, 1.0, 400, answered[0], answered[1], 300, 0.91)
     prompts = frozenset(map(str, range(400)))
     tried = tuple(Step(1.0, n, right, 0.5, False) for n, right in steps)
-    return RuleCertification(0.9, Claim(0.9, 0.05), prompts, 300, 3, tried, made, more)
+    return RuleCertification(0.9, Claim(0.9, 0.05), prompts, 300, 3, tried, made, more, 50, ())
 
 
 def test_too_few_to_show_anything() -> None:
