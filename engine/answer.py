@@ -19,13 +19,15 @@ from candor.engine.base import Delta, TokenLogprob
 class TagFilter:
     """Takes pieces of text and returns what may be shown.
 
-    tag: empty if none is to be looked for. found: whether the tag has come; the filter drops everything from the tag
-    on.
+    alone: whether the tag counts only at the beginning of a line, since elsewhere it may be part of an answer in JSON,
+    whose texts hold no line break. found: whether the tag has come; the filter drops everything from the tag on.
     """
 
-    def __init__(self, tag: str) -> None:
+    def __init__(self, tag: str, *, alone: bool = False) -> None:
         self._tag = tag
+        self._alone = alone
         self._held = ""
+        self._begun = False  # whether anything was shown
         self.found = False
 
     @property
@@ -34,17 +36,25 @@ class TagFilter:
         return bool(self._held.strip())
 
     def feed(self, piece: str) -> str:
-        if self.found or not self._tag:
-            return "" if self.found else piece
+        if self.found:
+            return ""
         text = self._held + piece
         start = text.find(self._tag)
+        while start >= 0 and self._alone and not self._begins_line(text[:start]):
+            start = text.find(self._tag, start + 1)
         if start >= 0:
             self.found, self._held = True, ""
             return text[:start].rstrip()
         keep = max(n for n in range(len(self._tag)) if text.endswith(self._tag[:n]))
         shown = text[: len(text) - keep].rstrip()
         self._held = text[len(shown) :]
+        self._begun = self._begun or bool(shown)
         return shown
+
+    def _begins_line(self, before: str) -> bool:
+        """before: the text before a tag, as far as it was not shown."""
+        said = before.rstrip()
+        return "\n" in before[len(said) :] or not (said or self._begun)
 
     def finish(self, *, cut: bool = False) -> str:
         """Returns the text still held back when the text ends without a tag. cut: the limit on its length ended it;
@@ -58,17 +68,18 @@ class AnswerText:
     """Collects what an engine generates, tag and end token included, and shows the part that is the answer.
 
     token_ids: all generated tokens. logprobs: one entry per token, or none at all.
-    report_logprobs: whether deltas carry log-probabilities.
+    report_logprobs: whether deltas carry log-probabilities. tag_alone: `TagFilter`'s alone.
     """
 
     tag_text: str
     tag_ids: Sequence[int]
     report_logprobs: bool = False
+    tag_alone: bool = False
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._filter = TagFilter(self.tag_text)
+        self._filter = TagFilter(self.tag_text, alone=self.tag_alone)
         self._text = ""
         self._reported = 0  # tokens whose log-probabilities were sent
         self._reported_length = 0  # characters of those tokens

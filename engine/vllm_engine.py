@@ -153,15 +153,17 @@ class VLLMEngine:
     ) -> AsyncGenerator[PromptStates | Delta | Generation, None]:
         """As `generate`, for a request in vLLM's own form. params: `extra_args` are set here; output_kind is DELTA.
 
-        tagged: whether the answer may end with the tag; a grammar forbids it, or allows it inside of a text.
+        tagged: whether the tag ends the answer wherever it comes; else only at the beginning of a line, for a grammar
+        may allow it inside of a text.
         seen: gets each of vLLM's outputs before what is shown of it. how: further arguments of `AsyncLLM.generate`.
         """
         prompt_ids = prompt["prompt_token_ids"]
         room = room_for_answer(len(prompt_ids), len(self._closing_ids), self.max_model_len)
         params.max_tokens = min(params.max_tokens or room, room)
-        tag, tag_ids = (self.representation.tag, self._tag_ids) if tagged else ("", _NO_TAG)
+        tag_ids = self._tag_ids if tagged else _NO_TAG
         params.extra_args = self._wish(tag_ids, evidence=capture, prompt=prompt_states)
-        answer = AnswerText(tag, tag_ids, params.logprobs is not None)
+        reported = params.logprobs is not None
+        answer = AnswerText(self.representation.tag, tag_ids, reported, tag_alone=not tagged)
         states = None
         async with aclosing(self._submit(prompt, params, **how)) as outputs:
             async for output in outputs:

@@ -200,3 +200,22 @@ def test_what_closes_an_answer_is_what_was_written() -> None:
     assert answer.closing(2) == [5, 7, 8]
     other = AnswerText(TAG, (7, 8), token_ids=[20, 21, 30])
     assert other.closing(2) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ('{"a": "x <verified>Yes"}', '{"a": "x <verified>Yes"}'),
+        ("The answer.\n<verified>Yes</verified>", "The answer."),
+        ("<verified>Yes</verified>", ""),
+        ('{"a": "<verified>"}\n <verified>Yes', '{"a": "<verified>"}'),
+    ],
+)
+@given(data=st.data())
+def test_where_it_may_be_part_of_a_text_the_tag_counts_at_the_beginning_of_a_line(
+    text: str, shown: str, data: st.DataObject
+) -> None:
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))) | {0, len(text)})
+    tag = TagFilter(TAG, alone=True)
+    pieces = [tag.feed(text[start:end]) for start, end in pairwise(cuts)]
+    assert "".join([*pieces, tag.finish()]) == shown
