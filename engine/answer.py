@@ -19,8 +19,8 @@ from candor.engine.base import Delta, TokenLogprob
 class TagFilter:
     """Takes pieces of text and returns what may be shown.
 
-    alone: whether the tag counts only at the beginning of a line, since elsewhere it may be part of an answer in JSON,
-    whose texts hold no line break. found: whether the tag has come; the filter drops everything from the tag on.
+    alone: whether the tag counts only at the beginning of a line, since elsewhere it may be part of a text in JSON,
+    which holds no line break. found: whether the tag has come; the filter drops everything from the tag on.
     """
 
     def __init__(self, tag: str, *, alone: bool = False) -> None:

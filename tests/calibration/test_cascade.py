@@ -268,7 +268,7 @@ def test_killed_while_it_is_asked_the_same_command_goes_on(
     tmp_path: Path,
     upstream: Any,
 ) -> None:
-    """The whole command, with a tiny model whose answers are given; nothing is let through, so all goes upstream."""
+    """The whole command, with a tiny model whose answers are given; some thirty are withheld and go upstream."""
 
     async def slowly(writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
         await asyncio.sleep(0.1)
@@ -285,7 +285,7 @@ def test_killed_while_it_is_asked_the_same_command_goes_on(
     script = [sys.executable, "-c", "from candor.app.cli import main; main()", *map(str, arguments)]
     process = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while len(upstream.asked) < 30:
+    while len(upstream.asked) < 10:
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.005)
