@@ -2,6 +2,7 @@
 
     python -m benchmarks.serving                     the whole table, at most --minutes of load
     python -m benchmarks.serving --quick             concurrency 8, short prompts, for development
+    python -m benchmarks.serving --form tools        with tools, a schema, or by vLLM's handlers alone
     python -m benchmarks.serving --strangers         mode abstain, with 0, 10, 30 and 60 % strangers among the prompts
 
 Both servers run at once on the same model, with the same settings and prompts, one under load at a time. The client
@@ -65,14 +66,39 @@ COLUMNS = {
 HIGHER_IS_BETTER = {"answers/s"}
 
 
+FORMS: Mapping[str, Mapping[str, Any]] = {
+    "text": {},
+    "handlers": {"cache_salt": "none"},
+    "tools": {
+        "tools": [
+            {
+                "type": "function",
+                "function": {
+                    "name": "look_up",
+                    "description": "Looks a word up.",
+                    "parameters": {"type": "object", "properties": {"word": {"type": "string"}}},
+                },
+            }
+        ],
+    },
+    "schema": {"structured_outputs": {"regex": r"<sentence>[^<]{1,200}</sentence>"}},
+}
+"""Fields of every request, to both servers. All but `text` are answered by vLLM's own handlers in Candor too."""
+TOOLS = "--enable-auto-tool-choice --tool-call-parser=hermes"
+
+
 @dataclass(frozen=True)
 class Workload:
-    """strangers: share of prompts that are not the task's, in mode abstain; None: none, in mode annotate."""
+    """strangers: share of prompts that are not the task's, in mode abstain; None: none, in mode annotate.
+
+    form: one of `FORMS`.
+    """
 
     concurrency: int
     length: str
     shared: bool
     strangers: float | None = None
+    form: str = "text"
 
     @property
     def requests(self) -> int:
@@ -81,6 +107,7 @@ class Workload:
 
     def __str__(self) -> str:
         length = self.length if self.strangers is None else f"{self.strangers:.0%} strangers"
+        length += "" if self.form == "text" else f", {self.form}"
         return f"{self.concurrency} | {length} | {'yes' if self.shared else 'no'}"
 
 
@@ -185,7 +212,8 @@ def both(model: Path, bundle: Path, eager: bool) -> Iterator[tuple[Serving, Serv
     settings |= {"CANDOR_KV_CACHE_BYTES": str(KV_CACHE), "CANDOR_SERVED_MODEL_NAME": NAME}
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in LIMITS.items()]
     arguments += ["--dtype=bfloat16", f"--kv-cache-memory-bytes={KV_CACHE}", f"--block-size={BLOCK}"]
-    arguments += [f"--served-model-name={NAME}", "--seed=0"]
+    arguments += [f"--served-model-name={NAME}", "--seed=0", *TOOLS.split()]
+    settings["CANDOR_VLLM"] = TOOLS
     if eager:
         settings["CANDOR_EAGER"] = "true"
         arguments.append("--enforce-eager")
@@ -214,8 +242,9 @@ def measure(
         began = time.monotonic()
         for cell in cells:
             asked = prompts.draw(cell)
+            form = FORMS[cell.form]
             ours: dict[str, Any] = {} if cell.strangers is None else {"reliability": {"mode": "abstain"}}
-            fields = {candor.pid: ours, plain.pid: {"stop": [tag]}}
+            fields = {candor.pid: {**form, **ours}, plain.pid: {**form, "stop": [tag]}}
             figures = {}
             for server in (candor, plain) if number % 2 else (plain, candor):
                 figures[server.pid] = drive(server, model, asked, cell.concurrency, fields[server.pid])
@@ -262,6 +291,9 @@ def main() -> int:
     parser.add_argument(
         "--strangers", action="store_true", help="mode abstain, with strangers among bare prompts"
     )
+    parser.add_argument(
+        "--form", choices=FORMS, action="append", help="of the requests; default: text, this server's own"
+    )
     parser.add_argument("--quick", action="store_true", help="concurrency 8, short prompts, no shared prefix")
     parser.add_argument("--eager", action="store_true", help="neither server compiles")
     parser.add_argument("--seed", type=int, default=0)
@@ -269,10 +301,11 @@ def main() -> int:
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
     parser.add_argument("--json", action="store_true", help="every round's figures in place of the table")
     given = parser.parse_args()
-    quick = [Workload(8, "short", False)]
+    forms = given.form or ["text"]
+    quick = [Workload(8, "short", False, form=form) for form in forms]
+    concurrencies, lengths = given.concurrency or (1, 8, 32), given.prompts or ("short", "long")
     cells = [
-        Workload(*one)
-        for one in product(given.concurrency or (1, 8, 32), given.prompts or ("short", "long"), (False, True))
+        Workload(*one, form=form) for one in product(concurrencies, lengths, (False, True)) for form in forms
     ]
     if given.strangers:
         cells = [
