@@ -63,7 +63,8 @@ def test_the_answer_shown_is_the_answer_given(server: Server) -> None:
 
 def test_a_stock_client_gets_what_is_said(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     document = (ROOT / "docs/api.md").read_text(encoding="utf-8")
-    [program] = re.findall(r"^```python\n(.*?)^```", document, re.MULTILINE | re.DOTALL)
+    section = document.split("\n## From a stock client\n")[1].split("\n## ")[0]
+    [program] = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     assert "http://127.0.0.1:8000" in program
     exec(program.replace("http://127.0.0.1:8000", server.url), {})
     refusal, _ = capsys.readouterr().out.splitlines()

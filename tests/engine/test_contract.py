@@ -317,17 +317,18 @@ def test_what_may_follow_prompts_that_begin_alike(bench: Bench) -> None:
         *found, answer = await asyncio.gather(*readings, answering)
         return found, answer
 
-    within = 1e-3 if bench.dtype == "float32" else 0.5
+    # bfloat16: logits of 32 to 64 are a quarter apart, and the state has its own noise.
+    within = {"abs": 1e-3} if bench.dtype == "float32" else {"abs": 0.5, "rel": 1 / 64}
     for _ in range(2):
         found, answer = bench.runner.run(together())
         assert [len(one.top) for one in answer.logprobs] == [len(one.top) for one in plain.logprobs]
         for prompt, reading in zip(prompts, found, strict=True):
             bench.assert_exact_prompt(prompt, reading.states)
             expected = bench.runner.run(bench.reference.read_prompt(prompt, options)).logprobs
-            assert reading.logprobs == pytest.approx(expected, abs=within)
+            assert reading.logprobs == pytest.approx(expected, **within)
         first = {one: logprob for one, _, logprob in plain.logprobs[0].top}
         again = bench.runner.run(bench.engine.read_prompt(prompts[0], list(first)))
-        assert again.logprobs == pytest.approx(list(first.values()), abs=within)
+        assert again.logprobs == pytest.approx(list(first.values()), **within)
 
 
 def test_a_prompt_s_states_come_before_an_answer_and_can_end_it(bench: Bench) -> None:
