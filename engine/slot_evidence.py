@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 import torch
 
+MOST_MARGIN = 1000.0
+"""Far beyond any model's; a margin has to be finite."""
 ROWS_AT_ONCE = 4
 """Rows of logits computed together on a CPU. They stay in its caches: twice as fast as all rows at once."""
 
@@ -60,6 +62,7 @@ def surprisal_and_margin(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Te
 
     With o the largest other logit and r = log sum_{v != token} exp(x_v - o):  -log p = log(1 + exp(r + o - x_token)),
     which stays precise if the token's probability is near 1. -r is the largest log-softmax among the others.
+    Where a grammar leaves no other token, the surprisal is 0 and the margin MOST_MARGIN.
     """
     at_once = ROWS_AT_ONCE if logits.device.type == "cpu" else max(1, len(logits))
     measured = []
@@ -67,8 +70,8 @@ def surprisal_and_margin(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Te
         rows, column = some.to(torch.float32, copy=True), token.unsqueeze(1)
         own = rows.gather(1, column)  # (b, 1)
         rows.scatter_(1, column, -torch.inf)
-        other = rows.amax(1, keepdim=True)
-        rest = -torch.log_softmax(rows, 1).amax(1, keepdim=True)
+        other = torch.maximum(rows.amax(1, keepdim=True), own - MOST_MARGIN)
+        rest = -torch.log_softmax(rows, 1).amax(1, keepdim=True).nan_to_num()  # of no other: not a number
         measured.append(torch.cat([torch.nn.functional.softplus(rest + other - own), own - other], 1))
     return torch.cat(measured) if measured else logits.new_zeros((0, 2), dtype=torch.float32)
 

@@ -70,3 +70,13 @@ def test_a_reused_slot_forgets() -> None:
     kept.clear(torch.tensor([15, -1]))
     assert of_answer(kept.read(BLOCKS, 3, 6), [9]) == ([pytest.approx(0.4586, abs=1e-3)], [1.0])
     assert of_answer(kept.read(BLOCKS, 3, 6), [9, 8]) is None
+
+
+def test_a_token_that_a_grammar_leaves_alone_has_finite_evidence() -> None:
+    logits = torch.full((3, 5), -torch.inf)
+    logits[:, 2] = torch.tensor([3.0, 3.0, torch.nan])
+    logits[1, 4] = 1.0
+    measured = surprisal_and_margin(logits, torch.tensor([2, 2, 2]))
+    assert measured[0].tolist() == [0.0, 1000.0]
+    assert measured[1].tolist() == pytest.approx([math.log1p(math.exp(-2)), 2.0])
+    assert measured[2].isnan().any()  # what is broken stays so
