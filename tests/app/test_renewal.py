@@ -198,22 +198,19 @@ def test_what_was_promoted_survives_a_restart(serve_from: Any, put: Put, engine:
         assert judged(server.chat("hello"))[1] == load_bundle(tmp_path / "other").digest
 
 
+def made_anew(path: Path, bundle: Bundle, gates: TwoGates) -> None:
+    """Puts a bundle of a later date in the place of the one at this path."""
+    manifest = replace(bundle.manifest, rule=gates.terms, created="2026-02-02T00:00:00+00:00")
+    publish(path, manifest, bundle.estimator, bundle.exemplars, bundle.report, gates.rule, replace=True)
+
+
 def test_a_bundle_that_is_configured_anew_goes_before_what_was_promoted(
     serve_from: Any, put: Put, bundle: Bundle, gates: TwoGates, tmp_path: Path
 ) -> None:
     put("old", STRICT), put("new", LAX)  # type: ignore[unused-ignore]
     with serve_from(tmp_path / "old") as server:
         promote(server, "new")
-    manifest = replace(bundle.manifest, rule=gates.terms, created="2026-02-02T00:00:00+00:00")
-    publish(
-        tmp_path / "old",
-        manifest,
-        bundle.estimator,
-        bundle.exemplars,
-        bundle.report,
-        gates.rule,
-        replace=True,
-    )
+    made_anew(tmp_path / "old", bundle, gates)
     with serve_from(tmp_path / "old") as server:
         assert judged(server.chat("hello"))[1] == load_bundle(tmp_path / "old").digest
 
@@ -224,16 +221,7 @@ def test_a_promoted_bundle_that_is_gone_is_said_at_start(
     put("old", STRICT), put("new", LAX)  # type: ignore[unused-ignore]
     with serve_from(tmp_path / "old") as server:
         promote(server, "new")
-    manifest = replace(bundle.manifest, rule=gates.terms, created="2026-02-02T00:00:00+00:00")
-    publish(
-        tmp_path / "new",
-        manifest,
-        bundle.estimator,
-        bundle.exemplars,
-        bundle.report,
-        gates.rule,
-        replace=True,
-    )
+    made_anew(tmp_path / "new", bundle, gates)
     with pytest.raises(PromotedFileError, match="put it back, or remove the file"):
         serve_from(tmp_path / "old")
     (tmp_path / "new").rename(tmp_path / "away")

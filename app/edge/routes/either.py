@@ -7,7 +7,8 @@ goes to vLLM's.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request, Response
@@ -55,10 +56,17 @@ def is_beyond(body: dict[str, Any], own: type[BaseModel]) -> bool:
 
 def parsed(own: type[Own], body: dict[str, Any]) -> Own:
     """Returns the body as `own`. Raises RequestValidationError."""
-    try:
+    with told_where():
         return own.model_validate(body)
+
+
+@contextmanager
+def told_where(*at: str) -> Iterator[None]:
+    """Raises RequestValidationError, which says where in the body, for pydantic's error. at: path of what is read."""
+    try:
+        yield
     except ValidationError as error:
-        found = [one | {"loc": ("body", *one["loc"])} for one in error.errors(include_url=False)]
+        found = [one | {"loc": ("body", *at, *one["loc"])} for one in error.errors(include_url=False)]
         raise RequestValidationError(found) from error
 
 

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import APIRouter, Request, Response
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from candor.app.answering.judging import Judging
 from candor.app.answering.request import Bulk
@@ -29,7 +28,7 @@ from candor.app.edge.limits import Refused, at_most
 from candor.app.edge.parsing import BoundedRoute
 from candor.app.edge.routes.answers import EventStream, shadowed, verdict_headers
 from candor.app.edge.routes.documented import ERRORS, STREAMED
-from candor.app.edge.routes.either import json_object
+from candor.app.edge.routes.either import json_object, told_where
 from candor.app.edge.schemas.reliability import ReliabilityOptions
 from candor.app.edge.schemas.requests import HARMLESS, unknown_field
 from candor.app.edge.services import InjectedServices, ServedModel, Services
@@ -120,7 +119,9 @@ async def _respond(kind: Kind, body: dict[str, Any], request: Request, services:
     given = body.get("model")
     if isinstance(before := body.get("previous_response_id"), str):
         surface.recall(before, request.state.caller)
-    asked = _options(body.pop("reliability", None))
+    options = body.pop("reliability", None)
+    with told_where("reliability"):
+        asked = ReliabilityOptions.model_validate({} if options is None else options)
     model = services.model(given if isinstance(given, str) else None, asked.bundle)
     streamed = body.get("stream") is True
     reliability = model.resolver.resolve_reliability(asked, streamed=streamed)
@@ -344,21 +345,8 @@ def _check_fields(kind: Kind, body: Mapping[str, Any], surface: Surface) -> None
 
 def _parsed(kind: Kind, body: dict[str, Any], surface: Surface) -> Any:
     body = {name: value for name, value in body.items() if name not in ("request_id", "session_id")}
-    try:
+    with told_where():
         return surface.handlers.parse(kind, body)
-    except ValidationError as error:
-        found = [one | {"loc": ("body", *one["loc"])} for one in error.errors(include_url=False)]
-        raise RequestValidationError(found) from error
-
-
-def _options(given: Any) -> ReliabilityOptions:
-    try:
-        return ReliabilityOptions.model_validate({} if given is None else given)
-    except ValidationError as error:
-        found = [
-            one | {"loc": ("body", "reliability", *one["loc"])} for one in error.errors(include_url=False)
-        ]
-        raise RequestValidationError(found) from error
 
 
 def _content(kind: Kind, body: Mapping[str, Any], answer: Answer, model: ServedModel) -> Content:
