@@ -199,12 +199,9 @@ class VLLMEngine:
             completion.finish_reason == "stop" and not isinstance(completion.stop_reason, str)
         )
         beyond = answer.token_ids[:-1][-len(tag_ids) :] == tag_ids  # the token after the tag
-        token_ids = (
-            answer.token_ids[:length] if length is not None else self._chat.encode_response(answer.text)
-        )
         yield Generation(
             text=answer.text,
-            token_ids=tuple(token_ids),
+            token_ids=tuple(self._response_ids(answer, length)),
             finish_reason="stop" if answer.tag_found or completion.finish_reason == "stop" else "length",
             tagged=answer.tag_found,
             truncated=not ended,
@@ -230,9 +227,7 @@ class VLLMEngine:
         cut = completion.finish_reason == "length"
         length = answer.length(self._chat.is_blank, cut=cut)
         answer.finish(length, stopped=False, cut=cut)
-        response_ids = (
-            answer.token_ids[:length] if length is not None else self._chat.encode_response(answer.text)
-        )
+        response_ids = self._response_ids(answer, length)
         return Generation(
             text=answer.text,
             token_ids=tuple(response_ids),
@@ -244,6 +239,10 @@ class VLLMEngine:
             completion_tokens=len(completion.token_ids),
             prompt=states,
         )
+
+    def _response_ids(self, answer: AnswerText, length: int | None) -> list[int]:
+        """Returns the answer's first `length` tokens; those of its text anew where no token ends where it does."""
+        return answer.token_ids[:length] if length is not None else self._chat.encode_response(answer.text)
 
     async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
         """Sends one request over prompt, response and tag; the cached prefix is not computed again."""
