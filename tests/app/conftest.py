@@ -520,7 +520,10 @@ def serve(engine: ScriptedEngine, bundle: Bundle) -> Serve:
 @pytest.fixture
 def serve_from(engine: ScriptedEngine) -> Serve:
     """`with serve_from(directory, shadow=other) as server`: reads bundles from the disk as a server does at start."""
+    return serving_from(engine)
 
+
+def serving_from(engine: ScriptedEngine) -> Serve:
     def start(directory: Path, **given: Any) -> AbstractContextManager[Running]:
         settings = make_settings(bundle=directory, engine_check_interval_s=0.02, **given)
         read = Bundles.read(settings)

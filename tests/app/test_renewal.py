@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +263,46 @@ def test_a_crash_between_steps_leaves_one_of_the_two(
     assert Promotions(file).of("tiny") == (after if step == "replaced" else before)
     Promotions(file).put("tiny", None)
     assert Promotions(file).of("tiny") is None
+
+
+def test_a_server_killed_amid_a_change_comes_back_with_one_of_the_two(
+    serve_from: Any, put: Put, tmp_path: Path
+) -> None:
+    """kill -9 in the real server, at each step: what answers next is what the disk had, and no label is lost."""
+    steps = {
+        "checked": False,
+        "written": False,
+        "in place": True,
+        "switched": True,
+    }  # and whether it is changed
+    cases = []
+    for number, (change, step) in enumerate(product(("promote", "rollback"), steps)):
+        folder = f"case {number}"
+        (tmp_path / folder).mkdir()
+        digests = {"promote": (put(f"{folder}/old", STRICT).digest, put(f"{folder}/new", LAX).digest)}
+        digests["rollback"] = digests["promote"][::-1]
+        cases.append({"folder": str(tmp_path / folder), "change": change, "step": step})
+        cases[-1]["wanted"] = digests[change][steps[step]]
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("killed_promotion.py"))],
+        input=json.dumps(cases),
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for case, (answer, ended) in zip(cases, json.loads(done.stdout), strict=True):
+        assert ended == signal.SIGKILL, case
+        folder = Path(case["folder"])
+        with serve_from(folder / "old", store=str(folder / "store.db")) as server:
+            assert judged(server.chat("hello"))[1] == case["wanted"], case
+            again = server.client.post("/v1/reliability/feedback", json={"id": answer, "correct": True})
+            assert again.json()["outcome"] == "unchanged", case  # it is known, with its label
+            changed = case["wanted"] == load_bundle(folder / "new").digest
+            next_ = rollback(server) if changed else promote(server, "new")  # and it can change again
+            assert next_.status_code == 200, (case, next_.text)
 
 
 def test_what_cannot_be_written_is_not_promoted(
