@@ -82,26 +82,37 @@ def plain_vllm(model: Path, arguments: Sequence[str], within_s: float = 900) -> 
         yield server
 
 
-@contextmanager
-def _started(
-    command: Sequence[str], ready: str, within_s: float, environment: Mapping[str, str]
-) -> Iterator[Serving]:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the server would outlive the benchmark
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def running(
+    command: Sequence[str],
+    ready: str,
+    within_s: float,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Starts a program in that folder, waits until the URL `ready` answers, and ends it afterwards.
+
+    Raises RuntimeError with the log's end if it does not start.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else it would outlive the benchmark
     with tempfile.TemporaryFile() as log:
-        began = time.monotonic()
         process = subprocess.Popen(
-            [sys.executable, *command, "--host", "127.0.0.1", "--port", str(port)],
-            env=os.environ | environment,
+            command,
+            env=os.environ | (environment or {}),
+            cwd=folder,
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
-        url = f"http://127.0.0.1:{port}"
         try:
-            _await(process, url + ready, within_s)
-            yield Serving(url, process.pid, time.monotonic() - began)
+            _await(process, ready, within_s)
+            yield process
         except _NotStarted:
             log.seek(0)
             raise RuntimeError(log.read()[-2000:].decode(errors="replace")) from None
@@ -111,6 +122,16 @@ def _started(
                 process.wait(90)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def _started(
+    command: Sequence[str], ready: str, within_s: float, environment: Mapping[str, str]
+) -> Iterator[Serving]:
+    url, began = f"http://127.0.0.1:{(port := free_port())}", time.monotonic()
+    whole = [sys.executable, *command, "--host", "127.0.0.1", "--port", str(port)]
+    with running(whole, url + ready, within_s, environment) as process:
+        yield Serving(url, process.pid, time.monotonic() - began)
 
 
 class _NotStarted(Exception):

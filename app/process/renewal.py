@@ -33,7 +33,8 @@ from candor.app.process.backend import Backend
 from candor.app.process.promoted import Located, PromotedFileError, Promotion, Promotions, located
 from candor.app.process.selftest import SelfTest
 from candor.app.process.settings import Settings
-from candor.app.store.records import Dispute
+from candor.app.store.reading import prompts
+from candor.app.store.records import Dispute, StoreUnavailable
 from candor.app.store.store import VerdictStore
 from candor.app.store.watching import CertificateWatch, Certified, Served
 from candor.app.telemetry.drifting import PromptDrift
@@ -49,6 +50,9 @@ from candor.policy.certificate import RuleKind
 from candor.policy.monitor import Standing, StandingName
 
 logger = logging.getLogger("candor")
+
+_RECALLED = 10_000
+"""Verdicts of the store whose prompts count on when a bundle begins to answer: less than a second's work."""
 
 
 class NotPromoted(Exception):
@@ -248,10 +252,22 @@ class Renewal:
         )
         rule: RuleKind = "two-gates" if gates else "sdm"
         drift = PromptDrift(len(gates.rule.gate.reference), metrics.drift) if gates else None
+        if drift is not None and self._store is not None:
+            await self._recall(drift, bundle.digest)
         standing = partial(self._standing, bundle.digest)
         return ServedModel(
             name, bundle, path, rule, resolver, scorer, service, selftest, metrics, drift, standing
         )
+
+    async def _recall(self, drift: PromptDrift, digest: str) -> None:
+        """Has it take the prompts that the store has of this bundle."""
+        assert self._store is not None
+        try:
+            seen = await self._store.read(lambda connection: prompts(connection, digest, _RECALLED))
+        except StoreUnavailable as error:
+            logger.warning("evidence that prompts changed begins anew: %s", error)
+        else:
+            await asyncio.to_thread(drift.recall, seen)
 
     def _standing(self, digest: str, certificate: Certified) -> Standing | None:
         return self._certificates.of(digest, certificate) if self._certificates else None

@@ -153,6 +153,21 @@ def waiting(connection: Connection) -> dict[Kind, int]:
     }
 
 
+def prompts(connection: Connection, bundle: str, most: int) -> list[tuple[float, str]]:
+    """Returns each prompt that its gate saw among the store's last `most` verdicts, oldest first: its p, and the name
+    of the key that asked ("" if it was forgotten). One that departs from the policy is none."""
+    newest = connection.scalar(select(func.max(verdicts.c.number))) or 0
+    asked = select(verdicts.c.prompt_p_value, func.coalesce(verdicts.c.caller, "")).where(
+        verdicts.c.number > newest - most,
+        verdicts.c.bundle == bundle,
+        verdicts.c.kind != "pair",
+        verdicts.c.choice == 0,
+        verdicts.c.calibrated,
+        verdicts.c.prompt_p_value.is_not(None),
+    )
+    return [(p, caller) for p, caller in connection.execute(asked.order_by(verdicts.c.number))]
+
+
 def outcome(connection: Connection, id: str) -> list[Row]:
     """Returns what became of each choice of a response: its verdict, and what reviewers said; [] if it is unknown."""
     asked = _with_contents().where(verdicts.c.id == id).order_by(verdicts.c.choice)

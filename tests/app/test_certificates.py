@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,36 @@ def test_drift_is_shown_by_model_and_key(serve: Any, gates: Any) -> None:
         assert (
             metric(server, "sdm_prompt_drift_evidence") == before
         )  # it departs from the policy, and is said to
+
+
+def test_evidence_of_drift_goes_on_after_a_restart(serve: Any, gates: Any, tmp_path: Path) -> None:
+    """With what is in the store, of whichever replica; of this bundle's prompts alone, and each once."""
+    store = str(tmp_path / "s")
+    with serve(store=store, gates=gates) as server:
+        server.engine.script("far", kind="stranger")
+        for _ in range(20):
+            server.chat("far")
+        server.chat("near", n=2)
+        server.client.post(
+            "/v1/completions", json={"model": "tiny", "prompt": "far"}
+        )  # it departs from the policy
+        pair = {"messages": [{"role": "user", "content": "far"}], "response": "yes"}
+        server.client.post("/v1/reliability", json=pair)
+        before = metric(server, "sdm_prompt_drift_evidence")
+    assert before['key="",model_name="tiny"'] > 2
+    with serve(store=store, gates=gates) as server:
+        assert metric(server, "sdm_prompt_drift_evidence") == pytest.approx(before)
+    with closing(sqlite3.connect(store)) as file:
+        [first] = file.execute("SELECT id FROM verdicts ORDER BY number LIMIT 1").fetchone()
+    CliRunner().invoke(cli, ["store", "forget", first, "--store", store])
+    with serve(store=store, gates=gates) as server:  # the prompt counts, and nobody asked it
+        after = metric(server, "sdm_prompt_drift_evidence")
+        assert after['key="",model_name="tiny"'] == pytest.approx(before['key="",model_name="tiny"'])
+        assert after['key="anyone",model_name="tiny"'] < before['key="anyone",model_name="tiny"']
+    with closing(sqlite3.connect(store)) as file, file:
+        file.execute("UPDATE verdicts SET bundle = 'another'")
+    with serve(store=store, gates=gates) as server:
+        assert metric(server, "sdm_prompt_drift_evidence") == {'key="",model_name="tiny"': 0.0}
 
 
 # --- review
