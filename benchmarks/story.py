@@ -50,6 +50,12 @@ CLAIMED = "0.95"
 CANDOR = [sys.executable, "-c", "from candor.app.cli import main; main()"]
 CLIENTS = 16
 
+_SHOWN = (
+    "() => ['#conversation .text', '#text', '#about'].map((one) => document.querySelector(one)?.textContent)"
+)
+_ANOTHER = """(about) => !document.querySelector('#empty').hidden
+    || document.querySelector('#about').textContent !== about"""
+
 Prompt = dict[str, Any]
 """A record of the task: `messages` and `reference`."""
 
@@ -76,6 +82,7 @@ class Story:
     store: str
     prometheus: httpx.Client
     page: Any
+    client: httpx.Client
     references: dict[str, str] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
     labels: int = 0
@@ -113,7 +120,7 @@ def ask(story: Story, url: str, prompt: Prompt, mode: Literal["annotate", "absta
     body = {"model": "word-ordering", "messages": prompt["messages"], "reliability": {"mode": mode}}
     story.references[prompt["messages"][0]["content"]] = prompt["reference"]
     try:
-        response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+        response = story.client.post(f"{url}/v1/chat/completions", json=body)
         if response.status_code != 200:
             return Answer("", f"{response.status_code} {response.text[:200]}")
         said = response.json()
@@ -161,16 +168,11 @@ def label(story: Story, url: str, kind: Literal["sampled", "withheld"]) -> int:
     story.page.locator(f"input[value={kind}]").check()
     story.page.wait_for_load_state("networkidle")
     while not story.page.locator("#empty").is_visible():
-        shown = story.page.evaluate(
-            "() => ['#conversation .text', '#text', '#about'].map((one) => document.querySelector(one).textContent)"
-        )
-        prompt, answer, about = shown
+        prompt, answer, about = story.page.evaluate(_SHOWN)
+        if prompt is None:  # the drawn ones, whose texts are kept, come first
+            break
         story.page.keyboard.press("r" if verify(answer, story.references[prompt]) else "w")
-        story.page.wait_for_function(
-            "(about) => !document.querySelector('#empty').hidden"
-            " || document.querySelector('#about').textContent !== about",
-            arg=about,
-        )
+        story.page.wait_for_function(_ANOTHER, arg=about)
         count += 1
     story.labels += count
     time.sleep(1)  # a label wakes those who watch the certificates
@@ -443,7 +445,9 @@ def main(
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         database = stack.enter_context(runpy.run_path(str(ROOT / "tests/app/postgres.py"))["running"]())
         watching = stack.enter_context(prometheus(folder))
-        story = Story(folder, database.database(), watching, stack.enter_context(browser_page()))
+        client = stack.enter_context(httpx.Client(timeout=120))
+        page = stack.enter_context(browser_page())
+        story = Story(folder, database.database(), watching, page, client)
         first_bundle(old)
         with candor(story, old) as server:
             story.tell(

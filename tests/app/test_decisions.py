@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from math import exp
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from candor.app.edge.keys import make_key
 from candor.engine.base import EngineDead
 from candor.model_store.bundle import Bundle
+from candor.model_store.store import publish
 from candor.policy.conversation import Conversations
 from candor.policy.judging import TwoGates
 from candor.policy.policy import Policy
@@ -430,3 +433,35 @@ def test_the_real_client(server: Any) -> None:
     assert made.answers[3].name == "good"
     assert made.usage.output_tokens_details.reasoning_tokens == 0
     assert made.reliability["results"][3]["reason"] == "below_score_threshold"
+
+
+def test_a_shadow_scores_decisions_too(
+    serve_from: Any,
+    bundle: Bundle,
+    wide: TwoGates,
+    questions: tuple[Any, ...],
+    tmp_path: Path,
+    wait_until: Any,
+) -> None:
+    for name, score_min in (("old", 1.5), ("new", 1e6)):  # the new one refuses whatever the old one decides
+        certificate = replace(wide.terms.certificates[0], score_min=score_min)
+        terms = replace(wide.terms, certificates=(certificate,))
+        manifest = replace(bundle.manifest, rule=terms, policy=POLICY)
+        publish(tmp_path / name, manifest, bundle.estimator, questions, bundle.report, wide.rule)
+    store = str(tmp_path / "store.db")
+    with serve_from(tmp_path / "old", shadow=tmp_path / "new", store=store) as server:
+        decided(server, PREDICATE, CHOICE, SCORE)
+        decided(server, PREDICATE, reliability={"mode": "off"})  # judged by nobody
+
+        def seen() -> Any:
+            return server.client.get("/bundles").json()["data"][0]["shadow"]["decisions"]
+
+        wait_until(lambda: sum(sum(row.values()) for row in seen().values()) == 3)
+        assert seen()["answered"] == {"answered": 0, "abstained": 3, "unknown": 0}
+        wait_until(lambda: disputed(store) == [0, 1, 2])
+
+
+def disputed(store: str) -> list[int]:
+    with closing(sqlite3.connect(store)) as file:
+        asked = "SELECT choice FROM verdicts WHERE disputed_by IS NOT NULL ORDER BY choice"
+        return [choice for (choice,) in file.execute(asked)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,11 +12,15 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
+
+from candor.model_store.bundle import load_bundle
+from candor.model_store.store import publish
 
 ROOT = Path(__file__).resolve().parents[2]
 CANDOR = Path(sys.executable).with_name("candor")
@@ -40,14 +45,14 @@ class Server:
             return str(response.read().decode())
 
 
-def start(demo_model: Path, log: Path) -> Server:
+def start(demo_model: Path, log: Path, bundle: Path = ROOT / "demo/bundle", **settings: str) -> Server:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = os.environ | {"CANDOR_EAGER": "true", "CANDOR_KV_CACHE_BYTES": str(1 << 28)}
+    environment = os.environ | {"CANDOR_EAGER": "true", "CANDOR_KV_CACHE_BYTES": str(1 << 28)} | settings
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [CANDOR, "serve", "--model", demo_model, "--bundle", ROOT / "demo/bundle", "--port", str(port)],
+            [CANDOR, "serve", "--model", demo_model, "--bundle", bundle, "--port", str(port)],
             env=environment,
             stdout=output,
             stderr=output,
@@ -74,7 +79,14 @@ def end(server: Server) -> None:
 
 @pytest.fixture(scope="module")
 def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = start(demo_model, tmp_path_factory.mktemp("serve") / "log")
+    """With a bundle that lets nothing through as its shadow."""
+    folder = tmp_path_factory.mktemp("serve")
+    demo = load_bundle(Path(shutil.copytree(ROOT / "demo/bundle", folder / "demo")))
+    assert demo.rule is not None
+    strict = [replace(one, score_min=1e6) for one in demo.rule.terms.certificates]
+    manifest = replace(demo.manifest, rule=replace(demo.rule.terms, certificates=tuple(strict)), files={})
+    publish(folder / "strict", manifest, demo.estimator, demo.exemplars, demo.report, demo.rule.rule)
+    server = start(demo_model, folder / "log", folder / "demo", CANDOR_SHADOW=str(folder / "strict"))
     yield server
     end(server)
 
@@ -162,6 +174,29 @@ def test_metrics_of_candor_and_of_vllm_stand_together(server: Server) -> None:
     metrics = server.get("/metrics")
     assert 'sdm_answers_total{alpha="0.9",decision="answered",model_name="word-ordering"' in metrics
     assert "vllm:request_success_total" in metrics
+
+
+def test_a_bundle_shadows_and_is_promoted_pinned_and_rolled_back(server: Server) -> None:
+    def in_use() -> dict[str, Any]:
+        return dict(json.loads(server.get("/bundles"))["data"][0])
+
+    def change(name: str) -> None:
+        command = [CANDOR, name, "--url", server.url]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+    old, strict = in_use()["bundle"], in_use()["shadow"]["bundle"]
+    assert result_of(ask(server, ORDERED, bundle=old))["abstained"] is False
+    deadline = time.monotonic() + 20
+    while not in_use()["shadow"]["decisions"]["answered"]["abstained"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    change("promote")
+    assert (in_use()["bundle"], in_use()["previous"]) == (strict, old)
+    assert result_of(ask(server, ORDERED, bundle=strict))["abstained"] is True
+    with pytest.raises(openai.ConflictError, match="answers here"):
+        ask(server, ORDERED, bundle=old)
+    change("rollback")
+    assert result_of(ask(server, ORDERED, bundle=old))["abstained"] is False
 
 
 def test_it_ends_cleanly_when_told_to(demo_model: Path, tmp_path: Path) -> None:

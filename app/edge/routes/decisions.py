@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import Iterator
 
 from fastapi import APIRouter, Request, Response
 
 from candor.app.answering.decisions import Decision
+from candor.app.answering.request import Reliability
+from candor.app.answering.scoring import ScoringRequest
+from candor.app.answering.shadow import Sent
 from candor.app.answering.waiting import Deadline, seconds_for, unless_interrupted
 from candor.app.edge.parsing import BoundedRoute
 from candor.app.edge.routes.documented import ERRORS
@@ -18,6 +22,7 @@ from candor.app.edge.services import InjectedServices
 from candor.app.store.records import GivenVerdict
 from candor.app.telemetry.audit import audited
 from candor.app.writing.bodies import fingerprint, verdict_result
+from candor.engine.base import Representation
 
 router = APIRouter(route_class=BoundedRoute)
 
@@ -52,6 +57,10 @@ async def decide(body: schema.DecisionRequest, request: Request, services: Injec
         for at, verdict in verdicts
     ]
     services.note(model, given, usual=all(one.verdict.calibrated for one in given))
+    if model.shadow is not None:
+        model.shadow.offer(
+            *_sent(response_id, decisions, wanted.reliability, model.bundle.manifest.representation)
+        )
 
     def written() -> str:
         response = schema.DecisionResponse(
@@ -66,6 +75,20 @@ async def decide(body: schema.DecisionRequest, request: Request, services: Injec
         return response.model_dump_json(exclude={"reliability"} if response.reliability is None else None)
 
     return Response(await asyncio.to_thread(written), media_type="application/json")
+
+
+def _sent(
+    response_id: str, decisions: list[Decision], asked: Reliability, representation: Representation
+) -> Iterator[Sent]:
+    """Yields what a shadow scores too."""
+    for at, one in enumerate(decisions):
+        if one.judged is not None:
+            verdict, decided = one.judged.verdict, one.decided
+            summary, states = decided.summary(representation), decided.reading.states
+            scoring = ScoringRequest(
+                summary, asked.alpha, verdict.calibrated, asked.certified_only, 0, states
+            )
+            yield Sent(response_id, at, verdict, scoring)
 
 
 def _answer(
