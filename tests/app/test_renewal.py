@@ -305,6 +305,33 @@ def test_a_server_killed_amid_a_change_comes_back_with_one_of_the_two(
             assert next_.status_code == 200, (case, next_.text)
 
 
+def test_a_bundle_is_promoted_while_the_database_is_away(
+    serve_from: Any, put: Put, postgres: Any, tmp_path: Path, wait_until: Any
+) -> None:
+    """Promotions are on the server's own disk, and what is acknowledged meanwhile is in the spool."""
+    put("old", STRICT)
+    new, store = put("new", LAX), postgres.database()
+    with serve_from(tmp_path / "old", store=store, store_spool=tmp_path / "spool") as server:
+
+        def thumb(id: str) -> tuple[int, str]:
+            sent = server.client.post("/v1/reliability/feedback", json={"id": id, "correct": True})
+            return sent.status_code, sent.json().get("outcome")
+
+        before = server.chat("hello").json()["id"]
+        postgres.stop(kill=True)
+        try:
+            assert promote(server, "new").status_code == 200
+            answer = server.chat("hello")
+            assert judged(answer)[1] == new.digest
+            given = [before, answer.json()["id"]]
+            assert [thumb(one) for one in given] == [(200, "recorded")] * 2
+        finally:
+            postgres.start()
+        wait_until(lambda: "candor_store_behind 0.0" in server.client.get("/metrics").text, 20)
+        assert rollback(server).status_code == 200
+        assert [thumb(one) for one in given] == [(200, "unchanged")] * 2
+
+
 def test_what_cannot_be_written_is_not_promoted(
     serve_from: Any, put: Put, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
