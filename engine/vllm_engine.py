@@ -30,7 +30,7 @@ from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -138,6 +138,7 @@ class VLLMEngine:
             self.params(sampling),
             capture=capture,
             prompt_states=prompt_states,
+            tagged=sampling.grammar is None,
         )
 
     async def write(
@@ -161,8 +162,12 @@ class VLLMEngine:
         room = room_for_answer(len(prompt_ids), len(self._closing_ids), self.max_model_len)
         params.max_tokens = min(params.max_tokens or room, room)
         tag_ids = self._tag_ids if tagged else _NO_TAG
-        params.extra_args = self._wish(tag_ids, evidence=capture, prompt=prompt_states)
         reported = params.logprobs is not None
+        # What closing replaces would take its log-probability with it.
+        closed = capture and params.num_logprobs is None
+        params.extra_args = self._wish(
+            tag_ids, evidence=capture, prompt=prompt_states, closing=self._closing_ids if closed else ()
+        )
         answer = AnswerText(self.representation.tag, tag_ids, reported, tag_alone=not tagged)
         states = None
         async with aclosing(self._submit(prompt, params, **how)) as outputs:
@@ -311,11 +316,13 @@ class VLLMEngine:
         """
         if length is None:  # the tag came in other tokens than its own: encode the text anew
             return await self.summarise(prompt_ids, self._chat.encode_response(answer.text))
-        response_ids = answer.token_ids[:length]
+        response_ids, closing = answer.token_ids[:length], answer.closing(length) or self._closing_ids
         hidden = self._summary(record, response_ids)
-        if hidden is not None and hidden.complete:
+        # Blanks before an end token were fed before closing; they are no part of the answer.
+        whole = len(prompt_ids) + len(response_ids) + len(closing)
+        if hidden is not None and hidden.complete and hidden.positions == whole:
             return hidden
-        return await self._summarise(prompt_ids, response_ids, answer.closing(length) or self._closing_ids)
+        return await self._summarise(prompt_ids, response_ids, closing)
 
     async def _prompt(self, prompt_ids: Sequence[int], output: RequestOutput) -> PromptStates | None:
         """Returns the states reported with the answer's first token, else requests them alone."""
@@ -369,15 +376,24 @@ class VLLMEngine:
             frequency_penalty=sampling.frequency_penalty,
             presence_penalty=sampling.presence_penalty,
             logprobs=sampling.logprobs,
+            structured_outputs=StructuredOutputsParams(**json.loads(sampling.grammar))
+            if sampling.grammar
+            else None,
             output_kind=RequestOutputKind.DELTA,
         )
 
     def _wish(
-        self, tag_ids: list[int], first: int | None = None, evidence: bool = True, prompt: bool = False
+        self,
+        tag_ids: list[int],
+        first: int | None = None,
+        evidence: bool = True,
+        prompt: bool = False,
+        closing: Sequence[int] = (),
     ) -> dict[str, Any]:
         """Builds the `extra_args` that engine/vllm_scheduler.py reads."""
         evidence = evidence and bool(self.representation.evidence)
-        return {KEY: {"tag": tag_ids, "first": first, "evidence": evidence, "prompt": prompt}}
+        wish = {"tag": tag_ids, "first": first, "evidence": evidence, "prompt": prompt}
+        return {KEY: wish | {"closing": closing}}
 
 
 def _config(args: AsyncEngineArgs) -> Any:

@@ -22,7 +22,7 @@ from starlette.datastructures import State
 from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest, AnthropicMessagesRequest
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import FrontendArgs
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest, ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve import create_error_response
@@ -39,10 +39,13 @@ from candor.engine.base import EngineError, RequestRefused
 from candor.engine.vllm_client import CapturingClient, current_judge, judged_beams
 from candor.engine.vllm_engine import VLLMEngine
 
-Kind = Literal["chat", "completion", "responses", "messages", "count_tokens", "tokenize", "detokenize"]
+Kind = Literal[
+    "chat", "batch", "completion", "responses", "messages", "count_tokens", "tokenize", "detokenize"
+]
 
 SCHEMAS: Mapping[Kind, type[BaseModel]] = {
     "chat": ChatCompletionRequest,
+    "batch": BatchChatCompletionRequest,
     "completion": CompletionRequest,
     "responses": ResponsesRequest,
     "messages": AnthropicMessagesRequest,
@@ -84,6 +87,7 @@ class Handlers:
         renderer.__class__ = _Renderer
         for handler in (
             state.openai_serving_chat,
+            state.openai_serving_chat_batch,
             state.openai_serving_completion,
             state.openai_serving_responses,
             state.anthropic_serving_messages,
@@ -116,6 +120,7 @@ class Handlers:
         state = self._state
         handle = {
             "chat": state.openai_serving_chat.create_chat_completion,
+            "batch": state.openai_serving_chat_batch.create_batch_chat_completion,
             "completion": state.openai_serving_completion.create_completion,
             "responses": state.openai_serving_responses.create_responses,
             "messages": state.anthropic_serving_messages.create_messages,

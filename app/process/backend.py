@@ -103,7 +103,7 @@ async def start_backend(
     logger.info("starting engine=%s model=%s", settings.engine, settings.model)
     chat = ChatFormat.from_directory(settings.model)
     for _, one in (read.first, *read.adapted, *([read.shadow] if read.shadow else [])):
-        chat.check(one.manifest.policy.conversations.template_arguments)
+        chat.check(one.manifest.policy.conversations.for_template)
         check_model(one, settings.model, chat, settings.max_model_len, vllm or {})
     engine = await start_engine(
         EngineSettings(
