@@ -31,6 +31,8 @@ import pytest
 
 from benchmarks.servers import Serving, bind_all_cores, plain_vllm, serving
 
+Outcomes = dict[str, dict[str, Any]]  # by test
+
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, BUNDLE = ROOT / "var/models/smollm2-135m-word-ordering", ROOT / "demo/bundle"
 
@@ -202,36 +204,26 @@ def copied(folder: Path, model: Path, to: Path) -> None:
 
 
 def run(
-    side: Side, files: Sequence[str], folder: Path, model: Path, bundle: Path, more: Sequence[str]
-) -> Outcomes:
-    """Returns each test's outcome."""
-    with tempfile.TemporaryDirectory() as place:
-        found = Path(place, "found")
-        found.touch()
-        environment = {SIDE: side, GIVEN_MODEL: str(model), GIVEN_BUNDLE: str(bundle), FOUND: str(found)}
-        environment |= {
-            "PYTHONPATH": f"{folder}:{ROOT}",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_LOGGING_LEVEL": "WARNING",
-        }
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "benchmarks.vllm_tests",
-            "-p",
-            "no:cacheprovider",
-        ]
-        command += ["--tb=short", "-k", "not lora", *more, *files]
-        subprocess.run(command, cwd=folder, env=os.environ | environment, check=False, stdout=sys.stderr)
-        rows = [json.loads(line) for line in found.read_text(encoding="utf-8").splitlines()]
-    outcomes: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        if row["test"] not in outcomes or row["outcome"] == "failed":
-            outcomes[row["test"]] = row
-    return outcomes
+    side: Side,
+    files: Sequence[str],
+    folder: Path,
+    model: Path,
+    bundle: Path,
+    found: Path,
+    more: Sequence[str],
+) -> None:
+    """Writes each test's outcome to `found`, as it ends."""
+    environment = {SIDE: side, GIVEN_MODEL: str(model), GIVEN_BUNDLE: str(bundle), FOUND: str(found)}
+    environment |= {"PYTHONPATH": f"{folder}:{ROOT}", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.vllm_tests", "-p", "no:cacheprovider"]
+    command += ["--tb=short", "-k", "not lora", *more, *files]
+    subprocess.run(command, cwd=folder, env=os.environ | environment, check=False, stdout=sys.stderr)
+
+
+def read(found: Path) -> Outcomes:
+    """Returns the tests' last outcomes."""
+    lines = found.read_text(encoding="utf-8").splitlines() if found.exists() else []
+    return {row["test"]: row for row in map(json.loads, lines)}
 
 
 def table(outcomes: Mapping[Side, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
@@ -266,22 +258,17 @@ def main() -> int:
     parser.add_argument("--side", choices=SIDES, action="append", help="default: both")
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
-    parser.add_argument(
-        "--json", type=Path, help="keeps every outcome here, and goes on with those that are here"
-    )
+    parser.add_argument("--out", type=Path, help="keeps every outcome in this folder, also of earlier runs")
     given, more = parser.parse_known_args()
     bind_all_cores()
     model, bundle = given.model.resolve(), given.bundle.resolve()
-    files = [one for one in FILES if not given.file or any(part in one for part in given.file)]
-    kept = json.loads(given.json.read_text()) if given.json and given.json.exists() else {}
+    files = [ENTRYPOINTS + one for one in FILES if not given.file or any(part in one for part in given.file)]
     with tempfile.TemporaryDirectory() as place:
         copied(given.folder, model, Path(place))
+        out = (given.out or Path(place)).resolve()
         for side in given.side or SIDES:
-            found = run(side, [ENTRYPOINTS + one for one in files], Path(place), model, bundle, more)
-            kept[side] = kept.get(side, {}) | found
-            if given.json:
-                given.json.write_text(json.dumps(kept, indent=1))
-    print("\n".join(table({side: kept.get(side, {}) for side in SIDES})))
+            run(side, files, Path(place), model, bundle, out / f"{side}.jsonl", more)
+        print("\n".join(table({side: read(out / f"{side}.jsonl") for side in SIDES})))
     return 0
 
 

@@ -68,8 +68,10 @@ class Renders(Protocol):
 class Handlers:
     """vLLM's handlers for one engine and its adapters."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, *, splits_reasoning: bool) -> None:
+        """splits_reasoning: whether thoughts are set apart from the answer."""
         self._state = state
+        self.splits_reasoning = splits_reasoning
 
     @classmethod
     async def start(cls, engine: VLLMEngine, adapters: Mapping[str, VLLMEngine], name: str) -> Handlers:
@@ -97,7 +99,7 @@ class Handlers:
             handler.default_sampling_params = {}  # the policy's are filled in before
             if hasattr(handler, "beam_search"):
                 handler.beam_search = partial(judged_beams, handler.beam_search)
-        return cls(state)
+        return cls(state, splits_reasoning=bool(engine.args.reasoning_parser))
 
     def parse(self, kind: Kind, body: dict[str, Any]) -> Any:
         """Returns vLLM's request. Raises pydantic.ValidationError, or RequestRefused for what vLLM says itself."""

@@ -48,10 +48,13 @@ async def answered(
     request: Request,
     services: Services,
 ) -> Response:
-    """Returns the response of `answer`, or of vLLM's handler where the schema `own` does not take the body whole.
+    """Returns the response of `answer`, or of vLLM's handler where the schema `own` does not take the body whole, or
+    the answer's thoughts are to be set apart.
 
-    Raises RequestValidationError for the latter where the engine is not vLLM.
+    Raises RequestValidationError for what `own` does not take where the engine is not vLLM.
     """
+    if kind == "chat" and services.surface is not None and services.surface.splits_reasoning:
+        return await services.surface.respond(kind, body, request, services)
     try:
         with told_where():
             taken = own.model_validate(body)

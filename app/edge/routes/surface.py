@@ -244,6 +244,7 @@ class Surface:
 
         self.handlers = handlers
         self.schemas: Mapping[Kind, type[BaseModel]] = SCHEMAS
+        self.splits_reasoning: bool = handlers.splits_reasoning
         self._judged_by, self._read_within = judged_by, read_within
         self._judgings: dict[str, tuple[str, Judging]] = {}
 
@@ -355,6 +356,15 @@ def _check_fields(kind: Kind, body: Mapping[str, Any], surface: Surface) -> None
     for name, why in _NOT_SERVED.items():
         if body.get(name):
             raise RequestRefused(f"{name} is not served: {why}; leave it out", 400, name)
+    where = "input" if kind == "responses" else "messages"
+    if (seen := _no_text(body.get(where))) is not None:
+        raise RequestRefused(
+            f"a part of type {seen} is not served, also where the model could read it: the states of an answer are "
+            "taken and calibrated over texts alone; leave it out",
+            400,
+            where,
+            "unsupported_parameter",
+        )
     grammar = body.get("structured_outputs")
     choices = grammar.get("choice") if isinstance(grammar, dict) else None
     if isinstance(choices, list):  # vLLM compiles them on the event loop
@@ -364,6 +374,24 @@ def _check_fields(kind: Kind, body: Mapping[str, Any], surface: Surface) -> None
     for name in body:
         if name not in known and name not in HARMLESS:
             raise RequestRefused(unknown_field(name, known), 400, name[:100], "unknown_parameter")
+
+
+_NO_TEXT = ("image", "audio", "video")
+
+
+def _no_text(messages: Any) -> str | None:
+    """Returns the type of a part of the messages that is an image, a sound or a film; None without any."""
+    left = [messages]
+    while left:
+        found = left.pop()
+        if isinstance(found, dict):
+            kind = found.get("type")
+            if isinstance(kind, str) and any(name in kind for name in _NO_TEXT):
+                return kind[:40]
+            left += [found.get("content"), found.get("output")]  # not what a tool was called with
+        elif isinstance(found, list):
+            left += found
+    return None
 
 
 def _parsed(kind: Kind, body: dict[str, Any], surface: Surface) -> Any:
