@@ -43,9 +43,9 @@ def client(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         environment["PYTHONPATH"] = f"{place}:{ROOT}:{environment.get('PYTHONPATH', '')}"
     options = ["--max-model-len", "1024", "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 28)]
     options += ["--dtype", "bfloat16", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    options += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "word-ordering"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(demo_model), *options]
-        + ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "word-ordering"],
+        [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(demo_model), *options],
         cwd=ROOT,
         env=environment,
     )
