@@ -261,6 +261,9 @@ def answer_key(
     if not identity["engine_options"]:
         del identity["engine_options"]  # keeps the keys of caches older than these options
     conversation = policy.conversations.resolve(record.messages)
+    drawn = asdict(sampling)
+    if sampling.grammar is None:
+        del drawn["grammar"]  # likewise
     return cache_key(
         model=identity,  # with the digests of tokenizer and chat template
         **({"adapter": engine.adapter.sha256} if engine.adapter else {}),
@@ -270,7 +273,7 @@ def answer_key(
             {"template_arguments": conversation.template_arguments} if conversation.template_arguments else {}
         ),
         # A given response does not depend on the policy; attempts at one prompt differ by their seeds.
-        **({"sampling": asdict(sampling)} if record.response is None else {"response": record.response}),
+        **({"sampling": drawn} if record.response is None else {"response": record.response}),
     )
 
 

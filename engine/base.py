@@ -149,6 +149,9 @@ class Sampling:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logprobs: int | None = None  # alternatives to report per token, None: none
+    grammar: str | None = (
+        None  # what answers are held to, vLLM's `structured_outputs` as JSON with sorted keys
+    )
 
 
 @dataclass(frozen=True)

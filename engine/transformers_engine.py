@@ -70,6 +70,8 @@ class TransformersEngine:
         capture: bool = True,
         prompt_states: bool = False,
     ) -> AsyncGenerator[PromptStates | Delta | Generation, None]:
+        if sampling.grammar is not None:
+            raise EngineError("answers are held to a grammar by vLLM alone; use --engine vllm")
         room = room_for_answer(len(prompt_ids), len(self._closing_ids), self.max_model_len)
         fitting = replace(sampling, max_tokens=min(sampling.max_tokens, room))
         steps = self._steps(prompt_ids, fitting, capture, prompt_states)

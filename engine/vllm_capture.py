@@ -128,6 +128,8 @@ class WorkerCapture:
             fresh = _to_device(wanted.fresh, self.device)
             self._sums.clear(fresh)
             self._evidence.clear_blocks(fresh)
+        for request_id, closing in wanted.closed.items():
+            self._put(request_id, *closing)
         result = super().execute_model(scheduler_output)  # type: ignore[misc]
         state = self.model_runner.execute_model_state
         # Each tensor rank of the last stage computes its part of the logits; the stages before have no states.
@@ -153,6 +155,18 @@ class WorkerCapture:
             if wanted.reports and self._reports:
                 _deliver(output, self._report(step))
         return output
+
+    def _put(self, request_id: str, kept: int, tokens: list[int]) -> None:
+        """Has vLLM's first model runner feed these tokens after the answer's first `kept`."""
+        runner = self.model_runner
+        request, batch = runner.requests[request_id], runner.input_batch
+        request.output_token_ids[kept:] = tokens
+        row = batch.req_id_to_index.get(request_id)
+        if row is not None:  # else vLLM copies them when the request enters the batch again
+            begin = batch.num_prompt_tokens[row] + kept
+            batch.token_ids_cpu[row, begin : begin + len(tokens)] = tokens
+            batch.is_token_ids[row, begin : begin + len(tokens)] = True
+            batch.num_tokens_no_spec[row] = begin + len(tokens)
 
     def _look(self, scheduler_output: Any, state: Any, wanted: StepPlan) -> _Step:
         """Copies the step's rows: vLLM overwrites its states and slots in the next step."""

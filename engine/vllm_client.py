@@ -13,17 +13,18 @@ nothing until all choices are decided; a withheld one is empty.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from contextvars import ContextVar
 from copy import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Protocol, TypeVar
 
 from vllm.inputs import EngineInput
 from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from candor.engine.base import Delta, EngineError, Generation, PromptStates, Sampling
 from candor.engine.merging import merged
@@ -49,6 +50,7 @@ _REPORTED = frozenset(
         "extra_args",
         "max_tokens",
         "stop",
+        "structured_outputs",  # told by `_as_grammar`
         "skip_special_tokens",
         "spaces_between_special_tokens",
     ]
@@ -73,6 +75,10 @@ class Judge(Protocol):
 
     def begin(self, choices: int, prompt_tokens: int) -> int:
         """Returns the index of the first of so many further choices. Raises RequestRefused for a prompt too long."""
+        ...
+
+    def choice(self, index: int) -> AbstractContextManager[None]:
+        """Returns a context around the writing of an answer."""
         ...
 
     async def refuses(self, index: int, prompt: PromptStates, asked: Asked) -> bool:
@@ -200,34 +206,35 @@ async def _choice(
         **how,
     )
     held: list[RequestOutput] = []
-    try:
-        async with aclosing(written) as pieces:
-            async for piece in pieces:
-                if isinstance(piece, PromptStates):
-                    if await judge.refuses(index, piece, asked):
-                        yield shown.nothing()
-                        return
-                elif isinstance(piece, Delta):
-                    output = shown.piece(piece.text)
-                    if judge.buffered:
-                        held.append(output)
+    with judge.choice(index):
+        try:
+            async with aclosing(written) as pieces:
+                async for piece in pieces:
+                    if isinstance(piece, PromptStates):
+                        if await judge.refuses(index, piece, asked):
+                            yield shown.nothing()
+                            return
+                    elif isinstance(piece, Delta):
+                        output = shown.piece(piece.text)
+                        if judge.buffered:
+                            held.append(output)
+                        else:
+                            yield output
                     else:
-                        yield output
-                else:
-                    generation = piece
-    except EngineError as error:
-        if isinstance(error.__cause__, ValueError):  # vLLM says what is wrong with the request
-            raise error.__cause__ from error
-        judge.failure = error
-        raise
-    if generation is None:
-        raise EngineError("the engine ended without an answer")
-    if await judge.withholds(index, generation, asked) and judge.buffered:
-        yield shown.nothing()
-        return
-    for output in held:
-        yield output
-    yield shown.last(generation)
+                        generation = piece
+        except EngineError as error:
+            if isinstance(error.__cause__, ValueError):  # vLLM says what is wrong with the request
+                raise error.__cause__ from error
+            judge.failure = error
+            raise
+        if generation is None:
+            raise EngineError("the engine ended without an answer")
+        if await judge.withholds(index, generation, asked) and judge.buffered:
+            yield shown.nothing()
+            return
+        for output in held:
+            yield output
+        yield shown.last(generation)
 
 
 class _Shown:
@@ -358,11 +365,22 @@ def _as_sampling(engine: VLLMEngine, params: SamplingParams) -> Sampling | None:
         stop=tuple(params.stop or ()),
         frequency_penalty=params.frequency_penalty,
         presence_penalty=params.presence_penalty,
+        grammar=None if params.structured_outputs is None else _as_grammar(params.structured_outputs),
     )
     same = engine.params(sampling)
     compared = set(SamplingParams.__struct_fields__) - _REPORTED
     departs = any(getattr(same, name) != getattr(params, name) for name in compared)
     return None if departs else sampling
+
+
+def _as_grammar(asked: StructuredOutputsParams) -> str:
+    """Returns it as `Sampling.grammar`: what was asked for, and no default."""
+    said = {one.name: getattr(asked, one.name) for one in fields(asked) if not one.name.startswith("_")}
+    if isinstance(said["json"], str):
+        said["json"] = json.loads(said["json"])
+    return json.dumps(
+        {name: value for name, value in said.items() if value not in (None, False)}, sort_keys=True
+    )
 
 
 async def judged_beams(
@@ -384,7 +402,9 @@ async def judged_beams(
 async def _judged_beam(
     judge: Judge, index: int, prompt_ids: list[int], states: PromptStates | None, beam: CompletionOutput
 ) -> CompletionOutput:
-    generation = await judge.engine.given(prompt_ids, beam, capture=judge.capture, states=states)
+    with judge.choice(index):
+        generation = await judge.engine.given(prompt_ids, beam, capture=judge.capture, states=states)
+        withheld = await judge.withholds(index, generation, Asked(judge.engine, prompt_ids, None))
     beam = replace(beam, text=generation.text)
     if generation.tagged:
         kept = len(generation.token_ids)
@@ -394,6 +414,6 @@ async def _judged_beam(
             logprobs=(beam.logprobs or [])[:kept],
             finish_reason="stop",
         )
-    if await judge.withholds(index, generation, Asked(judge.engine, prompt_ids, None)):
+    if withheld:
         return replace(beam, text="", token_ids=[], logprobs=[], finish_reason="stop", stop_reason=None)
     return beam

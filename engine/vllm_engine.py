@@ -30,7 +30,7 @@ from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -78,14 +78,7 @@ class VLLMEngine:
     """
 
     def __init__(self, settings: EngineSettings, chat: ChatFormat) -> None:
-        self.max_model_len = settings.max_model_len
-        self.identity = identify(
-            settings.model, chat, settings.dtype, settings.max_model_len, changing_h(settings.vllm)
-        )
-        self.earlier_identity = as_before(self.identity, settings.model)
-        self._chat = chat
-        self._adapters = tuple(map(_adapter, settings.adapters))
-        self._stand(settings.representation, None)
+        self._know(settings, chat)
         _require_torchvision(settings.model)
         with start_failures.collecting() as failures:
             try:
@@ -101,6 +94,24 @@ class VLLMEngine:
             except Exception as error:  # whatever it is, the server has one message for it
                 why = start_failures.first_cause(failures) or start_failures.sentence(error)
                 raise EngineError(f"vLLM did not start: {why} (its log above says where)") from error
+
+    @classmethod
+    def over(cls, llm: Any, args: Any, settings: EngineSettings, chat: ChatFormat) -> VLLMEngine:
+        """Returns an engine over one of vLLM's that runs (`engine.vllm_plugin`). args: of `vllm serve`."""
+        engine = cls.__new__(cls)
+        engine._know(settings, chat)
+        engine.args, engine.frontend, engine.llm = args, {}, llm
+        return engine
+
+    def _know(self, settings: EngineSettings, chat: ChatFormat) -> None:
+        self.max_model_len = settings.max_model_len
+        self.identity = identify(
+            settings.model, chat, settings.dtype, settings.max_model_len, changing_h(settings.vllm)
+        )
+        self.earlier_identity = as_before(self.identity, settings.model)
+        self._chat = chat
+        self._adapters = tuple(map(_adapter, settings.adapters))
+        self._stand(settings.representation, None)
 
     def with_adapter(self, adapter: Path, representation: Representation) -> VLLMEngine:
         """Returns an engine on the same vLLM that uses one of its adapters. Closing either closes both.
@@ -138,6 +149,7 @@ class VLLMEngine:
             self.params(sampling),
             capture=capture,
             prompt_states=prompt_states,
+            tagged=sampling.grammar is None,
         )
 
     async def write(
@@ -161,8 +173,12 @@ class VLLMEngine:
         room = room_for_answer(len(prompt_ids), len(self._closing_ids), self.max_model_len)
         params.max_tokens = min(params.max_tokens or room, room)
         tag_ids = self._tag_ids if tagged else _NO_TAG
-        params.extra_args = self._wish(tag_ids, evidence=capture, prompt=prompt_states)
         reported = params.logprobs is not None
+        # What closing replaces would take its log-probability with it.
+        closed = capture and params.num_logprobs is None
+        params.extra_args = self._wish(
+            tag_ids, evidence=capture, prompt=prompt_states, closing=self._closing_ids if closed else ()
+        )
         answer = AnswerText(self.representation.tag, tag_ids, reported, tag_alone=not tagged)
         states = None
         async with aclosing(self._submit(prompt, params, **how)) as outputs:
@@ -311,11 +327,13 @@ class VLLMEngine:
         """
         if length is None:  # the tag came in other tokens than its own: encode the text anew
             return await self.summarise(prompt_ids, self._chat.encode_response(answer.text))
-        response_ids = answer.token_ids[:length]
+        response_ids, closing = answer.token_ids[:length], answer.closing(length) or self._closing_ids
         hidden = self._summary(record, response_ids)
-        if hidden is not None and hidden.complete:
+        # Blanks before an end token were fed before closing; they are no part of the answer.
+        whole = len(prompt_ids) + len(response_ids) + len(closing)
+        if hidden is not None and hidden.complete and hidden.positions == whole:
             return hidden
-        return await self._summarise(prompt_ids, response_ids, answer.closing(length) or self._closing_ids)
+        return await self._summarise(prompt_ids, response_ids, closing)
 
     async def _prompt(self, prompt_ids: Sequence[int], output: RequestOutput) -> PromptStates | None:
         """Returns the states reported with the answer's first token, else requests them alone."""
@@ -369,20 +387,33 @@ class VLLMEngine:
             frequency_penalty=sampling.frequency_penalty,
             presence_penalty=sampling.presence_penalty,
             logprobs=sampling.logprobs,
+            structured_outputs=StructuredOutputsParams(**json.loads(sampling.grammar))
+            if sampling.grammar
+            else None,
             output_kind=RequestOutputKind.DELTA,
         )
 
     def _wish(
-        self, tag_ids: list[int], first: int | None = None, evidence: bool = True, prompt: bool = False
+        self,
+        tag_ids: list[int],
+        first: int | None = None,
+        evidence: bool = True,
+        prompt: bool = False,
+        closing: Sequence[int] = (),
     ) -> dict[str, Any]:
         """Builds the `extra_args` that engine/vllm_scheduler.py reads."""
         evidence = evidence and bool(self.representation.evidence)
-        return {KEY: {"tag": tag_ids, "first": first, "evidence": evidence, "prompt": prompt}}
+        wish = {"tag": tag_ids, "first": first, "evidence": evidence, "prompt": prompt}
+        return {KEY: wish | {"closing": closing}}
 
 
 def _config(args: AsyncEngineArgs) -> Any:
     """Returns vLLM's configuration. Raises EngineError, before a process starts, for what cannot be served."""
-    config = args.create_engine_config()
+    return capturing(args.create_engine_config())
+
+
+def capturing(config: Any) -> Any:
+    """Returns vLLM's configuration with the scheduler that takes states. Raises EngineError as `_config`."""
     if config.model_config.is_attention_free:
         raise EngineError(
             f"{config.model_config.architecture} has no attention layer: no KV block holds the whole sequence, so "
@@ -398,6 +429,12 @@ def _config(args: AsyncEngineArgs) -> Any:
     return config
 
 
+def worker_class() -> str:
+    """Returns the name of the worker that takes states on this machine's platform."""
+    on_cpu = current_platform.is_cpu()
+    return f"candor.engine.{'vllm_cpu_worker.CaptureCPUWorker' if on_cpu else 'vllm_gpu_worker.CaptureGPUWorker'}"
+
+
 def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
     on_cpu = current_platform.is_cpu()
     kv_cache_bytes = settings.kv_cache_bytes
@@ -408,7 +445,6 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         if len(cores) <= 4:  # vLLM reserves one core, which is half of a small machine
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _shared_out(cores, settings.vllm)
     block_size = settings.block_size or (32 if on_cpu else None)  # vLLM's default on CPUs is 128
-    worker = "vllm_cpu_worker.CaptureCPUWorker" if on_cpu else "vllm_gpu_worker.CaptureGPUWorker"
     ours: dict[str, Any] = dict(
         model=str(settings.model),
         served_model_name=settings.served_model_name,
@@ -420,7 +456,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         kv_cache_memory_bytes=kv_cache_bytes,
         enforce_eager=settings.eager,
         async_scheduling=None if settings.asynchronous else False,  # None: where vLLM can
-        worker_cls=f"candor.engine.{worker}",
+        worker_cls=worker_class(),
         enable_lora=bool(settings.adapters),
         # On a CPU, vLLM 0.32 applies its last adapter slot to requests without one (index -1), so it stays empty.
         max_loras=max(1, len(settings.adapters) + on_cpu),

@@ -22,7 +22,7 @@ from starlette.datastructures import State
 from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest, AnthropicMessagesRequest
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import FrontendArgs
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest, ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve import create_error_response
@@ -39,10 +39,13 @@ from candor.engine.base import EngineError, RequestRefused
 from candor.engine.vllm_client import CapturingClient, current_judge, judged_beams
 from candor.engine.vllm_engine import VLLMEngine
 
-Kind = Literal["chat", "completion", "responses", "messages", "count_tokens", "tokenize", "detokenize"]
+Kind = Literal[
+    "chat", "batch", "completion", "responses", "messages", "count_tokens", "tokenize", "detokenize"
+]
 
 SCHEMAS: Mapping[Kind, type[BaseModel]] = {
     "chat": ChatCompletionRequest,
+    "batch": BatchChatCompletionRequest,
     "completion": CompletionRequest,
     "responses": ResponsesRequest,
     "messages": AnthropicMessagesRequest,
@@ -65,8 +68,10 @@ class Renders(Protocol):
 class Handlers:
     """vLLM's handlers for one engine and its adapters."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, *, splits_reasoning: bool) -> None:
+        """splits_reasoning: whether thoughts are set apart from the answer."""
         self._state = state
+        self.splits_reasoning = splits_reasoning
 
     @classmethod
     async def start(cls, engine: VLLMEngine, adapters: Mapping[str, VLLMEngine], name: str) -> Handlers:
@@ -84,6 +89,7 @@ class Handlers:
         renderer.__class__ = _Renderer
         for handler in (
             state.openai_serving_chat,
+            state.openai_serving_chat_batch,
             state.openai_serving_completion,
             state.openai_serving_responses,
             state.anthropic_serving_messages,
@@ -93,7 +99,7 @@ class Handlers:
             handler.default_sampling_params = {}  # the policy's are filled in before
             if hasattr(handler, "beam_search"):
                 handler.beam_search = partial(judged_beams, handler.beam_search)
-        return cls(state)
+        return cls(state, splits_reasoning=bool(engine.args.reasoning_parser))
 
     def parse(self, kind: Kind, body: dict[str, Any]) -> Any:
         """Returns vLLM's request. Raises pydantic.ValidationError, or RequestRefused for what vLLM says itself."""
@@ -116,6 +122,7 @@ class Handlers:
         state = self._state
         handle = {
             "chat": state.openai_serving_chat.create_chat_completion,
+            "batch": state.openai_serving_chat_batch.create_batch_chat_completion,
             "completion": state.openai_serving_completion.create_completion,
             "responses": state.openai_serving_responses.create_responses,
             "messages": state.anthropic_serving_messages.create_messages,

@@ -8,9 +8,14 @@ It tracks vLLM 0.32 (0.16 to 0.33 have the same seams). It depends on the follow
   kv_transfer_params` passes through to `RequestOutput` in the API process unread.
 
 A request takes part by `SamplingParams.extra_args = {"candor": {"tag": [ids], "first": int | None, "evidence":
-bool, "prompt": bool, "options": [ids]}}`. first: start of a given response; None for a generated one. A request
-reports in the step that feeds the tag's last token: that row is the state at the declared position. A generated tag
-also ends the request in that step; the engine drops the token sampled after it.
+bool, "prompt": bool, "options": [ids], "closing": [ids]}}`. first: start of a given response; None for a generated
+one. A request reports in the step that feeds the tag's last token: that row is the state at the declared position. A
+generated tag also ends the request in that step; the engine drops the token sampled after it.
+
+closing: separator and tag. An answer that ends without a tag of its own does not end yet where the scheduler is the
+synchronous one: its end token is held back, closing takes its place, and the next step feeds it, so that the request
+reports as with a tag of its own. Otherwise (no closing) the API process sends a second request, which computes the
+sequence's last block again; for answers of a word that is as much work as the answer.
 
 prompt: a request to generate also reports in the step that feeds the prompt's last token, as a sequence without a
 response. Its blocks then hold only the prompt: full blocks that may be shared, and a last one of its own, in which
@@ -47,6 +52,7 @@ from vllm.v1.request import Request, RequestStatus
 from candor.engine.start_failures import report_here
 
 KEY = "candor"
+_ENDING = "candor_ending"  # attribute of a request that holds its `_Ending`
 PROMPT_KEY = "candor_prompt"  # key of a prompt's record; an answer's record may come with it
 
 
@@ -58,12 +64,14 @@ class StepPlan:
     reports: (blocks that hold the sequence, its positions, start of the response, or the end for a prompt).
     scored: (row within the request, tokens): the known tokens that follow that row and the next ones.
     options: tokens whose log-probabilities at the request's sampled row are part of its report.
+    closed: (answer tokens that stay, closing): the tokens that follow them in place of what was sampled.
     evidence: whether to measure the sampled tokens' evidence.
     """
 
     reports: dict[str, tuple[list[int], int, int]] = field(default_factory=dict)
     scored: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
     options: dict[str, list[int]] = field(default_factory=dict)
+    closed: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
     evidence: bool = False
     fresh: list[int] = field(default_factory=list)
 
@@ -104,6 +112,21 @@ def full_attention_group(config: KVCacheConfig) -> int:
     )
 
 
+@dataclass
+class _Ending:
+    """How an answer ended to which its closing was appended.
+
+    kept: its tokens before closing. status, reason: as vLLM would have ended it. held: tokens not sent on yet.
+    told: whether the worker knows.
+    """
+
+    kept: int
+    status: RequestStatus
+    reason: int | None
+    held: list[int]
+    told: bool = False
+
+
 class SchedulerCapture:
     """Adds a `StepPlan` to each step, and ends a request one step after its tag."""
 
@@ -111,11 +134,18 @@ class SchedulerCapture:
     kv_cache_config: KVCacheConfig
     kv_cache_manager: Any
     vllm_config: Any
+    _can_close = False
+    """Whether no step is planned before the one before is seen."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         report_here()
         super().__init__(*args, **kwargs)
         self._speculates = self.vllm_config.speculative_config is not None
+        self._closes = self._can_close and not (
+            self._speculates
+            or self.vllm_config.use_v2_model_runner
+            or self.vllm_config.parallel_config.pipeline_parallel_size > 1
+        )
         self._group = full_attention_group(self.kv_cache_config)
         self._block_size = self.kv_cache_config.kv_cache_groups[self._group].kv_cache_spec.block_size
         self._reported: dict[str, tuple[list[int], int, int]] = {}  # in the step whose outputs are processed
@@ -163,6 +193,8 @@ class SchedulerCapture:
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
     ) -> tuple[list[int], bool]:
+        if self._closes and (ended := self._closed(request, new_token_ids)) is not None:
+            return ended
         # One token after the tag, as without speculation: vLLM shows no text of a stopped answer's last one.
         end = _end_after_tag(request, new_token_ids) if self._speculates else None
         tokens, stopped = super()._update_request_with_output(request, new_token_ids[:end], *args, **kwargs)  # type: ignore[misc]
@@ -175,13 +207,46 @@ class SchedulerCapture:
             elif not stopped:
                 request.status = RequestStatus.FINISHED_STOPPED
                 stopped = True
+        elif self._closes and stopped and request.status == RequestStatus.FINISHED_LENGTH_CAPPED:
+            stopped = not self._close(request, request.status, None, [])
         return tokens, stopped
+
+    def _closed(self, request: Request, sampled: list[int]) -> tuple[list[int], bool] | None:
+        """Returns what is sent on, and whether the request ends, where an end token came, or closing was fed."""
+        ending: _Ending | None = getattr(request, _ENDING, None)
+        if ending is not None:  # what was sampled after the tag is dropped
+            request.status, request.stop_reason = ending.status, ending.reason
+            return ending.held, True
+        if request.request_id in self._reported and _has_tag(request, self._reported[request.request_id][1]):
+            return None
+        params, (token, *_) = request.sampling_params, sampled
+        first = params.eos_token_id
+        if token != first and token not in (params.stop_token_ids or ()):
+            return None
+        reason = None if token == first else token
+        return ([], False) if self._close(request, RequestStatus.FINISHED_STOPPED, reason, [token]) else None
+
+    def _close(self, request: Request, status: RequestStatus, reason: int | None, held: list[int]) -> bool:
+        """Appends closing to a request that would have ended; returns whether it does not end yet."""
+        wish = _wish(request)
+        # An answer of no token has sent nothing on yet, not even its prompt's record.
+        if not wish or not wish.get("closing") or not request.num_output_tokens:
+            return False
+        setattr(request, _ENDING, _Ending(request.num_output_tokens, status, reason, held))
+        request.append_output_token_ids(list(wish["closing"]))
+        request.status = RequestStatus.RUNNING
+        return True
 
     def _plan(self, request: Request, wish: dict[str, Any], scheduled: int, wanted: StepPlan) -> None:
         end = request.num_computed_tokens  # once the step is done
+        ending: _Ending | None = getattr(request, _ENDING, None)
+        if ending is not None and not ending.told:
+            wanted.closed[request.request_id] = (ending.kept, list(wish["closing"]))
+            ending.told = True
         first = request.num_prompt_tokens if wish["first"] is None else wish["first"]
         if wish["evidence"]:
             wanted.evidence = True
+        if wish["evidence"] and ending is None:  # closing's tokens need none
             begin = end - scheduled
             low, high = max(begin, first - 1), min(end, request.num_tokens - 1)
             if low < high:  # a given response, or one that is computed again after preemption
@@ -189,7 +254,10 @@ class SchedulerCapture:
                 wanted.scored[request.request_id] = (low - begin, following)
         # After preemption the prompt is fed again, but its report was already sent with the first token.
         is_prompt = wish["prompt"] and end == request.num_prompt_tokens and not request.num_output_tokens
-        may_end = not (self._speculates and wish["first"] is None) and _may_feed_tag(request, wish, end)
+        if ending is not None:
+            may_end = end == request.num_prompt_tokens + request.num_output_tokens
+        else:
+            may_end = not (self._speculates and wish["first"] is None) and _may_feed_tag(request, wish, end)
         if is_prompt or may_end:
             blocks = self.kv_cache_manager.get_block_ids(request.request_id)[self._group]
             kept = list(blocks[: -(-end // self._block_size)])
@@ -199,7 +267,7 @@ class SchedulerCapture:
 
 
 class CaptureScheduler(SchedulerCapture, Scheduler):
-    pass
+    _can_close = True
 
 
 class CaptureAsyncScheduler(SchedulerCapture, AsyncScheduler):

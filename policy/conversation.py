@@ -13,6 +13,7 @@ from the policy.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,13 +95,29 @@ class SystemPrompt:
                 )
 
 
+GRAMMAR = "structured_outputs"
+"""The template argument that is no template's: what answers are held to, in vLLM's form."""
+
+
 @dataclass(frozen=True)
 class Conversations:
-    """The calibrated conversations. turns: orders of roles (`order`). template_arguments: for the chat template."""
+    """The calibrated conversations. turns: orders of roles (`order`). template_arguments: for the chat template, and
+    `GRAMMAR` for the engine."""
 
     system_prompt: SystemPrompt = SystemPrompt()
     turns: tuple[str, ...] = ("user",)
     template_arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def grammar(self) -> str | None:
+        """What answers are held to, as `Sampling` has it."""
+        asked = self.template_arguments.get(GRAMMAR)
+        return None if asked is None else json.dumps(asked, sort_keys=True)
+
+    @property
+    def for_template(self) -> dict[str, Any]:
+        """The template arguments without the grammar."""
+        return {name: value for name, value in self.template_arguments.items() if name != GRAMMAR}
 
     @property
     def decides(self) -> bool:
@@ -126,14 +143,15 @@ class Conversations:
     ) -> Conversation:
         """Returns the conversation as the model gets it. template_arguments: None takes the calibrated ones."""
         led = self.system_prompt.lead(turns)
-        arguments = self.template_arguments if template_arguments is None else dict(template_arguments)
+        calibrated = self.for_template
+        arguments = calibrated if template_arguments is None else dict(template_arguments)
         departure = self.system_prompt.departure(led)
         if departure is None and (found := order(led)) not in self.turns:
             departure = (
                 f"its turns ({found}) are none of those calibrated ({', '.join(self.turns) or 'none'})"
             )
-        if departure is None and arguments != self.template_arguments:
-            departure = f"its template arguments {arguments} are not the calibrated {self.template_arguments}"
+        if departure is None and arguments != calibrated:
+            departure = f"its template arguments {arguments} are not the calibrated {calibrated}"
         return Conversation(tuple(led), arguments, departure)
 
 

@@ -47,7 +47,11 @@ class Policy:
     def sampling(self, **wishes: Any) -> Sampling:
         """Returns the policy's sampling with these fields of `Sampling` replaced; None keeps the policy's value."""
         drawn = Sampling(
-            max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            grammar=self.conversations.grammar,
         )
         return replace(drawn, **{name: wish for name, wish in wishes.items() if wish is not None})
 

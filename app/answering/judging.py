@@ -6,12 +6,14 @@ rendered it, and what vLLM was asked for must be what the policy asks for, field
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from candor.app.answering.request import Reliability
 from candor.app.answering.scoring import Judged, JudgedPrompt
 from candor.app.answering.service import Answer, AnswerService, unwritten
+from candor.app.telemetry.tracing import AnswerTrace
 from candor.engine.base import Engine, Generation, PromptStates, RequestRefused, Sampling
 
 Encode = Callable[[Sequence[dict[str, str]], Mapping[str, Any] | None], Awaitable[tuple[list[int], bool]]]
@@ -51,6 +53,7 @@ class Judging:
         self._begun = 0
         self._read: dict[int, JudgedPrompt | None] = {}
         self._calibrated: set[tuple[int, ...]] = set()
+        self._traces: dict[int, AnswerTrace | None] = {}
 
     def begin(self, choices: int, prompt_tokens: int) -> int:
         if prompt_tokens > self._most_prompt_tokens:
@@ -62,6 +65,12 @@ class Judging:
             )
         first, self._begun = self._begun, self._begun + choices
         return first
+
+    @contextmanager
+    def choice(self, index: int) -> Iterator[None]:
+        with self._service.traced(index) as trace:
+            self._traces[index] = trace
+            yield
 
     async def encode(
         self, turns: Sequence[dict[str, str]], template_arguments: Mapping[str, Any] | None
@@ -77,10 +86,14 @@ class Judging:
             self._read[index] = read
             return False
         empty, refusal = unwritten(len(asked.prompt_ids), prompt), Judged(read.refusal)
+        if trace := self._traces.get(index):
+            trace.generated(empty)
         self._finish(Answer(index, empty, refusal, self.reliability.replacement, unwritten=True))
         return True
 
     async def withholds(self, index: int, generation: Generation, asked: Asked) -> bool:
+        if trace := self._traces.get(index):
+            trace.generated(generation)
         if not self.capture:
             self._finish(Answer(index, generation, None, None))
             return False
@@ -107,5 +120,7 @@ class Judging:
 
     def _finish(self, answer: Answer) -> None:
         self.answers[answer.index] = answer
+        if answer.judged is not None and (trace := self._traces.get(answer.index)):
+            trace.judged(answer.judged.verdict)
         self._service.count(answer)
         self._note(answer)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from candor.app.answering.waiting import Deadline
-from candor.app.edge.limits import Limits, Refused, at_most
+from candor.app.edge.limits import Limits, Refused, at_most, few_logprobs
 from candor.app.edge.schemas.reliability import ReliabilityOptions
 from candor.app.edge.schemas.requests import (
     INT64,
@@ -35,9 +35,9 @@ Mode = Literal["annotate", "abstain", "off"]
 
 _STRICTNESS: dict[Mode, int] = {"off": 0, "annotate": 1, "abstain": 2}
 
+
 _MOST_LOGPROBS = 1 << 16
 """Of one request; their JSON is made in one go."""
-
 _BEGINNINGS = (2, 8)
 """Characters per token of the context, of the beginnings that are tokenised first."""
 _AROUND = 1 << 16
@@ -281,6 +281,8 @@ class RequestResolver:
             presence_penalty=body.presence_penalty,
             logprobs=logprobs,
         )
+        if body.response_format is not None:  # text, in so many words
+            sampling = replace(sampling, grammar=None)
         choices: list[Choice] = []
         for prompt_ids, asked in prompts:
             self._check_fit(prompt_ids, max_tokens or 1, param)
@@ -289,10 +291,8 @@ class RequestResolver:
             for _ in range(n):
                 seed = None if body.seed is None else _wrapped(body.seed + len(choices))  # one seed a choice
                 choices.append(Choice(prompt_ids, replace(sampling, max_tokens=length, seed=seed), asked))
-        reported = 0 if logprobs is None else (1 + logprobs) * sum(one.sampling.max_tokens for one in choices)
-        at_most(
-            _MOST_LOGPROBS, reported, "log-probabilities in one request (answers, tokens, each's)", "logprobs"
-        )
+        if logprobs is not None:
+            few_logprobs(_MOST_LOGPROBS, 1 + logprobs, sum(one.sampling.max_tokens for one in choices))
         calibrated = calibrated and self._policy.draws(sampling)
         reliability = self.resolve_reliability(
             body.reliability or ReliabilityOptions(), streamed=body.wants_stream

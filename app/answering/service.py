@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import ExitStack, aclosing, closing
+from contextlib import AbstractContextManager, aclosing, closing, nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -140,6 +140,10 @@ class AnswerService:
                 logger.warning("no hidden state for a given pair: %s", error)
             return await self._judge(hidden, prompt, request, calibrated=request.calibrated)
 
+    def traced(self, index: int) -> AbstractContextManager[AnswerTrace | None]:
+        """Returns the span of an attempt at a choice, as a context; of None if tracing is off."""
+        return closing(AnswerTrace(self._tracer, index)) if self._tracer else nullcontext()
+
     async def _choice(
         self, index: int, choice: Choice, request: AnswerRequest
     ) -> AsyncGenerator[Piece | Answer, None]:
@@ -199,8 +203,7 @@ class AnswerService:
     ) -> AsyncGenerator[Piece | Answer, None]:
         reliability = request.reliability
         judges = reliability.mode != "off"
-        with ExitStack() as stack:
-            trace = stack.enter_context(closing(AnswerTrace(self._tracer, index))) if self._tracer else None
+        with self.traced(index) as trace:
             outputs = self._watch.watched(
                 self.engine.generate(
                     choice.prompt_ids,

@@ -167,7 +167,11 @@ def calibrate(
         ),
     ] = None,
     template_arguments: Annotated[
-        str, typer.Option(help='Arguments of the chat template as JSON, e.g. {"enable_thinking": false}.')
+        str,
+        typer.Option(
+            help='Arguments of the chat template as JSON, e.g. {"enable_thinking": false}; "tools" and '
+            '"structured_outputs" too.'
+        ),
     ] = "{}",
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0: greedy.")] = 0.0,
     resample: Annotated[
@@ -297,7 +301,7 @@ def calibrate(
             cache, concurrency, seed, relabel, ask_person, _suspects(review), prompt_states=gates is not None
         )
         chat = rendering or ChatFormat.from_directory(model)
-        chat.check(policy.conversations.template_arguments)
+        chat.check(policy.conversations.for_template)
         require_possible(
             chat,
             inputs,

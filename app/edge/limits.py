@@ -65,6 +65,12 @@ def at_most(limit: int, value: int, what: str, param: str) -> None:
         raise Refused(f"{what}: at most {limit} on this server, got {value}", param, "too_large")
 
 
+def few_logprobs(limit: int, each: int, tokens: int) -> None:
+    """Raises Refused for more log-probabilities in a request. each: of a token; tokens: of all answers."""
+    what = "log-probabilities in one request (answers, tokens, each's)"
+    at_most(limit, each * tokens, what, "logprobs")
+
+
 class Admission:
     """Counts answers in flight (running or waiting) and their tokens, prompts and longest answers.
 

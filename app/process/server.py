@@ -101,7 +101,7 @@ async def _serve(settings: Settings, start: Start) -> int:
 
         try:
             for one in (backend, *backend.adapted):
-                await _prove(one, settings.engine_stall_timeout_s)
+                await prove(one, settings.engine_stall_timeout_s)
             leaving = Leaving()
             app = create_app(settings, backend, end, tracer, leaving)
         except BaseException:
@@ -163,7 +163,7 @@ def _no_passphrase() -> str:
     )
 
 
-async def _prove(backend: Backend, within_s: float) -> None:
+async def prove(backend: Backend, within_s: float) -> None:
     """Runs the golden prompts. Raises GoldenMismatch, EngineError, or StartError after `within_s` seconds."""
     check = asyncio.create_task(SelfTest(backend).check())
     await asyncio.wait({check}, timeout=within_s)

@@ -281,6 +281,7 @@ def _event(chunk: Body) -> str:
 
 FORMS: Mapping[str, Form] = {
     "chat": ChatForm(),
+    "batch": ChatForm(),
     "completion": CompletionForm(),
     "responses": ResponsesForm(),
     "messages": MessagesForm(),

@@ -5,18 +5,23 @@ Bounds: a score may differ by what the batch changes in rounding.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN = (
@@ -46,8 +51,40 @@ SCHEMA: dict[str, Any] = {
 }
 
 
+class Collector(ThreadingHTTPServer):
+    """Takes spans by OTLP. names: of every span so far, in the order in which they came."""
+
+    def __init__(self) -> None:
+        names: list[str] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                if self.headers.get("content-encoding") == "gzip":
+                    body = gzip.decompress(body)
+                for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                    names.extend(span.name for scope in resource.scope_spans for span in scope.spans)
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.names = names
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1/traces"
+
+
 @pytest.fixture(scope="module")
-def client(demo_model: Path) -> Iterator[httpx.Client]:
+def collector() -> Iterator[Collector]:
+    with Collector() as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        yield collector
+        collector.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(demo_model: Path, collector: Collector) -> Iterator[httpx.Client]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -56,6 +93,7 @@ def client(demo_model: Path) -> Iterator[httpx.Client]:
     tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     environment = os.environ | {"CANDOR_EAGER": "true", "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
     environment |= {"CANDOR_ESCALATE_URL": "http://127.0.0.1:9/v1", "CANDOR_ESCALATE_MODEL": "behind"}
+    environment |= {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
     process = subprocess.Popen(
         [*command, *options, *tools], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
     )
@@ -135,6 +173,24 @@ def test_what_is_more_than_a_conversation_is_not_escalated(client: httpx.Client,
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_its_spans_are_an_answers(client: httpx.Client, collector: Collector, path: str) -> None:
+    def seen() -> list[str]:
+        time.sleep(0.5)
+        return list(collector.names)
+
+    before = seen()
+    ask(client, KNOWN, path, **SALT)
+    found: list[str] = []
+    for _ in range(20):
+        found = seen()[len(before) :]
+        if f"POST {path}" in found:
+            break
+    assert sorted(name for name in found if name != "queue") == sorted(
+        ["answer", "generate", "score", f"POST {path}"]
+    )
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_a_stream_says_what_the_body_says(client: httpx.Client, path: str) -> None:
     whole = words(path, ask(client, KNOWN, path, **SALT))
     events = chunks(ask(client, KNOWN, path, stream=True, **SALT))
@@ -166,6 +222,85 @@ def test_nothing_withheld_leaves(client: httpx.Client, path: str, text: str, str
         assert len(word) < 4 or word in text or word not in raw, word
     assert "<sentence>" not in raw
     assert '"logprob"' not in raw.replace("\\", "")
+
+
+LOGPROBS = {"logprobs": True, "top_logprobs": 2, "return_token_ids": True}
+NAMED = {"type": "function", "function": {"name": "weather"}}
+FLAT_TOOL = {"type": "function"} | TOOL["function"]
+CLAUDE_TOOL = {"name": "weather", "input_schema": TOOL["function"]["parameters"]}
+SAMPLED = {"n": 2, "temperature": 0.8, "seed": 3}
+BEAMS = {"use_beam_search": True, "n": 2, "temperature": 0}
+LEAKS: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {}),
+    ("/v1/chat/completions", SALT | LOGPROBS),
+    ("/v1/chat/completions", SALT | LOGPROBS | {"prompt_logprobs": 1, "echo": True}),
+    ("/v1/chat/completions", SALT | SAMPLED),
+    ("/v1/chat/completions", BEAMS),
+    ("/v1/chat/completions", {"tools": [TOOL]} | LOGPROBS),
+    ("/v1/chat/completions", {"tools": [TOOL], "tool_choice": "required"}),
+    ("/v1/chat/completions", {"tools": [TOOL], "tool_choice": NAMED} | LOGPROBS),
+    ("/v1/chat/completions", {"response_format": SCHEMA} | LOGPROBS),
+    ("/v1/chat/completions", {"structured_outputs": {"regex": "[A-Z][a-z]{6,12} [a-z]{6,12}"}} | SAMPLED),
+    ("/v1/chat/completions/batch", LOGPROBS),
+    ("/v1/completions", SALT | {"logprobs": 2, "return_token_ids": True}),
+    ("/v1/completions", {"echo": True, "logprobs": 1, "prompt_logprobs": 1}),
+    ("/v1/completions", SALT | SAMPLED),
+    ("/v1/completions", BEAMS),
+    ("/v1/completions", {"structured_outputs": {"regex": "[A-Z][a-z]{6,12} [a-z]{6,12}"}}),
+    ("/v1/responses", {"include": ["message.output_text.logprobs"], "top_logprobs": 2}),
+    ("/v1/responses", {"tools": [FLAT_TOOL], "tool_choice": "required"}),
+    ("/v1/responses", {"text": {"format": {"type": "json_schema"} | SCHEMA["json_schema"]}}),
+    ("/v1/messages", {}),
+    ("/v1/messages", {"tools": [CLAUDE_TOOL], "tool_choice": {"type": "any"}}),
+    ("/invocations", SALT | LOGPROBS),
+]
+"""Each route, and each form of answer that it gives."""
+
+
+def strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from strings(inner)
+
+
+def said_words(raw: str) -> set[str]:
+    """The words of a response or a stream, fields' names left out."""
+    bodies = chunks(raw) if "data: " in raw else [json.loads(raw)]
+    return {word for text in strings(bodies) for word in re.findall("[A-Za-z]{4,}", text)}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(("path", "more"), LEAKS, ids=[f"{path}-{'-'.join(more)}" for path, more in LEAKS])
+def test_no_form_of_answer_leaks(client: httpx.Client, path: str, more: dict[str, Any], stream: bool) -> None:
+    if stream and (path.endswith("batch") or "use_beam_search" in more):
+        pytest.skip("vLLM does not stream it")
+    other = "Name the wild animals in the garden behind the old house of my neighbour."
+
+    def raw(text: str, **mode: Any) -> str:
+        turn = [{"role": "user", "content": text}]
+        asked: dict[str, Any] = {"messages": [turn] if path.endswith("batch") else turn}
+        if path in ("/v1/responses", "/v1/completions"):
+            asked = {"input" if path == "/v1/responses" else "prompt": text}
+        asked |= {"max_output_tokens" if path == "/v1/responses" else "max_tokens": 48} | more | mode
+        response = client.post(
+            path, json={"model": "word-ordering"} | asked | ({"stream": True} if stream else {})
+        )
+        assert response.status_code == 200, response.text
+        return response.text
+
+    told = False
+    for text in (UNSURE, STRANGE):
+        secret = said_words(raw(text)) - said_words(json.dumps(text)) - said_words(raw(other, **ABSTAIN))
+        told = told or bool(secret)
+        withheld = raw(text, **ABSTAIN)
+        assert "I do not know this reliably enough" in withheld
+        assert not secret & said_words(withheld)
+        assert "<sentence>" not in withheld
+        assert '"logprob"' not in withheld
+        assert not re.search(r'(?<!prompt_)"token_ids": ?\[ ?\d', withheld)
+        assert not re.search(r'"(token|top)_logprobs": ?\[ ?[^\] ]', withheld)
+    assert told or '"enum": [1, 2]' in json.dumps(more)  # there was something to leak
 
 
 def test_what_was_withheld_is_not_stored(client: httpx.Client) -> None:
@@ -290,6 +425,49 @@ def test_what_is_not_applied_is_refused(client: httpx.Client, more: Any, param: 
     response = client.post("/v1/chat/completions", json=body)
     assert response.status_code == 400, response.text
     assert param is None or response.json()["error"]["param"] == param
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [IMAGE]}]}),
+        ("/v1/responses", {"input": [{"role": "user", "content": [IMAGE | {"type": "input_image"}]}]}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}], "max_tokens": 8}),
+    ],
+)
+def test_an_image_is_refused_in_a_sentence(client: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    response = client.post(path, json={"model": "word-ordering"} | body)
+    assert response.status_code == 400
+    assert "is not served" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", [*PATHS, "/tokenize", "/v1/completions"])
+def test_a_body_says_that_it_is_json(client: httpx.Client, path: str) -> None:
+    response = client.post(path, content=b"{}", headers={"content-type": "text/plain"})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_body")
+
+
+def test_a_batch_is_answered_and_judged_one_by_one(client: httpx.Client) -> None:
+    asked = [[{"role": "user", "content": text}] for text in (KNOWN, STRANGE, UNSURE)]
+    body = {"model": "word-ordering", "messages": asked}
+    seen = client.post("/v1/chat/completions/batch", json=body).json()
+    alone = [ask(client, text) for text in (KNOWN, STRANGE, UNSURE)]
+    assert [one["region"] for one in seen["reliability"]["results"]] == [
+        verdict(one)["region"] for one in alone
+    ]
+    assert [one["message"]["content"] for one in seen["choices"]] == [
+        one["choices"][0]["message"]["content"] for one in alone
+    ]
+    assert all(one["calibrated"] for one in seen["reliability"]["results"])
+    withheld = client.post("/v1/chat/completions/batch", json=body | ABSTAIN | {"logprobs": True}).json()
+    first, *others = [choice["message"] for choice in withheld["choices"]]
+    assert first["content"] == seen["choices"][0]["message"]["content"]
+    assert [one["content"] for one in others] == [None, None]
+    assert seen["choices"][2]["message"]["content"] not in json.dumps(withheld)
+    assert [choice["logprobs"] is None for choice in withheld["choices"]] == [False, True, True]
 
 
 def test_a_text_cannot_forge_a_control_token(client: httpx.Client) -> None:

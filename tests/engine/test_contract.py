@@ -9,6 +9,7 @@ the batch).
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -397,7 +398,10 @@ def test_one_pass_answers_and_captures(bench: Bench) -> None:
     ]
 
 
-def test_a_cut_answer_costs_no_second_prefill(bench: Bench) -> None:
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_a_cut_answer_is_closed_in_its_request_or_costs_no_second_prefill(
+    bench: Bench, logprobs: int | None
+) -> None:
     if not bench.is_vllm:
         pytest.skip("the reference takes h in a pass of its own")
     solved = (
@@ -408,11 +412,55 @@ def test_a_cut_answer_costs_no_second_prefill(bench: Bench) -> None:
     requests, asked, cached = (
         counted(n) for n in ("request_success", "prompt_tokens", "prompt_tokens_cached")
     )
-    answer = bench.one(prompt, Sampling(max_tokens=5))
+    answer = bench.one(prompt, Sampling(max_tokens=5, logprobs=logprobs))
     assert not answer.tagged
-    assert counted("request_success") - requests == 2
+    closed = logprobs is None and not torch.cuda.is_available()  # where vLLM plans no step ahead
+    assert counted("request_success") - requests == (1 if closed else 2)
     computed = counted("prompt_tokens") - asked - (counted("prompt_tokens_cached") - cached)
     assert computed <= len(prompt) + 2 * BLOCK  # the last block of the answer, its separator and tag
+    bench.assert_exact(prompt, answer)
+
+
+@pytest.mark.parametrize("regex", ["yes|no", "[a-z]{30,60}", r'\{"n": [0-9]{1,20}\}'])
+def test_an_answer_under_a_grammar_is_closed_in_its_request(bench: Bench, regex: str) -> None:
+    if not bench.is_vllm:
+        pytest.skip("the reference knows no grammars")
+    from vllm.inputs.engine import tokens_input
+    from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+
+    from candor.engine.vllm_engine import VLLMEngine
+
+    engine = bench.engine
+    assert isinstance(engine, VLLMEngine)
+    prompts = [bench.ask(f"Say {word}.") for word in ("yes", "no", "sea", "red")]
+
+    async def written(prompt: list[int], most: int) -> Generation:
+        params = SamplingParams(
+            max_tokens=most,
+            temperature=0.8,
+            seed=most,
+            structured_outputs=StructuredOutputsParams(regex=regex),
+            output_kind=RequestOutputKind.DELTA,
+        )
+        wish = {"capture": True, "prompt_states": True, "tagged": False}
+        *_, answer = [one async for one in engine.write(tokens_input(prompt), params, **wish)]
+        assert isinstance(answer, Generation)
+        return answer
+
+    async def together() -> list[Generation]:
+        return await asyncio.gather(*(written(prompt, most) for prompt in prompts for most in (3, 60)))
+
+    before = counted("request_success")
+    answers = bench.runner.run(together())
+    assert counted("request_success") - before == len(answers) * (2 if torch.cuda.is_available() else 1)
+    for asked, answer in zip([one for one in prompts for _ in range(2)], answers, strict=True):
+        assert answer.truncated or re.fullmatch(regex, answer.text)
+        assert answer.hidden is not None
+        expected = bench.expected(asked, answer)
+        assert answer.hidden.positions == expected.positions
+        for name in ("mean", "last"):  # evidence is of the logits that the grammar leaves
+            bench._assert_close(name, getattr(answer.hidden, name), getattr(expected, name))
+    assert not all(answer.truncated for answer in answers)
 
 
 def test_logprobs_are_reported_for_the_answer_alone(bench: Bench) -> None:

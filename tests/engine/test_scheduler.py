@@ -22,6 +22,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
+from vllm.v1.request import RequestStatus
 
 from candor.engine.vllm_scheduler import (
     KEY,
@@ -78,16 +79,24 @@ def test_blocks_are_noted_when_they_are_handed_out_but_not_from_the_prefix_cache
 
 
 BLOCKS, PROMPT, TAG = [7, 2, 5], [3] * 6, [8, 9]
+CLOSING, END, OTHER_END, MOST = [6, *TAG], 0, 10, 7
 
 
 class Steps:
     """vLLM's scheduler of one request, as far as capture looks at it."""
 
-    def __init__(self, *, asks: bool = True, speculates: bool = False) -> None:
-        wish = {"tag": TAG, "first": None, "evidence": False, "prompt": asks}
+    def __init__(
+        self, *, asks: bool = True, speculates: bool = False, closing: bool = False, tag: list[int] = TAG
+    ) -> None:
+        wish = {"tag": tag, "first": None, "evidence": False, "prompt": asks}
+        wish |= {"closing": CLOSING if closing else []}
         self.request = SimpleNamespace(
             request_id="a",
-            sampling_params=SimpleNamespace(extra_args={KEY: wish}),
+            sampling_params=SimpleNamespace(
+                extra_args={KEY: wish}, eos_token_id=END, stop_token_ids=[OTHER_END]
+            ),
+            stop_reason=None,
+            append_output_token_ids=self.append,
             num_prompt_tokens=len(PROMPT),
             num_computed_tokens=0,
             output_token_ids=[],
@@ -97,6 +106,11 @@ class Steps:
         self.kv_cache_manager = SimpleNamespace(get_block_ids=lambda _: [BLOCKS])
         # What SchedulerCapture's start finds out.
         self._group, self._block_size, self._fresh, self._speculates = 0, 4, [], speculates
+        self._closes = closing
+
+    def append(self, tokens: list[int]) -> None:
+        self.request.output_token_ids += tokens
+        self.request.num_output_tokens = len(self.request.output_token_ids)
 
     def schedule(self, count: int) -> Any:
         self.request.num_computed_tokens += count
@@ -109,12 +123,15 @@ class Steps:
                 request_id="a", finish_reason="stop" if stopped else None, kv_transfer_params=None
             )
         ]
-        return {0: SimpleNamespace(outputs=outputs if tokens else [])}
+        self.sent = tokens
+        return {0: SimpleNamespace(outputs=outputs if tokens or stopped else [])}
 
     def _update_request_with_output(self, request: Any, tokens: list[int]) -> tuple[list[int], bool]:
-        request.output_token_ids += tokens
-        request.num_output_tokens = len(request.output_token_ids)
-        return tokens, False
+        self.append(tokens)
+        longest = request.num_output_tokens == MOST
+        if longest:
+            request.status = RequestStatus.FINISHED_LENGTH_CAPPED
+        return tokens, longest
 
 
 class OneRequest(SchedulerCapture, Steps):  # type: ignore[misc]
@@ -229,3 +246,64 @@ def test_with_speculation_an_answer_ends_after_its_tag_and_does_not_report(
         assert record is None
         assert (reason == "stop") == (number == len(steps))
     assert scheduler.request.output_token_ids == kept
+
+
+@pytest.mark.parametrize("tag", [TAG, [-1]], ids=["", "grammar"])  # under a grammar no tag is looked for
+@pytest.mark.parametrize(
+    ("answer", "last", "status", "reason"),
+    [
+        ([5, 4], END, RequestStatus.FINISHED_STOPPED, None),
+        ([5, 4], OTHER_END, RequestStatus.FINISHED_STOPPED, OTHER_END),
+        ([5, 4, 5, 4, 5, 4], 4, RequestStatus.FINISHED_LENGTH_CAPPED, None),
+    ],
+    ids=["end token", "another end token", "longest"],
+)
+def test_an_answer_that_ends_without_a_tag_is_closed_in_the_same_request(
+    answer: list[int], last: int, status: RequestStatus, reason: int | None, tag: list[int]
+) -> None:
+    scheduler = OneRequest(closing=True, tag=tag)
+    scheduler.came(scheduler.plan(6), answer[0])
+    for token in answer[1:]:
+        assert scheduler.came(scheduler.plan(1), token) == [(None, None)]
+    step = scheduler.plan(1)
+    assert getattr(step, KEY).closed == {}
+    ended = status == RequestStatus.FINISHED_STOPPED
+    assert scheduler.came(step, last) == ([] if ended else [(None, None)])  # an end token is held back
+    assert scheduler.request.status == RequestStatus.RUNNING
+
+    kept = [*answer] if ended else [*answer, last]
+    assert scheduler.request.output_token_ids == [*kept, *CLOSING]
+    whole = len(PROMPT) + len(kept) + len(CLOSING)
+    fed = scheduler.plan(whole - scheduler.request.num_computed_tokens)
+    assert getattr(fed, KEY).closed == {"a": (len(kept), CLOSING)}
+    due = (BLOCKS[: -(-whole // 4)], whole, len(PROMPT))
+    assert reports(fed) == {"a": due}
+    assert scheduler.came(fed, 1) == [("stop", {KEY: due})]
+    assert scheduler.sent == ([last] if ended else [])  # the token after the tag is dropped
+    assert (scheduler.request.status, scheduler.request.stop_reason) == (status, reason)
+
+
+def test_closing_that_takes_two_steps_is_told_once_and_reports_in_the_second() -> None:
+    scheduler = OneRequest(closing=True)
+    scheduler.came(scheduler.plan(6), 5)
+    assert scheduler.came(scheduler.plan(1), END) == []
+    first = scheduler.plan(1)
+    assert getattr(first, KEY).closed == {"a": (1, CLOSING)}
+    assert reports(first) == {}
+    second = scheduler.plan(2)
+    assert getattr(second, KEY).closed == {}
+    assert list(reports(second)) == ["a"]
+
+
+def test_a_tag_of_its_own_and_an_empty_answer_are_not_closed() -> None:
+    tagged = OneRequest(closing=True)
+    for token, count in ((TAG[0], 6), (TAG[1], 1)):
+        tagged.came(tagged.plan(count), token)
+    fed = tagged.plan(1)
+    ((reason, record),) = tagged.came(fed, END)
+    assert reason == "stop"
+    assert record == {KEY: reports(fed)["a"]}
+    assert getattr(tagged.plan(0), KEY).closed == {}
+    empty = OneRequest(closing=True)
+    empty.came(empty.plan(6), END)
+    assert empty.request.output_token_ids == [END]

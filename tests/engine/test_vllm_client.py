@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +17,10 @@ from vllm.sampling_params import SamplingParams
 
 from candor.engine.base import EngineError, Generation, Sampling
 from candor.engine.vllm_client import CapturingClient, _as_sampling, _Shown, judged_by
+from candor.engine.vllm_engine import VLLMEngine
 from candor.engine.vllm_handlers import _plain
 from candor.policy.conversation import Conversations
+from candor.policy.policy import Policy
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
@@ -94,6 +98,33 @@ def test_another_field_is_another_policy(more: dict[str, Any], same: bool) -> No
     assert (found is not None) is same
     if found is not None:
         assert (found.temperature, found.top_p, found.max_tokens) == (0.7, 0.9, 8)
+
+
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("more", "same"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}}, True),
+        ({"structured_outputs": {"json": SCHEMA}}, True),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, True),
+        ({"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}}, False),
+        ({"structured_outputs": {"json": SCHEMA | {"required": ["n"]}}}, False),
+        ({"response_format": {"type": "json_object"}}, False),
+        ({}, False),
+    ],
+)
+def test_a_schema_is_calibrated_where_the_policy_names_it(more: dict[str, Any], same: bool) -> None:
+    policy = Policy(conversations=Conversations(template_arguments={"structured_outputs": {"json": SCHEMA}}))
+    asked = ChatCompletionRequest(
+        model="m", messages=[{"role": "user", "content": "a"}], temperature=0, **more
+    )
+    params = asked.to_sampling_params(policy.max_tokens, {})
+    engine: Any = SimpleNamespace(max_model_len=64, params=partial(VLLMEngine.params, None))  # type: ignore[arg-type]
+    sampling = _as_sampling(engine, params)
+    assert sampling is not None
+    assert policy.draws(sampling) is same
 
 
 def test_nothing_is_asked_for_that_nobody_judges() -> None:

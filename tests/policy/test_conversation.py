@@ -89,6 +89,14 @@ def test_template_arguments() -> None:
     assert Conversations().resolve(SINGLE, {"x": 1}).departure is not None
 
 
+def test_a_grammar_is_the_engines_and_not_the_templates() -> None:
+    held = Conversations.of_records([SINGLE], None, {"structured_outputs": {"regex": "a"}, "x": 1})
+    assert held.grammar == '{"regex": "a"}'
+    assert held.for_template == held.resolve(SINGLE).template_arguments == {"x": 1}
+    assert held.resolve(SINGLE, {"x": 1}).departure is None
+    assert Conversations().grammar is None
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from candor.engine.base import Sampling
+from candor.policy.conversation import Conversations
 from candor.policy.policy import Policy
 
 GREEDY = Policy(max_tokens=16)
@@ -42,6 +43,13 @@ def test_every_field_of_sampling_that_is_not_excused_departs() -> None:
         before = getattr(SAMPLED.sampling(), field.name)
         other = others[type(before)] if before is not None else 7
         assert SAMPLED.draws(replace(SAMPLED.sampling(), **{field.name: other})) is (field.name in excused)
+
+
+def test_answers_under_a_grammar_are_calibrated_under_that_grammar_alone() -> None:
+    held = Policy(conversations=Conversations(template_arguments={"structured_outputs": {"regex": "a"}}))
+    assert held.draws(held.sampling(seed=1))
+    for policy, grammar in ((held, None), (held, '{"regex": "b"}'), (GREEDY, '{"regex": "a"}')):
+        assert not policy.draws(replace(policy.sampling(), grammar=grammar))
 
 
 def test_wishes_are_laid_over_the_policys_own_sampling() -> None:

@@ -31,7 +31,7 @@ from candor.app.answering.waiting import (
 from candor.app.edge.errors import describe
 from candor.app.edge.parsing import BoundedRoute
 from candor.app.edge.routes.documented import ERRORS, STREAMED
-from candor.app.edge.routes.either import either, is_beyond, json_object, parsed
+from candor.app.edge.routes.either import answered, either, json_object
 from candor.app.edge.schemas.requests import ChatCompletionRequest, CompletionRequest
 from candor.app.edge.schemas.responses import ChatCompletion, Completion
 from candor.app.edge.services import PIN, InjectedServices, ServedModel, Services
@@ -69,12 +69,9 @@ async def invoke(request: Request, services: InjectedServices) -> Response:
     """SageMaker's one route: a conversation or a plain prompt, as the body has `messages` or not."""
     body = await json_object(request)
     body.setdefault("model", services.model().name)
-    chat = "messages" in body
-    if services.surface is not None and is_beyond(body, ChatCompletionRequest if chat else CompletionRequest):
-        return await services.surface.respond("chat" if chat else "completion", body, request, services)
-    if chat:
-        return await _respond(request, parsed(ChatCompletionRequest, body), services, ChatRenderer)
-    return await _respond(request, parsed(CompletionRequest, body), services, CompletionRenderer)
+    if "messages" in body:
+        return await answered("chat", ChatCompletionRequest, create_chat_completion, body, request, services)
+    return await answered("completion", CompletionRequest, create_completion, body, request, services)
 
 
 router.include_router(_chat)

@@ -1,27 +1,28 @@
 """Which handler answers a body: this server's own, or vLLM's (`routes.surface`).
 
 What this server's schema takes whole is answered by its own handler, which costs least. A body with anything more
-goes to vLLM's.
+goes to vLLM's. A body is parsed and validated here, once, and not again by FastAPI.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
 from candor.app.edge.parsing import BoundedRoute
-from candor.app.edge.services import services_of
+from candor.app.edge.services import Services, services_of
 
 if TYPE_CHECKING:
     from candor.engine.vllm_handlers import Kind
 
-Own = TypeVar("Own", bound=BaseModel)
+Answering = Callable[[Any, Request, Services], Awaitable[Response]]
+"""This server's own handler of a validated body."""
 
 
 def either(kind: Kind, own: type[BaseModel]) -> type[BoundedRoute]:
@@ -29,35 +30,39 @@ def either(kind: Kind, own: type[BaseModel]) -> type[BoundedRoute]:
 
     class Either(BoundedRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            handle = super().get_route_handler()
-
             async def chosen(request: Request) -> Response:
-                services = services_of(request)
                 request = self.bounded(request)
-                if services.surface is not None:
-                    body = await json_object(request)
-                    if is_beyond(body, own):
-                        return await services.surface.respond(kind, body, request, services)
-                return await handle(request)
+                body = await json_object(request)
+                return await answered(kind, own, self.endpoint, body, request, services_of(request))
 
             return chosen
 
     return Either
 
 
-def is_beyond(body: dict[str, Any], own: type[BaseModel]) -> bool:
-    """Returns whether the schema `own` does not take the body whole."""
+async def answered(
+    kind: Kind,
+    own: type[BaseModel],
+    answer: Answering,
+    body: dict[str, Any],
+    request: Request,
+    services: Services,
+) -> Response:
+    """Returns the response of `answer`, or of vLLM's handler where the schema `own` does not take the body whole, or
+    the answer's thoughts are to be set apart.
+
+    Raises RequestValidationError for what `own` does not take where the engine is not vLLM.
+    """
+    if kind == "chat" and services.surface is not None and services.surface.splits_reasoning:
+        return await services.surface.respond(kind, body, request, services)
     try:
-        own.model_validate(body)
-    except ValidationError:
-        return True
-    return False
-
-
-def parsed(own: type[Own], body: dict[str, Any]) -> Own:
-    """Returns the body as `own`. Raises RequestValidationError."""
-    with told_where():
-        return own.model_validate(body)
+        with told_where():
+            taken = own.model_validate(body)
+    except RequestValidationError:
+        if services.surface is None:
+            raise
+        return await services.surface.respond(kind, body, request, services)
+    return await answer(taken, request, services)
 
 
 @contextmanager
@@ -71,7 +76,11 @@ def told_where(*at: str) -> Iterator[None]:
 
 
 async def json_object(request: Request) -> dict[str, Any]:
-    """Returns the body, a JSON object. Raises RequestValidationError."""
+    """Returns the body, a JSON object that is sent as JSON. Raises RequestValidationError."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    is_json = kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+    if not await request.body() or not is_json:
+        raise _no_object(kind)
     try:
         body = await request.json()
     except json.JSONDecodeError as error:
@@ -79,7 +88,10 @@ async def json_object(request: Request) -> dict[str, Any]:
             [{"type": "json_invalid", "loc": ("body", error.pos), "msg": "JSON", "ctx": {"error": error.msg}}]
         ) from error
     if not isinstance(body, dict):
-        raise RequestValidationError(
-            [{"type": "model_attributes_type", "loc": ("body",), "msg": "a JSON object", "input": body}]
-        )
+        raise _no_object(body)
     return dict(body)
+
+
+def _no_object(given: Any) -> RequestValidationError:
+    what = {"type": "model_attributes_type", "loc": ("body",), "msg": "a JSON object", "input": given}
+    return RequestValidationError([what])

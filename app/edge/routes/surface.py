@@ -2,7 +2,7 @@
 
     POST /v1/chat/completions, /v1/completions   a body that this server's schema takes is answered by
                                                  `routes.answers`; any other (tools, schemas, images, beams ...) here
-    POST /v1/responses, /v1/messages             here
+    POST /v1/chat/completions/batch, /v1/responses, /v1/messages    here
     POST /tokenize, /detokenize, /v1/messages/count_tokens; GET /v1/responses/{id}
 
 Nothing that changes an answer is ignored: a field is applied, or refused by its name.
@@ -24,7 +24,7 @@ from candor.app.answering.judging import Judging
 from candor.app.answering.request import Bulk
 from candor.app.answering.service import Answer
 from candor.app.answering.waiting import Deadline, seconds_for, unless_interrupted
-from candor.app.edge.limits import Refused, at_most
+from candor.app.edge.limits import Refused, at_most, few_logprobs
 from candor.app.edge.parsing import BoundedRoute
 from candor.app.edge.routes.answers import EventStream, shadowed, verdict_headers
 from candor.app.edge.routes.documented import ERRORS, STREAMED
@@ -37,6 +37,7 @@ from candor.app.telemetry.audit import audited
 from candor.app.writing.bodies import fingerprint
 from candor.app.writing.verdicts import FORMS
 from candor.engine.base import EngineError, RequestRefused
+from candor.policy.conversation import Conversations
 
 if TYPE_CHECKING:
     from candor.app.process.backend import Backend
@@ -61,8 +62,19 @@ _NOT_SERVED: Mapping[str, str] = {
 }
 """vLLM's fields that this server refuses, and why."""
 
-_ROOM = {"chat": "max_completion_tokens", "completion": "max_tokens", "responses": "max_output_tokens"}
+_ROOM = {
+    "chat": "max_completion_tokens",
+    "batch": "max_completion_tokens",
+    "completion": "max_tokens",
+    "responses": "max_output_tokens",
+}
 """Where each kind of request says how long an answer may be; the first that is not given is filled in."""
+
+
+@router.post("/v1/chat/completions/batch", responses=ERRORS, response_model=None)
+async def create_chat_completions(request: Request, services: InjectedServices) -> Response:
+    """Answers to several conversations, a choice each, with their reliability."""
+    return await _surface(services).respond("batch", await json_object(request), request, services)
 
 
 @router.post("/v1/responses", responses=ERRORS | STREAMED, response_model=None)
@@ -232,6 +244,7 @@ class Surface:
 
         self.handlers = handlers
         self.schemas: Mapping[Kind, type[BaseModel]] = SCHEMAS
+        self.splits_reasoning: bool = handlers.splits_reasoning
         self._judged_by, self._read_within = judged_by, read_within
         self._judgings: dict[str, tuple[str, Judging]] = {}
 
@@ -304,6 +317,7 @@ def _fill_in(kind: Kind, body: dict[str, Any], model: ServedModel) -> tuple[int,
         for name in ("temperature", "top_p", "top_k"):
             if body.get(name) is None:
                 body[name] = getattr(policy, name)
+    _fill_in_form(kind, body, policy.conversations)
     lengths = [body.get(name) for name in ("max_completion_tokens", "max_output_tokens", "max_tokens")]
     most = next((given for given in lengths if isinstance(given, int)), None)
     if most is None:
@@ -311,16 +325,26 @@ def _fill_in(kind: Kind, body: dict[str, Any], model: ServedModel) -> tuple[int,
         if kind in _ROOM:
             body[_ROOM[kind]] = most
     n = body.get("n")
-    prompts = body.get("prompt")
+    prompts = body.get("messages" if kind == "batch" else "prompt")
     several = isinstance(prompts, list) and not all(isinstance(token, int) for token in prompts)
     choices = (n if isinstance(n, int) and n > 0 else 1) * (len(prompts or ()) if several else 1)
     model.resolver.check_sizes(most, choices)
     asked = [body.get(name) for name in ("logprobs", "top_logprobs", "prompt_logprobs")]
-    if any(isinstance(one, int) and one is not False for one in asked):
-        each = 1 + max((one for one in asked if isinstance(one, int)), default=0)
-        what = "log-probabilities in one request (answers, tokens, each's)"
-        at_most(_MOST_LOGPROBS, each * choices * most, what, "logprobs")
+    if given := [one for one in asked if isinstance(one, int) and one is not False]:
+        few_logprobs(_MOST_LOGPROBS, 1 + max(given), choices * most)
     return max(choices, 1), max(most, 0)
+
+
+def _fill_in_form(kind: Kind, body: dict[str, Any], calibrated: Conversations) -> None:
+    """Fills in what answers are held to and the template's arguments, where a conversation says nothing of them."""
+    if kind not in ("chat", "batch", "responses"):
+        return
+    held = (body.get(name) for name in ("structured_outputs", "response_format", "text", "tools"))
+    if calibrated.grammar is not None and not any(held):
+        body["structured_outputs"] = json.loads(calibrated.grammar)
+    arguments = calibrated.for_template
+    if arguments and "tools" not in arguments and body.get("chat_template_kwargs") is None:
+        body["chat_template_kwargs"] = arguments  # parsers of reasoning look at them too
 
 
 def _check_fields(kind: Kind, body: Mapping[str, Any], surface: Surface) -> None:
@@ -332,6 +356,15 @@ def _check_fields(kind: Kind, body: Mapping[str, Any], surface: Surface) -> None
     for name, why in _NOT_SERVED.items():
         if body.get(name):
             raise RequestRefused(f"{name} is not served: {why}; leave it out", 400, name)
+    where = "input" if kind == "responses" else "messages"
+    if (seen := _no_text(body.get(where))) is not None:
+        raise RequestRefused(
+            f"a part of type {seen} is not served, also where the model could read it: the states of an answer are "
+            "taken and calibrated over texts alone; leave it out",
+            400,
+            where,
+            "unsupported_parameter",
+        )
     grammar = body.get("structured_outputs")
     choices = grammar.get("choice") if isinstance(grammar, dict) else None
     if isinstance(choices, list):  # vLLM compiles them on the event loop
@@ -343,6 +376,24 @@ def _check_fields(kind: Kind, body: Mapping[str, Any], surface: Surface) -> None
             raise RequestRefused(unknown_field(name, known), 400, name[:100], "unknown_parameter")
 
 
+_NO_TEXT = ("image", "audio", "video")
+
+
+def _no_text(messages: Any) -> str | None:
+    """Returns the type of a part of the messages that is an image, a sound or a film; None without any."""
+    left = [messages]
+    while left:
+        found = left.pop()
+        if isinstance(found, dict):
+            kind = found.get("type")
+            if isinstance(kind, str) and any(name in kind for name in _NO_TEXT):
+                return kind[:40]
+            left += [found.get("content"), found.get("output")]  # not what a tool was called with
+        elif isinstance(found, list):
+            left += found
+    return None
+
+
 def _parsed(kind: Kind, body: dict[str, Any], surface: Surface) -> Any:
     body = {name: value for name, value in body.items() if name not in ("request_id", "session_id")}
     with told_where():
@@ -352,6 +403,8 @@ def _parsed(kind: Kind, body: dict[str, Any], surface: Surface) -> Any:
 def _content(kind: Kind, body: Mapping[str, Any], answer: Answer, model: ServedModel) -> Content:
     """Returns what the store may keep of an answer: the conversation as the client sent it."""
     asked = body.get({"completion": "prompt", "responses": "input"}.get(kind, "messages"))
+    if kind == "batch":
+        asked = cast(Sequence[Any], asked)[answer.index]
     made = answer.generation
     return Content(asked, made.text, made.hidden, made.prompt, model.bundle.manifest.representation)
 

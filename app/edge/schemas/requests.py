@@ -229,6 +229,12 @@ class GenerationRequest(BaseModel):
     guided_choice: Annotated[Any, Only([None])] = None
     guided_grammar: Annotated[Any, Only([None])] = None
 
+    @model_validator(mode="after")
+    def _streams_where_it_says_how(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("stream_options", "stream_options needs stream: true")
+        return self
+
     @property
     def wants_stream(self) -> bool:
         return bool(self.stream)

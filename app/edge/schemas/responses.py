@@ -55,6 +55,7 @@ class ChatChoice(BaseModel):
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: Literal["stop", "length"]
+    token_ids: None = None
 
 
 class CompletionChoice(BaseModel):
@@ -65,16 +66,21 @@ class CompletionChoice(BaseModel):
     refusal: str | None = None
     logprobs: CompletionLogprobs | None = None
     finish_reason: Literal["stop", "length"]
+    prompt_logprobs: None = None
+    prompt_token_ids: None = None
+    token_ids: None = None
 
 
 class ChatCompletion(BaseModel):
-    """Without `reliability` where its mode is off."""
+    """Without `reliability` where its mode is off. What vLLM's clients read without asking for it is null here."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
     choices: list[ChatChoice]
+    prompt_logprobs: None = None
+    prompt_token_ids: None = None
     usage: Usage
     system_fingerprint: str
     reliability: ReliabilityObject | None = None
