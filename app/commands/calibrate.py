@@ -136,6 +136,13 @@ def calibrate(
         Path | None,
         typer.Option(help="Prompts to refuse that look like the task's, such as a changed instruction."),
     ] = None,
+    may_lose: Annotated[
+        float | None,
+        typer.Option(
+            help="Begin no answer that will hardly be let through; this share of those let through may be lost, e.g. "
+            "0.02. Default: all are begun."
+        ),
+    ] = None,
     score: Annotated[
         str | None,
         typer.Option(help="Score of the second gate, by its name in the report; default: the best."),
@@ -248,13 +255,20 @@ def calibrate(
             settings = FitSettings(
                 tuple(sorted(set(alpha))), rounds, epochs, exemplar_dim, learning_rate, seed, pass_over
             )
-            gates = RuleSettings(refuse, delta, seed=seed, score=score) if rule is Rule.two_gates else None
+            gates = None
+            if rule is Rule.two_gates:
+                gates = RuleSettings(refuse, delta, seed=seed, score=score, may_lose=may_lose)
             if certify_data is not None and certify is None and gates is None:
                 raise ValueError("--certify-data says where to certify; say with --certify which accuracy")
             certifying = Certifying.of(certify, delta, certify_share, rule=gates is not None)
             if strangers is not None and gates is None:
                 raise ValueError(
                     "--strangers are refused by the first gate, which the rule sdm does not have"
+                )
+            if may_lose is not None and (gates is None or decisions):
+                raise ValueError(
+                    "--may-lose leaves answers to known prompts unbegun: the rule sdm knows no prompts, and for "
+                    "--decisions nothing is written"
                 )
             upstream = _upstream(escalate_to, escalate_model, escalate_key_file)
             if upstream is not None and gates is None:

@@ -69,7 +69,8 @@ class ShownRule(BaseModel):
     prompt_known: the prompt is of the kind calibrated on. prompt_p_value: share of calibrated prompts that lie as far
     out, in (0, 1]. like_strangers: it is like prompts that were declared strange, so it is not known. score,
     score_min: what the answer has, and what it needs; null where the prompt was refused unwritten, or nothing is
-    certified. probability: that the answer is right; null likewise.
+    certified. probability: that the answer is right; null likewise. forecast, forecast_min: the score that an answer
+    to this prompt was expected to have, and below what none is begun; null where all are begun.
     """
 
     prompt_known: bool
@@ -78,6 +79,8 @@ class ShownRule(BaseModel):
     score: float | None
     score_min: float | None
     probability: float | None
+    forecast: float | None
+    forecast_min: float | None
 
 
 class ShownCascade(BaseModel):
