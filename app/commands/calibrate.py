@@ -25,9 +25,9 @@ from candor.app.process.ending import ending_children
 
 if TYPE_CHECKING:
     from candor.calibration.agreement import Agreement
+    from candor.calibration.answering import AnsweringOptions, Answers, DataFile, Inputs
     from candor.calibration.data import Record
     from candor.calibration.generate import Labelled
-    from candor.calibration.run import AnsweringOptions, Answers, DataFile, Inputs
     from candor.calibration.shapes import Reading
     from candor.engine.base import Engine
     from candor.engine.prompt import ChatFormat
@@ -223,20 +223,14 @@ def calibrate(
     """
     vllm = vllm_options(context, engine.value)  # first, so that a wrong option is refused at once
     from candor.calibration import certificate
+    from candor.calibration.answering import AnsweringOptions, Inputs
     from candor.calibration.base_rates import base_rate_table
     from candor.calibration.cascade import Escalating, require_judged, try_upstream
     from candor.calibration.early import certificate_hope
     from candor.calibration.fit import FitSettings
     from candor.calibration.report import table
     from candor.calibration.rule_settings import RuleSettings
-    from candor.calibration.run import (
-        AnsweringOptions,
-        Certifying,
-        Inputs,
-        make_bundle,
-        require_free,
-        require_possible,
-    )
+    from candor.calibration.run import Certifying, make_bundle, require_free, require_possible
     from candor.engine.base import EVIDENCE, Representation
     from candor.engine.identity import hidden_size_of
     from candor.engine.prompt import ChatFormat
@@ -391,8 +385,8 @@ async def _answer(
 
     Returns also the seconds that the answers took, without the engine's start and end.
     """
+    from candor.calibration.answering import answer_inputs
     from candor.calibration.kept import asked
-    from candor.calibration.run import answer_inputs
 
     async def ask(engine: Engine) -> tuple[Answers, float]:
         began = time.perf_counter()
@@ -427,8 +421,8 @@ def _suspects(bundle: Path | None) -> frozenset[str]:
 def _agreement(human: Path, inputs: Inputs, reading: Reading, cache: Path) -> Agreement:
     """Holds the verifier of the data to answers that people labelled, and says how often it agrees."""
     from candor.calibration.agreement import agreement
+    from candor.calibration.answering import DataFile
     from candor.calibration.errors import DataError
-    from candor.calibration.run import DataFile
 
     file = DataFile.load(human, reading)
     tell_what_was_read(file)
