@@ -1,9 +1,10 @@
 """Times what judging costs: a prompt when its prefill ends, an answer at its end, by two gates and by the region.
 
-    python -m benchmarks.judging [--bundle demo/bundle] [--rows 2500 --rows 20000] [--rounds 300]
+    python -m benchmarks.judging [--bundle demo/bundle] [--rows 2500 --rows 20000] [--dimensions 1000] [--rounds 300]
 
 One at a time, as most come, on one thread: CPU time of the thread, so that other load matters little; median [tenth,
-ninetieth percentile]. The bundle's own support comes first, then supports of so many rows under its own adaptor.
+ninetieth percentile]. The bundle's own support comes first, then supports of so many rows under its own adaptor, or
+under one of M dimensions, drawn as training begins.
 States are drawn about the bundle's means, in 64 directions of falling variance, and told apart in one of them.
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from candor.app.answering.scoring import Scorer, ScoringRequest
 from candor.engine.base import HiddenSummary, PromptStates
 from candor.model_store.bundle import Bundle, load_bundle
-from candor.sdm.adaptor import FrozenAdaptor
+from candor.sdm.adaptor import ExemplarAdaptor, FrozenAdaptor
 from candor.sdm.support import Support
 
 DIRECTIONS, ASKED, WARM_UP = 64, 100, 20
@@ -33,6 +34,13 @@ def drawn(n: int, mean: Tensor, scale: Tensor, generator: torch.Generator) -> Te
     mixing = torch.randn(DIRECTIONS, len(mean), generator=torch.Generator().manual_seed(0))
     latent = torch.randn(n, DIRECTIONS, generator=generator) * torch.arange(1, DIRECTIONS + 1) ** -0.5
     return mean + scale * (latent @ mixing)
+
+
+def widened(bundle: Bundle, dimensions: int, generator: torch.Generator) -> Bundle:
+    """The bundle with an untrained adaptor of so many dimensions. Its support must be drawn anew."""
+    was = bundle.estimator.adaptor
+    adaptor = ExemplarAdaptor(was.mean, was.scale, dimensions, was.num_classes, generator)
+    return replace(bundle, estimator=replace(bundle.estimator, adaptor=adaptor))
 
 
 def grown(bundle: Bundle, rows: int, generator: torch.Generator) -> Bundle:
@@ -98,12 +106,15 @@ def main(
         "demo/bundle"
     ),
     rows: Annotated[list[int] | None, typer.Option(help="Of the support; repeat for several.")] = None,
+    dimensions: Annotated[int | None, typer.Option(min=1, help="M of the drawn supports.")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 300,
 ) -> None:
     torch.set_num_threads(1)
     loaded, generator = load_bundle(bundle), torch.Generator().manual_seed(1)
     print("| exemplars | prompt, ms | answer by two gates | answer by the region |\n|---|---|---|---|")
     print(line(loaded, rounds, generator), flush=True)
+    if dimensions is not None:
+        loaded = widened(loaded, dimensions, generator)
     for size in rows or (2_500, 20_000):
         print(line(grown(loaded, size, generator), rounds, generator), flush=True)
 

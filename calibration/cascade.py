@@ -47,7 +47,7 @@ _LONGEST_PAUSE_S = 30.0
 
 @dataclass(frozen=True)
 class Escalating:
-    """How the upstream is asked. cache, concurrency, relabel, person: as in `run.AnsweringOptions`.
+    """How the upstream is asked. cache, concurrency, relabel, person: as in `answering.AnsweringOptions`.
 
     patience_s: how long one that is away or busy is asked again.
     """

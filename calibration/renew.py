@@ -247,7 +247,7 @@ def _renewed_rule(
             in_measuring[usable],
             representation.parts(hidden),
             (hidden, hidden),
-            RuleSettings(eps=terms.eps, delta=1 - terms.confidence, seed=seed),
+            RuleSettings(eps=terms.eps, delta=1 - terms.confidence, seed=seed, may_lose=terms.may_lose),
             probe_weight=gates.rule.probe.weight if gates.rule.probe else None,
         )
     except ValueError as error:
@@ -284,8 +284,9 @@ def _drawn(rule: AnswerRule, rows: RuleRows, audits: Sequence[Audited]) -> Drawn
     judged = rule.judge(rows.prompts, rows.h, rows.figures)
     unwritten = torch.tensor([one.unwritten for one in audits])
     score = judged.score.where(~unwritten, torch.finfo(torch.float32).max)
-    known = judged.known | (unwritten & ~rows.prompts.isfinite().all(dim=1))
-    return Drawn.of(replace(judged, score=score, known=known), rows.y)
+    unread = unwritten & ~rows.prompts.isfinite().all(dim=1)
+    known, forecast = judged.known | unread, judged.forecast.where(~unread, torch.inf)
+    return Drawn.of(replace(judged, score=score, known=known, forecast=forecast), rows.y)
 
 
 def _compared(
@@ -319,7 +320,7 @@ def _through(drawn: Drawn, certificate: Any) -> Tensor:
     """(n,) bool: what a certified rule lets through; nothing without a certificate."""
     if certificate is None:
         return torch.zeros(len(drawn), dtype=torch.bool)
-    through: Tensor = certificate.covers(drawn.known[:, 0], drawn.scores[:, 0])
+    through: Tensor = certificate.covers(drawn.known[:, 0], drawn.scores[:, 0], drawn.forecasts[:, 0])
     return through
 
 

@@ -6,6 +6,7 @@
              scores     weighted sums of columns: a view alone, their sum, with the layer's margin and logit, a stack
              chosen     by AURC of the cross-validated values
     order    of thresholds (`calibration.rule_certificate`), from the cross-validated values of the score chosen
+    forecast of that score (`calibration.forecast`), where answers may be left unbegun
 
 Cross-validated: a record's value comes from weights fitted without any record of its prompt. So it is distributed as
 a fresh record's, the order needs no records of its own, and the records set aside are used only to certify. The
@@ -16,12 +17,13 @@ chose its epoch. So they are read on the calibration half only, and columns with
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from candor.calibration.errors import CalibrationError
+from candor.calibration.forecast import fit_forecast, forecast_min
 from candor.calibration.gates import fit_gate, fit_probe, gate_halves, refusal_bound
 from candor.calibration.generate import Labelled
 from candor.calibration.logistic import cross_validated, fit_logistic, fit_standardised, log_loss
@@ -93,6 +95,7 @@ class FittedRule:
     scores, known, y (n,): cross-validated scores of the fitting records, whether the gate lets their prompts pass,
     labels. chosen: the score's name in `aurc`; aurc: of every candidate; reaches: the reach chosen for each view.
     refusal_bound: with confidence 1 - delta the gate refuses at most this share of prompts like those calibrated on.
+    forecasts (n,): cross-validated, of the same records; None: all answers are begun. settings: it was fitted with.
     """
 
     rule: AnswerRule
@@ -103,6 +106,19 @@ class FittedRule:
     aurc: Mapping[str, float]
     reaches: Mapping[str, float]
     refusal_bound: float
+    forecasts: Tensor | None = None
+    settings: RuleSettings = field(default_factory=RuleSettings)
+
+    def reaching(self, threshold: float) -> Tensor:
+        """(n,) bool: the fitting records that gate and score let through at the threshold."""
+        return self.known & (self.scores.double() >= threshold)
+
+    def forecast_min(self, threshold: float) -> float | None:
+        """The forecast below which no answer is begun, at one of the thresholds; None: all are begun."""
+        if self.forecasts is None or self.settings.may_lose is None:
+            return None
+        reaching = self.reaching(threshold)
+        return forecast_min(self.forecasts, reaching, self.settings.may_lose, self.settings.delta)
 
 
 def fit_rule(
@@ -147,7 +163,12 @@ def fit_rule(
     weight, bias = best.weights @ columns.weights, best.weights @ columns.biases
     slope, intercept = _platt(best.values[best.rows], rows.y[best.rows])
     score = AnswerScore(weight.float(), bias.float(), slope, intercept)
-    rule = AnswerRule(gate, score, probe)
+    forecast, forecasts = None, None
+    if settings.may_lose is not None:
+        own = rows[best.rows]
+        parted = split(list(own.digests), own.y.tolist(), shares, settings.seed)
+        forecast, forecasts = fit_forecast(own.prompts, best.values[best.rows], prompt_widths, parted)
+    rule = AnswerRule(gate, score, probe, forecast)
     return FittedRule(
         rule,
         best.values[best.rows].float(),
@@ -157,6 +178,8 @@ def fit_rule(
         aurc,
         columns.reaches,
         min(1.0, refused),
+        forecasts,
+        settings,
     )
 
 

@@ -8,6 +8,7 @@ with probability at most delta.
 
     order     CUTS quantiles of cross-validated scores of the fitting records that the gate lets pass, strictest first
     start     where the test is likeliest to pass, if the accuracy there is what those scores say
+    cut       at each threshold, of the forecasts below which no answer is begun (`calibration.forecast`), if any
 
 Those scores only fix where to look: if they are wrong, a certificate is missed, not false. The certificate is about
 prompts drawn as the certification records were, on average, not about each group among them.
@@ -72,11 +73,29 @@ class Outlook:
 
 
 @dataclass(frozen=True)
+class Unbegun:
+    """Of the certification records: prompts that are known but whose answers are not begun, and how many of these
+    answers would be let through, of all that would."""
+
+    prompts: int
+    lost: int
+    of: int
+
+    @classmethod
+    def of_records(cls, drawn: Drawn, threshold: float, forecast_min: float) -> Unbegun:
+        """At a certificate's threshold and cut."""
+        known, begun = drawn.known.any(dim=1), drawn.through(-torch.inf, forecast_min)[0]
+        would, do = drawn.through(threshold)[0], drawn.through(threshold, forecast_min)[0]
+        return cls(int((known & ~begun).sum()), int((would & ~do).sum()), int(would.sum()))
+
+
+@dataclass(frozen=True)
 class RuleCertification:
     """alpha: at which the rule serves. prompts: digests of the records, each counted once. base_right: those with a
     right answer among their attempts. refused: how many of them the gate refused. steps: in test order; the last may
     have failed. certificate: None where the first failed. thresholds: how many could have been certified. withheld:
-    which of the certification answers the rule withholds, by their index; each prompt's first."""
+    which of the certification answers the rule withholds, by their index; each prompt's first. unbegun: what is not
+    begun; None: all answers are."""
 
     alpha: float
     wanted: Claim
@@ -88,6 +107,7 @@ class RuleCertification:
     outlook: tuple[Outlook, ...]
     thresholds: int
     withheld: tuple[int, ...]
+    unbegun: Unbegun | None = None
 
     @property
     def ceiling(self) -> float:
@@ -119,6 +139,7 @@ class RuleCertification:
             "ceiling": self.ceiling,
             "share_of_ceiling": self.answered / self.ceiling if self.ceiling else None,
             "horizon": self.horizon,
+            "unbegun": asdict(self.unbegun) if self.unbegun else None,
             "outlook": [asdict(one) for one in self.outlook],
         }
 
@@ -151,7 +172,7 @@ def certify_drawn(
     """The same of records that are judged already. prompts: what names each."""
     order = thresholds(fitted)
     tried = order[start(fitted, order, len(drawn), wanted) :]
-    steps = walk(drawn, tried, wanted)
+    steps = walk(fitted, drawn, tried, wanted)
     passed = [step for step in steps if step.passed]
     base_right = int((drawn.y == 1).any(dim=1).sum())
     certificate = None
@@ -167,7 +188,10 @@ def certify_drawn(
             right=last.right,
             base_right=base_right,
             lower_bound=proven_bound(last, wanted),
+            forecast_min=fitted.forecast_min(last.threshold),
         )
+    threshold = passed[-1].threshold if passed else torch.inf
+    cut = certificate.forecast_min if certificate else None
     return RuleCertification(
         alpha,
         wanted,
@@ -176,39 +200,47 @@ def certify_drawn(
         int((~drawn.known.any(dim=1)).sum()),
         steps,
         certificate,
-        outlook(drawn, order, wanted),
+        outlook(fitted, drawn, order, wanted),
         len(tried),
-        tuple(
-            (~drawn.through(passed[-1].threshold if passed else torch.inf)[0]).nonzero().flatten().tolist()
-        ),
+        tuple((~drawn.through(threshold, cut)[0]).nonzero().flatten().tolist()),
+        Unbegun.of_records(drawn, threshold, cut) if cut is not None else None,
     )
 
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """n prompts with k attempts each. scores, y: (n, k); known: (n, k) bool."""
+    """n prompts with k attempts each. scores, forecasts, y: (n, k); known: (n, k) bool."""
 
     scores: Tensor
     known: Tensor
     y: Tensor
+    forecasts: Tensor
 
     @classmethod
     def of(cls, judged: RuleEstimate, y: Tensor, attempts: int = 1) -> Drawn:
         """judged, y: n k rows, the attempts of a prompt next to each other."""
         known = judged.known.view(-1, attempts)
-        return cls(judged.score.view(-1, attempts), known, y.view(-1, attempts))
+        return cls(
+            judged.score.view(-1, attempts),
+            known,
+            y.view(-1, attempts),
+            judged.forecast.view(-1, attempts),
+        )
 
     def __len__(self) -> int:
         return len(self.y)
 
-    def count(self, threshold: float) -> tuple[int, int]:
+    def count(self, threshold: float, forecast_min: float | None = None) -> tuple[int, int]:
         """(number of prompts let through at the threshold, number whose first such answer is right)."""
-        answered, right = self.through(threshold)
+        answered, right = self.through(threshold, forecast_min)
         return int(answered.sum()), int(right.sum())
 
-    def through(self, threshold: float) -> tuple[Tensor, Tensor]:
-        """(n,) bool each: whether the prompt is let through, and its first such answer is right."""
+    def through(self, threshold: float, forecast_min: float | None = None) -> tuple[Tensor, Tensor]:
+        """(n,) bool each: whether the prompt is let through, and its first such answer is right. forecast_min: None:
+        every answer is begun."""
         through = self.known & (self.scores.double() >= threshold) & self.scores.isfinite()
+        if forecast_min is not None:
+            through &= self.forecasts.double() >= forecast_min
         first = through.int().argmax(dim=1, keepdim=True)
         answered = through.any(dim=1)
         return answered, answered & (self.y.gather(1, first).squeeze(1) == 1)
@@ -286,6 +318,7 @@ def certified_rule(
         confidence=1 - how.settings.delta,
         tokens=sum(answer.tokens for answer in answers) / len(answers),
         strangers=0 if taught is None else len(taught),
+        may_lose=how.settings.may_lose,
         certificates=tuple(one.certificate for one in searches if one.certificate is not None),
     )
     rule = with_probabilities(found, apart[torch.arange(0, len(apart), attempts)])
@@ -323,6 +356,11 @@ def summary(found: RuleCertification) -> str:
             f"  horizon    of the next {HORIZON:,} answered at most {found.horizon} are wrong",
         ]
     lines.append(f"  refused    {found.refused} prompts before they were answered")
+    if found.unbegun is not None:
+        lines.append(
+            f"  not begun  {found.unbegun.prompts} answers whose prompts promise too low a score; "
+            f"{found.unbegun.lost} of {found.unbegun.of} that would be let through are lost"
+        )
     more = next((one for one in found.outlook if one.share > found.answered), None)
     if more is not None:
         lines.append(
@@ -344,10 +382,11 @@ def thresholds(fitted: FittedRule) -> tuple[float, ...]:
 
 def start(fitted: FittedRule, order: Sequence[float], records: int, wanted: Claim) -> int:
     """The index in `order` to begin at, from what the fitting records predict for this many certification records."""
-    seen = Drawn(*(one.unsqueeze(1) for one in (fitted.scores, fitted.known, fitted.y)))
+    forecasts = torch.full_like(fitted.scores, torch.inf) if fitted.forecasts is None else fitted.forecasts
+    seen = Drawn(*(one.unsqueeze(1) for one in (fitted.scores, fitted.known, fitted.y, forecasts)))
     powers = []
     for threshold in order:
-        answered, right = seen.count(threshold)
+        answered, right = seen.count(threshold, fitted.forecast_min(threshold))
         share = answered / len(fitted.y)
         # In one case of ten there are fewer. Too few cannot pass, whatever their accuracy.
         expected = round(records * share - FEWER * sqrt(records * share * (1 - share)))
@@ -355,16 +394,18 @@ def start(fitted: FittedRule, order: Sequence[float], records: int, wanted: Clai
     return powers.index(max(powers))
 
 
-def walk(drawn: Drawn, order: Sequence[float], wanted: Claim) -> tuple[Step, ...]:
-    """Tests the thresholds in order until one fails."""
-    return fixed_sequence(order, drawn.count, wanted)
+def walk(fitted: FittedRule, drawn: Drawn, order: Sequence[float], wanted: Claim) -> tuple[Step, ...]:
+    """Tests the thresholds in order, each with its cut, until one fails."""
+    return fixed_sequence(
+        order, lambda threshold: drawn.count(threshold, fitted.forecast_min(threshold)), wanted
+    )
 
 
-def outlook(drawn: Drawn, order: Sequence[float], wanted: Claim) -> tuple[Outlook, ...]:
+def outlook(fitted: FittedRule, drawn: Drawn, order: Sequence[float], wanted: Claim) -> tuple[Outlook, ...]:
     """For each number of records, the largest share that is then certified with ENOUGH_POWER."""
     found = []
     for times in MORE:
-        counts = (drawn.count(threshold) for threshold in reversed(order))
+        counts = (drawn.count(threshold, fitted.forecast_min(threshold)) for threshold in reversed(order))
         likely = (
             n / len(drawn) for n, right in counts if _power(times * n, n, right, wanted) >= ENOUGH_POWER
         )

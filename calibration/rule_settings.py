@@ -22,7 +22,8 @@ SCORES = (*VIEWS, "sum", "margin", "logit", SUM_WITH_LAYER, "stack")
 class RuleSettings:
     """eps: share of prompts of the calibrated kind that the gate may refuse, with confidence 1 - delta over draws of
     the reference. components: largest k of `sdm.gate`. folds: of the cross-validation. score: the name of a candidate
-    to use whatever its AURC.
+    to use whatever its AURC. may_lose: share of the answers let through that may be lost because they are not begun
+    (`calibration.forecast`), with confidence 1 - delta; None: all are begun.
 
     Raises ValueError out of range.
     """
@@ -33,6 +34,7 @@ class RuleSettings:
     folds: int = 5
     seed: int = 0
     score: str | None = None
+    may_lose: float | None = None
 
     def __post_init__(self) -> None:
         if self.score not in (None, *SCORES):
@@ -42,6 +44,9 @@ class RuleSettings:
                 "expected eps, the share that the gate may refuse, in (0, 1), delta in (0, 0.5), components >= 1 and "
                 f"folds >= 2; got {self.eps}, {self.delta}, {self.components}, {self.folds}"
             )
+
+        if self.may_lose is not None and not 0 < self.may_lose < 1:
+            raise ValueError(f"the share that may be lost must be in (0, 1), got {self.may_lose}")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

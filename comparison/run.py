@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from candor.calibration.answering import AnsweringOptions, DataFile, answer_file
 from candor.calibration.cache import AnswerCache, CachedAnswer
 from candor.calibration.data import Record
 from candor.calibration.errors import DataError
 from candor.calibration.generate import Labelled, Watch, scorable
-from candor.calibration.run import AnsweringOptions, DataFile, answer_file
 from candor.calibration.verifiers import Verdict
 from candor.comparison.comparators import COMPARATORS, REFERENCE, SAMPLERS
 from candor.comparison.comparators.base import Fitting, MethodVerdicts

@@ -223,6 +223,7 @@ def _check(manifest: Manifest, tensors: dict[str, Tensor], exemplars: Sequence[E
         n=len(exemplars),
         p=2 * manifest.model.hidden_size if manifest.rule else None,
         probe=manifest.rule is not None and manifest.rule.strangers > 0,
+        forecast=manifest.rule is not None and manifest.rule.may_lose is not None,
     )
     if not faults:
         alphas = tuple(sorted(tensors["regions.alpha"].tolist()))

@@ -6,6 +6,7 @@
         kept no engine options of the model: no option that changes its states was given
     4   had no two-gate rule: the papers' regions alone serve
     5   had no cascade: nothing is certified of another model's answers
+    6   had no forecast of an answer's score: every answer to a known prompt is begun
 
 The texts of format 3 can be split into turns, except where a content itself looks like turns. The bundle then covers
 too few conversations, never too many: a conversation that it does not cover is not calibrated.
@@ -22,7 +23,7 @@ from candor.model_store.errors import Difference
 from candor.policy.conversation import Conversations, Turn, taken_apart
 from candor.policy.policy import Policy
 
-FIRST, LATEST = 1, 6
+FIRST, LATEST = 1, 7
 
 _TURNS = 4
 """The first format that keeps conversations as turns, and whose model identity covers all files that determine
@@ -51,6 +52,14 @@ def manifest_as_latest(value: dict[str, Any], version: int, faults: list[Differe
         added(value, "rule", None)
     if version < 6:
         added(value, "cascade", None)
+    if version < 7 and isinstance(value.get("rule"), dict):
+        rule = value["rule"] = dict(value["rule"])
+        added(rule, "may_lose", None, "rule.")
+        made = rule.get("certificates")
+        if isinstance(made, list) and all(isinstance(one, dict) for one in made):
+            rule["certificates"] = made = [dict(one) for one in made]
+            for number, one in enumerate(made):
+                added(one, "forecast_min", None, f"rule.certificates[{number}].")
     if version < _TURNS and isinstance(value.get("model"), dict):
         value["model"] = dict(value["model"])
         added(value["model"], "engine_options", {}, "model.")

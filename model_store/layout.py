@@ -43,10 +43,12 @@ RULE = "rule."
 """What the names of a rule's tensors begin with."""
 
 
-def layout(num_classes: int, *, rule: bool = False, probe: bool = False) -> dict[str, Spec]:
+def layout(
+    num_classes: int, *, rule: bool = False, probe: bool = False, forecast: bool = False
+) -> dict[str, Spec]:
     """Returns the specs of the tensors of estimator.safetensors by name: `SDMEstimator.state`, `AnswerRule.state`.
 
-    rule: whether there is one. probe: whether it has one.
+    rule: whether there is one. probe, forecast: whether it has one.
     """
     single, double, integer = torch.float32, torch.float64, torch.int64
     last = num_classes - 1
@@ -88,7 +90,11 @@ def layout(num_classes: int, *, rule: bool = False, probe: bool = False) -> dict
         "probe.reference": Spec(double, ("R",), -_MOST, _MOST),
         "probe.rank_cut": Spec(integer, (), 0, inf),
     }
-    own = (gate_and_score if rule else {}) | (probed if probe else {})
+    foretold = {
+        "forecast.weight": Spec(single, ("P",), -_MOST, _MOST),
+        "forecast.bias": Spec(single, (), -_MOST, _MOST),
+    }
+    own = (gate_and_score if rule else {}) | (probed if probe else {}) | (foretold if forecast else {})
     return specs | {RULE + name: spec for name, spec in own.items()}
 
 
@@ -101,10 +107,11 @@ def check(
     n: int,
     p: int | None = None,
     probe: bool = False,
+    forecast: bool = False,
 ) -> list[Difference]:
     """Returns the differences, [] if there are none. d, c, a, n, p: the sizes D, C, A, N and P; p is None if the
-    bundle has no rule. probe: whether the rule has one."""
-    specs = layout(c, rule=p is not None, probe=probe)
+    bundle has no rule. probe, forecast: whether the rule has one."""
+    specs = layout(c, rule=p is not None, probe=probe, forecast=forecast)
     faults = [
         Difference(name, "no such tensor", _describe(tensors[name])) for name in tensors.keys() - specs.keys()
     ]

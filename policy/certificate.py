@@ -2,7 +2,8 @@
 
     Certificate        answered: admitted by `estimator` in the region at `alpha`, judged right,
                                  q' >= rescaled_similarity_min
-    RuleCertificate    answered: the prompt is known, and the answer's score reaches score_min (`sdm.rule`)
+    RuleCertificate    answered: the prompt is known, its forecast reaches forecast_min where there is one, and the
+                                 answer's score reaches score_min (`sdm.rule`)
     shown by both      P(right | answered) >= accuracy
 
 With probability at least `confidence`, over draws of the certification records, an issued certificate is true.
@@ -13,7 +14,7 @@ It holds for prompts drawn one by one as those records were, and for each certif
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from typing import Literal
 
 from torch import Tensor
@@ -63,7 +64,8 @@ class RuleCertificate:
 
     score_min: lowest score that is let through. records: prompts set aside. answered: those let through.
     right: number of these with a right answer. base_right: records with a right attempt. lower_bound: exact
-    one-sided bound for P(right | answered) at `confidence`.
+    one-sided bound for P(right | answered) at `confidence`. forecast_min: lowest forecast of a prompt whose answer is
+    begun; None: all are.
 
     Raises ValueError if counts, bound and accuracy do not agree.
     """
@@ -77,19 +79,27 @@ class RuleCertificate:
     right: int
     base_right: int
     lower_bound: float
+    forecast_min: float | None = None
 
     def __post_init__(self) -> None:
-        if not isfinite(self.score_min):
-            raise ValueError(f"score_min must be finite, got {self.score_min}")
+        for name in ("score_min", "forecast_min"):
+            value = getattr(self, name)
+            if value is not None and not isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
         if self.accuracy < self.alpha:
             raise ValueError(f"an accuracy of {self.accuracy} does not serve at alpha {self.alpha}")
         if not self.right <= self.base_right <= self.records:
             raise ValueError(f"{self.right} right do not go with {self.base_right} of {self.records}")
         _require_shown(self)
 
-    def covers(self, known: Tensor, score: Tensor) -> Tensor:
-        """Returns (n,) bool: which answers the rule lets through. known (n,) bool, score (n,)."""
-        return known & (score.double() >= self.score_min)
+    def promising(self, forecast: Tensor) -> Tensor:
+        """Returns (n,) bool: which prompts' answers are begun. forecast (n,)."""
+        least = -inf if self.forecast_min is None else self.forecast_min
+        return forecast.double() >= least
+
+    def covers(self, known: Tensor, score: Tensor, forecast: Tensor) -> Tensor:
+        """Returns (n,) bool: which answers the rule lets through. known (n,) bool, score, forecast (n,)."""
+        return known & (score.double() >= self.score_min) & self.promising(forecast)
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,8 @@ class RuleTerms:
     eps: share of prompts of the calibrated kind that the gate may refuse. refused_at_most: the share that it refuses
     at most, with `confidence` over draws of its reference. strangers: declared prompts that a probe was fitted on; 0:
     none. tokens: mean length of the calibrated answers.
-    certificates: at most one for each alpha; where there is none, nothing is let through.
+    certificates: at most one for each alpha; where there is none, nothing is let through. may_lose: share of the
+    answers let through that may be lost because they are not begun; None: all are begun.
 
     Raises ValueError for values out of range, and for two certificates at one alpha.
     """
@@ -111,6 +122,7 @@ class RuleTerms:
     tokens: float
     strangers: int = 0
     certificates: tuple[RuleCertificate, ...] = ()
+    may_lose: float | None = None
 
     def __post_init__(self) -> None:
         if not (0 < self.eps < 1 and 0 < self.refused_at_most <= 1 and 0.5 <= self.confidence < 1):
@@ -122,6 +134,10 @@ class RuleTerms:
             raise ValueError(
                 f"tokens and strangers must be at least 0, got {self.tokens} and {self.strangers}"
             )
+        if self.may_lose is not None and not 0 < self.may_lose < 1:
+            raise ValueError(f"may_lose must be in (0, 1), got {self.may_lose}")
+        if self.may_lose is None and any(one.forecast_min is not None for one in self.certificates):
+            raise ValueError("a certificate has a forecast_min, and nothing may be lost")
         if len({one.alpha for one in self.certificates}) < len(self.certificates):
             raise ValueError("expected at most one certificate for each alpha")
 

@@ -8,6 +8,7 @@ of two gates (`decide_by_rule`):
     out_of_distribution          ood           the prompt is not of the kind that was calibrated on
     uncalibrated_request         low           the request or its answer left the calibrated policy
     no_certificate_at_alpha      low           nothing is certified at this accuracy
+    unpromising_prompt           low           F < the certificate's forecast_min: hardly any answer's score would do
     below_score_threshold        low           S < the certificate's score_min
     certificate_suspended        high          audits speak against the certificate, and the operator withholds then
     none: let through            high
@@ -50,6 +51,7 @@ Reason = Literal[
     "out_of_distribution",
     "uncalibrated_request",
     "no_certificate_at_alpha",
+    "unpromising_prompt",
     "below_score_threshold",
     "no_region_at_alpha",
     "below_similarity_threshold",
@@ -63,6 +65,7 @@ REGION_OF: dict[Reason, RegionName] = {
     "out_of_distribution": "ood",
     "uncalibrated_request": "low",
     "no_certificate_at_alpha": "low",
+    "unpromising_prompt": "low",
     "below_score_threshold": "low",
     "no_region_at_alpha": "low",
     "below_similarity_threshold": "low",
@@ -145,13 +148,17 @@ def decide_by_rule(
     finite, calibrated: as in `decide`; finite also says whether the prompt's states could be measured.
     """
     known = estimate.known
-    covered = torch.zeros_like(known) if certificate is None else certificate.covers(known, estimate.score)
+    covered, promising = torch.zeros_like(known), torch.ones_like(known)
+    if certificate is not None:
+        covered = certificate.covers(known, estimate.score, estimate.forecast)
+        promising = certificate.promising(estimate.forecast)
     reason = _first(
         {
             "scoring_unavailable": ~finite,
             "out_of_distribution": ~known,
             "uncalibrated_request": ~calibrated,
             "no_certificate_at_alpha": torch.full_like(known, certificate is None),
+            "unpromising_prompt": ~promising,
             "below_score_threshold": ~covered,
         }
     )
@@ -210,7 +217,8 @@ class RuleFigures:
     prompt_known: the first gate's verdict. prompt_p_value: share of calibrated prompts that lie as far out, in (0,
     1]. like_strangers: a probe for declared strangers refused it; never, if none were declared. score: S;
     probability: that the answer is right, in [0, 1]; both None if the prompt was refused before an answer was
-    written. score_min: what S must reach; None if nothing is certified at this alpha.
+    written. score_min: what S must reach; None if nothing is certified at this alpha. forecast, forecast_min: F, and
+    what it must reach; None if all answers are begun.
     """
 
     prompt_known: bool
@@ -219,6 +227,8 @@ class RuleFigures:
     score: float | None
     score_min: float | None
     probability: float | None
+    forecast: float | None = None
+    forecast_min: float | None = None
 
 
 @dataclass(frozen=True)
@@ -244,7 +254,7 @@ class Verdict:
     def final(self) -> bool:
         """Whether no further attempt at the prompt could be let through."""
         unknown = self.rule is not None and not self.rule.prompt_known
-        return unknown or self.reason == "no_certificate_at_alpha"
+        return unknown or self.reason in ("no_certificate_at_alpha", "unpromising_prompt")
 
     @property
     def probability(self) -> float | None:
@@ -309,11 +319,15 @@ def _rule_figures(
 ) -> RuleFigures:
     score = float(rule.score[row])
     written = isfinite(score)
+    terms = certificate if isinstance(certificate, RuleCertificate) else None
+    forecast = float(rule.forecast[row])
     return RuleFigures(
         prompt_known=bool(rule.known[row]),
         prompt_p_value=float(rule.p_value[row]),
         like_strangers=bool(rule.strange[row]),
         score=score if written else None,
-        score_min=certificate.score_min if isinstance(certificate, RuleCertificate) else None,
+        score_min=terms.score_min if terms else None,
         probability=float(rule.probability[row]) if written else None,
+        forecast=forecast if isfinite(forecast) else None,
+        forecast_min=terms.forecast_min if terms else None,
     )

@@ -112,7 +112,7 @@ def judge_prompts(
     policy so far."""
     certificate = gates.terms.at(alpha)
     best = torch.full((len(prompts),), torch.inf)
-    judged = RuleEstimate(seen.p_value, seen.known, seen.strange, best, best)
+    judged = RuleEstimate(seen.p_value, seen.known, seen.strange, seen.forecast, best, best)
     finite = prompts.isfinite().all(dim=1)
     decisions = decide_by_rule(judged, certificate, finite=finite, calibrated=calibrated)
     return [

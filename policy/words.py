@@ -29,6 +29,11 @@ def explanation(verdict: Verdict) -> str:
             return "It was asked for, or ended, in a way that was not calibrated."
         case "no_certificate_at_alpha":
             return f"Calibration could not certify {asked} accuracy for any answers."
+        case "unpromising_prompt":
+            return (
+                "The prompt is of the kind calibrated on, but hardly any answer to it would be rated reliable "
+                f"enough for {asked} accuracy."
+            )
         case "below_score_threshold":
             return f"The prompt is of the kind calibrated on, but {_score(verdict)}."
         case "certificate_suspended":

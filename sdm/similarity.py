@@ -57,7 +57,6 @@ def neighbourhood(
     d_nearest = torch.empty(len(queries))
     nearest = torch.empty(len(queries), dtype=torch.int64)
     order = predictions.argsort(stable=True)  # by class, so that one read of the support serves all
-    valid = {c: support.valid(c) for c in predictions.unique().tolist()}
     for block in _rough(queries[order], support):
         members = order[block.rows]
         if exclude is not None:
@@ -68,9 +67,9 @@ def neighbourhood(
             part = slice(start, start := start + count)
             lengths = None if block.lengths is None else block.lengths[part]
             some = Rough(part, block.queries[part], block.distances[part], block.slack[part], lengths)
-            pairs = _doubtful_pairs(some, valid[c], support)
-            rows = members[part]
-            q[rows], d_nearest[rows], nearest[rows] = _settle(pairs, some.queries, valid[c], support)
+            valid, rows = support.valid(c), members[part]
+            pairs = _doubtful_pairs(some, valid, support)
+            q[rows], d_nearest[rows], nearest[rows] = _settle(pairs, some.queries, valid, support)
     return Neighbourhood(q if max_q is None else q.clamp(max=max_q), d_nearest, nearest)
 
 
@@ -141,7 +140,8 @@ def _doubtful_pairs(rough: Rough, valid: Tensor, support: Support) -> _Pairs:
     """Returns the undecided pairs of queries of one class. After a sketch, it narrows them by each row's own error,
     then, where many are left, in float32."""
     pairs = _Pairs(*_sift(rough.distances, rough.slack, valid))
-    if support.sketch is None or rough.lengths is None:
+    few = len(pairs.indices) * support.h_prime.shape[1] <= FEW
+    if few or support.sketch is None or rough.lengths is None:
         return pairs
     distances = rough.distances[pairs.queries, pairs.indices]
     slack = support.sketch.pair_slack(rough.lengths[pairs.queries], pairs.indices)

@@ -29,7 +29,7 @@ from candor.sdm.arithmetic import UNIT_32
 LARGEST_CODE = 127
 ZERO = 128
 """Offset of the query's codes as unsigned bytes."""
-SMALLEST = 2**22
+SMALLEST = 2**21
 """Minimum entries of a support for a sketch. Smaller supports fit in the processor's caches and gain nothing."""
 
 

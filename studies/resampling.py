@@ -24,11 +24,11 @@ import typer
 
 from benchmarks.certificates.world import WIDTH
 from benchmarks.demo_accuracy import ROOT
+from candor.calibration.answering import AnsweringOptions, DataFile, answer_file
 from candor.calibration.certificate import KINDS
 from candor.calibration.evaluate import region_figures
 from candor.calibration.fit import FitSettings, fit, standardisation_blocks
 from candor.calibration.generate import Labelled
-from candor.calibration.run import AnsweringOptions, DataFile, answer_file
 from candor.calibration.served import Attempts, regions_of_policy
 from candor.engine.base import EVIDENCE, Representation
 from candor.engine.factory import start_engine

@@ -105,6 +105,11 @@ def _describe(bundle: Bundle) -> list[str]:
             f"refuse at most {rule.refused_at_most:.1%} of prompts of the kind calibrated on, with confidence "
             f"{rule.confidence:g}; score: {rule.score}"
         )
+        if rule.may_lose is not None:
+            rows["not begun"] = (
+                f"answers to prompts that promise too low a score; of those let through at most {rule.may_lose:.1%} "
+                f"are to be lost, with confidence {rule.confidence:g}"
+            )
         for certified in rule.certificates:
             rows[f"answers at {certified.alpha:g}"] = (
                 f"accuracy {certified.accuracy:g} with confidence {certified.confidence:g}, scores from "

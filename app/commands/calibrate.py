@@ -25,9 +25,9 @@ from candor.app.process.ending import ending_children
 
 if TYPE_CHECKING:
     from candor.calibration.agreement import Agreement
+    from candor.calibration.answering import AnsweringOptions, Answers, DataFile, Inputs
     from candor.calibration.data import Record
     from candor.calibration.generate import Labelled
-    from candor.calibration.run import AnsweringOptions, Answers, DataFile, Inputs
     from candor.calibration.shapes import Reading
     from candor.engine.base import Engine
     from candor.engine.prompt import ChatFormat
@@ -136,6 +136,13 @@ def calibrate(
         Path | None,
         typer.Option(help="Prompts to refuse that look like the task's, such as a changed instruction."),
     ] = None,
+    may_lose: Annotated[
+        float | None,
+        typer.Option(
+            help="Begin no answer that will hardly be let through; this share of those let through may be lost, e.g. "
+            "0.02. Default: all are begun."
+        ),
+    ] = None,
     score: Annotated[
         str | None,
         typer.Option(help="Score of the second gate, by its name in the report; default: the best."),
@@ -220,20 +227,14 @@ def calibrate(
     """
     vllm = vllm_options(context, engine.value)  # first, so that a wrong option is refused at once
     from candor.calibration import certificate
+    from candor.calibration.answering import AnsweringOptions, Inputs
     from candor.calibration.base_rates import base_rate_table
     from candor.calibration.cascade import Escalating, require_judged, try_upstream
     from candor.calibration.early import certificate_hope
     from candor.calibration.fit import FitSettings
     from candor.calibration.report import table
     from candor.calibration.rule_settings import RuleSettings
-    from candor.calibration.run import (
-        AnsweringOptions,
-        Certifying,
-        Inputs,
-        make_bundle,
-        require_free,
-        require_possible,
-    )
+    from candor.calibration.run import Certifying, make_bundle, require_free, require_possible
     from candor.engine.base import EVIDENCE, Representation
     from candor.engine.identity import hidden_size_of
     from candor.engine.prompt import ChatFormat
@@ -252,13 +253,20 @@ def calibrate(
             settings = FitSettings(
                 tuple(sorted(set(alpha))), rounds, epochs, exemplar_dim, learning_rate, seed, pass_over
             )
-            gates = RuleSettings(refuse, delta, seed=seed, score=score) if rule is Rule.two_gates else None
+            gates = None
+            if rule is Rule.two_gates:
+                gates = RuleSettings(refuse, delta, seed=seed, score=score, may_lose=may_lose)
             if certify_data is not None and certify is None and gates is None:
                 raise ValueError("--certify-data says where to certify; say with --certify which accuracy")
             certifying = Certifying.of(certify, delta, certify_share, rule=gates is not None)
             if strangers is not None and gates is None:
                 raise ValueError(
                     "--strangers are refused by the first gate, which the rule sdm does not have"
+                )
+            if may_lose is not None and (gates is None or decisions):
+                raise ValueError(
+                    "--may-lose leaves answers to known prompts unbegun: the rule sdm knows no prompts, and for "
+                    "--decisions nothing is written"
                 )
             upstream = _upstream(escalate_to, escalate_model, escalate_key_file)
             if upstream is not None and gates is None:
@@ -381,8 +389,8 @@ async def _answer(
 
     Returns also the seconds that the answers took, without the engine's start and end.
     """
+    from candor.calibration.answering import answer_inputs
     from candor.calibration.kept import asked
-    from candor.calibration.run import answer_inputs
 
     async def ask(engine: Engine) -> tuple[Answers, float]:
         began = time.perf_counter()
@@ -417,8 +425,8 @@ def _suspects(bundle: Path | None) -> frozenset[str]:
 def _agreement(human: Path, inputs: Inputs, reading: Reading, cache: Path) -> Agreement:
     """Holds the verifier of the data to answers that people labelled, and says how often it agrees."""
     from candor.calibration.agreement import agreement
+    from candor.calibration.answering import DataFile
     from candor.calibration.errors import DataError
-    from candor.calibration.run import DataFile
 
     file = DataFile.load(human, reading)
     tell_what_was_read(file)

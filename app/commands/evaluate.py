@@ -42,8 +42,8 @@ from candor.app.commands.serve import EngineKind, vllm_options
 from candor.app.process.ending import ending_children
 
 if TYPE_CHECKING:
+    from candor.calibration.answering import AnsweringOptions, DataFile
     from candor.calibration.generate import Labelled
-    from candor.calibration.run import AnsweringOptions, DataFile
     from candor.comparison.run import CompareSettings, ComparisonData
     from candor.engine.base import Engine
     from candor.engine.settings import EngineSettings
@@ -106,8 +106,9 @@ def evaluate(
     options are taken by their own names (docs/settings.md).
     """
     vllm = vllm_options(context, engine.value)  # first, so that a wrong option is refused at once
+    from candor.calibration.answering import AnsweringOptions, DataFile, require_unseen
     from candor.calibration.early import require_writable, try_verifiers
-    from candor.calibration.run import AnsweringOptions, DataFile, evaluate_sets, require_unseen
+    from candor.calibration.run import evaluate_sets
     from candor.engine.prompt import ChatFormat
     from candor.engine.settings import EngineSettings
     from candor.model_store.bundle import load_bundle
@@ -212,8 +213,8 @@ async def _ask(
     asking: AnsweringOptions,
 ) -> tuple[dict[str, list[Labelled]], ComparisonData | None]:
     """Answers all records, then closes the engine, since comparators need its memory and cores."""
+    from candor.calibration.answering import answer_sets
     from candor.calibration.kept import asked
-    from candor.calibration.run import answer_sets
     from candor.engine.prompt import ChatFormat
     from candor.model_store.identity import check_identity
 

@@ -18,6 +18,7 @@ export const REGIONS = {
 
 export const REASONS = {
   out_of_distribution: "unlike what was calibrated",
+  unpromising_prompt: "hardly any answer's score would be high enough",
   below_score_threshold: "its score is too low",
   no_certificate_at_alpha: "nothing is certified at this accuracy",
   below_similarity_threshold: "too few similar answers agree",

@@ -27,10 +27,8 @@ from candor.app.edge.schemas.bundle import ShownCertificate
 from candor.app.edge.schemas.reliability import (
     ReliabilityObject,
     ReliabilityResult,
-    ShownCascade,
     ShownEscalation,
     ShownExemplar,
-    ShownRule,
 )
 from candor.app.edge.schemas.responses import (
     AssistantMessage,
@@ -291,7 +289,7 @@ def verdict_result(
         probability=verdict.probability,
         activation=None if figures is None else figures.probability,
         **{name: None if figures is None else getattr(figures, name) for name in _FIGURES},
-        rule=None if rule is None else ShownRule(**vars(rule)),
+        rule=rule,
         calibrated=verdict.calibrated,
         certificate=None if certificate is None else ShownCertificate.of(certificate, judged.standing),
         attempts=attempts,
@@ -311,10 +309,9 @@ def verdict_result(
 
 
 def _shown(escalated: Escalated) -> ShownEscalation:
-    certificate = escalated.certificate
     return ShownEscalation(
         model=escalated.model,
-        certified=None if certificate is None else ShownCascade(**vars(certificate)),
+        certified=escalated.certificate,
         prompt_tokens=escalated.prompt_tokens,
         completion_tokens=escalated.completion_tokens,
     )

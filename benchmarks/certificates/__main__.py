@@ -118,7 +118,7 @@ def redraw(scenario: Draws, seed: int) -> RedrawCounts:
         return NOTHING
     fresh, truth = _rows(scenario, FRESH, generator)
     judged = fitted.rule.judge(fresh.prompts, fresh.h, fresh.figures)
-    answered = found.certificate.covers(judged.known, judged.score)
+    answered = found.certificate.covers(judged.known, judged.score, judged.forecast)
     false = bool(answered.any()) and float(truth[answered].mean()) < scenario.wanted.accuracy
     return RedrawCounts(True, false, float(answered.double().mean()))
 
@@ -145,7 +145,7 @@ def redraw_whole(scenario: Draws, seed: int) -> RedrawCounts:
     seen = fitted.estimator.measure(h)
     d, _, _ = fitted.estimator.activate(seen)
     judged = made.gates.rule.judge(_prompts(h, generator), h, sdm_figures(seen, d))
-    answered = certificate.covers(judged.known, judged.score)
+    answered = certificate.covers(judged.known, judged.score, judged.forecast)
     false = bool(answered.any()) and float(truth[answered].mean()) < scenario.wanted.accuracy
     return RedrawCounts(True, false, float(answered.double().mean()))
 

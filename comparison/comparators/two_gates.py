@@ -24,7 +24,7 @@ def fit(fitting: Fitting) -> Scorer:
         admitted = {
             alpha: nothing
             if (made := gates.terms.at(alpha)) is None
-            else made.covers(judged.known, judged.score)
+            else made.covers(judged.known, judged.score, judged.forecast)
             for alpha in fitting.alphas
         }
         p = judged.probability.double()

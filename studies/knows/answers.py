@@ -16,9 +16,9 @@ from typing import Annotated
 import torch
 import typer
 
+from candor.calibration.answering import AnsweringOptions, DataFile, answer_file
 from candor.calibration.generate import Labelled
 from candor.calibration.kept import asked
-from candor.calibration.run import AnsweringOptions, DataFile, answer_file
 from candor.engine.base import Engine
 from candor.engine.prompt import ChatFormat
 from candor.engine.settings import EngineSettings

@@ -69,7 +69,11 @@ def by_gates(folder: Path, seed: int, known: Answered, sets: Sets, accuracy: flo
         seen = rows(some, deal.estimator)
         judged = fitted.rule.judge(seen.prompts, seen.h, seen.figures)
         none = torch.zeros_like(judged.known)
-        passed[name] = found.certificate.covers(judged.known, judged.score) if found.certificate else none
+        passed[name] = (
+            found.certificate.covers(judged.known, judged.score, judged.forecast)
+            if found.certificate
+            else none
+        )
     return passed
 
 

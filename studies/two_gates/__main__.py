@@ -4,9 +4,11 @@
 
 FOLDER holds calibration.pt, test.pt and further sets (`studies.two_gates.answers`), such as shifted.pt, ood.pt, and
 strangers' by any name. Every deal sets records aside for the certificate, fits a layer and the rule on the rest, and
-is looked at on each set. Three ways, all certified at the same accuracy and delta:
+is looked at on each set. The ways are all certified at the same accuracy and delta:
 
     two gates     the rule, 40 % of the records to certify on
+    unbegun       the same, where answers whose prompts promise too little are not begun (`MAY_LOSE`)
+    score alone   the same score, no gate
     logistic      a logistic regression on all of h, no gate, the same records and certificate
     today         SDM_HR lower: its region's certificate, 20 % of the records to certify on
 """
@@ -33,6 +35,7 @@ from studies.two_gates.answers import Answered, load
 from studies.two_gates.deals import Deal, layer, rows
 
 DELTA = 0.05
+MAY_LOSE = 0.02
 
 Outcome = dict[str, Any]
 
@@ -76,8 +79,13 @@ def by_rule(
             judged = served.judge(some.prompts, some.h, some.figures)
             through = torch.zeros_like(judged.known)
             if made.certificate:
-                through = made.certificate.covers(judged.known, judged.score)
+                through = made.certificate.covers(judged.known, judged.score, judged.forecast)
             outcome[name] = looked_at(through, judged.known, some.y, accuracy)
+            if made.certificate and made.certificate.forecast_min is not None:
+                begun = made.certificate.promising(judged.forecast)
+                would = judged.known & (judged.score.double() >= made.certificate.score_min)
+                outcome[name]["unbegun"] = float((judged.known & ~begun).double().mean())
+                outcome[name]["lost"] = float((~begun)[would].double().mean())
             scored = judged.score.isfinite()
             outcome[name] |= off_by(judged.probability[scored], some.y[scored])
         found[accuracy] = outcome
@@ -127,15 +135,16 @@ def deal_of(
     widths = (hidden, hidden)
 
     def fitted(score: str | None) -> FittedRule:
-        return fit_rule(
-            fitting[usable], deal.in_calibration[usable], parts, widths, replace(settings, score=score)
-        )
+        how = replace(settings, score=score, may_lose=MAY_LOSE)
+        return fit_rule(fitting[usable], deal.in_calibration[usable], parts, widths, how)
 
-    rule = fitted(settings.score)
+    foretold = fitted(settings.score)
+    rule, logistic = (replace(one, forecasts=None) for one in (foretold, fitted("all")))
     return {
         "two gates": by_rule(rule, apart, seen, accuracies),
+        "unbegun": by_rule(foretold, apart, seen, accuracies),
         "score alone": by_rule(open_gate(rule), apart, seen, accuracies),
-        "logistic": by_rule(open_gate(fitted("all")), apart, seen, accuracies),
+        "logistic": by_rule(open_gate(logistic), apart, seen, accuracies),
         "today": by_today(layer(known, seed, folder, 0.9, share=0.2), known, sets, accuracies),
     }
 
@@ -163,6 +172,9 @@ def table(deals: Sequence[dict[str, dict[float, Outcome]]], names: Sequence[str]
                 cell = f"{mean([one['answered'] for one in per])} ({mean([one['accuracy'] for one in per])})"
                 if any(one["of_ceiling"] for one in per):
                     cell += f", {mean([one['of_ceiling'] for one in per])}"
+                if "unbegun" in per[0]:
+                    unbegun, lost = (mean([one.get(key) for one in per]) for key in ("unbegun", "lost"))
+                    cell += f"; unbegun {unbegun}, lost {lost}"
                 cells.append(cell)
             missing = sum(not one["issued"] for one in outcomes)
             lines.append(f"| {way} | {missing} of {len(deals)} | " + " | ".join(cells) + " |")

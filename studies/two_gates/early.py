@@ -184,8 +184,8 @@ def main(
                 continue
             judged = rule.rule.judge(some.prompts, some.h, some.figures)
             before, after = (
-                plain.covers(judged.known, judged.score),
-                stopping.covers(judged.known, judged.score),
+                plain.covers(judged.known, judged.score, judged.forecast),
+                stopping.covers(judged.known, judged.score, judged.forecast),
             )
             after &= ~stopped
             withheld, half = ~before & judged.known, written <= on.lengths / 2

@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 
-from candor.calibration.run import AnsweringOptions, DataFile, answer_file
+from candor.calibration.answering import AnsweringOptions, DataFile, answer_file
 from candor.engine.prompt import ChatFormat
 from candor.model_store.bundle import load_bundle
 from studies.two_tasks.tasks import finished

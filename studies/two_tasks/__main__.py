@@ -109,8 +109,8 @@ def measure(task: Task, seeds: Sequence[int], asked: int, ensemble: int) -> list
     """Every seed's figures as `Comparison.to_json` has them."""
     from tqdm import tqdm
 
+    from candor.calibration.answering import AnsweringOptions, DataFile
     from candor.calibration.fit import FitSettings, fit
-    from candor.calibration.run import AnsweringOptions, DataFile
     from candor.comparison.comparators import COMPARATORS, SAMPLERS
     from candor.comparison.comparators.base import Fitting
     from candor.comparison.run import CompareSettings, gather, run_comparison

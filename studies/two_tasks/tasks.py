@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from candor.calibration.answering import AnsweringOptions, DataFile, answer_file
 from candor.calibration.generate import Labelled
 from candor.calibration.kept import KeptAnswers
-from candor.calibration.run import AnsweringOptions, DataFile, answer_file
 from candor.engine.prompt import ChatFormat
 from candor.engine.settings import EngineSettings
 from candor.model_store.bundle import load_bundle

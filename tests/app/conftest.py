@@ -187,7 +187,7 @@ class Script:
 
     pieces: tuple[str, ...] = ("The", " answer", ".")
     state: State = "follows"
-    kind: Literal["known", "stranger", "incomplete", "missing"] = "known"
+    kind: Literal["known", "stranger", "unpromising", "incomplete", "missing"] = "known"
     finish: Literal["stop", "length"] = "stop"
     completion_tokens: int = 3
     pause_s: float = 0.0
@@ -362,7 +362,7 @@ def gates() -> TwoGates:
 
 def _prompt(kind: str) -> PromptStates:
     """As the two-gate bundle's gate sees it: near its reference, or far off."""
-    half = torch.full((HIDDEN,), 50.0 if kind == "stranger" else 0.0)
+    half = torch.full((HIDDEN,), {"stranger": 50.0, "unpromising": -0.3}.get(kind, 0.0))
     return PromptStates(half, half, complete=kind != "incomplete")
 
 

@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from candor.app.edge.limits import Refused
 from candor.policy.conversation import Conversations, SystemPrompt
 from candor.policy.policy import Policy
+from candor.sdm.forecast import ScoreForecast
 from candor.sdm.rule import AnswerRule
 
 ABSTAIN = {"mode": "abstain"}
@@ -78,6 +80,34 @@ def test_a_stranger_is_refused_when_its_prefill_ends(serve: Any, gates: Any) -> 
         assert metric(server, "sdm_tokens_saved_total") == 12.5
         assert metric(server, "sdm_answers_total", alpha="0.9", reason="out_of_distribution") == 1
         assert [text for text in server.engine.cancelled if "strange" in text]
+
+
+def test_an_answer_that_promises_too_little_is_not_begun(serve: Any, gates: Any) -> None:
+    """F = the mean of the prompt's states. Where nothing is withheld, the answer is written and marked."""
+    width = len(gates.rule.gate.mean)
+    forecast = ScoreForecast(torch.full((width,), 1 / width), torch.tensor(0.0))
+    [made] = gates.terms.certificates
+    terms = replace(gates.terms, certificates=(replace(made, forecast_min=-0.1),), may_lose=0.02)
+    with serve(gates=replace(gates, rule=replace(gates.rule, forecast=forecast), terms=terms)) as server:
+        assert result(server.chat("ask", reliability=ABSTAIN))["reason"] is None
+        server.engine.script("dull", kind="unpromising")
+        response = server.chat("dull")
+        assert response.json()["choices"][0]["message"]["content"] == "The answer."
+        one = result(response)
+        assert (one["region"], one["reason"]) == ("low", "unpromising_prompt")
+        assert one["rule"]["score"] == 2.0
+        assert one["rule"]["forecast"] == pytest.approx(-0.3)
+        assert one["rule"]["forecast_min"] == -0.1
+        assert metric(server, "sdm_tokens_saved_total") == 0
+        server.engine.script("dull", kind="unpromising", hangs=True)
+        response = server.chat("dull", reliability=ABSTAIN)
+        assert response.json()["choices"][0]["message"]["content"] is None
+        assert response.json()["usage"]["completion_tokens"] == 0
+        one = result(response)
+        assert (one["reason"], one["rule"]["score"]) == ("unpromising_prompt", None)
+        assert "hardly any answer to it" in one["explanation"]
+        assert metric(server, "sdm_tokens_saved_total") == 12.5
+        assert metric(server, "sdm_answers_total", alpha="0.9", reason="unpromising_prompt") == 2
 
 
 @pytest.mark.parametrize("stream", ["buffered", "optimistic"])

@@ -19,13 +19,14 @@ from scipy import stats
 
 from candor.calibration import rule_certificate
 from candor.calibration.agreement import Agreement
+from candor.calibration.answering import AnsweringOptions, Inputs, answer_inputs
 from candor.calibration.cache import KeptReply
 from candor.calibration.cascade import Escalating, _certificate, certify_cascade, try_upstream
 from candor.calibration.certificate import Claim
 from candor.calibration.errors import CalibrationError
 from candor.calibration.rule_certificate import certify_rule
 from candor.calibration.rule_settings import RuleSettings
-from candor.calibration.run import AnsweringOptions, Certifying, Inputs, Made, answer_inputs, make_bundle
+from candor.calibration.run import Certifying, Made, make_bundle
 from candor.engine.prompt import ChatFormat
 from candor.model_store.bundle import load_bundle
 from candor.policy.policy import Policy

@@ -10,21 +10,19 @@ from typing import Any
 
 import pytest
 
-from candor.calibration.errors import DataError
-from candor.calibration.fit import FitSettings
-from candor.calibration.rule_settings import RuleSettings
-from candor.calibration.run import (
+from candor.calibration.answering import (
     AnsweringOptions,
     Answers,
-    Certifying,
     DataFile,
     Inputs,
     answer_file,
     answer_inputs,
-    evaluate_sets,
-    make_bundle,
     require_unseen,
 )
+from candor.calibration.errors import DataError
+from candor.calibration.fit import FitSettings
+from candor.calibration.rule_settings import RuleSettings
+from candor.calibration.run import Certifying, evaluate_sets, make_bundle
 from candor.engine.base import Representation
 from candor.engine.prompt import ChatFormat
 from candor.model_store.bundle import load_bundle

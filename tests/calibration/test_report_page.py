@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
+from candor.calibration.answering import AnsweringOptions, Inputs, answer_inputs
 from candor.calibration.data import load_records
 from candor.calibration.report_page import MISTAKES, page
 from candor.calibration.rule_settings import RuleSettings
-from candor.calibration.run import AnsweringOptions, Certifying, Inputs, Made, answer_inputs, make_bundle
+from candor.calibration.run import Certifying, Made, make_bundle
 from candor.engine.prompt import ChatFormat
 from candor.model_store.bundle import Bundle, load_bundle
 from tests.calibration.test_run import POLICY, SETTINGS

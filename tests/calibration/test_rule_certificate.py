@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from candor.calibration.rule import FittedRule, RuleRows
 from candor.calibration.rule_certificate import (
     CUTS,
     Drawn,
+    Unbegun,
     certify_rule,
     horizon,
     start,
@@ -28,6 +30,8 @@ from candor.calibration.rule_certificate import (
     walk,
 )
 from candor.calibration.rule_certificate import ceiling as ceiling_of
+from candor.calibration.rule_settings import RuleSettings
+from candor.sdm.forecast import ScoreForecast
 from candor.sdm.gate import PromptGate
 from candor.sdm.rule import AnswerRule, RuleEstimate
 from candor.sdm.score import AnswerScore
@@ -92,10 +96,9 @@ def test_the_walk_by_hand() -> None:
     scores = [3.0] * 29 + [2.0] * 15 + [1.0] * 50
     y = [1] * 29 + [1] * 14 + [0] + [1] * 50
     given = rows(scores, y)
-    judged = fitted_rule(torch.zeros(1), torch.zeros(1).long()).rule.judge(
-        given.prompts, given.h, given.figures
-    )
-    steps = walk(Drawn.of(judged, given.y), (3.0, 2.0, 1.0), WANTED)
+    fitted = fitted_rule(torch.zeros(1), torch.zeros(1).long())
+    judged = fitted.rule.judge(given.prompts, given.h, given.figures)
+    steps = walk(fitted, Drawn.of(judged, given.y), (3.0, 2.0, 1.0), WANTED)
     assert [(step.threshold, step.answered, step.right, step.passed) for step in steps] == [
         (3.0, 29, 29, True),
         (2.0, 44, 43, False),
@@ -128,7 +131,7 @@ def test_a_certificate_from_end_to_end() -> None:
     assert found.ceiling == pytest.approx(0.75 / 0.9)
     assert 0.9 < found.answered / found.ceiling <= 1
     judged = fitted.rule.judge(given.prompts, given.h, given.figures)
-    assert int(made.covers(judged.known, judged.score).sum()) == made.answered
+    assert int(made.covers(judged.known, judged.score, judged.forecast).sum()) == made.answered
     assert found.to_json()["horizon"] == found.horizon
     json.dumps(found.to_json())
     assert [one.records for one in found.outlook] == [400, 800, 1_600, 3_200]
@@ -295,10 +298,12 @@ def test_judged_rows_need_both_gates_to_count() -> None:
         torch.ones(4),
         torch.tensor([True, True, False, True]),
         torch.tensor([False, False, True, False]),
+        torch.full((4,), torch.inf),
         torch.tensor([1.0, 0.0, 1.0, -math.inf]),
         torch.ones(4),
     )
-    (step,) = walk(Drawn.of(judged, torch.ones(4).long()), (-1e30,), WANTED)
+    fitted = fitted_rule(torch.zeros(1), torch.zeros(1).long())
+    (step,) = walk(fitted, Drawn.of(judged, torch.ones(4).long()), (-1e30,), WANTED)
     assert step.answered == 2
 
 
@@ -308,6 +313,7 @@ def test_of_several_attempts_the_first_that_is_let_through_counts() -> None:
         torch.tensor([[0.0, 2.0], [2.0, 2.0], [2.0, 3.0], [0.0, 0.0]]),
         torch.tensor([[True, True], [True, True], [False, True], [True, True]]),
         torch.tensor([[0, 1], [0, 1], [1, 0], [1, 1]]),
+        torch.full((4, 2), torch.inf),
     )
     assert drawn.count(1.0) == (3, 1)  # right: the second; wrong: the first; wrong: the second
 
@@ -326,3 +332,45 @@ def test_more_can_be_right_of_what_is_served_than_of_first_attempts() -> None:
     assert made.records == n
     assert made.right > int(y[::k].sum())
     assert found.answered <= found.ceiling
+
+
+def test_the_cut_follows_the_threshold() -> None:
+    """F = S: the lowest forecast of the fitting records that reach the threshold, so that none of 50 is lost."""
+    scores = torch.linspace(1, 0, 100)
+    fitted = fitted_rule(scores, torch.ones(100).long())
+    foretold = replace(fitted, forecasts=scores.double(), settings=RuleSettings(may_lose=0.02))
+    for at in (49, 99):
+        assert foretold.forecast_min(float(scores[at])) == float(scores[at])
+    assert fitted.forecast_min(0.5) is None
+
+
+def test_a_cut_is_a_part_of_what_is_certified() -> None:
+    """Of the fresh records, those under the cut are not let through, whatever their score, and count as lost."""
+    forecast = ScoreForecast(torch.tensor([1.0, 0.0]), torch.tensor(0.0))
+    fitted = fitted_rule(torch.linspace(1, 0, 100), torch.ones(100).long())
+    fitted = replace(
+        fitted,
+        rule=replace(fitted.rule, forecast=forecast),
+        forecasts=torch.zeros(100, dtype=torch.float64),
+        settings=RuleSettings(may_lose=0.02),
+    )
+    prompts = torch.zeros(200, 2)
+    prompts[:20, 0] = -0.1  # near enough for the gate
+    found = certify_rule(fitted, replace(rows([1.0] * 200, [1] * 200), prompts=prompts), WANTED)
+    made = found.certificate
+    assert made is not None
+    assert (made.answered, made.right, made.score_min, made.forecast_min) == (180, 180, 0.0, 0.0)
+    assert found.withheld == tuple(range(20))
+    assert found.unbegun == Unbegun(prompts=20, lost=20, of=200)
+    assert "not begun  20 answers" in summary(found)
+    assert found.to_json()["unbegun"] == {"prompts": 20, "lost": 20, "of": 200}
+
+
+def test_what_is_not_begun_is_not_predicted_to_be_answered() -> None:
+    """The test begins where the answers that are begun make it likely to pass: here they are the wrong ones."""
+    scores, y = ladder(100, 0.5)
+    fitted = fitted_rule(scores, y)
+    order = thresholds(fitted)
+    assert start(fitted, order, 200, WANTED) > 0
+    backwards = replace(fitted, forecasts=-scores.double(), settings=RuleSettings(may_lose=0.5))
+    assert start(backwards, order, 200, WANTED) != start(fitted, order, 200, WANTED)

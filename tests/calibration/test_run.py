@@ -12,22 +12,18 @@ from typing import Any
 import pytest
 import torch
 
+from candor.calibration.answering import (
+    AnsweringOptions,
+    DataFile,
+    Inputs,
+    answer_inputs,
+    answer_sets,
+    require_unseen,
+)
 from candor.calibration.errors import CalibrationError, DataError
 from candor.calibration.fit import FitSettings
 from candor.calibration.rule_settings import RuleSettings
-from candor.calibration.run import (
-    AnsweringOptions,
-    Certifying,
-    DataFile,
-    Inputs,
-    Made,
-    answer_inputs,
-    answer_sets,
-    evaluate_sets,
-    make_bundle,
-    require_free,
-    require_unseen,
-)
+from candor.calibration.run import Certifying, Made, evaluate_sets, make_bundle, require_free
 from candor.calibration.strangers import dealt
 from candor.engine.base import AdapterIdentity, EngineDead
 from candor.engine.prompt import ChatFormat

@@ -14,10 +14,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from candor.calibration.answering import AnsweringOptions, DataFile, Inputs, answer_inputs
 from candor.calibration.errors import DataError
 from candor.calibration.fit import FitSettings
 from candor.calibration.generate import Labelled
-from candor.calibration.run import AnsweringOptions, DataFile, Inputs, answer_inputs, make_bundle
+from candor.calibration.run import make_bundle
 from candor.comparison import figures
 from candor.comparison.comparators import COMPARATORS
 from candor.comparison.compare import Comparison, SetComparison, halves

@@ -151,11 +151,11 @@ def test_a_huge_file_is_not_read(folder: Path, name: str) -> None:
 
 
 def test_the_format_is_said_before_its_files(folder: Path) -> None:
-    later = b'{"format_version": 7}'
+    later = b'{"format_version": 8}'
     (folder / MANIFEST).write_bytes(later)
     (folder / SEAL).write_bytes(seal(later))
     (folder / "ensemble.safetensors").touch()
-    with pytest.raises(ManifestError, match="format_version: expected 1 to 6, got 7"):
+    with pytest.raises(ManifestError, match="format_version: expected 1 to 7, got 8"):
         read_directory(folder)
 
 

@@ -72,7 +72,7 @@ def test_every_tensor_is_described() -> None:
     described = {row[0].strip("`"): (row[1], row[2]) for row in _rows(_section("estimator.safetensors"))}
     assert described == {
         name: (str(spec.dtype).removeprefix("torch."), f"({', '.join(spec.shape)})")
-        for name, spec in layout(2, rule=True, probe=True).items()
+        for name, spec in layout(2, rule=True, probe=True, forecast=True).items()
     }
 
 

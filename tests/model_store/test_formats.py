@@ -76,15 +76,8 @@ def test_null_means_what_the_exemplars_say(
 
 
 def test_which_formats_know_turns_and_the_latest_identity() -> None:
-    assert [knows_turns(version) for version in range(1, 7)] == [False, False, False, True, True, True]
-    assert [identifies_as_before(version) for version in range(1, 7)] == [
-        True,
-        True,
-        True,
-        False,
-        False,
-        False,
-    ]
+    assert [knows_turns(version) for version in range(1, 8)] == [False] * 3 + [True] * 4
+    assert [identifies_as_before(version) for version in range(1, 8)] == [True] * 3 + [False] * 4
 
 
 def test_format_5_has_no_cascade(
@@ -97,7 +90,7 @@ def test_format_5_has_no_cascade(
     assert manifest.pop("cascade") is None
     written = json.dumps(manifest).encode()
     old = load_bundle(write(tmp_path / "old", {**files, MANIFEST: written, SEAL: seal(written)}))
-    assert replace(old.manifest, format_version=6) == load_bundle(write(tmp_path / "new", files)).manifest
+    assert replace(old.manifest, format_version=7) == load_bundle(write(tmp_path / "new", files)).manifest
 
 
 def test_format_4_is_the_latest_without_a_rule(
@@ -109,4 +102,4 @@ def test_format_4_is_the_latest_without_a_rule(
     old = load_bundle(write(tmp_path / "old", {**files, MANIFEST: written, SEAL: seal(written)}))
     new = load_bundle(write(tmp_path / "new", files))
     assert old.rule is None
-    assert replace(old.manifest, format_version=6) == new.manifest
+    assert replace(old.manifest, format_version=7) == new.manifest

@@ -94,8 +94,8 @@ def test_unknown_fields_are_named_all_at_once(fields: dict[str, Any]) -> None:
 
 
 def test_another_format_is_said_before_its_fields(fields: dict[str, Any]) -> None:
-    with pytest.raises(ManifestError, match="format_version: expected 1 to 6, got 7") as caught:
-        _parse({"format_version": 7, "quite": "different"})
+    with pytest.raises(ManifestError, match="format_version: expected 1 to 7, got 8") as caught:
+        _parse({"format_version": 8, "quite": "different"})
     assert len(caught.value.differences) == 1
     assert "version of candor" in caught.value.remedy
     with pytest.raises(ManifestError, match="format_version: expected an integer, got true"):
@@ -162,7 +162,7 @@ def test_a_file_may_be_empty_or_as_large_as_its_limit(fields: dict[str, Any]) ->
         ({"class_names": ("one",)}, "class_names"),
         ({"class_names": ("one", "one")}, "class_names"),
         ({"class_names": ("one", "")}, "class_names"),
-        ({"format_version": 7}, "format_version"),
+        ({"format_version": 8}, "format_version"),
         ({"passed_over": -1}, "passed_over"),
         ({"format_version": 0}, "format_version"),
         ({"certificates": (AT_0_9, AT_0_9)}, "certificates"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from candor.model_store.layout import RULE, layout
 from candor.model_store.manifest import ESTIMATOR, MANIFEST, SEAL, FileEntry, Manifest, seal
 from candor.policy.certificate import RuleCertificate, RuleTerms
 from candor.sdm.estimator import SDMEstimator
+from candor.sdm.forecast import ScoreForecast
 from candor.sdm.gate import PromptGate
 from candor.sdm.probe import StrangerProbe
 from candor.sdm.rule import AnswerRule
@@ -129,6 +131,54 @@ def test_terms_out_of_range(manifest: Manifest) -> None:
         replace(manifest, rule=elsewhere)
     with pytest.raises(ManifestError, match="two class names"):
         replace(manifest, rule=TERMS, class_names=("a", "b", "c"))
+
+
+def test_a_forecast_is_kept_where_answers_may_be_left_unbegun(
+    manifest: Manifest,
+    estimator: SDMEstimator,
+    exemplars: Sequence[Exemplar],
+    rule: AnswerRule,
+    write: Write,
+    tmp_path: Path,
+) -> None:
+    forecast = ScoreForecast(torch.arange(8.0), torch.tensor(0.25))
+    terms = replace(TERMS, may_lose=0.02, certificates=(replace(AT_0_9, forecast_min=-1.5),))
+    foretold = replace(rule, forecast=forecast)
+    files = encode(replace(manifest, rule=terms), estimator, exemplars, {}, foretold)
+    loaded = load_bundle(write(tmp_path / "b", files)).rule
+    assert loaded is not None
+    assert loaded.terms == terms
+    assert all(value.equal(loaded.rule.state()[name]) for name, value in foretold.state().items())
+    for wrong in (encode(replace(manifest, rule=TERMS), estimator, exemplars, {}, foretold),
+                  encode(replace(manifest, rule=terms), estimator, exemplars, {}, rule)):  # fmt: skip
+        with pytest.raises(ContentError, match=r"rule\.forecast"):
+            load_bundle(write(tmp_path / "wrong", wrong))
+
+
+def test_a_rule_of_format_6_begins_every_answer(
+    manifest: Manifest,
+    estimator: SDMEstimator,
+    exemplars: Sequence[Exemplar],
+    rule: AnswerRule,
+    write: Write,
+    tmp_path: Path,
+) -> None:
+    files = encode(replace(manifest, rule=TERMS), estimator, exemplars, {}, rule)
+    value = json.loads(files[MANIFEST]) | {"format_version": 6}
+
+    def written() -> Files:
+        data = json.dumps(value).encode()
+        return {**files, MANIFEST: data, SEAL: seal(data)}
+
+    with pytest.raises(ManifestError, match=r"rule\.certificates\[0\]\.forecast_min: expected no such field"):
+        load_bundle(write(tmp_path / "named", written()))
+    assert value["rule"].pop("may_lose") is None
+    for one in value["rule"]["certificates"]:
+        assert one.pop("forecast_min") is None
+    loaded = load_bundle(write(tmp_path / "old", written()))
+    assert loaded.rule is not None
+    assert loaded.rule.terms == TERMS
+    assert loaded.rule.rule.forecast is None
 
 
 def test_a_probe_is_kept_where_strangers_were_declared(

@@ -17,6 +17,7 @@ from candor.policy.judging import TwoGates, judge_by_rule, judge_prompts
 from candor.policy.words import explanation
 from candor.sdm.adaptor import ExemplarAdaptor
 from candor.sdm.estimator import SDMEstimator
+from candor.sdm.forecast import ScoreForecast
 from candor.sdm.gate import PromptGate
 from candor.sdm.probe import StrangerProbe
 from candor.sdm.rule import AnswerRule, RuleEstimate
@@ -55,7 +56,7 @@ def test_many_rows_are_one_row_after_the_other(
     known, score, finite, calibrated = zip(*rows, strict=True)
     ones = torch.ones(len(rows))
     found = decide_by_rule(
-        RuleEstimate(ones, torch.tensor(known), ~torch.tensor(known), torch.tensor(score), ones),
+        RuleEstimate(ones, torch.tensor(known), ~torch.tensor(known), ones, torch.tensor(score), ones),
         AT_0_9 if certified else None,
         finite=torch.tensor(finite),
         calibrated=torch.tensor(calibrated),
@@ -186,6 +187,39 @@ def test_which_verdicts_no_further_attempt_changes(estimator: SDMEstimator, gate
         assert [found.verdict(row).final for row in range(3)] == expected
 
 
+def test_a_prompt_that_promises_too_little_is_refused_early_and_late(
+    estimator: SDMEstimator, gates: TwoGates
+) -> None:
+    """F = the prompt's first state: what lies under the cut is withheld whatever the answer's score."""
+    least = replace(AT_0_9, forecast_min=-0.5)
+    with pytest.raises(ValueError, match="nothing may be lost"):
+        replace(TERMS, certificates=(least,))
+    cautious = TwoGates(
+        replace(gates.rule, forecast=ScoreForecast(torch.tensor([1.0, 0.0]), torch.tensor(0.0))),
+        replace(TERMS, certificates=(least,), may_lose=0.02),
+    )
+    prompts = torch.tensor([[-0.5, 0.0], [-0.6, 0.0]])
+    h, kept = torch.full((2, 1), 9.0), torch.ones(2, dtype=torch.bool)
+    early = early_verdicts(cautious, prompts, 0.9)
+    found = judge_by_rule(estimator, cautious, estimator.measure(h), h, prompts, 0.9, calibrated=kept)
+    late = [found.verdict(row) for row in range(2)]
+    for through, withheld in (early, late):
+        assert (through.reason, through.certificate) == (None, least)
+        assert (withheld.reason, withheld.region, withheld.final) == ("unpromising_prompt", "low", True)
+        assert withheld.rule is not None
+        assert withheld.rule.prompt_known
+        assert withheld.rule.forecast == pytest.approx(-0.6)
+        assert withheld.rule.forecast_min == -0.5
+        assert explanation(withheld) == (
+            "The prompt is of the kind calibrated on, but hardly any answer to it would be rated reliable enough for "
+            "90% accuracy."
+        )
+    beyond = early_verdicts(cautious, prompts, 0.95)
+    assert {one.reason for one in beyond} == {"no_certificate_at_alpha"}
+    [stranger] = early_verdicts(cautious, torch.tensor([[-90.0, 0.0]]), 0.9)
+    assert stranger.reason == "out_of_distribution"
+
+
 def test_the_words(estimator: SDMEstimator, gates: TwoGates) -> None:
     h, prompts = torch.tensor([[2.0], [1.0]]), torch.zeros(2, 2)
     found = judge_by_rule(
@@ -204,6 +238,7 @@ def test_the_words(estimator: SDMEstimator, gates: TwoGates) -> None:
     ("changed", "said"),
     [
         ({"score_min": math.inf}, "finite"),
+        ({"forecast_min": math.inf}, "finite"),
         ({"base_right": 196}, "do not go with"),
         ({"base_right": 401}, "do not go with"),
         ({"right": 201}, "do not go with|expected 0 < right"),

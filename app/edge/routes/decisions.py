@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 
@@ -132,5 +133,5 @@ def _result(index: int, decision: Decision) -> ReliabilityResult:
     result = verdict_result(index, decision.judged)
     if not decision.withheld:
         return result
-    rule = result.rule and result.rule.model_copy(update={"probability": None})
+    rule = result.rule and replace(result.rule, probability=None)
     return result.model_copy(update=dict.fromkeys(_MEASURED) | {"rule": rule})

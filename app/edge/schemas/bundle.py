@@ -26,9 +26,9 @@ class ShownRegion(BaseModel):
 class ShownCertificate(BaseModel):
     """P(right | answered) >= accuracy, with this confidence.
 
-    Of the two gates (rule `two-gates`) from score_min on, or of the region at alpha under the estimator from q' =
-    rescaled_similarity_min on; what does not apply is null. Of `records` prompts set aside for it, `answered` were
-    answered there, `right` of them rightly; of all of them `base_right` were.
+    Of the two gates (rule `two-gates`) from score_min on (prompts: from forecast_min on), or of the region at alpha
+    under the estimator from q' = rescaled_similarity_min on; what does not apply is null. Of `records` prompts set
+    aside for it, `answered` were answered there, `right` of them rightly; of all of them `base_right` were.
     standing: after the audits so far; null where none watch it.
     """
 
@@ -38,6 +38,7 @@ class ShownCertificate(BaseModel):
     accuracy: float
     confidence: float
     score_min: float | None = None
+    forecast_min: float | None = None
     rescaled_similarity_min: float | None = None
     records: int
     answered: int

@@ -8,7 +8,8 @@ from pydantic import BaseModel, Field
 
 from candor.app.edge.schemas.bounds import FewFields
 from candor.app.edge.schemas.bundle import ShownCertificate
-from candor.policy.decision import Reason, RegionName
+from candor.policy.cascade import CascadeCertificate
+from candor.policy.decision import Reason, RegionName, RuleFigures
 
 
 class ReliabilityOptions(FewFields):
@@ -63,40 +64,6 @@ class ShownExemplar(BaseModel):
     response: str
 
 
-class ShownRule(BaseModel):
-    """Both gates.
-
-    prompt_known: the prompt is of the kind calibrated on. prompt_p_value: share of calibrated prompts that lie as far
-    out, in (0, 1]. like_strangers: it is like prompts that were declared strange, so it is not known. score,
-    score_min: what the answer has, and what it needs; null where the prompt was refused unwritten, or nothing is
-    certified. probability: that the answer is right; null likewise.
-    """
-
-    prompt_known: bool
-    prompt_p_value: float
-    like_strangers: bool
-    score: float | None
-    score_min: float | None
-    probability: float | None
-
-
-class ShownCascade(BaseModel):
-    """P(right | answered) >= lower_bound of what clients get from both models together, with this confidence.
-
-    Of `records` prompts set aside for it, `escalated` went to the other model (of all prompts at most
-    `escalated_at_most`), `answered` were answered by either, `right` of them rightly.
-    """
-
-    alpha: float
-    confidence: float
-    records: int
-    escalated: int
-    escalated_at_most: float
-    answered: int
-    right: int
-    lower_bound: float
-
-
 class ShownEscalation(BaseModel):
     """Another model gave this answer. The result's other fields speak of the withheld one.
 
@@ -105,7 +72,7 @@ class ShownEscalation(BaseModel):
     """
 
     model: str
-    certified: ShownCascade | None
+    certified: CascadeCertificate | None
     prompt_tokens: int | None
     completion_tokens: int | None
 
@@ -143,7 +110,7 @@ class ReliabilityResult(BaseModel):
     distance_quantile: float | None
     magnitude: float | None
     effective_sample_size: list[int] | None
-    rule: ShownRule | None
+    rule: RuleFigures | None
     calibrated: bool
     certificate: ShownCertificate | None
     attempts: int
