@@ -299,13 +299,28 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             **_alternating(),
         },
     ),
-    "Qwen 3.5 (text)": (
-        "Qwen3_5TextConfig",
-        "Qwen3_5ForCausalLM",
-        {**_GDN},
+    "Gemma 3n (text)": (
+        "Gemma3nTextConfig",
+        "Gemma3nForCausalLM",
+        {
+            "head_dim": 32,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 384,
+            "num_kv_shared_layers": 2,
+            "laurel_rank": 8,
+            "activation_sparsity_pattern": [0.0] * 4,
+            "intermediate_size": [256] * 4,
+            **_alternating(),
+        },
     ),
+    "Qwen 3.5 (text)": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", _GDN),
     "Apertus": ("ApertusConfig", "ApertusForCausalLM", {}),
     "OPT": ("OPTConfig", "OPTForCausalLM", {"ffn_dim": 256, "word_embed_proj_dim": 128}),
+    "OPT 350M (a narrower head, no last norm)": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        {"ffn_dim": 256, "word_embed_proj_dim": 64, "do_layer_norm_before": False},
+    ),
     "StableLM": ("StableLmConfig", "StableLmForCausalLM", {}),
     "Gemma 3 (vision checkpoint)": (
         "Gemma3Config",
