@@ -55,10 +55,13 @@ class Serving:
         return found
 
 
-def bind_all_cores() -> None:
-    """Binds every vLLM started from here to all cores; by default it leaves one core of a small machine idle."""
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
+def bind_all_cores(ranks: int = 1) -> None:
+    """Binds every vLLM started from here to all cores, shared out among its ranks; by default it leaves one core of a
+    small machine idle."""
+    cores = sorted(os.sched_getaffinity(0))
+    each = max(1, len(cores) // ranks)
+    lists = (cores[rank * each % len(cores) :][:each] for rank in range(ranks))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, some)) for some in lists))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
     python -m benchmarks.serving                     the whole table, at most --minutes of load
     python -m benchmarks.serving --quick             concurrency 8, short prompts, for development
     python -m benchmarks.serving --form tools        with tools, a schema, or by vLLM's handlers alone
+    python -m benchmarks.serving --vllm "--pipeline-parallel-size 2"   both servers with these of vLLM's options
     python -m benchmarks.serving --strangers         mode abstain, with 0, 10, 30 and 60 % strangers among the prompts
 
 Both servers run at once on the same model, with the same settings and prompts, one under load at a time. The client
@@ -23,6 +24,8 @@ import contextlib
 import io
 import json
 import random
+import re
+import shlex
 import sys
 import tempfile
 import time
@@ -30,6 +33,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -205,15 +209,19 @@ def require_scored(figures: dict[str, float], prompts: int) -> None:
 
 
 @contextlib.contextmanager
-def both(model: Path, bundle: Path, eager: bool) -> Iterator[tuple[Serving, Serving]]:
-    """Starts Candor and plain vLLM with the same settings and threads; vLLM's default threads would favour Candor."""
-    bind_all_cores()
+def both(model: Path, bundle: Path, eager: bool, options: str = "") -> Iterator[tuple[Serving, Serving]]:
+    """Starts Candor and plain vLLM with the same settings and threads; vLLM's default threads would favour Candor.
+
+    options: further ones of vLLM's, as on its command line.
+    """
+    sizes = re.findall(r"--(?:tensor|pipeline|data)-parallel-size[ =](\d+)", options)
+    bind_all_cores(prod(map(int, sizes)))
     settings = {f"CANDOR_{name.upper()}": str(value) for name, value in LIMITS.items()}
     settings |= {"CANDOR_KV_CACHE_BYTES": str(KV_CACHE), "CANDOR_SERVED_MODEL_NAME": NAME}
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in LIMITS.items()]
     arguments += ["--dtype=bfloat16", f"--kv-cache-memory-bytes={KV_CACHE}", f"--block-size={BLOCK}"]
-    arguments += [f"--served-model-name={NAME}", "--seed=0", *TOOLS.split()]
-    settings["CANDOR_VLLM"] = TOOLS
+    arguments += [f"--served-model-name={NAME}", "--seed=0", *TOOLS.split(), *shlex.split(options)]
+    settings["CANDOR_VLLM"] = f"{TOOLS} {options}"
     if eager:
         settings["CANDOR_EAGER"] = "true"
         arguments.append("--enforce-eager")
@@ -296,6 +304,7 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="concurrency 8, short prompts, no shared prefix")
     parser.add_argument("--eager", action="store_true", help="neither server compiles")
+    parser.add_argument("--vllm", default="", help="options of vLLM's for both servers, in one word")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
@@ -313,7 +322,7 @@ def main() -> int:
             for concurrency, share in product(given.concurrency or (8, 32), STRANGERS)
         ]
     prompts = Prompts(ROOT / "demo/sentences.txt", given.seed)
-    with both(given.model, given.bundle, given.eager) as (candor, plain):
+    with both(given.model, given.bundle, given.eager, given.vllm) as (candor, plain):
         print(f"ready after {candor.start_s:.1f} s (vLLM: {plain.start_s:.1f} s)", file=sys.stderr)
         tag = load_bundle(given.bundle).manifest.representation.tag
         rounds = measure(

@@ -115,12 +115,16 @@ def _read_config(model: Path) -> dict[str, Any]:
 
 
 def _hidden_size(model: Path, config: dict[str, Any]) -> int:
-    """Hidden size of the language model, under any name and at any level of the configuration."""
+    """Width of the states before the LM head, under any name and at any level of the configuration.
+
+    OPT 350M alone has a width for them that differs from its layers'.
+    """
     from transformers import AutoConfig
 
     try:
         loaded = AutoConfig.from_pretrained(str(model), local_files_only=True, trust_remote_code=False)
-        size = getattr(loaded.get_text_config(), "hidden_size", None)
+        text = loaded.get_text_config()
+        size = getattr(text, "word_embed_proj_dim", None) or getattr(text, "hidden_size", None)
     except (OSError, ValueError, KeyError):  # vLLM may know an architecture that transformers does not
         size = config.get("text_config", config).get("hidden_size")
     if not isinstance(size, int):

@@ -228,9 +228,7 @@ class _Sequence:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._cache = DynamicCache(config=model.config)
-        hidden_size = model.config.get_text_config().hidden_size
-        self._sum = torch.zeros(hidden_size)
-        self._last = torch.zeros(hidden_size)
+        self._sum = self._last = torch.zeros(())  # until the first are there
         self._positions = 0
 
     @torch.inference_mode()

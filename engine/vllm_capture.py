@@ -309,7 +309,8 @@ class WorkerCapture:
 
     @property
     def _hidden_size(self) -> int:
-        size: int = self.vllm_config.model_config.get_hidden_size()
+        config = self.vllm_config.model_config
+        size: int = getattr(config.hf_text_config, "word_embed_proj_dim", None) or config.get_hidden_size()
         return size
 
 

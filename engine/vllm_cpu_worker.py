@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip  - before the rest of vLLM
 
 import torch
 from vllm.distributed.parallel_state import get_pp_group
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
 from candor.engine.vllm_capture import WorkerCapture
 
@@ -39,4 +41,17 @@ def _keep_what_was_compiled() -> None:
     torch.compiler.load_compiled_function = loaded
 
 
+def _rotate_every_position() -> None:
+    """vLLM 0.32's CPU kernel takes a query's heads for positions where they have an axis of their own (MLA with plain
+    rotary embeddings, uncompiled), so that most positions are not rotated. Its PyTorch version is right.
+    """
+    rotate = RotaryEmbedding.forward_cpu
+
+    def rotated(self: Any, positions: Any, query: torch.Tensor, key: torch.Tensor | None = None) -> Any:
+        return (self.forward_native if query.dim() == 3 else partial(rotate, self))(positions, query, key)
+
+    RotaryEmbedding.forward_cpu = rotated
+
+
 _keep_what_was_compiled()
+_rotate_every_position()

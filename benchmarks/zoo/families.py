@@ -5,8 +5,11 @@ Windows are shorter than the contract's prompts, so that they take effect; there
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.zoo.tiny import save, sentencepiece, small, tokenizer
 
@@ -33,6 +36,24 @@ _LONGROPE = {
     "short_factor": [1.0] * 16,
     "long_factor": [3.0] * 16,
     "original_max_position_embeddings": 128,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+    "original_max_position_embeddings": 128,
+}
+_GDN = {
+    "head_dim": 64,
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
 }
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
 
@@ -81,16 +102,12 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Qwen 3 Next": (
         "Qwen3NextConfig",
         "Qwen3NextForCausalLM",
-        {
-            "head_dim": 64,
-            "num_hidden_layers": 4,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 64,
-            "linear_value_head_dim": 64,
-            "shared_expert_intermediate_size": 64,
-            **_MOE,
-        },
+        {**_GDN, "shared_expert_intermediate_size": 64, **_MOE},
+    ),
+    "Qwen 2 MoE": (
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        {"shared_expert_intermediate_size": 64, "num_key_value_heads": 4, **_MOE},
     ),
     "Mistral 7B v0.1 (a window on every layer)": (
         "MistralConfig",
@@ -132,7 +149,24 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, **_alternating()},
     ),
     "DeepSeek V2": ("DeepseekV2Config", "DeepseekV2ForCausalLM", {**_MLA, "topk_method": "greedy"}),
-    "DeepSeek V3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", {**_MLA, "topk_method": "noaux_tc"}),
+    "DeepSeek V2 (YaRN)": (
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        {**_MLA, "topk_method": "greedy", "rope_parameters": _YARN},
+    ),
+    "DeepSeek V3 (YaRN, groups of experts)": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {
+            **_MLA,
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "topk_method": "noaux_tc",
+            "num_nextn_predict_layers": 1,
+            "rope_parameters": _YARN,
+        },
+    ),
     "Granite": (
         "GraniteConfig",
         "GraniteForCausalLM",
@@ -185,6 +219,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_hidden_layers": 4,
             "layer_types": ["conv", "full_attention", "conv", "full_attention"],
             "block_auto_adjust_ff_dim": False,
+            "conv_dim": 128,  # published configurations have it; vLLM asks for it
+            "conv_L_cache": 3,
         },
     ),
     "Mamba": ("MambaConfig", "MambaForCausalLM", {"state_size": 16}),
@@ -194,8 +230,97 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "GPT2LMHeadModel",
         {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 1024},
     ),
-    "GPT-NeoX (Pythia)": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}),
+    "GPT-NeoX (Pythia)": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {"num_key_value_heads": 4}),
+    "GPT-J": (
+        "GPTJConfig",
+        "GPTJForCausalLM",
+        {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 1024, "rotary_dim": 16, "n_inner": 256},
+    ),
+    "StarCoder 2": ("Starcoder2Config", "Starcoder2ForCausalLM", {"sliding_window": None}),
+    "GLM 4": ("Glm4Config", "Glm4ForCausalLM", {"head_dim": 32}),
+    "GLM 4.5 (MoE)": (
+        "Glm4MoeConfig",
+        "Glm4MoeForCausalLM",
+        {
+            "head_dim": 32,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "first_k_dense_replace": 1,
+            "num_nextn_predict_layers": 1,
+        },
+    ),
+    "ERNIE 4.5": ("Ernie4_5Config", "Ernie4_5ForCausalLM", {"head_dim": 32}),
+    "EXAONE 4": ("Exaone4Config", "Exaone4ForCausalLM", {"head_dim": 32, **_alternating()}),
+    "OLMoE": ("OlmoeConfig", "OlmoeForCausalLM", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "Nemotron": ("NemotronConfig", "NemotronForCausalLM", {"head_dim": 32}),
+    "Jamba": (
+        "JambaConfig",
+        "JambaForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "mamba_d_state": 16,
+            "mamba_dt_rank": 8,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "Phi-3.5 MoE": (
+        "PhimoeConfig",
+        "PhimoeForCausalLM",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
+    "LFM 2 MoE": (
+        "Lfm2MoeConfig",
+        "Lfm2MoeForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+            "num_dense_layers": 1,
+            "conv_dim": 128,
+            "conv_L_cache": 3,
+            **_MOE,
+        },
+    ),
+    "Gemma 4 (text)": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            "head_dim": 32,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 512,
+            "num_kv_shared_layers": 0,
+            **_alternating(),
+        },
+    ),
+    "Gemma 3n (text)": (
+        "Gemma3nTextConfig",
+        "Gemma3nForCausalLM",
+        {
+            "head_dim": 32,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 384,
+            "num_kv_shared_layers": 2,
+            "laurel_rank": 8,
+            "activation_sparsity_pattern": [0.0] * 4,
+            "intermediate_size": [256] * 4,
+            **_alternating(),
+        },
+    ),
+    "Qwen 3.5 (text)": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", _GDN),
+    "Apertus": ("ApertusConfig", "ApertusForCausalLM", {}),
     "OPT": ("OPTConfig", "OPTForCausalLM", {"ffn_dim": 256, "word_embed_proj_dim": 128}),
+    "OPT 350M (a narrower head, no last norm)": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        {"ffn_dim": 256, "word_embed_proj_dim": 64, "do_layer_norm_before": False},
+    ),
     "StableLM": ("StableLmConfig", "StableLmForCausalLM", {}),
     "Gemma 3 (vision checkpoint)": (
         "Gemma3Config",
@@ -213,6 +338,24 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"text": ("Qwen2_5_VLTextConfig", {"rope_parameters": _MROPE})},
     ),
 }
+
+BFLOAT16 = ("Qwen 3 Next", "Qwen 3.5")
+"""Families that vLLM's CPU build computes in bfloat16 alone (gated delta nets)."""
+
+
+def _exact_gelu(model: Any) -> None:
+    for layer in model.transformer.h:
+        layer.mlp.gelu_impl = torch.nn.GELU()
+
+
+AS_VLLM: dict[str, tuple[Callable[[Any], None], str]] = {
+    "BLOOM": (
+        _exact_gelu,
+        "to transformers with the exact GELU; vLLM's `BloomMLP` takes that one, BLOOM was trained with tanh's",
+    )
+}
+"""Families of which vLLM itself computes something else than their makers: what makes transformers' model compute
+the same, and how that is said in the table."""
 
 _SPACED = ("Llama 2", "Mistral", "Mixtral", "Phi-3")
 """Families with tokenizers that put a space before texts."""

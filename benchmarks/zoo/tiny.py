@@ -98,6 +98,9 @@ def save(directory: Path, config: Any, architecture: str, chat: Any = None, end:
         for name, weight in model.named_parameters():
             if name.endswith("bias") or "norm" in name:  # else they would be exactly ones and zeros
                 weight += 0.1 * torch.randn_like(weight)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # DeepSeek V3 chooses its experts by it
+                buffer += 0.1 * torch.randn_like(buffer)
     model.generation_config.bos_token_id, model.generation_config.eos_token_id = 1, end
     model.generation_config.pad_token_id = 0
     model.save_pretrained(directory)

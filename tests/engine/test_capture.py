@@ -158,7 +158,9 @@ class Worker(WorkerCapture, Steps):
         self.rank = 0
         self.model_runner = Runner(device, second=second)
         self.vllm_config = SimpleNamespace(
-            model_config=SimpleNamespace(get_hidden_size=lambda: HIDDEN, dtype=torch.float32),
+            model_config=SimpleNamespace(
+                get_hidden_size=lambda: HIDDEN, hf_text_config=None, dtype=torch.float32
+            ),
             cache_config=SimpleNamespace(kv_cache_memory_bytes=None),
             parallel_config=SimpleNamespace(world_size=1, tensor_parallel_size=1),
         )

@@ -98,14 +98,15 @@ def test_longrope_is_another_model_where_the_long_factors_are_taken(tmp_path: Pa
 
 
 def test_the_width_of_the_states_wherever_it_stands(tmp_path: Path) -> None:
-    from transformers import Gemma3Config, Gemma3TextConfig, GPT2Config
+    from transformers import Gemma3Config, Gemma3TextConfig, GPT2Config, OPTConfig
 
     model = llama(tmp_path)
     made = [
         GPT2Config(n_embd=96, n_head=4, n_layer=1, vocab_size=512),
         Gemma3Config(text_config=Gemma3TextConfig(**small(hidden_size=80)).to_dict()),
+        OPTConfig(**small(word_embed_proj_dim=64)),
     ]
-    for config, width in zip(made, (96, 80), strict=True):
+    for config, width in zip(made, (96, 80, 64), strict=True):
         config.save_pretrained(model)
         assert identity(model).hidden_size == width
     (model / "config.json").write_text(json.dumps({"model_type": "unheard of", "width": 3}), encoding="utf-8")

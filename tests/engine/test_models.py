@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,6 +100,15 @@ def test_its_states_are_exact(
     assert max(found, key=lambda one: one.error).error <= 1e-4, found
 
 
+def test_its_states_are_those_that_vllm_computed_its_logits_of(
+    served: Engine, reference: Engine, settings: EngineSettings, runner: asyncio.Runner
+) -> None:
+    contract = Contract(served, reference, ChatFormat.from_directory(settings.model))
+    found = runner.run(contract.hold_to_itself())
+    assert len(found) == 4
+    assert max(found, key=lambda one: one.error).error <= 1e-4, found
+
+
 def test_an_answer_ends_at_either_of_its_ends(
     served: Engine, reference: Engine, settings: EngineSettings, runner: asyncio.Runner
 ) -> None:
@@ -160,6 +170,18 @@ def test_a_model_without_attention_is_refused_before_a_process_starts(
     settings = EngineSettings(model, representation=REPRESENTATION, dtype="float32", max_model_len=512)
     with pytest.raises(EngineError, match="MambaForCausalLM has no attention layer"):
         runner.run(start_engine(settings))
+
+
+@pytest.mark.parametrize(("on_cpu", "size"), [(True, 32), (False, None)])
+def test_on_a_gpu_vllm_chooses_the_size_of_blocks(
+    on_cpu: bool, size: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine = pytest.importorskip("candor.engine.vllm_engine")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
+    monkeypatch.setattr(engine, "current_platform", SimpleNamespace(is_cpu=lambda: on_cpu))
+    args = engine._engine_args(EngineSettings(tmp_path, representation=REPRESENTATION))
+    assert args.block_size == size
+    assert args.worker_cls.endswith("CaptureCPUWorker" if on_cpu else "CaptureGPUWorker")
 
 
 @pytest.mark.parametrize(
