@@ -37,6 +37,16 @@ class Serving:
         pages = sum(int(fields[1]) for fields in self._read("statm").values())
         return pages * os.sysconf("SC_PAGE_SIZE")
 
+    def memory_by_process(self) -> dict[str, int]:
+        """Resident bytes of each process, by what it is: `http`, or the engine's by their titles."""
+        page, names = os.sysconf("SC_PAGE_SIZE"), self._read("cmdline")
+        found: dict[str, int] = {}
+        for pid, fields in self._read("statm").items():
+            title = names.get(pid, ["?"])[0].split("\0")[0]
+            name = "http" if pid == self.pid else title.rsplit("/", 1)[-1].removeprefix("VLLM::") or "?"
+            found[name] = found.get(name, 0) + int(fields[1]) * page
+        return found
+
     def cpu_s(self) -> dict[str, float]:
         """Seconds of CPU used so far, by the process that serves HTTP and by the engine's processes together."""
         used = {"http": 0, "engine": 0}

@@ -6,13 +6,16 @@ vLLM's parameters, removes the tag from the output and builds the summary.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from copy import copy
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,6 +114,8 @@ class VLLMEngine:
         self.earlier_identity = as_before(self.identity, settings.model)
         self._chat = chat
         self._adapters = tuple(map(_adapter, settings.adapters))
+        self._adding = asyncio.Lock()
+        self._compiling = ThreadPoolExecutor(max_workers=1, thread_name_prefix="candor-compiling")
         self._stand(settings.representation, None)
 
     def with_adapter(self, adapter: Path, representation: Representation) -> VLLMEngine:
@@ -316,6 +321,7 @@ class VLLMEngine:
             raise EngineDead("vLLM's engine process ended; see its log above") from error
 
     async def close(self) -> None:
+        self._compiling.shutdown(wait=False, cancel_futures=True)
         self.llm.shutdown()
 
     async def _hidden(
@@ -366,6 +372,9 @@ class VLLMEngine:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yields vLLM's outputs for one request; translates vLLM's errors. Closing it aborts the request."""
         try:
+            await self._compile(params)
+            async with self._adding:  # vLLM adds a request in one go: one in each turn of the event loop
+                await asyncio.sleep(0)
             generated = self.llm.generate(prompt, params, uuid.uuid4().hex, lora_request=self.lora, **how)
             async with aclosing(generated) as outputs:
                 async for output in outputs:
@@ -374,6 +383,20 @@ class VLLMEngine:
             raise EngineDead("vLLM's engine process ended; see its log above") from error
         except (EngineGenerateError, ValueError) as error:
             raise EngineError(f"vLLM could not answer: {error.__cause__ or error}") from error
+
+    async def _compile(self, params: SamplingParams) -> None:
+        """Has vLLM compile the request's grammar in a thread; it would do so on the event loop."""
+        if params.structured_outputs is None or params._validate_structured_outputs is _is_valid:
+            return
+        config = self.llm.vllm_config
+        work = partial(
+            params._validate_structured_outputs,
+            config.model_config,
+            config.structured_outputs_config,
+            self.llm.renderer.tokenizer,
+        )
+        await asyncio.get_running_loop().run_in_executor(self._compiling, work)
+        params._validate_structured_outputs = _is_valid
 
     def params(self, sampling: Sampling) -> SamplingParams:
         """Returns the sampling in vLLM's form."""
@@ -405,6 +428,10 @@ class VLLMEngine:
         evidence = evidence and bool(self.representation.evidence)
         wish = {"tag": tag_ids, "first": first, "evidence": evidence, "prompt": prompt}
         return {KEY: wish | {"closing": closing}}
+
+
+def _is_valid(*_: Any) -> None:
+    """In place of a check that was made."""
 
 
 def _config(args: AsyncEngineArgs) -> Any:

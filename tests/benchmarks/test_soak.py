@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.soak import Exchange, slope_per_hour, summary
+from benchmarks.soak import Exchange, Sample, growth, summary
 from benchmarks.stability import differences
 
 
-def test_slope() -> None:
-    rising = [(float(t), 1000 + 2 * t, 5) for t in range(30)]
-    assert slope_per_hour(rising) == pytest.approx(7200)  # 2 bytes a second
+def sample(at: float, size: int, files: int = 10) -> Sample:
+    return at, int(2 * at), {"http": size}, files
+
+
+def test_growth_by_hand() -> None:
+    rising = [sample(t, 1000 + 6 * t) for t in range(60)]  # two requests and six bytes a second
+    assert growth(rising, "http") == pytest.approx((3, 0))
     # What is loaded in the first third is not a leak.
-    assert slope_per_hour([(0.0, 0, 5), (1.0, 10**9, 5), *((2.0 + t, 10**9, 5) for t in range(20))]) == 0
-    assert slope_per_hour([(0.0, 1, 5)]) == 0
+    assert growth([sample(t, 10**9 if t > 20 else 0) for t in range(90)], "http") == (0, 0)
+    assert growth([sample(0, 1)], "http") is None
+    # A jump says little of a slope: the interval holds 0.
+    slope, half = growth([sample(t, 10**6 if t > 40 else 0) for t in range(60)], "http") or (0, 0)
+    assert 0 < slope < half
 
 
 def record() -> Exchange:
-    made = Exchange(samples=[(float(t), 1 << 20, 10) for t in range(60)])
+    made = Exchange(samples=[sample(t, 1 << 20) for t in range(60)])
     made.asked["whole", "200"] = 5
     made.asked["wrong", "400"] = 1
     made.asked["left amid", "left"] = 2
@@ -42,7 +49,7 @@ def test_a_verdict_that_fell_otherwise_once_is_listed() -> None:
     assert figures["fixed_prompts_that_varied"] == {"p": varied}
 
 
-@pytest.mark.parametrize("trouble", ["failed", "accepted", "changed", "files"])
+@pytest.mark.parametrize("trouble", ["failed", "accepted", "changed", "files", "memory"])
 def test_something_wrong(trouble: str) -> None:
     made = record()
     if trouble == "failed":
@@ -51,8 +58,10 @@ def test_something_wrong(trouble: str) -> None:
         made.asked["wrong", "200"] += 1
     elif trouble == "changed":
         made.verdicts["p"] += [(at, "low", 1, "a") for at in (52.0, 54.0)]
+    elif trouble == "memory":
+        made.samples = [sample(t, (1 << 20) + 4096 * t) for t in range(60)]
     else:
-        made.samples.append((61.0, 1 << 20, 30))
+        made.samples.append(sample(61, 1 << 20, 30))
     assert len(summary(made, 60)[1]) == 1
 
 

@@ -29,6 +29,7 @@ from candor.app.edge.parsing import BoundedRoute
 from candor.app.edge.routes.answers import EventStream, shadowed, verdict_headers
 from candor.app.edge.routes.documented import ERRORS, STREAMED
 from candor.app.edge.routes.either import json_object, told_where
+from candor.app.edge.schemas import grammars
 from candor.app.edge.schemas.reliability import ReliabilityOptions
 from candor.app.edge.schemas.requests import HARMLESS, unknown_field
 from candor.app.edge.services import InjectedServices, ServedModel, Services
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 router = APIRouter(route_class=BoundedRoute)
 
 _STREAM = "text/event-stream"
-_MOST_GRAMMAR_CHOICES = 1000
 _MOST_LOGPROBS = 1 << 14
 """Of one request; vLLM's handlers write them in one go, on the event loop."""
 
@@ -365,10 +365,7 @@ def _check_fields(kind: Kind, body: Mapping[str, Any], surface: Surface) -> None
             where,
             "unsupported_parameter",
         )
-    grammar = body.get("structured_outputs")
-    choices = grammar.get("choice") if isinstance(grammar, dict) else None
-    if isinstance(choices, list):  # vLLM compiles them on the event loop
-        at_most(_MOST_GRAMMAR_CHOICES, len(choices), "choices", "structured_outputs.choice")
+    grammars.check(body)
     schema = surface.schemas[kind]
     known = {field.alias or name for name, field in schema.model_fields.items()} | set(schema.model_fields)
     for name in body:
