@@ -521,7 +521,9 @@ def serve(engine: ScriptedEngine, bundle: Bundle) -> Serve:
 def serve_from(engine: ScriptedEngine) -> Serve:
     """`with serve_from(directory, shadow=other) as server`: reads bundles from the disk as a server does at start."""
 
-    def start(directory: Path, **given: Any) -> AbstractContextManager[Running]:
+    def start(
+        directory: Path, engine: ScriptedEngine = engine, **given: Any
+    ) -> AbstractContextManager[Running]:
         settings = make_settings(bundle=directory, engine_check_interval_s=0.02, **given)
         read = Bundles.read(settings)
         path, bundle = read.first
@@ -537,6 +539,12 @@ def serve_from(engine: ScriptedEngine) -> Serve:
         return listening(engine, backend, settings)
 
     return start
+
+
+@pytest.fixture
+def make_engine(identity: ModelIdentity, bundle: Bundle) -> Callable[[], ScriptedEngine]:
+    """For a further replica."""
+    return lambda: scripted(identity, bundle)
 
 
 @pytest.fixture(scope="session")
