@@ -84,7 +84,7 @@ def run(settings: Settings, start: Start = start_backend) -> int:
 
 
 async def _serve(settings: Settings, start: Start) -> int:
-    _check_access(settings)
+    check_access(settings)
     with (
         _bind(settings.host, settings.port) as listener,
         tracer_from_environment() as tracer,
@@ -101,7 +101,7 @@ async def _serve(settings: Settings, start: Start) -> int:
 
         try:
             for one in (backend, *backend.adapted):
-                await _prove(one, settings.engine_stall_timeout_s)
+                await prove(one, settings.engine_stall_timeout_s)
             leaving = Leaving()
             app = create_app(settings, backend, end, tracer, leaving)
         except BaseException:
@@ -132,7 +132,7 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     )
 
 
-def _check_access(settings: Settings) -> None:
+def check_access(settings: Settings) -> None:
     """Checks keys, host and certificate. Raises StartError or KeyFileError."""
     if settings.keys is not None:
         names = ", ".join(key.name for key in read_keys(settings.keys))
@@ -163,7 +163,7 @@ def _no_passphrase() -> str:
     )
 
 
-async def _prove(backend: Backend, within_s: float) -> None:
+async def prove(backend: Backend, within_s: float) -> None:
     """Runs the golden prompts. Raises GoldenMismatch, EngineError, or StartError after `within_s` seconds."""
     check = asyncio.create_task(SelfTest(backend).check())
     await asyncio.wait({check}, timeout=within_s)
