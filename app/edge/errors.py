@@ -8,7 +8,7 @@
     409  another bundle than the one that is pinned, or one that is not promoted
     429  the key has used up its rate (Retry-After)
     500  the engine or this server failed
-    503  overloaded, not answered in time, or the engine is dead (Retry-After)
+    503  overloaded, not answered in time, another bundle is wanted by now, or the engine is dead (Retry-After)
 
 An abstention is not an error.
 """
@@ -30,7 +30,7 @@ from candor.app.answering.waiting import ClientGone, DeadlineExceeded
 from candor.app.edge.keys import Forbidden, Unauthorized
 from candor.app.edge.limits import Overloaded, Refused, TooFast
 from candor.app.edge.schemas.errors import Error, ErrorBody, ErrorType
-from candor.app.edge.services import PIN, AnotherBundle, ModelNotFound
+from candor.app.edge.services import PIN, AnotherBundle, BundleBehind, ModelNotFound
 from candor.app.process.ending import ShuttingDown
 from candor.app.process.renewal import ChangeNotKept, ChangeUnderWay, NotPromoted
 from candor.app.process.selftest import GoldenMismatch
@@ -70,6 +70,8 @@ def describe(error: Exception) -> HttpError:
             return HttpError(404, str(error), "model", "model_not_found")
         case AnotherBundle():
             return HttpError(409, str(error), "bundle", "bundle_changed", {PIN: error.bundle})
+        case BundleBehind():
+            return HttpError(503, str(error), None, "bundle_behind", {"Retry-After": "1"})
         case ChangeUnderWay():
             return HttpError(409, str(error), None, "change_under_way")
         case ChangeNotKept():
@@ -130,6 +132,7 @@ def install(app: FastAPI) -> None:
     for kind in (
         ModelNotFound,
         AnotherBundle,
+        BundleBehind,
         NotPromoted,
         BundleNotFound,
         PromptTooLong,

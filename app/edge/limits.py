@@ -151,31 +151,58 @@ class Admission:
 
 
 class RateLimit:
-    """A limit per minute for each caller. per_minute: None sets no limit. unit: what is counted."""
+    """A limit per minute for each caller. per_minute: None sets no limit. unit: what is counted.
+
+    Where several replicas count together, `unsent` is told to all, and `told` has what is left of that.
+    """
 
     def __init__(self, per_minute: int | None, unit: str, clock: Callable[[], float] = monotonic) -> None:
-        self._rate = per_minute
-        self._unit = unit
+        self.per_minute = per_minute
+        self.unit = unit
         self._clock = clock  # monotonic: setting the system clock has no effect
         self._buckets: dict[str, tuple[float, float]] = {}  # caller: (left, time in s)
+        self._unsent: dict[str, float] = {}
+        self._seen: dict[str, float] = {}  # caller: when it last came, s
 
     def take(self, caller: str, amount: int = 1) -> None:
         """Takes `amount` from the caller's bucket. Raises TooFast, and takes nothing, if nothing is left."""
-        if self._rate is None:
+        if self.per_minute is None:
             return
         now = self._clock()
-        left, then = self._buckets.get(caller, (float(self._rate), now))
-        left = min(self._rate, left + self._rate * (now - then) / 60)
+        self._seen[caller] = now
+        left, then = self._buckets.get(caller, (float(self.per_minute), now))
+        left = min(self.per_minute, left + self.per_minute * (now - then) / 60)
         one = min(1.0, float(amount))
         if left < one:
-            wait = math.ceil((one - left) * 60 / self._rate)
+            wait = math.ceil((one - left) * 60 / self.per_minute)
             raise TooFast(
-                f"at most {self._rate} {self._unit} a minute for each key; try in {wait} s", max(wait, 1)
+                f"at most {self.per_minute} {self.unit} a minute for each key; try in {wait} s", max(wait, 1)
             )
         self._buckets[caller] = (left - amount, now)
+        self._unsent[caller] = self._unsent.get(caller, 0.0) + amount
 
     def settle(self, caller: str, amount: int) -> None:
         """Corrects what `take` took by `amount`, which may be negative. Raises nothing."""
         if caller in self._buckets:
             left, then = self._buckets[caller]
             self._buckets[caller] = (left - amount, then)
+            self._unsent[caller] = self._unsent.get(caller, 0.0) + amount
+
+    def unsent(self) -> dict[str, float]:
+        """Returns what was taken since the last call, by caller; 0 for one that came within a minute and took
+        nothing, for others may have let it."""
+        now = self._clock()
+        self._seen = {caller: then for caller, then in self._seen.items() if now - then < 60}
+        unsent, self._unsent = dict.fromkeys(self._seen, 0.0) | self._unsent, {}
+        return unsent
+
+    def put_back(self, unsent: Mapping[str, float]) -> None:
+        """What could not be told is told later."""
+        for caller, amount in unsent.items():
+            self._unsent[caller] = self._unsent.get(caller, 0.0) + amount
+
+    def told(self, left: Mapping[str, float]) -> None:
+        """Takes over what is left to each caller, less what it took here since `unsent`."""
+        now = self._clock()
+        for caller, amount in left.items():
+            self._buckets[caller] = (amount - self._unsent.get(caller, 0.0), now)

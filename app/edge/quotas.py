@@ -1,7 +1,8 @@
 """Lasting quotas: the tokens that each key may use in a day (UTC), kept in a file so that a restart forgives nothing.
 
 What was used is counted in memory and written every second; a crash forgives that second. Like a rate, a quota may be
-overdrawn by the request that reaches it.
+overdrawn by the request that reaches it. Where several replicas count together, `unsent` is told to all, and `told`
+has the sums.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class Quotas:
         self._clock = clock
         self._used: Counter[tuple[str, int]] = Counter()
         self._unwritten: Counter[tuple[str, int]] = Counter()
+        self._seen: dict[str, float] = {}  # key: when it last came, s
         if path is not None:
             try:
                 with closing(self._open()) as file:
@@ -54,6 +56,7 @@ class Quotas:
 
     def take(self, name: str, tokens: int, per_day: int | None) -> None:
         """Counts tokens of a key. Raises TooFast, and counts nothing, if its quota is used up."""
+        self._seen[name] = self._clock()
         if per_day is not None and self._used[name, self._day()] >= per_day:
             left = _DAY_S - int(self._clock()) % _DAY_S
             raise TooFast(f"this key may use {per_day} tokens a day (UTC), and has; try in {left} s", left)
@@ -64,6 +67,24 @@ class Quotas:
         day = self._day()
         self._used[name, day] += tokens
         self._unwritten[name, day] += tokens
+
+    def unsent(self) -> dict[tuple[str, int], int]:
+        """Returns what was used since the last call, by key and day; 0 for a key that came within a minute and used
+        nothing, since it may have elsewhere."""
+        now, day = self._clock(), self._day()
+        self._seen = {name: then for name, then in self._seen.items() if now - then < 60}
+        unsent, self._unwritten = {(name, day): 0 for name in self._seen} | self._unwritten, Counter()
+        return unsent
+
+    def put_back(self, unsent: Mapping[tuple[str, int], int]) -> None:
+        """What could not be told is told later."""
+        for entry, tokens in unsent.items():
+            self._unwritten[entry] += tokens
+
+    def told(self, sums: Mapping[tuple[str, int], int]) -> None:
+        """Takes over what each key used everywhere, and adds what it used here since `unsent`."""
+        for entry, tokens in sums.items():
+            self._used[entry] = tokens + self._unwritten[entry]
 
     async def run(self) -> None:
         """Writes what was counted, until it is cancelled."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from candor.app.edge.routes.surface import Surface
     from candor.app.process.backend import Backend
     from candor.app.process.renewal import Renewal
+    from candor.app.process.replicas import Replicas
 
 
 class Charged(Protocol):
@@ -57,6 +58,10 @@ _CHARACTERS_PER_TOKEN = 4
 
 class ModelNotFound(Exception):
     """A request names a model that is not served."""
+
+
+class BundleBehind(Exception):
+    """The other replicas answer by another bundle than this one has."""
 
 
 class AnotherBundle(Exception):
@@ -104,7 +109,8 @@ class Slot:
     """A name that requests give, and what answers under it now: the one thing that a promotion changes.
 
     previous: what a rollback goes back to, still loaded. withdrawn: what was rolled back from, likewise. changing:
-    whether a promotion or a rollback is under way.
+    whether a promotion or a rollback is under way. behind: why this replica does not answer by what all are to
+    answer by; None: it does.
     """
 
     backend: Backend
@@ -112,6 +118,7 @@ class Slot:
     previous: ServedModel | None = None
     withdrawn: ServedModel | None = None
     changing: bool = False
+    behind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,7 @@ class Services:
     request_timeout_s: float
     started: int  # Unix time, s
     renewal: Renewal
+    replicas: Replicas | None = None  # where a PostgreSQL store is shared
     pinned: str | None = None
 
     @property
@@ -158,13 +166,16 @@ class Services:
     def model(self, name: str | None = None, bundle: str | None = None) -> ServedModel:
         """Returns what answers under that name now, by default the first. Call it once for each request.
 
-        bundle: digest that the request's body pins. Raises ModelNotFound, or AnotherBundle for a pin that does not
-        fit.
+        bundle: digest that the request's body pins. Raises ModelNotFound, BundleBehind, or AnotherBundle for a pin
+        that does not fit.
         """
-        current = self.slot(name).current
+        slot = self.slot(name)
+        current = slot.current
         for pinned in (self.pinned, bundle):
             if pinned is not None and pinned != current.bundle.digest:
                 raise AnotherBundle(pinned, current.bundle.digest)
+        if slot.behind is not None:
+            raise BundleBehind(slot.behind)
         return current
 
     def note(self, model: ServedModel, given: Sequence[GivenVerdict], *, usual: bool) -> None:

@@ -40,8 +40,9 @@ from candor.app.edge.services import LifespanState, Services
 from candor.app.process.backend import Backend
 from candor.app.process.ending import Leaving
 from candor.app.process.processors import EngineProcessors
-from candor.app.process.promoted import Promotions
+from candor.app.process.promoted import Located
 from candor.app.process.renewal import Renewal
+from candor.app.process.replicas import Replicas, SharedPromotions, promotions_of
 from candor.app.process.selftest import SelfTest
 from candor.app.process.settings import Settings
 from candor.app.store.drawing import Drawing
@@ -102,7 +103,8 @@ def create_app(
     if store is not None:
         held = store
         health.watch_store(lambda: held.behind, lambda: held.lost)
-    promotions = backend.promotions or Promotions.beside(settings.bundle)
+    promotions = backend.promotions or promotions_of(settings)
+    requests = RateLimit(settings.requests_per_minute, "requests")
     upstream = upstream_of(settings)
 
     @asynccontextmanager
@@ -123,13 +125,24 @@ def create_app(
             name: await renewal.begin(name, one, resolvers[name], selftests[name])
             for name, one in backends.items()
         }
+        token_rate = RateLimit(settings.tokens_per_minute, "tokens")
+        replicas: Replicas | None = None
+        if isinstance(promotions, SharedPromotions):
+            for slot in slots.values():
+                bundle = slot.current.bundle
+                if bundle.manifest.name not in promotions.over:
+                    promotions.begin(
+                        bundle.manifest.name, Located(str(slot.current.path.resolve()), bundle.digest)
+                    )
+            replicas = Replicas(promotions, renewal, slots.values(), (requests, token_rate), quotas)
+            await replicas.beat()
         certificates = await renewal.watch_certificates(slots)
         slots = {first: slots[first]} | dict.fromkeys(aliases, slots[first]) | slots
         services = Services(
             engine=backend.engine,
             slots=slots,
             admission=admission,
-            token_rate=RateLimit(settings.tokens_per_minute, "tokens"),
+            token_rate=token_rate,
             quotas=quotas,
             preparing=Preparing(_PREPARED_AT_ONCE, admission.alone),
             leaving=leaving,
@@ -142,10 +155,13 @@ def create_app(
             request_timeout_s=settings.request_timeout_s,
             started=int(time.time()),
             renewal=renewal,
+            replicas=replicas,
         )
         running = [asyncio.create_task(work) for work in (watch.run(), quotas.run(), health.run(watch))]
         if certificates is not None:
             running.append(asyncio.create_task(certificates.run()))
+        if replicas is not None:
+            running.append(asyncio.create_task(replicas.run()))
         try:
             yield {"services": services}
         finally:
@@ -154,6 +170,9 @@ def create_app(
             services.preparing.close()
             await asyncio.to_thread(quotas.write)
             await asyncio.to_thread(audit.close)
+            if replicas is not None:
+                await replicas.exchange()
+                await replicas.close()
             await renewal.close()
             if store is not None:
                 await store.close()
@@ -180,7 +199,7 @@ def create_app(
     )
     app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, most=settings.max_body_bytes)
-    app.add_middleware(Gate, keys=keys, rate=RateLimit(settings.requests_per_minute, "requests"))
+    app.add_middleware(Gate, keys=keys, rate=requests)
     app.add_middleware(Hosts, allowed=settings.hosts)
     if settings.cors_origins:
         app.add_middleware(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from candor.app.answering.request import certified_alphas, default_alpha
 from candor.app.edge.limits import Refused
 from candor.app.process.promoted import Promotions
+from candor.app.process.replicas import promotions_of
 from candor.engine.base import Engine, EngineError
 from candor.model_store.bundle import Bundle
 from candor.model_store.identity import check_identity, check_model, check_options, require_successor
@@ -55,9 +56,9 @@ class Bundles:
     def read(cls, settings: Settings, adapted: Sequence[Path] = ()) -> Bundles:
         """Reads what is configured, or was promoted in its place. adapted: the adapters' bundles.
 
-        Raises BundleError, PromotedFileError, or Refused where a bundle lacks what the settings ask for.
+        Raises BundleError, PromotedFileError, StoreError, or Refused where a bundle lacks what the settings ask for.
         """
-        promotions = Promotions.beside(settings.bundle)
+        promotions = promotions_of(settings)
 
         def served(configured: Path) -> tuple[Path, Bundle]:
             path = promotions.serving(configured)

@@ -95,11 +95,11 @@ class Promotions:
             return configured
         return located(promotion.bundle, self.path)
 
-    def put(self, name: str, promotion: Promotion | None) -> None:
-        """Writes what is promoted now, atomically and durably; None: what is configured. Raises OSError."""
+    def put(self, name: str, promotion: Promotion) -> None:
+        """Writes what is promoted now, atomically and durably. Raises OSError."""
         entries = {one: entry for one, entry in self._entries.items() if one != name}
-        if promotion is not None:
-            entries[name] = promotion
+        if promotion.bundle.digest != promotion.over or promotion.previous is not None:
+            entries[name] = promotion  # else it is the configured one
         staged = self.path.with_name(self.path.name + ".tmp")
         text = json.dumps({one: asdict(entry) for one, entry in entries.items()}, indent=2)
         with open(staged, "w", encoding="utf-8") as file:

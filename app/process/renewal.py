@@ -31,6 +31,7 @@ from candor.app.edge.limits import Admission, Refused
 from candor.app.edge.services import ServedModel, Slot
 from candor.app.process.backend import Backend
 from candor.app.process.promoted import Located, PromotedFileError, Promotion, Promotions, located
+from candor.app.process.replicas import NotAgreed
 from candor.app.process.selftest import SelfTest
 from candor.app.process.settings import Settings
 from candor.app.store.reading import prompts
@@ -136,7 +137,12 @@ class Renewal:
             old = slot.current
             path, digest = await asyncio.to_thread(self._find, slot, reference)
             if digest == old.bundle.digest:
-                raise NotPromoted(f"the bundle {digest} answers already")
+                if slot.behind is None:
+                    raise NotPromoted(f"the bundle {digest} answers already")
+                # Others answer by another; from now on all are to answer by this one.
+                await self._keep(old, _located(old), None)
+                slot.behind = None
+                return old
             new: ServedModel | None = None
             within_s = self._settings.engine_stall_timeout_s
             try:
@@ -145,17 +151,15 @@ class Renewal:
                 await asyncio.wait_for(new.selftest.check(), within_s)
                 await self._keep(old, _located(new), _located(old))
             except TimeoutError:
-                self._drop(slot, new)
+                self.drop(slot, new)
                 raise NotPromoted(f"the golden prompts were not answered within {within_s:g} s") from None
             except (BundleError, EngineError, Refused) as error:
-                self._drop(slot, new)
+                self.drop(slot, new)
                 raise NotPromoted(f"the bundle in {path} is not promoted: {error}") from error
             except BaseException:
-                self._drop(slot, new)
+                self.drop(slot, new)
                 raise
-            self._retire(slot.previous, slot.withdrawn, keep=new)
-            slot.previous, slot.withdrawn = old, None
-            self._switch(slot, new)
+            self._advance(slot, new)
             return new
 
     async def roll_back(self, slot: Slot) -> ServedModel:
@@ -175,9 +179,32 @@ class Renewal:
                 except (BundleError, EngineError, Refused, PromotedFileError) as error:
                     raise NotPromoted(f"the earlier bundle cannot be served: {error}") from error
             await self._keep(old, _located(previous), None)
-            slot.previous, slot.withdrawn = None, old
-            self._switch(slot, previous)
+            self._withdraw(slot, previous)
             return previous
+
+    async def prepared(self, slot: Slot, bundle: Located) -> ServedModel:
+        """Returns what could answer by that bundle at once, which another replica promotes or rolls back to.
+
+        Raises BundleError, PromotedFileError, EngineError, Refused or TimeoutError.
+        """
+        for kept in (slot.previous, slot.withdrawn):
+            if kept is not None and kept.bundle.digest == bundle.digest:
+                return kept
+        path = await asyncio.to_thread(located, bundle, Path("the store"))
+        new = await self._made(slot, path, bundle.digest, follows=False)
+        try:
+            await asyncio.wait_for(new.selftest.check(), self._settings.engine_stall_timeout_s)
+        except BaseException:
+            self.drop(slot, new)
+            raise
+        return new
+
+    def follow(self, slot: Slot, new: ServedModel, promotion: Promotion) -> None:
+        """Has what was prepared answer, as another replica promoted it or rolled back to it."""
+        if promotion.previous is not None and promotion.previous.digest == slot.current.bundle.digest:
+            self._advance(slot, new)
+        else:
+            self._withdraw(slot, new)
 
     async def close(self) -> None:
         for shadow in self._shadows:
@@ -309,28 +336,36 @@ class Renewal:
         """Writes what is to answer from now on. Raises ChangeNotKept."""
         name = old.bundle.manifest.name
         over = self._promotions.over.setdefault(name, old.bundle.digest)
-        configured = now.digest == over and previous is None
         try:
-            await asyncio.to_thread(
-                self._promotions.put, name, None if configured else Promotion(over, now, previous)
-            )
+            await asyncio.to_thread(self._promotions.put, name, Promotion(over, now, previous))
+        except NotAgreed as error:
+            raise NotPromoted(str(error)) from error
         except OSError as error:
             raise ChangeNotKept(
                 f"{old.bundle.digest} goes on answering, for what was promoted cannot be written: {error}"
             ) from error
 
+    def _advance(self, slot: Slot, new: ServedModel) -> None:
+        self._retire(slot.previous, slot.withdrawn, keep=new)
+        slot.previous, slot.withdrawn = slot.current, None
+        self._switch(slot, new)
+
+    def _withdraw(self, slot: Slot, previous: ServedModel) -> None:
+        slot.previous, slot.withdrawn = None, slot.current
+        self._switch(slot, previous)
+
     def _switch(self, slot: Slot, new: ServedModel) -> None:
         logger.info(
             "%s answers by %s now, before by %s", new.name, new.bundle.digest, slot.current.bundle.digest
         )
-        slot.current = new
+        slot.current, slot.behind = new, None
         self._describe(new)
         if self._certificates is not None:
             self._certificates.wake(whole=True)
 
-    def _drop(self, slot: Slot, model: ServedModel | None) -> None:
+    def drop(self, slot: Slot, model: ServedModel | None) -> None:
         """Closes the scorer of what was made and is not promoted."""
-        if model is not None and model is not slot.withdrawn:
+        if model is not None and model not in (slot.previous, slot.withdrawn):
             self._close(model.scorer)
 
     def _describe(self, model: ServedModel) -> None:

@@ -84,7 +84,7 @@ def run(settings: Settings, start: Start = start_backend) -> int:
 
 
 async def _serve(settings: Settings, start: Start) -> int:
-    _check_access(settings)
+    check_access(settings)
     with (
         _bind(settings.host, settings.port) as listener,
         tracer_from_environment() as tracer,
@@ -132,7 +132,7 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     )
 
 
-def _check_access(settings: Settings) -> None:
+def check_access(settings: Settings) -> None:
     """Checks keys, host and certificate. Raises StartError or KeyFileError."""
     if settings.keys is not None:
         names = ", ".join(key.name for key in read_keys(settings.keys))

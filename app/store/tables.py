@@ -4,6 +4,13 @@ verdicts   one row for each answer that was judged, with the probability with wh
 contents   texts and states of an answer, where the operator keeps them; they go with age, or when forgotten
 thumbs     feedback of clients, one for each answer: never a sample, since whoever sends it chose himself
 labels     what reviewers said, one for each answer and reviewer
+
+Where several replicas share the database (`candor.app.store.together`):
+
+wanted     by which bundle all replicas answer under a name
+replicas   which of them live, and by which bundle each answers
+rates      what is left of each key's rate
+used       the tokens of each key and day
 """
 
 from __future__ import annotations
@@ -105,4 +112,46 @@ labels = Table(
     Column("correct", Boolean, comment="null: the reviewer cannot tell"),
     Column("comment", Text),
     Column("answer", Text, comment="what the reviewer answers in its place"),
+)
+
+wanted = Table(
+    "wanted",
+    metadata,
+    Column("name", Text, primary_key=True, comment="of the bundles"),
+    Column("over", Text, nullable=False, comment="digest of the configured bundle that it was promoted over"),
+    Column("digest", Text, nullable=False),
+    Column("path", Text, nullable=False),
+    Column("previous_digest", Text, comment="what a rollback goes back to"),
+    Column("previous_path", Text),
+    Column("proposed_digest", Text, comment="what all are to make ready"),
+    Column("proposed_path", Text),
+    Column("proposed_by", Text, comment="replica"),
+)
+
+replicas = Table(
+    "replicas",
+    metadata,
+    Column("replica", Text, primary_key=True),
+    Column("name", Text, primary_key=True, comment="of its bundle"),
+    Column("seen", Double, nullable=False, comment="by the database's clock"),
+    Column("serves", Text, nullable=False, comment="digest"),
+    Column("prepared", Text, comment="digest of the proposed bundle, once it could answer at once"),
+    Column("fault", Text, comment="why it cannot answer by what is proposed or wanted"),
+)
+
+rates = Table(
+    "rates",
+    metadata,
+    Column("name", Text, primary_key=True, comment="of the key"),
+    Column("unit", Text, primary_key=True, comment="what is counted"),
+    Column("left", Double, nullable=False),
+    Column("time", Double, nullable=False, comment="when that was left, by the database's clock"),
+)
+
+used = Table(
+    "used",
+    metadata,
+    Column("name", Text, primary_key=True, comment="of the key"),
+    Column("day", BigInteger, primary_key=True, comment="since 1970, UTC"),
+    Column("tokens", BigInteger, nullable=False),
 )

@@ -524,7 +524,9 @@ def serve_from(engine: ScriptedEngine) -> Serve:
 
 
 def serving_from(engine: ScriptedEngine) -> Serve:
-    def start(directory: Path, **given: Any) -> AbstractContextManager[Running]:
+    def start(
+        directory: Path, engine: ScriptedEngine = engine, **given: Any
+    ) -> AbstractContextManager[Running]:
         settings = make_settings(bundle=directory, engine_check_interval_s=0.02, **given)
         read = Bundles.read(settings)
         path, bundle = read.first
@@ -540,6 +542,12 @@ def serving_from(engine: ScriptedEngine) -> Serve:
         return listening(engine, backend, settings)
 
     return start
+
+
+@pytest.fixture
+def make_engine(identity: ModelIdentity, bundle: Bundle) -> Callable[[], ScriptedEngine]:
+    """For a further replica."""
+    return lambda: scripted(identity, bundle)
 
 
 @pytest.fixture(scope="session")

@@ -261,7 +261,8 @@ def test_a_crash_between_steps_leaves_one_of_the_two(
         Promotions(file).put("tiny", after)
     monkeypatch.undo()
     assert Promotions(file).of("tiny") == (after if step == "replaced" else before)
-    Promotions(file).put("tiny", None)
+    configured = Promotion("a" * 64, Located("/p", "a" * 64), None)
+    Promotions(file).put("tiny", configured)
     assert Promotions(file).of("tiny") is None
 
 

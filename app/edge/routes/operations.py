@@ -19,7 +19,7 @@ from candor.app.edge.schemas.renewal import (
     RollbackRequest,
 )
 from candor.app.edge.schemas.responses import Model, ModelList, ServedBundle
-from candor.app.edge.services import InjectedServices, ServedModel, Services, Slot
+from candor.app.edge.services import BundleBehind, InjectedServices, ServedModel, Services, Slot
 from candor.app.process.ending import ShuttingDown
 from candor.engine.base import EngineDead
 
@@ -51,8 +51,9 @@ async def live() -> dict[str, str]:
 @router.get("/readyz", responses=_UNREADY | _DEEP)
 @router.get("/v1/health/ready", responses=_UNREADY | _DEEP)
 async def ready(request: Request, services: InjectedServices, deep: bool = False) -> dict[str, str]:
-    """The engine lives and gave the calibrated states when it was last asked: send requests. deep: it is asked
-    now, its golden prompts, for which a key needs the scope `operate`.
+    """The engine lives and gave the calibrated states when it was last asked, and the bundle is the one by which all
+    replicas answer: send requests. `store: away`: answers go on, verdicts and labels wait for the database. deep: the
+    engine is asked now, its golden prompts, for which a key needs the scope `operate`.
     """
     if deep:
         within_s = seconds_for(request, services.request_timeout_s)
@@ -63,7 +64,10 @@ async def ready(request: Request, services: InjectedServices, deep: bool = False
     for model in services.models.values():
         if model.selftest.fault is not None:
             raise model.selftest.fault
-    return _alive(services)
+    for slot in services.slots.values():
+        if slot.behind is not None:
+            raise BundleBehind(slot.behind)
+    return _alive(services) | _waiting(services)
 
 
 @router.get("/health", responses=_UNREADY)
@@ -76,7 +80,7 @@ async def healthy(services: InjectedServices) -> dict[str, str]:
 
 @router.get("/version")
 async def show_version(services: InjectedServices) -> dict[str, str]:
-    return {"version": version("candor"), "bundle": services.model().bundle.digest}
+    return {"version": version("candor"), "bundle": services.slot().current.bundle.digest}
 
 
 @router.get("/docs", include_in_schema=False)
@@ -136,6 +140,12 @@ def _alive(services: Services) -> dict[str, str]:
     if not services.watch.alive:
         raise EngineDead(str(services.watch.death.result()))
     return {"status": "ok"}
+
+
+def _waiting(services: Services) -> dict[str, str]:
+    away = services.replicas is not None and services.replicas.away
+    behind = services.store is not None and services.store.behind
+    return {"store": "away"} if away or behind else {}
 
 
 def _model(name: str, model: ServedModel, services: Services) -> Model:
