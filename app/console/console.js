@@ -1,10 +1,11 @@
 // The page: asks, and shows what comes back.
 
-import { ApiError, ask, getJson, key, sendFeedback } from "./api.js";
+import { ApiError, ask, getJson, sendFeedback } from "./api.js";
 import { showBundle } from "./bundle.js";
 import { $, element } from "./dom.js";
 import { Live } from "./live.js";
 import { Plane } from "./plane.js";
+import { keyDialog, refused, trouble } from "./trouble.js";
 import { headline, probability } from "./words.js";
 
 const SHOWN_EXEMPLARS = 3;
@@ -37,9 +38,7 @@ async function start() {
     await live.look();
   } catch (error) {
     $("served").textContent = "not connected";
-    if (!(error instanceof ApiError)) throw error;
-    if (error.status === 401 || error.status === 403) openKey();
-    trouble(error.message);
+    refused(error);
   }
 }
 
@@ -70,9 +69,7 @@ async function submit() {
     live?.look();
   } catch (error) {
     $("answer").hidden = true;
-    if (!(error instanceof ApiError)) throw error;
-    if (error.status === 401) openKey();
-    trouble(error.message);
+    refused(error);
   } finally {
     $("send").disabled = false;
     $("answer").setAttribute("aria-busy", "false");
@@ -174,16 +171,6 @@ function exemplar(one) {
       right ? ", and judged so" : `, though judged “${bundle.class_names[one.prediction]}”`));
 }
 
-function trouble(message) {
-  $("trouble").hidden = message === null;
-  $("trouble").textContent = message ?? "";
-}
-
-function openKey() {
-  $("key").value = key.get();
-  if (!$("key-dialog").open) $("key-dialog").showModal();
-}
-
 $("question").addEventListener("submit", (event) => {
   event.preventDefault();
   submit();
@@ -192,11 +179,5 @@ $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit();
 });
 $("alpha").addEventListener("change", () => plane?.show(plane.result, Number($("alpha").value)));
-$("key-open").addEventListener("click", openKey);
-$("key-cancel").addEventListener("click", () => $("key-dialog").close());
-$("key-form").addEventListener("submit", () => {
-  key.set($("key").value.trim());
-  start();
-});
-
+keyDialog(start);
 start();

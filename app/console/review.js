@@ -1,7 +1,8 @@
 // The review page: one answer after the other, labelled with the keyboard.
 
-import { ApiError, getJson, key, sendLabel } from "./api.js";
+import { getJson, sendLabel } from "./api.js";
 import { $, element } from "./dom.js";
+import { keyDialog, refused, trouble } from "./trouble.js";
 import { percent } from "./words.js";
 
 const KEYS = { r: true, w: false, u: null };
@@ -25,9 +26,7 @@ async function load() {
     show();
   } catch (error) {
     $("served").textContent = "not connected";
-    if (!(error instanceof ApiError)) throw error;
-    if (error.status === 401 || error.status === 403) openKey();
-    trouble(error.message);
+    refused(error);
   }
 }
 
@@ -63,8 +62,7 @@ async function label(correct) {
     else await load();
     $("item").focus({ preventScroll: true });
   } catch (error) {
-    if (!(error instanceof ApiError)) throw error;
-    trouble(error.message);
+    refused(error);
   } finally {
     busy = false;
   }
@@ -83,16 +81,6 @@ function agreement({ reviewers, answers, share, kappa }) {
     cell(share === null ? "–" : percent(share)), cell(kappa === null ? "–" : kappa.toFixed(2)));
 }
 
-function trouble(message) {
-  $("trouble").hidden = message === null;
-  $("trouble").textContent = message ?? "";
-}
-
-function openKey() {
-  $("key").value = key.get();
-  if (!$("key-dialog").open) $("key-dialog").showModal();
-}
-
 document.addEventListener("keydown", (event) => {
   const typing = event.target instanceof HTMLTextAreaElement || event.target instanceof HTMLInputElement && event.target.type !== "radio";
   if (typing || event.ctrlKey || event.metaKey || event.altKey || $("key-dialog").open) return;
@@ -105,11 +93,5 @@ for (const [id, correct] of [["right", true], ["wrong", false], ["unclear", null
 }
 $("later").addEventListener("click", putOff);
 document.querySelectorAll("input[name=kind]").forEach((one) => one.addEventListener("change", load));
-$("key-open").addEventListener("click", openKey);
-$("key-cancel").addEventListener("click", () => $("key-dialog").close());
-$("key-form").addEventListener("submit", () => {
-  key.set($("key").value.trim());
-  load();
-});
-
+keyDialog(load);
 load();

@@ -74,11 +74,9 @@ def main() -> None:
 
     eager = ("--eager",) if given.eager else ()
     asked = (file["calibration"], file["test"])
-    alone = json.loads(
-        steps.run(
-            "vLLM alone", "examples.reviews.vllm_alone", *eager, model, MAX_TOKENS, *asked
-        ).splitlines()[-1]
-    )
+    seconds = given.out / f"vllm-alone-{kind}.json"
+    steps.run("vLLM alone", "examples.reviews.vllm_alone", *eager, model, MAX_TOKENS, seconds, *asked)
+    alone = json.loads(seconds.read_text())
     bundle = given.out / f"bundle-{kind}"
     made = json.loads(
         steps.candor(

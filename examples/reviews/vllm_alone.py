@@ -1,6 +1,6 @@
-"""What vLLM's own offline `LLM.generate` takes for the same questions with the same settings; prints its seconds.
+"""What vLLM's own offline `LLM.generate` takes for the same questions with the same settings, in seconds.
 
-python -m examples.reviews.vllm_alone [--eager] MODEL MAX_TOKENS FILE...
+python -m examples.reviews.vllm_alone [--eager] MODEL MAX_TOKENS OUT.json FILE...
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from candor.policy.policy import Policy
 from examples.reviews.data import COLUMNS, VERIFIER
 
 
-def main(model: Path, max_tokens: int, files: list[Path], eager: bool) -> None:
+def main(model: Path, max_tokens: int, out: Path, files: list[Path], eager: bool) -> None:
     settings = EngineSettings(model, max_model_len=512, eager=eager)
     began = time.perf_counter()
     llm = started(settings)
@@ -34,7 +34,8 @@ def main(model: Path, max_tokens: int, files: list[Path], eager: bool) -> None:
         )
         answers += len(generate(llm, prompts, max_tokens))
     end = time.perf_counter()
-    print(json.dumps({"engine": ready - began, "answering": end - ready, "answers": answers}))
+    # A file, since vLLM's processes print to standard output whenever they like.
+    out.write_text(json.dumps({"engine": ready - began, "answering": end - ready, "answers": answers}))
 
 
 def started(settings: EngineSettings):
@@ -69,5 +70,6 @@ if __name__ == "__main__":
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("model", type=Path)
     parser.add_argument("max_tokens", type=int)
+    parser.add_argument("out", type=Path)
     parser.add_argument("files", type=Path, nargs="+")
     main(**vars(parser.parse_args()))
