@@ -207,7 +207,12 @@ def another_bundle(folder: Path) -> tuple[Path, Path]:
     bundle = load_bundle(old)
     manifest = replace(bundle.manifest, created="2026-11-26T00:00:00+00:00")
     publish(
-        new, manifest, bundle.estimator, bundle.exemplars, bundle.report, bundle.rule.rule if bundle.rule else None
+        new,
+        manifest,
+        bundle.estimator,
+        bundle.exemplars,
+        bundle.report,
+        bundle.rule.rule if bundle.rule else None,
     )
     return old, new
 

@@ -24,7 +24,7 @@ from candor.app.answering.judging import Judging
 from candor.app.answering.request import Bulk
 from candor.app.answering.service import Answer
 from candor.app.answering.waiting import Deadline, seconds_for, unless_interrupted
-from candor.app.edge.limits import Refused, at_most, few_logprobs
+from candor.app.edge.limits import Refused, few_logprobs
 from candor.app.edge.parsing import BoundedRoute
 from candor.app.edge.routes.answers import EventStream, shadowed, verdict_headers
 from candor.app.edge.routes.documented import ERRORS, STREAMED
