@@ -5,6 +5,7 @@
 It starts PostgreSQL (tests/app/postgres.py), `candor deploy` with the demo's model and bundle, and Prometheus where
 there is a `prometheus`; then, one after the other:
 
+    service       answers a second of one replica with 1 to 16 clients, and what a prompt's token costs
     throughput    whole answers a second and per second of processor time, with 1, 2 and 3 replicas
     verdicts      the same prompts, one at a time, on each replica
     promote       another bundle while answers are asked for
@@ -26,6 +27,7 @@ import runpy
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -95,8 +97,10 @@ class Fleet:
         page = self.http.get("/metrics").text
         return {line.split('"')[1] for line in page.splitlines() if line.startswith("candor_store_behind{")}
 
-    async def load(self, seconds: float, during: Any = None, *, stream: bool = False) -> tuple[Load, Any]:
-        """Asks AT_ONCE answers at a time. during: awaited meanwhile, with the load; its result comes back too."""
+    async def load(
+        self, seconds: float, during: Any = None, *, stream: bool = False, at_once: int = AT_ONCE
+    ) -> tuple[Load, Any]:
+        """Asks `at_once` answers at a time. during: awaited meanwhile, with the load; its result comes back too."""
         found, end = Load(), time.monotonic() + seconds
         result: Any = None
 
@@ -107,7 +111,7 @@ class Fleet:
             ) as client:
                 while time.monotonic() < end:
                     body = self.body(self.prompts[at % len(self.prompts)], stream=stream)
-                    at += AT_ONCE
+                    at += at_once
                     began = time.monotonic()
                     try:
                         response = await client.post("/v1/chat/completions", json=body)
@@ -125,7 +129,7 @@ class Fleet:
                     else:
                         await asyncio.sleep(0.1)
 
-        tasks = [asyncio.create_task(one(number)) for number in range(AT_ONCE)]
+        tasks = [asyncio.create_task(one(number)) for number in range(at_once)]
         if during is not None:
             result = await during(found)
         await asyncio.gather(*tasks)
@@ -215,6 +219,31 @@ def another_bundle(folder: Path) -> tuple[Path, Path]:
         bundle.rule.rule if bundle.rule else None,
     )
     return old, new
+
+
+def service(fleet: Fleet) -> dict[str, Any]:
+    rates: dict[str, float] = {}
+    for clients in (1, 2, 4, 8, 16):
+        began = time.monotonic()
+        load, _ = asyncio.run(fleet.load(6, at_once=clients))
+        rates[str(clients)] = len(load.answered) / (time.monotonic() - began)
+    usage = [fleet.ask(prompt).json()["usage"] for prompt in fleet.prompts[:8]]
+    points = []
+    for words in (10, 350):
+        for number in range(4):
+            text = " ".join(f"w{number}{word % 7}" for word in range(words))[: words * 3]
+            began = time.monotonic()
+            response = fleet.ask(text, max_tokens=1)
+            if response.status_code == 200:
+                points.append((response.json()["usage"]["prompt_tokens"], time.monotonic() - began))
+    slope, _ = statistics.linear_regression([n for n, _ in points], [s for _, s in points])
+    return {
+        "answers_per_s": rates,
+        "tokens_per_answer": statistics.mean(one["completion_tokens"] for one in usage),
+        "prompt_tokens": statistics.mean(one["prompt_tokens"] for one in usage),
+        "prefill_s_per_token": slope,
+        "prefill_points": points,
+    }
 
 
 def throughput(fleet: Fleet, seconds: float) -> dict[str, Any]:
@@ -373,7 +402,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("replicas.json"))
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument(
-        "--parts", nargs="+", default=["throughput", "verdicts", "promote", "quota", "feedback", "kill"]
+        "--parts",
+        nargs="+",
+        default=["service", "throughput", "verdicts", "promote", "quota", "feedback", "kill"],
     )
     parser.add_argument("--seconds", type=float, default=25)
     given = parser.parse_args()
@@ -423,6 +454,10 @@ def measure(given: argparse.Namespace, found: dict[str, Any], folder: Path, log:
         until(lambda: fleet.http.get("/readyz").status_code == 200, 240, "the first replica")
         found["start_s"] = time.monotonic() - began
         with prometheus(folder, port, key) as scraped:
+            if "service" in given.parts:
+                asyncio.run(fleet.load(4))  # warm
+                found["service"] = service(fleet)
+                given.out.with_suffix(".txt").write_text(fleet.http.get("/metrics").text)
             for replicas in given.replicas:
                 if replicas != given.replicas[0]:
                     began = time.monotonic()
