@@ -1,4 +1,4 @@
-"""From 1 to 1,000 replicas on paper: a discrete-event model, fed with measured times and checked against real replicas.
+"""From 1 to 1,000 replicas on paper: a discrete-event model, fed with measured times, checked on real replicas.
 
     python -m benchmarks.fleet measure --page replicas.txt --out parts.json
     python -m benchmarks.fleet simulate --parts parts.json --replicas replicas.json
@@ -289,7 +289,7 @@ def _store_times() -> dict[str, float]:
         def spent() -> float:
             leader = psutil.Process(postgres.process.pid)
             times = [one.cpu_times() for one in (leader, *leader.children(recursive=True))]
-            return sum(one.user + one.system for one in times)
+            return float(sum(one.user + one.system for one in times))
 
         def on_server(work: Any, items: int = 1) -> float:
             """Processor seconds of PostgreSQL for each item."""
@@ -383,7 +383,7 @@ def _page_times(page: str) -> dict[str, Any]:
 
 
 def service_times(found: dict[str, Any]) -> tuple[float, float, float]:
-    """Returns prefill, step and each, from the answers at several numbers of clients that were measured on one replica.
+    """Returns prefill, step and each, from what one replica answered with several numbers of clients.
 
     found: {"clients": answers a second, ...} and "prefill_s_per_token".
     """

@@ -150,8 +150,15 @@ def test_every_value_is_in_the_schema(root: Path) -> None:
 
 REAL = {
     "one GPU": ("model.claim=models", "model.path=m", "bundle.path=b"),
-    "four GPUs, two replicas": ("gpus=4", "replicas=2", "model.claim=m", "model.path=m", "bundle.path=b"),
-    "CPU": ("gpus=0", "replicas=3", "resources.limits.memory=8Gi"),
+    "four GPUs, two replicas": (
+        "gpus=4",
+        "replicas=2",
+        "store.secret=db",
+        "model.claim=m",
+        "model.path=m",
+        "bundle.path=b",
+    ),
+    "CPU": ("gpus=0", "replicas=3", "store.secret=db", "resources.limits.memory=8Gi"),
     "OpenShift": ("runAsUser=null", "gpus=0"),
     "HTTPS": ("tls.secret=tls", "monitoring.keySecret.name=scraper", "monitoring.keySecret.key=key"),
     "ingress": (
@@ -187,17 +194,23 @@ REAL = {
         "podAnnotations.team=a",
         "podLabels.team=a",
     ),
-    "scaled by its queue": ("autoscaling.enabled=true", "autoscaling.maxReplicas=8", "gpus=2"),
+    "scaled by its queue": (
+        "autoscaling.enabled=true",
+        "store.secret=db",
+        "autoscaling.maxReplicas=8",
+        "gpus=2",
+    ),
+    "scaled by KEDA": ("keda.enabled=true", "store.secret=db"),
     "open within a closed cluster": ("openToAll=true", "networkPolicy.from[0].podSelector.matchLabels.app=x"),
 }
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_chart_as_people_deploy_it(run: Run, tmp_path: Path, name: str) -> None:
-    """Twelve settings, each rendered and validated, and each says what it is meant to say."""
+    """Thirteen settings, each rendered and validated, and each says what it is meant to say."""
     documents = _chart(run, *REAL[name])
     file = tmp_path / "chart.yaml"
-    foreign = ("monitoring.coreos.com", "gateway.networking.k8s.io")
+    foreign = ("monitoring.coreos.com", "gateway.networking.k8s.io", "keda.sh")
     own = [one for one in documents if not one["apiVersion"].startswith(foreign)]
     file.write_text(yaml.safe_dump_all(own), encoding="utf-8")
     run("kubernetes-validate", "--strict", file)
@@ -207,7 +220,10 @@ def test_chart_as_people_deploy_it(run: Run, tmp_path: Path, name: str) -> None:
     [container] = pod["containers"]
     environment = {one["name"]: one.get("value") for one in container["env"]}
     assert kinds["NetworkPolicy"]["spec"]["policyTypes"] == ["Ingress", "Egress"]
-    assert kinds["NetworkPolicy"]["spec"]["egress"] == []
+    shared = any(setting.startswith("store.") for setting in REAL[name])
+    egress = [port["port"] for rule in kinds["NetworkPolicy"]["spec"]["egress"] for port in rule["ports"]]
+    assert egress == ([5432, 53, 53] if shared else [])
+    assert ("CANDOR_STORE_SPOOL" in environment) is shared
     assert kinds["PodDisruptionBudget"]["spec"]["maxUnavailable"] == 1
     assert container["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "5"]
     https = name == "HTTPS"
@@ -241,7 +257,7 @@ def test_chart_as_people_deploy_it(run: Run, tmp_path: Path, name: str) -> None:
         case "a runtime class, a digest, annotations":
             assert container["image"].endswith("@sha256:" + "0" * 64)
             assert pod["runtimeClassName"] == "nvidia"
-        case "scaled by its queue":
+        case "scaled by its queue" | "scaled by KEDA":
             assert "replicas" not in kinds["Deployment"]["spec"]
 
 
@@ -265,6 +281,7 @@ def test_chart_with_everything_is_valid_kubernetes(run: Run, tmp_path: Path) -> 
     documents = _chart(
         run,
         *("model.claim=models", "model.path=m", "bundle.path=b", "gpus=0", "autoscaling.enabled=true"),
+        "autoscaling.maxReplicas=1",
         *("keys.secret=keys", "monitoring.keySecret.name=scraper", "monitoring.keySecret.key=key"),
     )
     (monitor,) = (one for one in documents if one["kind"] == "PodMonitor")
