@@ -1,7 +1,7 @@
 """Several replicas on Kubernetes: what the chart asks for, and the examples beside it, held to their schemas.
 
 The schemas of others' resources are not ours to ship: `CRDS=DIR pytest tests/docker/test_kubernetes.py` takes a
-folder with the custom resource definitions of KubeRay, KServe, KEDA and the Gateway API inference extension, one a file.
+folder with the custom resource definitions of KubeRay, KServe, KEDA and the inference gateway, one a file.
 """
 
 from __future__ import annotations
