@@ -1,11 +1,12 @@
 """Checks certificates of two-gate rules, and of regions, against a known truth: how many are false, how many issued.
 
-    python -m benchmarks.certificates [--redraws 500] [--whole 0] [--regions 0] [--only NAME] [--json]
+    python -m benchmarks.certificates [--redraws 500] [--unbegun 0] [--whole 0] [--regions 0] [--only NAME] [--json]
 
 Every redraw repeats the whole procedure with new data: records are dealt into fitting and certification, gate and
 score fitted, order and start taken from cross-validated scores, and a certificate sought. The accuracy among those
 let through is taken over 10,000 further records of a world in which it is known. A redraw *fails* where a certificate
-was issued and the true accuracy is below it. At most a share delta may fail, up to sampling error. `--whole` redraws
+was issued and the true accuracy is below it. At most a share delta may fail, up to sampling error. In `--unbegun`
+redraws prompts tell something of the answers, and those whose score is foretold too low are not begun. `--whole` ones
 are made by the steps of `candor calibrate`: with an SDM layer, whose figures the score may use, and with declared
 strangers, which a probe learns to refuse; what it refuses depends on h. The papers' region uses the same records: a
 layer on four fifths, its region certified on one fifth (`calibration.certificate`). These take longer. The exit code
@@ -42,6 +43,7 @@ FRESH = 10_000
 PROMPT_WIDTH = 6
 STRANGERS = 60
 """Declared ones; half of them teach the probe."""
+MAY_LOSE = 0.02
 
 Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor, Tensor]]
 """n, generator -> h (n, WIDTH), labels (n,), P(y = 1 | h) (n,)."""
@@ -98,25 +100,25 @@ class RedrawCounts:
 NOTHING = RedrawCounts(False, False, 0.0)
 
 
-def redraw(scenario: Draws, seed: int) -> RedrawCounts:
-    """One redraw of a two-gate rule; its h is one block, and prompts differ only by chance."""
+def redraw(scenario: Draws, seed: int, may_lose: float | None = None) -> RedrawCounts:
+    """One redraw of a two-gate rule; its h is one block. Without `may_lose` prompts differ only by chance."""
     generator = torch.Generator().manual_seed(seed)
-    rows, _ = _rows(scenario, scenario.records, generator)
+    telling = may_lose is not None
+    rows, _ = _rows(scenario, scenario.records, generator, telling=telling)
     rest, apart = draw(rows.digests, 0.4, seed)
     fitting = rows[rest]
     _, half = split(list(fitting.digests), fitting.y.tolist(), (0.5, 0.5), seed)
     in_calibration = torch.zeros(len(fitting), dtype=torch.bool)
     in_calibration[half] = True
     try:
-        fitted = fit_rule(
-            fitting, in_calibration, (("last", WIDTH),), (PROMPT_WIDTH,), RuleSettings(seed=seed)
-        )
+        settings = RuleSettings(seed=seed, may_lose=may_lose)
+        fitted = fit_rule(fitting, in_calibration, (("last", WIDTH),), (PROMPT_WIDTH,), settings)
     except CalibrationError:
         return NOTHING
     found = certify_rule(fitted, rows[apart], scenario.wanted)
     if found.certificate is None:
         return NOTHING
-    fresh, truth = _rows(scenario, FRESH, generator)
+    fresh, truth = _rows(scenario, FRESH, generator, telling=telling)
     judged = fitted.rule.judge(fresh.prompts, fresh.h, fresh.figures)
     answered = found.certificate.covers(judged.known, judged.score, judged.forecast)
     false = bool(answered.any()) and float(truth[answered].mean()) < scenario.wanted.accuracy
@@ -187,9 +189,14 @@ def _prompts(h: Tensor, generator: torch.Generator) -> Tensor:
     return drawn
 
 
-def _rows(scenario: Draws, n: int, generator: torch.Generator) -> tuple[RuleRows, Tensor]:
+def redraw_unbegun(scenario: Draws, seed: int) -> RedrawCounts:
+    return redraw(scenario, seed, MAY_LOSE)
+
+
+def _rows(scenario: Draws, n: int, generator: torch.Generator, *, telling: bool) -> tuple[RuleRows, Tensor]:
+    """telling: prompts tell something of h."""
     h, y, truth = scenario.draw(n, generator)
-    prompts = torch.randn(n, PROMPT_WIDTH, generator=generator)
+    prompts = _prompts(h, generator) if telling else torch.randn(n, PROMPT_WIDTH, generator=generator)
     return RuleRows(prompts, h, torch.empty(n, 0), y, [str(i) for i in range(n)]), truth
 
 
@@ -213,6 +220,7 @@ def summarise(scenario: Draws, way: str, outcomes: list[RedrawCounts]) -> dict[s
 
 def main(
     redraws: Annotated[int, typer.Option(min=0, help="Of each scenario.")] = 500,
+    unbegun: Annotated[int, typer.Option(min=0, help="Redraws of each that may lose some answers.")] = 0,
     whole: Annotated[int, typer.Option(min=0, help="Redraws of each with layer and probe.")] = 0,
     regions: Annotated[int, typer.Option(min=0, help="Redraws of each by the papers' region.")] = 0,
     only: Annotated[list[str] | None, typer.Option(help="Scenarios by name; all without.")] = None,
@@ -220,7 +228,12 @@ def main(
 ) -> None:
     torch.set_num_threads(1)  # the matrices are small: more threads only wait for each other
     rows = []
-    ways = [("rule", redraw, redraws), ("whole", redraw_whole, whole), ("region", redraw_region, regions)]
+    ways: list[tuple[str, Callable[[Draws, int], RedrawCounts], int]] = [
+        ("rule", redraw, redraws),
+        ("unbegun", redraw_unbegun, unbegun),
+        ("whole", redraw_whole, whole),
+        ("region", redraw_region, regions),
+    ]
     for scenario, (way, function, count) in product(SCENARIOS, ways):
         if not count or (only and scenario.name not in only):
             continue
@@ -236,7 +249,7 @@ def main(
 def _line(row: dict[str, Any]) -> str:
     failed = [100 * row["failed"][name] for name in ("value", "low", "high")]
     return (
-        "{scenario:<18}{way:<7}accuracy {accuracy:<6}".format(**row)
+        "{scenario:<18}{way:<9}accuracy {accuracy:<6}".format(**row)
         + "failed {:.1f} % [{:.1f}, {:.1f}]   ".format(*failed)
         + "issued {issued:.0%}, answering {answered_if_issued:.0%}".format(**row)
     )

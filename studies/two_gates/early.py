@@ -10,7 +10,8 @@ that reach it pass, cross-validated too. So the stops are fixed before the certi
 certificate of the rule with its stops (a stopped answer is not let through) holds as one without them does.
 
 Answers' tokens are read again by transformers, once; they are kept beside the study's files. Without a model there is
-the first check alone.
+the first check alone. What is served (`calibration.forecast`) looks once, when prefill ends, and loses less: its cut
+belongs to the threshold that is certified.
 """
 
 from __future__ import annotations

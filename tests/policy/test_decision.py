@@ -158,7 +158,7 @@ def test_reasons(row: Row, region: Region, expected: str | None, kind: Estimator
 def test_each_reason_has_its_region(reason: Any, region: str) -> None:
     assert ({None: "high"} | REGION_OF)[reason] == region
     assert (None, *REGION_OF) == REASONS
-    assert len(REASONS) == 12
+    assert len(REASONS) == 13
 
 
 def test_the_estimator_in_force_admits() -> None:
