@@ -421,6 +421,15 @@ def test_a_cut_answer_is_closed_in_its_request_or_costs_no_second_prefill(
     bench.assert_exact(prompt, answer)
 
 
+def test_an_answer_that_fills_the_context_is_still_closed(bench: Bench) -> None:
+    closing, _ = bench.chat.closing(REPRESENTATION.tag)
+    story = bench.ask("The wind was in the sails of the small white boat. " * 100)
+    prompt = story[: 1024 - len(closing) - 1 - 3]  # room for three tokens
+    answer = bench.one(prompt, Sampling(max_tokens=40))
+    assert answer.completion_tokens <= 3
+    bench.assert_exact(prompt, answer)
+
+
 @pytest.mark.parametrize("regex", ["yes|no", "[a-z]{30,60}", r'\{"n": [0-9]{1,20}\}'])
 def test_an_answer_under_a_grammar_is_closed_in_its_request(bench: Bench, regex: str) -> None:
     if not bench.is_vllm:
