@@ -1,4 +1,4 @@
-"""128 more hostile inputs, each of a kind of its own, over every route: bytes as they go over the connection.
+"""131 more hostile inputs, each of a kind of its own, over every route: bytes as they go over the connection.
 
 `hostile.py` has wrong values in every field; these are the protocol itself, paths, headers, and bodies that are well
 formed and mean harm. `status`: what may come back (0: the connection is closed without an answer).
@@ -365,12 +365,23 @@ def meaning() -> Iterator[tuple[str, bytes, tuple[int, ...]]]:
         post("/bundles/promote", {"bundle": "../../../../etc"}),
         (400, 404, 409),
     )
+    several = {"model": "tiny", "max_tokens": 2, "prompt": ["the old man by the sea " * 60] * 16}
+    yield "sixteen long prompts at once", post("/v1/completions", several), (200, 400)
+    slow = {"regex": "(a|b|c){1,400}.{1,100}x"}
+    yield "a regular expression that compiles slowly", chat(structured_outputs=slow), REFUSED_OR_FINE
+    wide = {"properties": {f"p{n}": {"type": "string", "maxLength": 999} for n in range(900)}}
+    yield "a tool with 900 parameters that must be called", _tool(wide), REFUSED_OR_FINE
     yield "SageMaker's route with nothing", post("/invocations", {}), BAD
 
 
 def _schema(inner: Any) -> bytes:
     asked = {"type": "json_schema", "json_schema": {"name": "a", "schema": inner}}
     return chat(response_format=asked)
+
+
+def _tool(parameters: Any) -> bytes:
+    called = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", **parameters}}}
+    return chat(tools=[called], tool_choice="required")
 
 
 def _doubling(times: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import httpx
 
 HELD_S = 0.05
 MOST_BYTES = 16 << 20
-MOST_S = 20.0
+MOST_S = 30.0
 """A request with a grammar may take some: a machine that is busy compiles it slowly."""
 
 
@@ -50,6 +50,9 @@ def test_inputs_of_a_hundred_kinds(start_replica: Any, kinds: Any, wait_until: A
             status, body = answer_to(port, one.raw)
         except TimeoutError:
             faults.append(f"{one.name}: no answer in {MOST_S} s")
+            replica.process.kill()  # what holds it would count against the inputs that follow
+            replica = start_replica()
+            port = httpx.URL(replica.url).port
             continue
         if status not in one.status:
             faults.append(f"{one.name}: expected {one.status}, got {status} {body[:200]!r}")
@@ -57,9 +60,8 @@ def test_inputs_of_a_hundred_kinds(start_replica: Any, kinds: Any, wait_until: A
             faults.append(f"{one.name}: an error without a message")
         if replica.memory > grown + MOST_BYTES:
             faults.append(f"{one.name}: {(replica.memory - grown) >> 20} MiB more")
-        if httpx.get(f"{replica.url}/livez", timeout=MOST_S).status_code != 200:
-            faults.append(f"{one.name}: the next request was not answered")
-        wait_until(lambda looks=looks: len(replica.held()) > looks)
+        assert httpx.get(f"{replica.url}/livez", timeout=2 * MOST_S).status_code == 200, one.name
+        wait_until(lambda replica=replica, looks=looks: len(replica.held()) > looks)
         if (held := max(replica.held()[looks:])) >= HELD_S:
             faults.append(f"{one.name}: held the event loop for {held:.3f} s")
     print(

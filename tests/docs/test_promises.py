@@ -31,7 +31,9 @@ def test_every_promise_is_shown_by_a_test_that_exists(document: str, least: int)
     for promise, shown in rows.items():
         named = re.findall(r"((?:`test_\w+`(?:, )?)+) in `(tests/[\w/]+\.py)`", shown)
         assert named, f"{document}: no test beside {promise!r}"
-        assert len(re.findall(r"`test_\w+`", shown)) == sum(len(re.findall("`", names)) // 2 for names, _ in named)
+        assert len(re.findall(r"`test_\w+`", shown)) == sum(
+            len(re.findall("`", names)) // 2 for names, _ in named
+        )
         for names, file in named:
             text = (ROOT / file).read_text(encoding="utf-8")
             for name in re.findall(r"test_\w+", names):
