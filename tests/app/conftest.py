@@ -24,11 +24,13 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import httpx
+import psutil
 import pytest
 import torch
 import uvicorn
 from opentelemetry.trace import Tracer
 
+from benchmarks.zoo.calibrated import calibrated
 from candor.app.process.application import create_app
 from candor.app.process.backend import Backend, Bundles
 from candor.app.process.server import uvicorn_config
@@ -582,6 +584,12 @@ def hostile() -> SimpleNamespace:
 
 
 @pytest.fixture
+def kinds() -> SimpleNamespace:
+    """The corpus in kinds.py."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("kinds.py"))))
+
+
+@pytest.fixture
 def upstream() -> Iterator[FakeUpstream]:
     """An upstream on a loopback port that answers "Theirs."."""
     with fake_upstream() as fake:
@@ -592,13 +600,14 @@ def upstream() -> Iterator[FakeUpstream]:
 class Replica:
     """replica.py: a server in a process of its own."""
 
-    def __init__(self, log: Path, port: int = 0, **environment: str) -> None:
+    def __init__(self, log: Path, port: int = 0, real: Sequence[Path] = (), **environment: str) -> None:
+        """real: a model's directory and its bundle's, for a real engine in the script's place."""
         self._log = log
         clean = {name: value for name, value in os.environ.items() if not name.startswith("CANDOR_")}
         root = Path(__file__).resolve().parents[2]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, Path(__file__).with_name("replica.py"), str(port)],
+                [sys.executable, Path(__file__).with_name("replica.py"), str(port), *real],
                 stdout=output,
                 stderr=output,
                 cwd=root,
@@ -620,6 +629,11 @@ class Replica:
         assert found is not None
         return found[1]
 
+    @property
+    def memory(self) -> int:
+        """Resident bytes of the process that serves HTTP."""
+        return int(psutil.Process(self.process.pid).memory_info().rss)
+
     def held(self) -> list[float]:
         """What was printed since the server was ready, but for the quarter of a second of its start."""
         after = self.output.split("ready url=")[1]
@@ -628,11 +642,24 @@ class Replica:
 
 @pytest.fixture
 def start_replica(tmp_path: Path) -> Iterator[Callable[..., Replica]]:
-    """Starts replicas, waits until they are ready, and ends them with the test."""
+    """Starts replicas, waits until they are ready, and ends them with the test.
+
+    With CANDOR_ENGINE=vllm their engine is a real one, with a tiny model (benchmarks.zoo.calibrated).
+    """
     started: list[Replica] = []
+    real: Sequence[Path] = ()
+    settings: dict[str, str] = {}
+    if os.environ.get("CANDOR_ENGINE") == "vllm":
+        real = calibrated(Path(os.environ.get("CANDOR_TINY", tmp_path / "tiny")))
+        settings = {
+            "CANDOR_EAGER": "true",
+            "CANDOR_MAX_MODEL_LEN": "1024",
+            "CANDOR_SERVED_MODEL_NAME": "tiny",
+        }
+        settings["CANDOR_KV_CACHE_BYTES"] = str(1 << 25)
 
     def start(port: int = 0, *, wait: bool = True, **environment: str) -> Replica:
-        one = Replica(tmp_path / f"replica.{len(started)}", port, **environment)
+        one = Replica(tmp_path / f"replica.{len(started)}", port, real, **settings | environment)
         started.append(one)
         if wait:
             until(lambda: one.ready, 180)
@@ -640,6 +667,8 @@ def start_replica(tmp_path: Path) -> Iterator[Callable[..., Replica]]:
 
     yield start
     for one in started:
+        for child in psutil.Process(one.process.pid).children(recursive=True):
+            child.kill()
         one.process.kill()
         one.process.wait()
 

@@ -1,10 +1,11 @@
 """A server in a process of its own, from its settings to its exit code, with the script of conftest.py as its engine.
 
-    python replica.py PORT           settings from the environment
+    python replica.py PORT                   settings from the environment
+    python replica.py PORT MODEL BUNDLE      with a real engine
 
-What a prompt gets: "slow" 40 pieces in 2 s, anything else an answer at once. Four times a second it prints the
-longest time for which its event loop ran without a pause, in seconds of its thread's processor time, so that a busy
-machine does not count: `held 0.012`.
+What the script says to a prompt: "slow" 40 pieces in 2 s, anything else an answer at once. Four times a second it
+prints the longest time for which its event loop ran without a pause, in seconds of its thread's processor time, so
+that a busy machine does not count: `held 0.012`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from candor.app.process.backend import Backend
+from candor.app.process.backend import Backend, start_backend
 from candor.app.process.server import run
 from candor.app.process.settings import Settings
 from candor.app.telemetry import logs
@@ -44,18 +45,24 @@ async def _watch_loop() -> None:
 
 
 def main() -> int:
+    port, *real = sys.argv[1:]
+    model, bundle = map(Path, real or ("m", "b"))
+    tasks = []
+
+    async def start(settings: Settings) -> Backend:
+        tasks.append(asyncio.create_task(_watch_loop()))
+        return await start_backend(settings) if real else _scripted()
+
+    logs.configure("text")
+    return run(Settings(model=model, bundle=bundle, port=int(port)), start)
+
+
+def _scripted() -> Backend:
     doubles = _doubles()
     bundle = doubles.bundle_of(doubles.fitted(), doubles.IDENTITY)
     engine = doubles.scripted(doubles.IDENTITY, bundle)
     engine.script("slow", pieces=("a ",) * 40, pause_s=0.05)
-    tasks = []
-
-    async def start(_: Settings) -> Backend:
-        tasks.append(asyncio.create_task(_watch_loop()))
-        return Backend(engine, doubles.LetterFormat(), bundle)
-
-    logs.configure("text")
-    return run(Settings(model=Path("m"), bundle=Path("b"), port=int(sys.argv[1])), start)
+    return Backend(engine, doubles.LetterFormat(), bundle)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """schemathesis against the server's own OpenAPI document: no 5xx, nothing the document does not say.
 
 A real server over HTTP with keys; in the engine's place the tests' script, which answers at once, so that many
-cases are asked. Run by hand, the whole or one operation of it; or beside vLLM, with the demo's model:
+cases are asked. Run by hand, the whole or one operation of it; or beside vLLM, with a tiny model:
 
     pytest -m slow tests/app/test_schema_fuzz.py [-k completions]
     CANDOR_ENGINE=vllm CANDOR_FUZZ_CASES=2000 pytest -m slow tests/app/test_schema_fuzz.py
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,11 +34,11 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from benchmarks.servers import serving
+from benchmarks.zoo.calibrated import calibrated
 from candor.app.edge.keys import make_key
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 CASES = int(os.environ.get("CANDOR_FUZZ_CASES", "20000"))
 VLLM = os.environ.get("CANDOR_ENGINE") == "vllm"
 SEED = int(os.environ.get("CANDOR_FUZZ_SEED", "0"))
@@ -69,9 +70,7 @@ class Fuzzed:
 
 
 @pytest.fixture(scope="module")
-def fuzzed(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest, start_scripted: Any
-) -> Iterator[Fuzzed]:
+def fuzzed(tmp_path_factory: pytest.TempPathFactory, start_scripted: Any) -> Iterator[Fuzzed]:
     """A server with keys and feedback, and its document."""
     folder = tmp_path_factory.mktemp("fuzz")
     secret, key = make_key("fuzz", ["answer", "feedback", "operate"])
@@ -87,9 +86,20 @@ def fuzzed(
 
     if VLLM:
         settings = {"CANDOR_KEYS": str(folder / "keys"), "CANDOR_STORE": str(folder / "feedback.db")}
-        model = request.getfixturevalue("demo_model")
-        with serving(model, ROOT / "demo/bundle", settings | {"CANDOR_EAGER": "true"}) as real:
+        settings |= {
+            "CANDOR_EAGER": "true",
+            "CANDOR_MAX_MODEL_LEN": "1024",
+            "CANDOR_KV_CACHE_BYTES": str(1 << 26),
+        }
+        model, bundle = calibrated(Path(os.environ.get("CANDOR_TINY", folder / "tiny")))
+        with serving(model, bundle, settings) as real:
+            before = real.memory_by_process()
             yield describe(real.url)
+            print(f"\nresident bytes: {before} -> {real.memory_by_process()}")
+            metrics = httpx.get(
+                f"{real.url}/metrics", headers={"authorization": f"Bearer {secret}"}, timeout=30
+            )
+            print(re.findall(r"candor_event_loop_lag_seconds[^#\n]*", metrics.text))
     else:
         with start_scripted(keys=folder / "keys", store=str(folder / "feedback.db")) as scripted:
             yield describe(scripted.url)

@@ -1,4 +1,6 @@
-"""A real server on a real vLLM with the demo's model, to be broken. Run by hand: pytest -m faults tests/faults.
+"""A real server on a real vLLM, to be broken. Run by hand: pytest -m faults tests/faults.
+
+`start_server` serves the demo's model; `start_tiny` one with random weights, where what is answered does not matter.
 
 Each test states what must hold and checks it; after each the server must answer the next request.
 """
@@ -20,11 +22,13 @@ import httpx
 import psutil
 import pytest
 
+from benchmarks.zoo.calibrated import calibrated
+
 # Told to end, pytest would leave the servers behind: as for Ctrl-C, fixtures are ended first.
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[2]
-CANDOR = Path(sys.executable).with_name("candor")
+CANDOR = (sys.executable, "-m", "candor.app.cli")
 ORDERED = (
     "Finish the sentence with the words in the right order.\n"
     "Sentence: The children ran home before the\nWords: began. storm"
@@ -96,9 +100,11 @@ def until(holds: Callable[[], bool], within_s: float) -> None:
         time.sleep(0.1)
 
 
-def start(model: Path, folder: Path, **environment: str) -> Server:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
+def start(model: Path, bundle: Path, folder: Path, group: Path | None = None, **environment: str) -> Server:
+    """group: directory of the cgroup that it starts in. environment: its settings."""
+    with socket.create_server(("127.0.0.1", int(environment.pop("CANDOR_PORT", "0")))) as probe:
         port = probe.getsockname()[1]
+    within = ("sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(group)) if group else ()
     log = folder / "log"
     settings = {
         "CANDOR_EAGER": "true",
@@ -112,7 +118,7 @@ def start(model: Path, folder: Path, **environment: str) -> Server:
     }
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [CANDOR, "serve", "--model", model, "--bundle", ROOT / "demo/bundle", "--port", str(port)],
+            [*within, *CANDOR, "serve", "--model", model, "--bundle", bundle, "--port", str(port)],
             env=os.environ | settings | environment,
             stdout=output,
             stderr=output,
@@ -142,10 +148,28 @@ def start_server(
     demo_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Server]]:
     """Starts servers that are ended with the module."""
+    yield from _starting(demo_model, ROOT / "demo/bundle", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Directories of a tiny model and its bundle."""
+    return calibrated(Path(os.environ.get("CANDOR_TINY", tmp_path_factory.mktemp("tiny"))))
+
+
+@pytest.fixture(scope="module")
+def start_tiny(
+    tiny_model: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Server]]:
+    """As `start_server`, with a tiny model."""
+    yield from _starting(*tiny_model, tmp_path_factory)
+
+
+def _starting(model: Path, bundle: Path, folders: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     started: list[Server] = []
 
-    def one(**environment: str) -> Server:
-        started.append(start(demo_model, tmp_path_factory.mktemp("server"), **environment))
+    def one(group: Path | None = None, **environment: str) -> Server:
+        started.append(start(model, bundle, folders.mktemp("server"), group, **environment))
         return started[-1]
 
     yield one
