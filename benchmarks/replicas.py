@@ -8,7 +8,7 @@ there is a `prometheus`; then, one after the other:
     service       answers a second of one replica with 1 to 16 clients, and what a prompt's token costs
     throughput    whole answers a second and per second of processor time, with 1, 2 and 3 replicas
     verdicts      the same prompts, one at a time, on each replica
-    promote       another bundle while answers are asked for
+    promotion     another bundle while answers are asked for
     quota         a key that may use few tokens a day, asked of all replicas
     feedback      on an answer that another replica gave
     kill          -9 of a replica's process, of its vLLM process and of a worker of the ingress, amid load
@@ -36,6 +36,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -392,8 +393,13 @@ def kill(fleet: Fleet, which: str, replicas: int, *, stream: bool) -> dict[str, 
     }
 
 
-def asked_again(log: Path) -> int:
-    return log.read_text(errors="replace").count("asked again (")
+def killed(fleet: Fleet, which: str, replicas: int, *, stream: bool, log: Path) -> dict[str, Any]:
+    def asked_again() -> int:
+        return log.read_text(errors="replace").count("asked again (")
+
+    before = asked_again()
+    struck = kill(fleet, which, replicas, stream=stream)
+    return {**struck, "asked_again": asked_again() - before}
 
 
 def main() -> None:
@@ -404,7 +410,7 @@ def main() -> None:
     parser.add_argument(
         "--parts",
         nargs="+",
-        default=["service", "throughput", "verdicts", "promote", "quota", "feedback", "kill"],
+        default=["service", "throughput", "verdicts", "promotion", "quota", "feedback", "kill"],
     )
     parser.add_argument("--seconds", type=float, default=25)
     given = parser.parse_args()
@@ -468,20 +474,23 @@ def measure(given: argparse.Namespace, found: dict[str, Any], folder: Path, log:
                     found["throughput"][str(replicas)] = throughput(fleet, given.seconds)
             found["prometheus"] = scraped()
         last = given.replicas[-1]
-        if "verdicts" in given.parts:
-            found["verdicts"] = verdicts(fleet, 12, last)
-        if "promote" in given.parts:
-            found["promotion"] = promotion(fleet, "new")
-        if "quota" in given.parts:
-            found["quota"] = quota(fleet, few)
-        if "feedback" in given.parts:
-            found["feedback"] = feedback(fleet)
-        if "kill" in given.parts:
-            found["kills"] = []
-            for which, stream in (("replica", False), ("vllm", False), ("replica", True), ("ingress", False)):
-                before = asked_again(log)
-                struck = kill(fleet, which, last, stream=stream)
-                found["kills"].append({**struck, "asked_again": asked_again(log) - before})
+        work: dict[str, Any] = {
+            "verdicts": lambda: verdicts(fleet, 12, last),
+            "promotion": lambda: promotion(fleet, "new"),
+            "quota": lambda: quota(fleet, few),
+            "feedback": lambda: feedback(fleet),
+        }
+        for which, stream in (("replica", False), ("vllm", False), ("replica", True), ("ingress", False)):
+            work[f"kill {which}{' amid streams' if stream else ''}"] = partial(
+                killed, fleet, which, last, stream=stream, log=log
+            )
+        for name, do in work.items():
+            if name.split()[0] in given.parts:
+                try:
+                    found[name] = do()
+                except Exception as error:  # the other parts are worth having
+                    found[name] = repr(error)
+                given.out.write_text(json.dumps(found, indent=2) + "\n")
 
 
 @contextmanager

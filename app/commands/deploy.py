@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,6 +41,12 @@ def deploy(
     gpus: Annotated[
         int, typer.Option(help="GPUs of each process of a model: 1, or 0 for the CPU build.")
     ] = 0,
+    ingresses: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that requests pass through, 2 by default where there are several replicas.", min=1
+        ),
+    ] = None,
     routing: Annotated[
         Routing,
         typer.Option(
@@ -79,6 +86,7 @@ def deploy(
         "most_replicas": most_replicas,
         "cpus": cpus,
         "gpus": gpus,
+        "ingresses": ingresses,
         "routing": routing.value,
     }
     try:
@@ -90,6 +98,9 @@ def deploy(
         typer.echo(f"candor: {error}", err=True)
         raise typer.Exit(2) from None
 
+    os.environ.setdefault(
+        "RAY_worker_niceness", "0"
+    )  # by default Ray's workers yield to whoever else is here
     ray.init(address=address, **({} if address else {"include_dashboard": False}))
     serve.start(
         proxy_location="EveryNode",

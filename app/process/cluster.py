@@ -69,6 +69,10 @@ class Shape(BaseModel):
         1.0, description="Processor cores that Ray reserves for each process of a model."
     )
     gpus: NonNegativeInt = Field(0, description="GPUs of each process of a model: 1, or 0 for the CPU build.")
+    ingresses: PositiveInt | None = Field(
+        None,
+        description="Processes that requests pass through. Without it, two where there are several replicas.",
+    )
     routing: Literal["prefix", "load"] = Field(
         "prefix",
         description="Who gets a request: whoever has seen what its prompt begins with, or the less busy.",
@@ -348,7 +352,7 @@ def application(args: Mapping[str, Any]) -> serve.Application:
         models |= dict.fromkeys(names, bound)
     ingress = serve.deployment(Ingress).options(
         name="ingress",
-        num_replicas=min(2, shape.replicas),
+        num_replicas=shape.ingresses or min(2, shape.replicas),
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": 0},
     )
