@@ -230,13 +230,12 @@ def service(fleet: Fleet) -> dict[str, Any]:
         rates[str(clients)] = len(load.answered) / (time.monotonic() - began)
     usage = [fleet.ask(prompt).json()["usage"] for prompt in fleet.prompts[:8]]
     points = []
-    for words in (10, 350):
-        for number in range(4):
-            text = " ".join(f"w{number}{word % 7}" for word in range(words))[: words * 3]
+    for several in (1, 8):
+        for number in range(5):
+            text = " ".join(fleet.prompts[at] for at in range(20 + 8 * number, 20 + 8 * number + several))
             began = time.monotonic()
             response = fleet.ask(text, max_tokens=1)
-            if response.status_code == 200:
-                points.append((response.json()["usage"]["prompt_tokens"], time.monotonic() - began))
+            points.append((response.json()["usage"]["prompt_tokens"], time.monotonic() - began))
     slope, _ = statistics.linear_regression([n for n, _ in points], [s for _, s in points])
     return {
         "answers_per_s": rates,
@@ -445,7 +444,7 @@ def measure(given: argparse.Namespace, found: dict[str, Any], folder: Path, log:
         "CANDOR_STORE_SPOOL": folder / "spool",
         "CANDOR_AUDIT_SHARE": 0.2,
         "CANDOR_EAGER": "true",
-        "CANDOR_MAX_MODEL_LEN": 512,
+        "CANDOR_MAX_MODEL_LEN": 1024,
         "CANDOR_KV_CACHE_BYTES": 1 << 28,
     }
     (folder / "settings.env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
@@ -463,6 +462,7 @@ def measure(given: argparse.Namespace, found: dict[str, Any], folder: Path, log:
             if "service" in given.parts:
                 asyncio.run(fleet.load(4))  # warm
                 found["service"] = service(fleet)
+                given.out.write_text(json.dumps(found, indent=2) + "\n")
                 given.out.with_suffix(".txt").write_text(fleet.http.get("/metrics").text)
             for replicas in given.replicas:
                 if replicas != given.replicas[0]:
@@ -472,6 +472,7 @@ def measure(given: argparse.Namespace, found: dict[str, Any], folder: Path, log:
                     found.setdefault("grown_in_s", {})[str(replicas)] = time.monotonic() - began
                 if "throughput" in given.parts:
                     found["throughput"][str(replicas)] = throughput(fleet, given.seconds)
+                    given.out.write_text(json.dumps(found, indent=2) + "\n")
             found["prometheus"] = scraped()
         last = given.replicas[-1]
         work: dict[str, Any] = {

@@ -13,6 +13,7 @@ agree on (bundle, rates, quotas, verdicts) goes through the store (`candor.app.p
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ import shlex
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -352,6 +354,7 @@ def application(args: Mapping[str, Any]) -> serve.Application:
         models |= dict.fromkeys(names, bound)
     ingress = serve.deployment(Ingress).options(
         name="ingress",
+        version=_version(dict.fromkeys(models, "ingress")),
         num_replicas=shape.ingresses or min(2, shape.replicas),
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": 0},
@@ -390,6 +393,7 @@ def _deployment(name: str, shape: Shape, settings: Settings, environment: Mappin
         serve.deployment(Replica)
         .options(
             name=name,
+            version=_version(environment),  # the same: replicas that answer go on when others are added
             max_ongoing_requests=settings.max_in_flight + 16,  # beyond it, its own 503; some for probes
             health_check_period_s=5,
             graceful_shutdown_timeout_s=settings.drain_timeout_s,
@@ -435,6 +439,12 @@ def names_of(settings: Settings, adapters: Sequence[tuple[Path, Path]]) -> list[
 def from_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Returns what belongs to a model's settings."""
     return {name: value for name, value in environment.items() if name.startswith("CANDOR_") and value}
+
+
+def _version(environment: Mapping[str, str]) -> str:
+    """Names the program and the settings of a replica; where it changes, Ray replaces the replicas one by one."""
+    said = json.dumps([version("candor"), sorted(environment.items())])
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def _processes(environment: Mapping[str, str], settings: Settings) -> int:
