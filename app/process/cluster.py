@@ -354,12 +354,11 @@ def application(args: Mapping[str, Any]) -> serve.Application:
         models |= dict.fromkeys(names, bound)
     ingress = serve.deployment(Ingress).options(
         name="ingress",
-        version=_version(dict.fromkeys(models, "ingress")),
         num_replicas=shape.ingresses or min(2, shape.replicas),
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": 0},
     )
-    return ingress.bind(models, most_bytes)
+    return ingress.options(**_version(dict.fromkeys(models, "ingress"))).bind(models, most_bytes)
 
 
 def _deployment(name: str, shape: Shape, settings: Settings, environment: Mapping[str, str]) -> Any:
@@ -393,13 +392,13 @@ def _deployment(name: str, shape: Shape, settings: Settings, environment: Mappin
         serve.deployment(Replica)
         .options(
             name=name,
-            version=_version(environment),  # the same: replicas that answer go on when others are added
             max_ongoing_requests=settings.max_in_flight + 16,  # beyond it, its own 503; some for probes
             health_check_period_s=5,
             graceful_shutdown_timeout_s=settings.drain_timeout_s,
             ray_actor_options=actor,
             **options,
         )
+        .options(**_version(environment))
         .bind(environment)
     )
 
@@ -441,10 +440,11 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> dict[str, s
     return {name: value for name, value in environment.items() if name.startswith("CANDOR_") and value}
 
 
-def _version(environment: Mapping[str, str]) -> str:
-    """Names the program and the settings of a replica; where it changes, Ray replaces the replicas one by one."""
+def _version(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The option that names program and settings: as long as it stays, replicas that answer go on when others are
+    added. Ray draws a new one at each deployment, unless it is told otherwise in this way."""
     said = json.dumps([version("candor"), sorted(environment.items())])
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
+    return {"version": hashlib.sha256(said.encode()).hexdigest()[:16], "_internal": True}
 
 
 def _processes(environment: Mapping[str, str], settings: Settings) -> int:
