@@ -293,7 +293,8 @@ class Ingress:
                     response.raw_headers = [*head.headers]
                     return response
                 pages[head.header(b"x-sdm-replica").decode()] = body.decode()
-        return Response(merged(pages), headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
+        page = await asyncio.to_thread(merged, pages)
+        return Response(page, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _joined(self, call: Call) -> Response:
         responses = [await self._answer(handle, call) for handle in self._all]
