@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,9 +99,8 @@ def deploy(
         typer.echo(f"candor: {error}", err=True)
         raise typer.Exit(2) from None
 
-    os.environ.setdefault(
-        "RAY_worker_niceness", "0"
-    )  # by default Ray's workers yield to whoever else is here
+    # By default Ray's workers yield to whoever else is on the machine.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(address=address, **({} if address else {"include_dashboard": False}))
     serve.start(
         proxy_location="EveryNode",
@@ -112,7 +112,10 @@ def deploy(
             "ssl_keyfile": first.tls_key and str(first.tls_key),
         },
     )
-    serve.run(application, name="candor", route_prefix=first.root_path or "/", blocking=address is None)
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # ends as Ctrl-C does: drained, Ray's processes too
+    serve.run(application, name="candor", route_prefix="/", blocking=address is None)
 
 
 def require_shared(store: str | None, replicas: int) -> None:
