@@ -51,6 +51,7 @@ from demo.task import made
 ROOT = Path(__file__).resolve().parents[1]
 QUOTA = 2_000
 AT_ONCE = 8
+LOADED_S = 18.0
 
 
 @dataclass
@@ -300,7 +301,7 @@ def promotion(fleet: Fleet, new: str) -> dict[str, Any]:
                 "at": time.monotonic(),
             }
 
-    load, done = asyncio.run(fleet.load(25, promote))
+    load, done = asyncio.run(fleet.load(LOADED_S, promote))
     bundles = Counter(bundle for _, _, bundle in load.answered)
     last_old = max((at for at, _, bundle in load.answered if bundle != new_digest(load)), default=0.0)
     first_new = min((at for at, _, bundle in load.answered if bundle == new_digest(load)), default=0.0)
@@ -375,7 +376,7 @@ def kill(fleet: Fleet, which: str, replicas: int, *, stream: bool) -> dict[str, 
         await asyncio.sleep(0)
         return {"at": at, "children": [one.pid for one in children], "known": known}
 
-    load, struck = asyncio.run(fleet.load(20, strike, stream=stream))
+    load, struck = asyncio.run(fleet.load(LOADED_S, strike, stream=stream))
     back = (
         until(lambda: len(fleet.replicas()) >= replicas, 180, "a new replica") if which != "ingress" else None
     )
@@ -386,7 +387,7 @@ def kill(fleet: Fleet, which: str, replicas: int, *, stream: bool) -> dict[str, 
         "stream": stream,
         "first_answer_after_s": after[0] - struck["at"] if after else None,
         "longest_gap_s": max(gaps, default=None),
-        "replicas_again_after_s": None if back is None else 16 + back,
+        "replicas_again_after_s": None if back is None else LOADED_S - 4 + back,
         "orphans": [pid for pid in struck["children"] if psutil.pid_exists(pid)],
         **load.figures(),
     }
@@ -476,12 +477,12 @@ def measure(given: argparse.Namespace, found: dict[str, Any], folder: Path, log:
             found["prometheus"] = scraped()
         last = given.replicas[-1]
         work: dict[str, Any] = {
-            "verdicts": lambda: verdicts(fleet, 12, last),
+            "verdicts": lambda: verdicts(fleet, 8, last),
             "promotion": lambda: promotion(fleet, "new"),
             "quota": lambda: quota(fleet, few),
             "feedback": lambda: feedback(fleet),
         }
-        for which, stream in (("replica", False), ("vllm", False), ("replica", True), ("ingress", False)):
+        for which, stream in (("replica", False), ("ingress", False), ("replica", True), ("vllm", False)):
             work[f"kill {which}{' amid streams' if stream else ''}"] = partial(
                 killed, fleet, which, last, stream=stream, log=log
             )
