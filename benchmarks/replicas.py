@@ -456,8 +456,9 @@ def measure(given: argparse.Namespace, found: dict[str, Any], folder: Path, log:
         return [sys.executable, "-c", "from candor.app.cli import main; main()", *map(str, words)]
 
     began = time.monotonic()
-    with started(deploy(given.replicas[0]), log, OMP_NUM_THREADS="1", RAY_ADDRESS=""):
+    with started(deploy(given.replicas[0]), log, OMP_NUM_THREADS="1", RAY_ADDRESS="", RAY_DEDUP_LOGS="0"):
         until(lambda: fleet.http.get("/readyz").status_code == 200, 240, "the first replica")
+        until(lambda: len(fleet.replicas()) >= given.replicas[0], 240, "the others")
         found["start_s"] = time.monotonic() - began
         with prometheus(folder, port, key) as scraped:
             if "service" in given.parts:
