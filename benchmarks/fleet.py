@@ -35,11 +35,14 @@ import simpy
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 4
+SHARED, GROUPS = 400, 400
+"""Tokens that prompts of one of so many groups begin with, in the cases with shared prefixes."""
 FLEETS = (1, 2, 3, 10, 30, 100, 300, 1000)
 PRICE = 0.04
 """Dollars for an hour of one processor core: the one figure here that is assumed and not measured."""
 LABELS_PER_HOUR = 180
 """Of one reviewer, at one in 20 s; assumed."""
+SCRAPED_EVERY_S, AUDITED = 15.0, 0.05
 EXCHANGES_PER_S, BEATS_PER_S = 4.0, 1.0  # candor.app.process.replicas
 
 
@@ -63,27 +66,25 @@ class Times:
 
 @dataclass(frozen=True)
 class Traffic:
-    """own, shared: tokens of a prompt that are its own, and that it shares with others of its group. per_replica: of
-    requests, in a second. cached: shared prefixes that a replica's cache holds. strangers: their share."""
+    """own, shared: tokens of a prompt that are its own, and that it shares with others of its group. cached: shared
+    prefixes that a replica's cache holds. strangers: their share."""
 
-    per_replica: float
-    own: int = 45
+    own: int
+    answer: int
     shared: int = 0
     groups: int = 1
-    cached: int = 50
-    answer: int = 24
+    cached: int = 20
     strangers: float = 0.0
 
 
 @dataclass
 class Seen:
-    """answered: seconds from request to answer. hits: prompts whose shared part was in the cache."""
+    """answered, refused: seconds that each took. hits: prompts whose shared part was in the cache, of `asked`."""
 
     answered: list[float] = field(default_factory=list)
-    refused: int = 0
+    refused: list[float] = field(default_factory=list)
     hits: int = 0
     asked: int = 0
-    busy_s: float = 0.0
 
 
 class Replica:
@@ -119,7 +120,6 @@ class Replica:
             self.running += answers
             took = tokens * times.prefill
             took += STEPS * (times.step + times.each * len(self.running)) if self.running else 0.0
-            self.seen.busy_s += took
             yield self.env.timeout(took)
             for _, stranger, done in new:
                 if stranger:
@@ -150,18 +150,18 @@ def simulate(
     times: Times,
     traffic: Traffic,
     replicas: int,
+    clients: int,
     *,
     prefix: bool,
     ingresses: int,
     seconds: float,
-    seed: int = 1,
 ) -> dict[str, float]:
-    """Open loop: requests come at `traffic.per_replica` a second for each replica. The first third is not counted."""
-    draw, env, seen = random.Random(seed), simpy.Environment(), Seen()
+    """`clients` ask, each again as soon as it has its answer, as benchmarks.replicas does. What ends in the first
+    third is not counted."""
+    draw, env, seen = random.Random(1), simpy.Environment(), Seen()
     fleet = [Replica(env, times, traffic, seen) for _ in range(replicas)]
     ingress, tree = simpy.Resource(env, ingresses), simpy.Resource(env, 1)
     homes: dict[int, Replica] = {}
-    counted_from = seconds / 3
 
     def chosen(group: int) -> Replica:
         one, two = draw.choice(fleet), draw.choice(fleet)
@@ -173,56 +173,22 @@ def simulate(
             homes[group] = home = lighter
         return home
 
-    def request() -> Iterator[simpy.Event]:
-        came, group, stranger = env.now, draw.randrange(traffic.groups), draw.random() < traffic.strangers
-        with ingress.request() as mine:
-            yield mine
-            yield env.timeout(draw.expovariate(1 / times.ingress))
-        if prefix:
-            with tree.request() as mine:
-                yield mine
-                yield env.timeout(times.tree)
-        yield chosen(group).take(group, stranger)
-        if came >= counted_from:
-            if stranger:
-                seen.refused += 1
-            else:
-                seen.answered.append(env.now - came)
-
-    def arrivals() -> Iterator[simpy.Event]:
-        while True:
-            yield env.timeout(draw.expovariate(traffic.per_replica * replicas))
-            env.process(request())
-
-    env.process(arrivals())
-    env.run(seconds)
-    return figures(seen, replicas, seconds)
-
-
-def closed(
-    times: Times, traffic: Traffic, replicas: int, at_once: int, seconds: float, shared_by: float = 1.0
-) -> dict[str, float]:
-    """Closed loop, as benchmarks.replicas asks: `at_once` clients that each wait for their answer.
-
-    shared_by: how many replicas share the processor time that was measured with one.
-    """
-    slower = replace(
-        times, prefill=times.prefill * shared_by, step=times.step * shared_by, each=times.each * shared_by
-    )
-    draw, env, seen = random.Random(1), simpy.Environment(), Seen()
-    fleet = [Replica(env, slower, traffic, seen) for _ in range(replicas)]
-    counted_from = seconds / 3
-
     def client() -> Iterator[simpy.Event]:
+        yield env.timeout(draw.random())
         while True:
-            came = env.now
-            yield env.timeout(times.ingress)
-            one, two = draw.choice(fleet), draw.choice(fleet)
-            yield (one if one.load <= two.load else two).take(0, False)
-            if came >= counted_from:
-                seen.answered.append(env.now - came)
+            came, group, stranger = env.now, draw.randrange(traffic.groups), draw.random() < traffic.strangers
+            with ingress.request() as mine:
+                yield mine
+                yield env.timeout(draw.expovariate(1 / times.ingress))
+            if prefix:
+                with tree.request() as mine:
+                    yield mine
+                    yield env.timeout(times.tree)
+            yield chosen(group).take(group, stranger)
+            if env.now >= seconds / 3:
+                (seen.refused if stranger else seen.answered).append(env.now - came)
 
-    for _ in range(at_once):
+    for _ in range(clients):
         env.process(client())
     env.run(seconds)
     return figures(seen, replicas, seconds)
@@ -230,31 +196,30 @@ def closed(
 
 def figures(seen: Seen, replicas: int, seconds: float) -> dict[str, float]:
     waited = sorted(seen.answered) or [math.nan]
-    answers_per_s = len(seen.answered) / (seconds * 2 / 3)
+    requests = (len(seen.answered) + len(seen.refused)) / (seconds * 2 / 3)
     return {
-        "answers_per_s": answers_per_s,
+        "requests_per_s": requests,
+        "answers_per_s": len(seen.answered) / (seconds * 2 / 3),
         "p50_s": waited[len(waited) // 2],
         "p99_s": waited[len(waited) * 99 // 100],
-        "busy": seen.busy_s / seconds / replicas,
         "hits": seen.hits / max(1, seen.asked),
-        "dollars_per_million": replicas * PRICE / 3600 / answers_per_s * 1e6 if answers_per_s else math.nan,
+        "dollars_per_million": replicas * PRICE / 3600 / requests * 1e6,
     }
 
 
-def shared_parts(
-    times: Times, per_replica: float, replicas: int, ingresses: int, let_through: float
-) -> dict[str, float]:
-    """The share of what each part that all replicas share can do; above 1 it does not keep pace."""
-    requests = per_replica * replicas
-    scrape_s = 15.0
+def shared_parts(times: Times, requests: float, replicas: int) -> dict[str, float]:
+    """How many of each part that all replicas share it takes to keep pace: processes, millions of series, people.
+
+    requests: in a second.
+    """
     return {
-        "ingress": requests * times.ingress / ingresses,
-        "prefix_tree": requests * times.tree,
-        "store": requests * times.row
+        "ingresses": requests * times.ingress,
+        "prefix_trees": requests * times.tree,
+        "cores_of_the_store": requests * times.row
         + replicas * (EXCHANGES_PER_S * times.exchange + BEATS_PER_S * times.beat),
-        "page_of_metrics": replicas * times.page / scrape_s,
-        "series_in_millions": replicas * times.series / 1e6,
-        "reviewers": requests * 0.05 * let_through * 3600 / LABELS_PER_HOUR,
+        "merging_of_metrics": replicas * times.page / SCRAPED_EVERY_S,
+        "millions_of_series": replicas * times.series / 1e6,
+        "reviewers": requests * AUDITED * 3600 / LABELS_PER_HOUR,
     }
 
 
@@ -428,50 +393,35 @@ def report(
         ingress=one["ingress"],
         **{name: parts[name] for name in ("tree", "row", "exchange", "beat", "page", "series")},
     )
-    answer = round(real["service"]["tokens_per_answer"])
-    own = round(real["service"]["prompt_tokens"])
+    alone = Traffic(round(real["service"]["prompt_tokens"]), round(real["service"]["tokens_per_answer"]))
     check = {}
-    for replicas in map(int, real["throughput"]):
-        measured = real["throughput"][str(replicas)]["answers_per_s"]
-        model = closed(times, Traffic(1.0, own=own, answer=answer), replicas, 8, 120, shared_by=replicas)
+    for replicas, measured in real["throughput"].items():
+        # They share two cores: with n replicas each step of one takes n times as long.
+        n = int(replicas)
+        slower = replace(times, prefill=prefill * n, step=step * n, each=each * n)
+        model = simulate(slower, alone, n, 8, prefix=False, ingresses=2, seconds=300)
         check[replicas] = {
-            "measured": measured,
-            "model": model["answers_per_s"],
-            "p50_model_s": model["p50_s"],
+            "measured": {name: measured[name] for name in ("answers_per_s", "p50_s", "p95_s")},
+            "model": {name: model[name] for name in ("answers_per_s", "p50_s", "p99_s")},
         }
-    alone = Traffic(1.0, own=own, answer=answer)
-    full = 1 / (own * prefill + answer * (step / 16 + each))  # a replica with 16 answers at once
     table = []
-    for shared, groups in ((0, 1), (600, 400)):
-        cost = (own + shared) * prefill + answer * (step / 16 + each)
-        for strangers in (0.0, 0.3):
-            for prefix in (False, True) if shared else (False,):
-                for replicas in fleets:
-                    per = 0.7 / cost
-                    traffic = replace(
-                        alone, per_replica=per, shared=shared, groups=groups, strangers=strangers, cached=20
-                    )
-                    ingresses = max(1, math.ceil(per * replicas * times.ingress / 0.6))
-                    run = simulate(
-                        times,
-                        traffic,
-                        replicas,
-                        prefix=prefix,
-                        ingresses=ingresses,
-                        seconds=max(15.0, min(seconds, 4000 / (per * replicas))),
-                    )
-                    table.append(
-                        {
-                            "replicas": replicas,
-                            "shared": shared,
-                            "strangers": strangers,
-                            "prefix": prefix,
-                            "ingresses": ingresses,
-                            **run,
-                            "parts": shared_parts(times, per, replicas, ingresses, 0.7 * (1 - strangers)),
-                        }
-                    )
-    return {"times": vars(times), "full_per_replica": full, "check": check, "table": table}
+    for shared, groups, strangers, prefix in (
+        (0, 1, 0.0, False),
+        (0, 1, 0.3, False),
+        (SHARED, GROUPS, 0.0, False),
+        (SHARED, GROUPS, 0.0, True),
+        (SHARED, GROUPS, 0.3, True),
+    ):
+        traffic = replace(alone, shared=shared, groups=groups, strangers=strangers)
+        for replicas in fleets:
+            ingresses = max(2, math.ceil(replicas * 8 * times.ingress / 0.5))
+            run = simulate(
+                times, traffic, replicas, 16 * replicas, prefix=prefix, ingresses=ingresses, seconds=seconds
+            )
+            needed = shared_parts(times, run["requests_per_s"], replicas)
+            kind = {"replicas": replicas, "shared": shared, "strangers": strangers, "prefix": prefix}
+            table.append({**kind, **run, "needed": needed})
+    return {"times": vars(times), "check": check, "table": table}
 
 
 if __name__ == "__main__":

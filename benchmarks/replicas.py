@@ -8,7 +8,7 @@ there is a `prometheus`; then, one after the other:
     service       answers a second of one replica with 1 to 16 clients, and what a prompt's token costs
     throughput    whole answers a second and per second of processor time, with 1, 2 and 3 replicas
     verdicts      the same prompts, one at a time, on each replica
-    promote       another bundle while answers are asked for
+    promotion     another bundle while answers are asked for
     quota         a key that may use few tokens a day, asked of all replicas
     feedback      on an answer that another replica gave
     kill          -9 of a replica's process, of its vLLM process and of a worker of the ingress, amid load
@@ -36,6 +36,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ from demo.task import made
 ROOT = Path(__file__).resolve().parents[1]
 QUOTA = 2_000
 AT_ONCE = 8
+LOADED_S = 18.0
 
 
 @dataclass
@@ -229,13 +231,12 @@ def service(fleet: Fleet) -> dict[str, Any]:
         rates[str(clients)] = len(load.answered) / (time.monotonic() - began)
     usage = [fleet.ask(prompt).json()["usage"] for prompt in fleet.prompts[:8]]
     points = []
-    for words in (10, 350):
-        for number in range(4):
-            text = " ".join(f"w{number}{word % 7}" for word in range(words))[: words * 3]
+    for several in (1, 8):
+        for number in range(5):
+            text = " ".join(fleet.prompts[at] for at in range(20 + 8 * number, 20 + 8 * number + several))
             began = time.monotonic()
             response = fleet.ask(text, max_tokens=1)
-            if response.status_code == 200:
-                points.append((response.json()["usage"]["prompt_tokens"], time.monotonic() - began))
+            points.append((response.json()["usage"]["prompt_tokens"], time.monotonic() - began))
     slope, _ = statistics.linear_regression([n for n, _ in points], [s for _, s in points])
     return {
         "answers_per_s": rates,
@@ -300,7 +301,7 @@ def promotion(fleet: Fleet, new: str) -> dict[str, Any]:
                 "at": time.monotonic(),
             }
 
-    load, done = asyncio.run(fleet.load(25, promote))
+    load, done = asyncio.run(fleet.load(LOADED_S, promote))
     bundles = Counter(bundle for _, _, bundle in load.answered)
     last_old = max((at for at, _, bundle in load.answered if bundle != new_digest(load)), default=0.0)
     first_new = min((at for at, _, bundle in load.answered if bundle == new_digest(load)), default=0.0)
@@ -375,7 +376,7 @@ def kill(fleet: Fleet, which: str, replicas: int, *, stream: bool) -> dict[str, 
         await asyncio.sleep(0)
         return {"at": at, "children": [one.pid for one in children], "known": known}
 
-    load, struck = asyncio.run(fleet.load(20, strike, stream=stream))
+    load, struck = asyncio.run(fleet.load(LOADED_S, strike, stream=stream))
     back = (
         until(lambda: len(fleet.replicas()) >= replicas, 180, "a new replica") if which != "ingress" else None
     )
@@ -386,14 +387,19 @@ def kill(fleet: Fleet, which: str, replicas: int, *, stream: bool) -> dict[str, 
         "stream": stream,
         "first_answer_after_s": after[0] - struck["at"] if after else None,
         "longest_gap_s": max(gaps, default=None),
-        "replicas_again_after_s": None if back is None else 16 + back,
+        "replicas_again_after_s": None if back is None else LOADED_S - 4 + back,
         "orphans": [pid for pid in struck["children"] if psutil.pid_exists(pid)],
         **load.figures(),
     }
 
 
-def asked_again(log: Path) -> int:
-    return log.read_text(errors="replace").count("asked again (")
+def killed(fleet: Fleet, which: str, replicas: int, *, stream: bool, log: Path) -> dict[str, Any]:
+    def asked_again() -> int:
+        return log.read_text(errors="replace").count("asked again (")
+
+    before = asked_again()
+    struck = kill(fleet, which, replicas, stream=stream)
+    return {**struck, "asked_again": asked_again() - before}
 
 
 def main() -> None:
@@ -404,7 +410,7 @@ def main() -> None:
     parser.add_argument(
         "--parts",
         nargs="+",
-        default=["service", "throughput", "verdicts", "promote", "quota", "feedback", "kill"],
+        default=["service", "throughput", "verdicts", "promotion", "quota", "feedback", "kill"],
     )
     parser.add_argument("--seconds", type=float, default=25)
     given = parser.parse_args()
@@ -439,7 +445,7 @@ def measure(given: argparse.Namespace, found: dict[str, Any], folder: Path, log:
         "CANDOR_STORE_SPOOL": folder / "spool",
         "CANDOR_AUDIT_SHARE": 0.2,
         "CANDOR_EAGER": "true",
-        "CANDOR_MAX_MODEL_LEN": 512,
+        "CANDOR_MAX_MODEL_LEN": 1024,
         "CANDOR_KV_CACHE_BYTES": 1 << 28,
     }
     (folder / "settings.env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
@@ -450,13 +456,15 @@ def measure(given: argparse.Namespace, found: dict[str, Any], folder: Path, log:
         return [sys.executable, "-c", "from candor.app.cli import main; main()", *map(str, words)]
 
     began = time.monotonic()
-    with started(deploy(given.replicas[0]), log, OMP_NUM_THREADS="1", RAY_ADDRESS=""):
+    with started(deploy(given.replicas[0]), log, OMP_NUM_THREADS="1", RAY_ADDRESS="", RAY_DEDUP_LOGS="0"):
         until(lambda: fleet.http.get("/readyz").status_code == 200, 240, "the first replica")
+        until(lambda: len(fleet.replicas()) >= given.replicas[0], 240, "the others")
         found["start_s"] = time.monotonic() - began
         with prometheus(folder, port, key) as scraped:
             if "service" in given.parts:
                 asyncio.run(fleet.load(4))  # warm
                 found["service"] = service(fleet)
+                given.out.write_text(json.dumps(found, indent=2) + "\n")
                 given.out.with_suffix(".txt").write_text(fleet.http.get("/metrics").text)
             for replicas in given.replicas:
                 if replicas != given.replicas[0]:
@@ -466,22 +474,26 @@ def measure(given: argparse.Namespace, found: dict[str, Any], folder: Path, log:
                     found.setdefault("grown_in_s", {})[str(replicas)] = time.monotonic() - began
                 if "throughput" in given.parts:
                     found["throughput"][str(replicas)] = throughput(fleet, given.seconds)
+                    given.out.write_text(json.dumps(found, indent=2) + "\n")
             found["prometheus"] = scraped()
         last = given.replicas[-1]
-        if "verdicts" in given.parts:
-            found["verdicts"] = verdicts(fleet, 12, last)
-        if "promote" in given.parts:
-            found["promotion"] = promotion(fleet, "new")
-        if "quota" in given.parts:
-            found["quota"] = quota(fleet, few)
-        if "feedback" in given.parts:
-            found["feedback"] = feedback(fleet)
-        if "kill" in given.parts:
-            found["kills"] = []
-            for which, stream in (("replica", False), ("vllm", False), ("replica", True), ("ingress", False)):
-                before = asked_again(log)
-                struck = kill(fleet, which, last, stream=stream)
-                found["kills"].append({**struck, "asked_again": asked_again(log) - before})
+        work: dict[str, Any] = {
+            "verdicts": lambda: verdicts(fleet, 8, last),
+            "promotion": lambda: promotion(fleet, "new"),
+            "quota": lambda: quota(fleet, few),
+            "feedback": lambda: feedback(fleet),
+        }
+        for which, stream in (("replica", False), ("ingress", False), ("replica", True), ("vllm", False)):
+            work[f"kill {which}{' amid streams' if stream else ''}"] = partial(
+                killed, fleet, which, last, stream=stream, log=log
+            )
+        for name, do in work.items():
+            if name.split()[0] in given.parts:
+                try:
+                    found[name] = do()
+                except Exception as error:  # the other parts are worth having
+                    found[name] = repr(error)
+                given.out.write_text(json.dumps(found, indent=2) + "\n")
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,6 +42,12 @@ def deploy(
     gpus: Annotated[
         int, typer.Option(help="GPUs of each process of a model: 1, or 0 for the CPU build.")
     ] = 0,
+    ingresses: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that requests pass through, 2 by default where there are several replicas.", min=1
+        ),
+    ] = None,
     routing: Annotated[
         Routing,
         typer.Option(
@@ -79,6 +87,7 @@ def deploy(
         "most_replicas": most_replicas,
         "cpus": cpus,
         "gpus": gpus,
+        "ingresses": ingresses,
         "routing": routing.value,
     }
     try:
@@ -90,6 +99,8 @@ def deploy(
         typer.echo(f"candor: {error}", err=True)
         raise typer.Exit(2) from None
 
+    # By default Ray's workers yield to whoever else is on the machine.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(address=address, **({} if address else {"include_dashboard": False}))
     serve.start(
         proxy_location="EveryNode",
@@ -101,7 +112,10 @@ def deploy(
             "ssl_keyfile": first.tls_key and str(first.tls_key),
         },
     )
-    serve.run(application, name="candor", route_prefix=first.root_path or "/", blocking=address is None)
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # ends as Ctrl-C does: drained, Ray's processes too
+    serve.run(application, name="candor", route_prefix="/", blocking=address is None)
 
 
 def require_shared(store: str | None, replicas: int) -> None:

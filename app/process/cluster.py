@@ -13,6 +13,7 @@ agree on (bundle, rates, quotas, verdicts) goes through the store (`candor.app.p
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ import shlex
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +71,10 @@ class Shape(BaseModel):
         1.0, description="Processor cores that Ray reserves for each process of a model."
     )
     gpus: NonNegativeInt = Field(0, description="GPUs of each process of a model: 1, or 0 for the CPU build.")
+    ingresses: PositiveInt | None = Field(
+        None,
+        description="Processes that requests pass through. Without it, two where there are several replicas.",
+    )
     routing: Literal["prefix", "load"] = Field(
         "prefix",
         description="Who gets a request: whoever has seen what its prompt begins with, or the less busy.",
@@ -287,7 +293,8 @@ class Ingress:
                     response.raw_headers = [*head.headers]
                     return response
                 pages[head.header(b"x-sdm-replica").decode()] = body.decode()
-        return Response(merged(pages), headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
+        page = await asyncio.to_thread(merged, pages)
+        return Response(page, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _joined(self, call: Call) -> Response:
         responses = [await self._answer(handle, call) for handle in self._all]
@@ -348,11 +355,11 @@ def application(args: Mapping[str, Any]) -> serve.Application:
         models |= dict.fromkeys(names, bound)
     ingress = serve.deployment(Ingress).options(
         name="ingress",
-        num_replicas=min(2, shape.replicas),
+        num_replicas=shape.ingresses or min(2, shape.replicas),
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": 0},
     )
-    return ingress.bind(models, most_bytes)
+    return ingress.options(**_version(dict.fromkeys(models, "ingress"))).bind(models, most_bytes)
 
 
 def _deployment(name: str, shape: Shape, settings: Settings, environment: Mapping[str, str]) -> Any:
@@ -392,6 +399,7 @@ def _deployment(name: str, shape: Shape, settings: Settings, environment: Mappin
             ray_actor_options=actor,
             **options,
         )
+        .options(**_version(environment))
         .bind(environment)
     )
 
@@ -431,6 +439,13 @@ def names_of(settings: Settings, adapters: Sequence[tuple[Path, Path]]) -> list[
 def from_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Returns what belongs to a model's settings."""
     return {name: value for name, value in environment.items() if name.startswith("CANDOR_") and value}
+
+
+def _version(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The option that names program and settings: as long as it stays, replicas that answer go on when others are
+    added. Ray draws a new one at each deployment, unless it is told otherwise in this way."""
+    said = json.dumps([version("candor"), sorted(environment.items())])
+    return {"version": hashlib.sha256(said.encode()).hexdigest()[:16], "_internal": True}
 
 
 def _processes(environment: Mapping[str, str], settings: Settings) -> int:

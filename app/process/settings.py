@@ -79,7 +79,8 @@ class Settings(BaseSettings):
     )
     quotas: Path | None = Field(
         default=None,
-        description="SQLite file of the tokens that each key used in a day. Without it, a restart forgives them.",
+        description="SQLite file of the tokens that each key used in a day. Without it, a restart forgives them. "
+        "With a PostgreSQL store they are counted there, for all replicas.",
     )
     audit_log: Path | None = Field(
         default=None,
@@ -259,8 +260,8 @@ class Settings(BaseSettings):
 
     store: str | None = Field(
         default=None,
-        description="Store of verdicts and labels: an SQLite file, or the URL of a PostgreSQL database. Without it, "
-        "the server takes no feedback and no certificate is watched.",
+        description="Store of verdicts and labels: an SQLite file, or the URL of a PostgreSQL database, through "
+        "which several replicas agree. Without it, the server takes no feedback and no certificate is watched.",
     )
     store_spool: Path | None = Field(
         default=None,
