@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,62 @@ def asking(next_url: Callable[[], str], clients: int = 4) -> Iterator[Counter[st
         end.set()
         for thread in threads:
             thread.join(90)
+
+
+@pytest.fixture(scope="module")
+def replicas(start_tiny: Any) -> list[Any]:
+    with ThreadPoolExecutor(2) as both:
+        return list(both.map(lambda _: start_tiny(), range(2)))
+
+
+def test_no_request_fails_in_a_rolling_update(replicas: list[Any], start_tiny: Any, wait_until: Any) -> None:
+    """Two replicas under load, ended and started again one after the other, behind what a Service does."""
+    balancer = runpy.run_path(str(APP / "test_rolling.py"))["Balancer"]([port_of(one) for one in replicas])
+    wait_until(lambda: all(balancer.ready.values()), 60)
+    took = []
+    try:
+        with asking(lambda: f"http://127.0.0.1:{balancer.next()}", clients=8) as outcomes:
+            for number, server in enumerate(replicas):
+                asked = outcomes.total()
+                wait_until(lambda asked=asked: outcomes.total() > asked + 40, 120)
+                told = time.monotonic()
+                os.kill(server.process.pid, signal.SIGTERM)
+                assert server.process.wait(90) == 0
+                took.append(time.monotonic() - told)
+                port = port_of(server)
+                replicas[number] = start_tiny(CANDOR_PORT=str(port))
+                wait_until(lambda port=port: balancer.ready[port], 60)
+                asked = outcomes.total()
+                wait_until(lambda asked=asked: outcomes.total() > asked + 40, 120)
+    finally:
+        balancer.close()
+    print(f"\n{dict(outcomes)}; from SIGTERM to the end: {[round(one, 1) for one in took]} s")
+    assert set(outcomes) == {"200"}
+    assert outcomes["200"] > 100
+
+
+def port_of(server: Any) -> int:
+    return int(server.url.rsplit(":", 1)[1])
+
+
+@pytest.mark.parametrize(("number", "which"), [(0, "Worker"), (1, "serve")])
+def test_kill_9_of_each_process(replicas: list[Any], wait_until: Any, number: int, which: str) -> None:
+    """As test_engine.py for the engine's own: whoever waits is told, and no process stays behind."""
+    server = replicas[number]
+    assert ask(server.url).status_code == 200
+    [victim] = [one for one in server.processes() if which in " ".join(one.cmdline())]
+    with asking(lambda: server.url) as outcomes:
+        wait_until(lambda: outcomes["200"] > 10, 60)
+        killed = time.monotonic()
+        victim.kill()
+        code = server.process.wait(timeout=60)
+        wait_until(lambda: not server.processes(), 60)
+        ended = time.monotonic() - killed
+    print(f"\nkill -9 of {which}: exit code {code}, all ended after {ended:.1f} s; {dict(outcomes)}")
+    assert code == (-9 if which == "serve" else 1)
+    for outcome in outcomes:
+        told = outcome in ("200", "503") or "engine_dead" in outcome
+        assert told or "ConnectError" in outcome or "RemoteProtocolError" in outcome or "ReadError" in outcome
 
 
 @pytest.fixture
@@ -192,51 +249,3 @@ def test_a_full_disk_while_it_serves(start_tiny: Any, tmp_path: Path) -> None:
                     process.kill()
         subprocess.run(["umount", "--lazy", disk], check=False)
         shutil.rmtree(disk, ignore_errors=True)
-
-
-@pytest.mark.parametrize("which", ["EngineCore", "Worker", "serve"])
-def test_kill_9_of_each_process(start_tiny: Any, wait_until: Any, which: str) -> None:
-    """Whoever waits is told, the server ends with an error code, and none of its processes stays behind."""
-    server = start_tiny()
-    assert ask(server.url).status_code == 200
-    [victim] = [one for one in server.processes() if which in " ".join(one.cmdline())]
-    with asking(lambda: server.url) as outcomes:
-        wait_until(lambda: outcomes["200"] > 10, 60)
-        killed = time.monotonic()
-        victim.kill()
-        code = server.process.wait(timeout=60)
-        wait_until(lambda: not server.processes(), 60)
-        ended = time.monotonic() - killed
-    print(f"\nkill -9 of {which}: exit code {code}, all ended after {ended:.1f} s; {dict(outcomes)}")
-    assert code == (-9 if which == "serve" else 1)
-    for outcome in outcomes:
-        told = outcome in ("200", "503") or "engine_dead" in outcome
-        assert told or "ConnectError" in outcome or "RemoteProtocolError" in outcome or "ReadError" in outcome
-
-
-def test_no_request_fails_in_a_rolling_update(start_tiny: Any, wait_until: Any) -> None:
-    """Two replicas under load, ended and started again one after the other, behind what a Service does."""
-    balancer_of = runpy.run_path(str(APP / "test_rolling.py"))["Balancer"]
-    servers = [start_tiny(), start_tiny()]
-    balancer = balancer_of([int(one.url.rsplit(":", 1)[1]) for one in servers])
-    wait_until(lambda: all(balancer.ready.values()), 60)
-    took = []
-    try:
-        with asking(lambda: f"http://127.0.0.1:{balancer.next()}", clients=8) as outcomes:
-            for server in servers:
-                asked = outcomes.total()
-                wait_until(lambda asked=asked: outcomes.total() > asked + 40, 120)
-                told = time.monotonic()
-                os.kill(server.process.pid, signal.SIGTERM)
-                assert server.process.wait(90) == 0
-                took.append(time.monotonic() - told)
-                port = int(server.url.rsplit(":", 1)[1])
-                start_tiny(CANDOR_PORT=str(port))
-                wait_until(lambda port=port: balancer.ready[port], 60)
-                asked = outcomes.total()
-                wait_until(lambda asked=asked: outcomes.total() > asked + 40, 120)
-    finally:
-        balancer.close()
-    print(f"\n{dict(outcomes)}; from SIGTERM to the end: {[round(one, 1) for one in took]} s")
-    assert set(outcomes) == {"200"}
-    assert outcomes["200"] > 100
