@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -41,24 +41,26 @@ SIDES: Sequence[Side] = ("vllm", "candor")
 
 ENTRYPOINTS = "tests/entrypoints/"
 FILES = (  # in an order in which few servers are started
+    "openai/completion/test_completion.py",
+    "openai/completion/test_prompt_validation.py",
+    "anthropic/test_messages.py",
     "openai/chat_completion/test_chat.py",
     "openai/chat_completion/test_chat_completion.py",
     "openai/chat_completion/test_chat_logit_bias_validation.py",
     "openai/chat_completion/test_logprob_token_ids.py",
     "openai/chat_completion/test_batched_chat_completions.py",
-    "openai/completion/test_prompt_validation.py",
-    "openai/models/test_models.py",
-    "openai/test_chunked_prompt.py",
     "openai/test_return_token_ids.py",
-    "generate/structured_decisions/test_structured_decisions_e2e.py",
-    "generate/generative_scoring/test_generative_scoring_e2e.py",
+    "openai/test_chunked_prompt.py",
+    "openai/models/test_models.py",
+    "serve/tokenize/test_tokenization.py",
+    "serve/instrumentator/test_basic.py",
     "tool_parsers/test_hermes_tool_parser.py",
     "../tool_use/test_chat_completions.py",
     "../tool_use/test_tool_calls.py",
     "../tool_use/test_parallel_tool_calls.py",
-    "openai/completion/test_completion.py",
-    "anthropic/test_messages.py",
-    "openai/responses/test_simple.py",
+    "generate/structured_decisions/test_structured_decisions_e2e.py",
+    "generate/generative_scoring/test_generative_scoring_e2e.py",
+    "openai/responses/test_simple.py",  # from here on with a parser of reasoning
     "openai/responses/test_basic.py",
     "openai/responses/test_stateful.py",
     "openai/responses/test_structured_output.py",
@@ -68,9 +70,6 @@ FILES = (  # in an order in which few servers are started
     "openai/test_return_tokens_as_ids.py",
     "openai/chat_completion/test_chat_echo.py",
     "openai/chat_completion/test_enable_force_include_usage.py",
-    "openai/chat_completion/test_root_path.py",
-    "serve/tokenize/test_tokenization.py",
-    "serve/instrumentator/test_basic.py",
 )
 """Those of text, without adapters, draft models and tools that run on a server of their own; of those that need no
 server but vLLM's classes alone, none."""
@@ -83,13 +82,11 @@ BASE = ["--enable-auto-tool-choice", "--tool-call-parser=hermes", "--enable-prom
 KEPT = {
     "--reasoning-parser": 1,
     "--max-logprobs": 1,
-    "--root-path": 1,
     "--return-tokens-as-token-ids": 0,
     "--enable-force-include-usage": 0,
-    "--enable-tokenizer-info-endpoint": 0,
-    "--enable-server-load-tracking": 0,
 }
 """Options of a test's server that change what it answers here, and how many values each has."""
+ENVIRONMENT = {"VLLM_ENABLE_RESPONSES_API_STORE": "1", "VLLM_SYSTEM_START_DATE": "2023-09-12"}
 LENGTH = 4096
 
 
@@ -98,37 +95,36 @@ class Shared:
 
     def __init__(self, side: Side, model: Path, bundle: Path) -> None:
         self._side, self._model, self._bundle = side, model, bundle
-        self._wanted: tuple[Any, ...] | None = None
+        self._wanted: list[str] = []
         self._running = ExitStack()
         self._server: Serving | None = None
 
-    def get(self, arguments: Sequence[str], environment: Mapping[str, str]) -> Serving:
-        wanted = (*_kept(arguments), *sorted(environment.items()))
+    def get(self, arguments: Sequence[str]) -> Serving:
+        wanted = _kept(arguments)
         if self._server is None or wanted != self._wanted:
             self.close()
             self._wanted = wanted
-            self._server = self._running.enter_context(self._start(_kept(arguments), environment))
+            self._server = self._running.enter_context(self._start(wanted))
         return self._server
 
     def close(self) -> None:
         self._running.close()
         self._server = None
 
-    def _start(self, options: Sequence[str], environment: Mapping[str, str]) -> Any:
-        os.environ.update(environment)
+    def _start(self, options: Sequence[str]) -> AbstractContextManager[Serving]:
+        os.environ.update(ENVIRONMENT)
         names = [str(self._model), "claude-3-7-sonnet-latest"]
         if self._side == "vllm":
             limits = [f"--max-model-len={LENGTH}", "--dtype=bfloat16", "--enforce-eager", "--max-num-seqs=64"]
-            limits += [f"--kv-cache-memory-bytes={1 << 30}", "--block-size=32"]
+            limits += [
+                f"--kv-cache-memory-bytes={1 << 30}",
+                "--block-size=32",
+                "--enable-tokenizer-info-endpoint",
+            ]
             return plain_vllm(self._model, [*limits, *BASE, *options, "--served-model-name", *names])
         settings = {"CANDOR_MAX_MODEL_LEN": str(LENGTH), "CANDOR_MAX_NUM_SEQS": "64", "CANDOR_EAGER": "true"}
-        settings |= {"CANDOR_SERVED_MODEL_NAME": ",".join(names)}
-        options = list(options)
-        if "--root-path" in options:
-            at = options.index("--root-path")
-            settings["CANDOR_ROOT_PATH"] = options[at + 1]
-            del options[at : at + 2]
-        return serving(self._model, self._bundle, settings | {"CANDOR_VLLM": " ".join([*BASE, *options])})
+        settings |= {"CANDOR_SERVED_MODEL_NAME": ",".join(names), "CANDOR_VLLM": " ".join([*BASE, *options])}
+        return serving(self._model, self._bundle, settings)
 
 
 def _kept(arguments: Sequence[str]) -> list[str]:
@@ -155,10 +151,8 @@ def pytest_load_initial_conftests() -> None:
     hub.snapshot_download = hub.HfApi.snapshot_download = lambda *_, **__: model
 
     class RemoteOpenAIServer(utils.RemoteOpenAIServer):  # type: ignore[misc]
-        def __init__(
-            self, model: str, args: list[str], *, env_dict: dict[str, str] | None = None, **_: Any
-        ) -> None:
-            server = shared.get(args, env_dict or {})
+        def __init__(self, model: str, args: list[str], **_: Any) -> None:
+            server = shared.get(args)
             self.uds, self.host, self.port = None, "127.0.0.1", int(server.url.rpartition(":")[2])
 
         def __enter__(self) -> Any:

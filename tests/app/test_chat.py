@@ -35,7 +35,9 @@ def test_an_answer_with_its_reliability(server: Any) -> None:
         "message": {"role": "assistant", "content": "The answer.", "refusal": None},
         "logprobs": None,
         "finish_reason": "stop",
+        "token_ids": None,
     }
+    assert body["prompt_logprobs"] is body["prompt_token_ids"] is None
     prompt = len("|system:Be brief.||user:hello||")
     assert body["usage"] == {"prompt_tokens": prompt, "completion_tokens": 3, "total_tokens": prompt + 3}
     assert body["reliability"]["schema_version"] == 1

@@ -62,6 +62,7 @@ def error(response: Any, status: int) -> dict[str, Any]:
         ("stop", [1], "stop[0]"),
         ("stream", "true", "stream"),
         ("stream_options", {"include_usage": 1}, "stream_options.include_usage"),
+        ("stream_options", {"include_usage": True}, None),
         ("logprobs", 1, "logprobs"),
         ("top_logprobs", 21, "top_logprobs"),
         ("reliability", "on", "reliability"),
