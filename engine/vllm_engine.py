@@ -82,6 +82,7 @@ class VLLMEngine:
 
     def __init__(self, settings: EngineSettings, chat: ChatFormat) -> None:
         self._know(settings, chat)
+        _require_decoder(settings.model)
         _require_torchvision(settings.model)
         with start_failures.collecting() as failures:
             try:
@@ -441,6 +442,15 @@ def _config(args: AsyncEngineArgs) -> Any:
 
 def capturing(config: Any) -> Any:
     """Returns vLLM's configuration with the scheduler that takes states. Raises EngineError as `_config`."""
+    text = config.model_config.hf_text_config
+    if text.model_type == "deepseek_v3":
+        # How DeepSeek V3 chooses experts: transformers takes it for granted and does not write it into config.json,
+        # vLLM takes DeepSeek V2's way where it is not said.
+        vars(text).update({"scoring_func": "sigmoid", "topk_method": "noaux_tc"} | vars(text))
+    if config.model_config.runner_type != "generate":
+        raise EngineError(
+            f"{config.model_config.architecture} writes no text, it has no LM head; serve a model that has one"
+        )
     if config.model_config.is_attention_free:
         raise EngineError(
             f"{config.model_config.architecture} has no attention layer: no KV block holds the whole sequence, so "
@@ -507,12 +517,26 @@ def _shared_out(cores: Sequence[int], options: Mapping[str, Any]) -> str:
 
 def _require_torchvision(model: Path) -> None:
     """Raises EngineError if vLLM needs torchvision to read the model, although only text is served."""
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config = _config_of(model)
     if "vision_config" in config and find_spec("torchvision") is None:
         raise EngineError(
             f"{model.name} reads images too, and vLLM's code for it needs torchvision, which is not installed: "
             "install the one made for this torch, or serve the text model of the same family"
         )
+
+
+def _require_decoder(model: Path) -> None:
+    """Raises EngineError for a model with an encoder."""
+    if _config_of(model).get("is_encoder_decoder"):
+        raise EngineError(
+            f"{model.name} reads with an encoder and writes with a decoder: its prompt and its answer are no one "
+            "sequence, of which h could be the mean; serve a model that is a decoder alone"
+        )
+
+
+def _config_of(model: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return config
 
 
 def _adapter(path: Path) -> tuple[Path, AdapterIdentity]:

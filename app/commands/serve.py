@@ -47,6 +47,9 @@ def serve(
             envvar="CANDOR_ADAPTERS",
         ),
     ] = None,
+    eager: Annotated[
+        bool, typer.Option("--eager", help="No compilation: starts sooner, answers more slowly.")
+    ] = False,
 ) -> None:
     """Answer over HTTP, each answer with its calibrated reliability.
 
@@ -76,6 +79,7 @@ def serve(
         "max_model_len": max_model_len,
         "keys": keys,
         "alpha": alpha,
+        "eager": eager or None,
     }
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})

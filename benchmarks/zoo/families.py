@@ -162,7 +162,6 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "n_routed_experts": 8,
             "n_group": 4,
             "topk_group": 2,
-            "topk_method": "noaux_tc",
             "num_nextn_predict_layers": 1,
             "rope_parameters": _YARN,
         },
@@ -219,7 +218,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_hidden_layers": 4,
             "layer_types": ["conv", "full_attention", "conv", "full_attention"],
             "block_auto_adjust_ff_dim": False,
-            "conv_dim": 128,  # published configurations have it; vLLM asks for it
+            "conv_dim": 128,  # published configurations have both, and vLLM asks for them
+            "block_dim": 128,
             "conv_L_cache": 3,
         },
     ),

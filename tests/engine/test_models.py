@@ -19,7 +19,7 @@ import pytest
 
 from benchmarks.zoo.contract import CHUNK, REPRESENTATION, SEA, Contract
 from benchmarks.zoo.families import build
-from benchmarks.zoo.tiny import save, sentencepiece, small
+from benchmarks.zoo.tiny import save, sentencepiece, small, tokenizer
 from candor.engine.base import Engine, EngineError, Generation, Sampling
 from candor.engine.factory import start_engine
 from candor.engine.prompt import ChatFormat
@@ -169,6 +169,34 @@ def test_a_model_without_attention_is_refused_before_a_process_starts(
     model = build("Mamba", tmp_path / "model")
     settings = EngineSettings(model, representation=REPRESENTATION, dtype="float32", max_model_len=512)
     with pytest.raises(EngineError, match="MambaForCausalLM has no attention layer"):
+        runner.run(start_engine(settings))
+
+
+def test_a_model_with_an_encoder_is_refused_before_a_process_starts(
+    tmp_path: Path, runner: asyncio.Runner
+) -> None:
+    from transformers import T5Config
+
+    pytest.importorskip("vllm")
+    sizes = {"d_model": 64, "d_kv": 32, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    config = T5Config(vocab_size=512, decoder_start_token_id=0, **sizes)
+    model = save(tmp_path / "t5", config, "T5ForConditionalGeneration")
+    settings = EngineSettings(model, representation=REPRESENTATION, dtype="float32", max_model_len=512)
+    with pytest.raises(EngineError, match="t5 reads with an encoder"):
+        runner.run(start_engine(settings))
+
+
+def test_a_model_without_a_head_is_refused_before_a_process_starts(
+    tmp_path: Path, runner: asyncio.Runner
+) -> None:
+    from transformers import Qwen3Config, Qwen3Model
+
+    pytest.importorskip("vllm")
+    chat = tokenizer()
+    chat.save_pretrained(tmp_path)
+    Qwen3Model(Qwen3Config(**small(vocab_size=len(chat)))).save_pretrained(tmp_path)
+    settings = EngineSettings(tmp_path, representation=REPRESENTATION, dtype="float32", max_model_len=512)
+    with pytest.raises(EngineError, match="Qwen3Model writes no text"):
         runner.run(start_engine(settings))
 
 
