@@ -82,7 +82,7 @@ class JudgeSettings:
             )
 
 
-class Judge:
+class JudgeModel:
     """asked, prompt_tokens, completion_tokens: what was spent in this run."""
 
     def __init__(self, settings: JudgeSettings, name: str = "judge") -> None:
@@ -91,7 +91,7 @@ class Judge:
         self._client: httpx.AsyncClient | None = None
 
     @classmethod
-    def load(cls, path: Path) -> Judge:
+    def load(cls, path: Path) -> JudgeModel:
         """Raises VerifierError."""
         try:
             given = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -33,7 +33,7 @@ _WIDTH, _HEIGHT = 640, 240
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
+class JudgedSet:
     """First attempts at one set's prompts, judged at alpha. score, known, answered, right: (n,), bool but the first,
     which is -inf where nothing could be scored. h_prime: (n, M)."""
 
@@ -45,7 +45,7 @@ class Judged:
     h_prime: Tensor
 
     @classmethod
-    def of(cls, bundle: Bundle, answers: Sequence[Labelled], alpha: float) -> Judged:
+    def of(cls, bundle: Bundle, answers: Sequence[Labelled], alpha: float) -> JudgedSet:
         """By the two gates, or by the region under the lower estimator where there are none."""
         first = Attempts.measure(bundle.estimator, answers).first(1)
         calibrated, known = first.scored.flatten(), torch.ones(len(answers), dtype=torch.bool)
@@ -91,7 +91,7 @@ class Row:
     right_if_answered: Share
 
     @classmethod
-    def of(cls, name: str, judged: Judged, rows: Tensor) -> Row:
+    def of(cls, name: str, judged: JudgedSet, rows: Tensor) -> Row:
         """rows: (n,) bool."""
         return cls(
             name,
@@ -125,7 +125,7 @@ def page(
     name, such as strangers. kind: a column of the records by which prompts are told apart; None: their length.
     """
     alpha = _alpha(bundle)
-    seen = Judged.of(bundle, held_out, alpha)
+    seen = JudgedSet.of(bundle, held_out, alpha)
     certificate = _certificate(bundle, alpha)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": _percent, "interval": _interval, "short": _short}
@@ -136,7 +136,7 @@ def page(
         certificate=certificate,
         curve=_curve(seen),
         others=[
-            (one, _certificate(bundle, one), Judged.of(bundle, held_out, one))
+            (one, _certificate(bundle, one), JudgedSet.of(bundle, held_out, one))
             for one in bundle.manifest.alphas
         ],
         kinds=_by_kind(seen, records, kind),
@@ -146,7 +146,7 @@ def page(
             Row.of(name, one, torch.ones(len(one.answers), dtype=torch.bool))
             for name, one in {
                 "held out": seen,
-                **{name: Judged.of(bundle, some, alpha) for name, some in (others or {}).items()},
+                **{name: JudgedSet.of(bundle, some, alpha) for name, some in (others or {}).items()},
             }.items()
         ],
         advice=bundle.report.get("advice") or {},
@@ -168,7 +168,7 @@ def _certificate(bundle: Bundle, alpha: float) -> Certificate | RuleCertificate 
     return certificate_at(bundle.certificates, alpha, "lower")
 
 
-def _by_kind(seen: Judged, records: Mapping[str, Record], kind: str | None) -> list[Row]:
+def _by_kind(seen: JudgedSet, records: Mapping[str, Record], kind: str | None) -> list[Row]:
     """The commonest kinds first; of lengths, the shortest third of the prompts first."""
     if kind is None:
         words = torch.tensor([len(one.prompt.split()) for one in seen.answers])
@@ -182,7 +182,7 @@ def _by_kind(seen: Judged, records: Mapping[str, Record], kind: str | None) -> l
     return sorted(rows, key=lambda row: (-row.prompts, row.name))[:_MOST_KINDS]
 
 
-def _mistakes(bundle: Bundle, seen: Judged, records: Mapping[str, Record]) -> list[Mistake]:
+def _mistakes(bundle: Bundle, seen: JudgedSet, records: Mapping[str, Record]) -> list[Mistake]:
     """Wrong answers with the highest scores, each beside the exemplars that are nearest to it by h'."""
     order = seen.score.argsort(descending=True, stable=True).tolist()
     wrong = [i for i in order if not seen.right[i] and seen.score[i].isfinite()][:MISTAKES]
@@ -204,7 +204,7 @@ def _reference(reference: object) -> str:
     return str(reference.get("answer", reference) if isinstance(reference, Mapping) else reference)
 
 
-def _curve(seen: Judged) -> str:
+def _curve(seen: JudgedSet) -> str:
     """Risk against coverage as SVG: the share of wrong answers among those with the highest scores.
 
     The dashed line is the share of wrong answers to all; the circle is what is let through.

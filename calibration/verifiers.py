@@ -304,9 +304,9 @@ def load_verifier(name: str, beside: Path | None = None) -> Verifier:
     folders = list(dict.fromkeys(str(f.resolve()) for f in (beside, Path.cwd()) if f is not None))
     kind, argument = _parts(name)
     if kind == "judge":
-        from candor.calibration.judge import Judge
+        from candor.calibration.judge import JudgeModel
 
-        return Judge.load(
+        return JudgeModel.load(
             _found(argument, folders, 'verifier "judge": judge(FILE) names a TOML file')
         ).verifier()
     if kind == "person":

@@ -26,7 +26,7 @@ from candor.calibration.generate import Labelled, Watch, scorable
 from candor.calibration.verifiers import Verdict
 from candor.comparison.comparators import COMPARATORS, REFERENCE, SAMPLERS
 from candor.comparison.comparators.base import Fitting, MethodVerdicts
-from candor.comparison.comparators.passes import Asked, ask
+from candor.comparison.comparators.passes import AskedAgain, ask
 from candor.comparison.comparators.platt import judge
 from candor.comparison.comparators.verbalised import stated
 from candor.comparison.compare import Comparison, compare, halves, with_samplers
@@ -72,7 +72,7 @@ class ComparisonData:
 
     fitting: Fitting
     sets: dict[str, list[Labelled]]
-    asked: dict[str, dict[str, list[Asked]]]
+    asked: dict[str, dict[str, list[AskedAgain]]]
 
 
 async def gather(
@@ -107,7 +107,7 @@ async def gather(
     parts = {
         name: _some(found, settings) for name, found in {CALIBRATION: fitting.calibration, **answers}.items()
     }
-    asked: dict[str, dict[str, list[Asked]]] = {}
+    asked: dict[str, dict[str, list[AskedAgain]]] = {}
     for method in settings.samplers:
         sampler = SAMPLERS[method]
         asked[method] = {}
@@ -119,7 +119,7 @@ async def gather(
             ):
                 replies = await ask(engine, chat, questions, cache, asking.concurrency, bar.update)
             asked[method][name] = [
-                Asked(conversations[name][one.id], one, reply)
+                AskedAgain(conversations[name][one.id], one, reply)
                 for one, reply in zip(part, replies, strict=True)
             ]
     return ComparisonData(fitting, answers, asked)
@@ -207,7 +207,7 @@ def _some(answers: Sequence[Labelled], settings: CompareSettings) -> list[Labell
 
 
 def _judged(
-    method: str, asked: Sequence[Asked], known: Sequence[Asked], alphas: Sequence[float]
+    method: str, asked: Sequence[AskedAgain], known: Sequence[AskedAgain], alphas: Sequence[float]
 ) -> MethodVerdicts:
     score = SAMPLERS[method].score
     return judge(
@@ -218,7 +218,7 @@ def _judged(
     )
 
 
-def _cost(method: str, asked: Sequence[Asked]) -> dict[str, float]:
+def _cost(method: str, asked: Sequence[AskedAgain]) -> dict[str, float]:
     """Means over records. usable: share of records whose replies this method can use."""
     usable = [method != "verbalised" or stated(one.replies.texts[0]) is not None for one in asked]
     return {

@@ -28,7 +28,7 @@ from candor.comparison.comparators import (
     verbalised,
 )
 from candor.comparison.comparators.base import Fit
-from candor.comparison.comparators.passes import Asked, Question
+from candor.comparison.comparators.passes import AskedAgain, FurtherQuestion
 from candor.policy.conversation import Conversation
 from candor.policy.policy import Policy
 
@@ -50,8 +50,8 @@ class Sampler:
 
     title: str
     source: str
-    questions: Callable[[Conversation, Labelled, Policy], list[Question]]
-    score: Callable[[Asked], float]
+    questions: Callable[[Conversation, Labelled, Policy], list[FurtherQuestion]]
+    score: Callable[[AskedAgain], float]
 
 
 COMPARATORS = {

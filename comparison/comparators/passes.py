@@ -20,7 +20,7 @@ from candor.policy.conversation import Conversation
 
 
 @dataclass(frozen=True)
-class Question:
+class FurtherQuestion:
     """One more request to the model about a record."""
 
     conversation: Conversation
@@ -37,7 +37,7 @@ class Replies:
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedAgain:
     """A record's conversation as it was served, its answer, and the replies to further questions."""
 
     conversation: Conversation
@@ -48,7 +48,7 @@ class Asked:
 async def ask(
     engine: Engine,
     chat: ChatFormat,
-    questions: Sequence[Sequence[Question]],
+    questions: Sequence[Sequence[FurtherQuestion]],
     cache: AnswerCache,
     concurrency: int,
     progress: Callable[[int], object],
@@ -84,7 +84,7 @@ async def ask(
     return found
 
 
-async def _reply(engine: Engine, question: Question, ids: list[int], cache: AnswerCache) -> str:
+async def _reply(engine: Engine, question: FurtherQuestion, ids: list[int], cache: AnswerCache) -> str:
     identity = {name: value for name, value in asdict(engine.identity).items() if name != "name"}
     key = cache_key(
         model=identity,

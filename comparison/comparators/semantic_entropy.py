@@ -15,26 +15,26 @@ from math import log
 
 from candor.calibration.generate import Labelled
 from candor.calibration.verifiers import normalise
-from candor.comparison.comparators.passes import Asked, Question
+from candor.comparison.comparators.passes import AskedAgain, FurtherQuestion
 from candor.policy.conversation import Conversation
 from candor.policy.policy import Policy
 
 SAMPLES = 10
 
 
-def questions(conversation: Conversation, answer: Labelled, policy: Policy) -> list[Question]:
+def questions(conversation: Conversation, answer: Labelled, policy: Policy) -> list[FurtherQuestion]:
     """The served conversation, K times, each with its own seed."""
 
     def seed(number: int) -> int:
         return int.from_bytes(sha256(f"{answer.id}:{number}".encode()).digest()[:4], "big")
 
     return [
-        Question(conversation, policy.sampling(temperature=1.0, seed=seed(number)))
+        FurtherQuestion(conversation, policy.sampling(temperature=1.0, seed=seed(number)))
         for number in range(SAMPLES)
     ]
 
 
-def score(asked: Asked) -> float:
+def score(asked: AskedAgain) -> float:
     """Negative entropy in nats, from -ln K (all differ) to 0 (all agree)."""
     counts = Counter(normalise(text) for text in asked.replies.texts)
     total = sum(counts.values())

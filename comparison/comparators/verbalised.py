@@ -10,7 +10,7 @@ import re
 from dataclasses import replace
 
 from candor.calibration.generate import Labelled
-from candor.comparison.comparators.passes import Asked, Question
+from candor.comparison.comparators.passes import AskedAgain, FurtherQuestion
 from candor.policy.conversation import Conversation
 from candor.policy.policy import Policy
 
@@ -21,16 +21,18 @@ QUESTION = (
 _NUMBER = re.compile(r"(?<![\d.-])(\d{1,3}(?:\.\d+)?)(?![\d-])")
 
 
-def questions(conversation: Conversation, answer: Labelled, policy: Policy) -> list[Question]:
+def questions(conversation: Conversation, answer: Labelled, policy: Policy) -> list[FurtherQuestion]:
     turns = (
         *conversation.turns,
         {"role": "assistant", "content": answer.response},
         {"role": "user", "content": QUESTION},
     )
-    return [Question(replace(conversation, turns=turns), policy.sampling(temperature=0.0, max_tokens=16))]
+    return [
+        FurtherQuestion(replace(conversation, turns=turns), policy.sampling(temperature=0.0, max_tokens=16))
+    ]
 
 
-def score(asked: Asked) -> float:
+def score(asked: AskedAgain) -> float:
     """The stated confidence in [0, 1]; 0 where no number was stated."""
     said = stated(asked.replies.texts[0])
     return 0.0 if said is None else said

@@ -16,7 +16,14 @@ ABOVE = Certificate(0.95, "lower", 0.97, 0.95, 500.0, 400, 110, 110, 0.973)
 
 
 def shown(one: Certificate) -> dict[str, Any]:
-    return {"rule": "sdm", "score_min": None, "base_right": None, "standing": None, **asdict(one)}
+    return {
+        "rule": "sdm",
+        "score_min": None,
+        "forecast_min": None,
+        "base_right": None,
+        "standing": None,
+        **asdict(one),
+    }
 
 
 def result(response: Any) -> Any:

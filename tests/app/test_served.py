@@ -57,7 +57,14 @@ def test_certificates(serve: Any) -> None:
     one = Certificate(0.9, "lower", 0.95, 0.95, 300.0, 400, 120, 119, 0.961)
     with serve(certificates=[one]) as server:
         assert server.client.get("/v1/reliability").json()["certificates"] == [
-            {"rule": "sdm", "score_min": None, "base_right": None, "standing": None, **asdict(one)}
+            {
+                "rule": "sdm",
+                "score_min": None,
+                "forecast_min": None,
+                "base_right": None,
+                "standing": None,
+                **asdict(one),
+            }
         ]
 
 

@@ -180,6 +180,8 @@ def test_another_model_than_the_bundles_is_refused(model: Path, tmp_path: Path) 
         ({"--certify": "0.9", "--delta": "0.5"}, "delta in (0, 0.5)"),
         ({"--certify": "0.9", "--certify-share": "1"}, "share to certify on must be between 0 and 1"),
         ({"--certify-data": "c.jsonl", "--rule": "sdm"}, "say with --certify which accuracy"),
+        ({"--may-lose": "0.02", "--rule": "sdm"}, "the rule sdm knows no prompts"),
+        ({"--may-lose": "1"}, "may be lost must be in"),
         ({"--refuse": "0"}, "the share that the gate may refuse"),
         ({"--resample": "3"}, "needs a temperature above 0"),
         ({"--resample": "0"}, "--resample"),

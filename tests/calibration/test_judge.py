@@ -20,7 +20,7 @@ from candor.calibration.data import Record, load_records
 from candor.calibration.early import try_verifiers
 from candor.calibration.errors import DataError, VerifierError
 from candor.calibration.generate import Labelled, collect
-from candor.calibration.judge import Judge, JudgeSettings, read_verdict
+from candor.calibration.judge import JudgeModel, JudgeSettings, read_verdict
 from candor.calibration.kept import KeptAnswers, NotKept
 from candor.calibration.labels import verifier_of
 from candor.calibration.verifiers import Question, load_verifier
@@ -332,7 +332,9 @@ def test_settings_that_cannot_be_used(text: str, says: str, tmp_path: Path) -> N
 def test_another_rubric_or_model_is_another_judge() -> None:
     def key(**more: Any) -> str | None:
         return (
-            Judge(JudgeSettings(**({"url": "http://a", "model": "m", "rubric": "r"} | more))).verifier().key
+            JudgeModel(JudgeSettings(**({"url": "http://a", "model": "m", "rubric": "r"} | more)))
+            .verifier()
+            .key
         )
 
     assert key() == key(url="http://b", concurrency=2, patience_s=1)

@@ -279,13 +279,38 @@ def test_a_policy_that_resamples_is_what_is_calibrated(
 
 
 def two_gates(
-    engine: Any, chat: ChatFormat, inputs: Inputs, folder: Path, policy: Policy = POLICY
+    engine: Any,
+    chat: ChatFormat,
+    inputs: Inputs,
+    folder: Path,
+    policy: Policy = POLICY,
+    rule: RuleSettings | None = None,
 ) -> tuple[Bundle, Made]:
     asking = AnsweringOptions(folder / "cache", concurrency=8)
     answers = asyncio.run(answer_inputs(engine, chat, inputs, policy, asking))
     certifying = Certifying(None, 0.1, 0.4)
-    made = make_bundle(inputs, answers, SETTINGS, folder / "bundle", "scripted", certifying, RuleSettings())
+    made = make_bundle(
+        inputs, answers, SETTINGS, folder / "bundle", "scripted", certifying, rule or RuleSettings()
+    )
     return load_bundle(folder / "bundle"), made
+
+
+def test_a_rule_that_may_lose_answers_is_certified_with_its_cuts(
+    make_engine: MakeEngine, chat: ChatFormat, task: Task, tmp_path: Path
+) -> None:
+    inputs = Inputs.load(task(tmp_path / "d.jsonl", range(500)), [])
+    bundle, made = two_gates(make_engine(), chat, inputs, tmp_path, rule=RuleSettings(may_lose=0.05))
+    assert bundle.rule is not None
+    assert bundle.rule.rule.forecast is not None
+    assert bundle.rule.terms.may_lose == 0.05
+    assert made.outcome.rule is not None
+    for search, one in zip(made.outcome.rule.searches, bundle.rule.terms.certificates, strict=True):
+        assert one.forecast_min is not None
+        assert search.unbegun is not None
+        assert search.unbegun.of - search.unbegun.lost == one.answered
+    counted = bundle.report["rule"]["certification"][0]["unbegun"]
+    assert set(counted) == {"prompts", "lost", "of"}
+    assert bundle.manifest.provenance["rule"]["may_lose"] == 0.05
 
 
 def test_a_rule_is_certified_at_each_alpha_and_measured_as_it_serves(

@@ -15,7 +15,7 @@ from candor.calibration.cache import AnswerCache
 from candor.calibration.errors import CalibrationError
 from candor.calibration.generate import Labelled
 from candor.comparison.comparators import platt, semantic_entropy, verbalised
-from candor.comparison.comparators.passes import Asked, Question, Replies, ask
+from candor.comparison.comparators.passes import AskedAgain, FurtherQuestion, Replies, ask
 from candor.engine.base import Sampling
 from candor.engine.prompt import ChatFormat
 from candor.policy.conversation import Conversation
@@ -31,8 +31,8 @@ def served(number: int) -> Conversation:
     return Conversation(({"role": "user", "content": f"number {number}"},), {}, None)
 
 
-def asked(*texts: str) -> Asked:
-    return Asked(TURNS, ANSWER, Replies(texts, 0, 0))
+def asked(*texts: str) -> AskedAgain:
+    return AskedAgain(TURNS, ANSWER, Replies(texts, 0, 0))
 
 
 def test_semantic_entropy_by_hand() -> None:
@@ -99,7 +99,7 @@ def test_one_class_alone_teaches_that_class() -> None:
 def test_replies_are_counted_and_kept(
     make_engine: Callable[..., Any], chat: ChatFormat, tmp_path: Path
 ) -> None:
-    questions = [[Question(served(i), Sampling(8, 1.0, seed=s)) for s in range(3)] for i in (12, 7)]
+    questions = [[FurtherQuestion(served(i), Sampling(8, 1.0, seed=s)) for s in range(3)] for i in (12, 7)]
     engine = make_engine()
     done: list[int] = []
     with AnswerCache(tmp_path) as cache:
