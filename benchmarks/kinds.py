@@ -3,8 +3,8 @@ r"""One table of labelled questions in ten kinds of file, each through `candor d
     python -m benchmarks.kinds --model MODEL --data TABLE.csv --columns COLUMNS --wrong COLUMN --verifier VERIFIER \
       --answers FOLDER
 
-COLUMN holds a wrong answer to each question. Eight kinds ask the model, whose answers are kept in FOLDER, and must give
-the same bundle. The exports of Argilla and Label Studio bring responses that people
+COLUMN holds a wrong answer to each question. Eight kinds ask the model, whose answers are kept in FOLDER, and must
+give the same bundle. The exports of Argilla and Label Studio bring responses that people
 have labelled: here the reference or the wrong answer, by turns. Argilla's is written by its own library where that is
 installed, Label Studio's in the form that its server downloads.
 """
