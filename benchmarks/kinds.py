@@ -1,9 +1,10 @@
-"""One table of labelled questions in ten kinds of file, each through `candor data check` and `candor calibrate`.
+r"""One table of labelled questions in ten kinds of file, each through `candor data check` and `candor calibrate`.
 
-    python -m benchmarks.kinds --model MODEL --data TABLE.csv --columns COLUMNS --verifier VERIFIER --answers FOLDER
+    python -m benchmarks.kinds --model MODEL --data TABLE.csv --columns COLUMNS --wrong COLUMN --verifier VERIFIER \
+      --answers FOLDER
 
-COLUMNS are named as for `candor calibrate`; `negative` is a wrong answer. Eight kinds ask the model, whose answers
-are kept in FOLDER, and must give the same bundle. The exports of Argilla and Label Studio bring responses that people
+COLUMN holds a wrong answer to each question. Eight kinds ask the model, whose answers are kept in FOLDER, and must
+give the same bundle. The exports of Argilla and Label Studio bring responses that people
 have labelled: here the reference or the wrong answer, by turns. Argilla's is written by its own library where that is
 installed, Label Studio's in the form that its server downloads.
 """
@@ -130,16 +131,15 @@ def main() -> None:
     )
     for name in ("model", "data", "answers"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--columns", required=True)
-    parser.add_argument("--verifier", required=True)
+    for name in ("columns", "wrong", "verifier"):
+        parser.add_argument(f"--{name}", required=True)
     given, rest = parser.parse_known_args()  # the rest is for `candor calibrate`
     read = load(given.data, Reading.parse(given.columns, given.verifier)).records
-    opposite = dict(part.strip().split("=") for part in given.columns.split(","))["negative"]
     rows = [
         {
             "question": one.prompt,
             "reference": str(one.reference["answer"]),
-            "opposite": dict(one.row)[opposite],
+            "opposite": dict(one.row)[given.wrong],
         }
         for one in read
         if one.reference is not None
