@@ -350,8 +350,11 @@ def _page_times(page: str) -> dict[str, Any]:
 def service_times(found: dict[str, Any]) -> tuple[float, float, float]:
     """Returns prefill, step and each, from what one replica answered with several numbers of clients.
 
-    found: {"clients": answers a second, ...} and "prefill_s_per_token".
+    found: "answers_per_s" by clients, "prefill_s_per_token", "tokens_per_answer" and "prompt_tokens"; or "step" and
+    "each" themselves.
     """
+    if "step" in found:
+        return float(found["prefill_s_per_token"]), float(found["step"]), float(found["each"])
     prefill = float(found["prefill_s_per_token"])
     rounds = {
         int(n): int(n) / rate for n, rate in found["answers_per_s"].items()
@@ -416,7 +419,13 @@ def report(
         for replicas in fleets:
             ingresses = max(2, math.ceil(replicas * 8 * times.ingress / 0.5))
             run = simulate(
-                times, traffic, replicas, 16 * replicas, prefix=prefix, ingresses=ingresses, seconds=seconds
+                times,
+                traffic,
+                replicas,
+                16 * replicas,
+                prefix=prefix,
+                ingresses=ingresses,
+                seconds=min(seconds, max(6.0, 3000 / replicas)),
             )
             needed = shared_parts(times, run["requests_per_s"], replicas)
             kind = {"replicas": replicas, "shared": shared, "strangers": strangers, "prefix": prefix}

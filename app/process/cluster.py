@@ -48,6 +48,8 @@ _ELSEWHERE = ("bundle_behind", "engine_dead", "shutting_down")
 _METRICS_WITHIN_S = 10.0
 _JOINED = ("/v1/models", "/bundles")
 """Lists that every model has a part of."""
+_QUIET = {"enable_access_log": False}
+"""The server logs each request itself."""
 _PREFIX_ROUTER = (
     "ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router.PrefixCacheAffinityRouter"
 )
@@ -355,6 +357,7 @@ def application(args: Mapping[str, Any]) -> serve.Application:
         models |= dict.fromkeys(names, bound)
     ingress = serve.deployment(Ingress).options(
         name="ingress",
+        logging_config=_QUIET,
         num_replicas=shape.ingresses or min(2, shape.replicas),
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": 0},
@@ -395,6 +398,7 @@ def _deployment(name: str, shape: Shape, settings: Settings, environment: Mappin
             name=name,
             max_ongoing_requests=settings.max_in_flight + 16,  # beyond it, its own 503; some for probes
             health_check_period_s=5,
+            logging_config=_QUIET,
             graceful_shutdown_timeout_s=settings.drain_timeout_s,
             ray_actor_options=actor,
             **options,
