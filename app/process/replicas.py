@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -232,6 +233,9 @@ class Replicas:
         assert isinstance(found, dict)
         self._hurry = any(wanted.proposed is not None for wanted in found.values())
         for name, wanted in found.items():
+            if wanted.proposed_by == self._shared.replica and not self._slots[name].changing:
+                # It could not be ended, for the database was away then.
+                await self._ask(partial(together.settle, name=name, replica=self._shared.replica, now=None))
             self._follow(name, self._slots[name], wanted)
 
     async def close(self) -> None:

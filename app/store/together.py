@@ -27,10 +27,11 @@ _lives = replicas.c.seen > _now - SILENT_S
 
 
 class Wanted(NamedTuple):
-    """By which bundle all answer under one name, and what all are to make ready."""
+    """By which bundle all answer under one name, what all are to make ready, and which replica promotes that."""
 
     promotion: Promotion
     proposed: Located | None = None
+    proposed_by: str | None = None
 
 
 class Beat(NamedTuple):
@@ -170,4 +171,4 @@ def _wanted(row: Any) -> Wanted:
 
     previous = located(row.previous_path, row.previous_digest)
     promotion = Promotion(row.over, Located(row.path, row.digest), previous)
-    return Wanted(promotion, located(row.proposed_path, row.proposed_digest))
+    return Wanted(promotion, located(row.proposed_path, row.proposed_digest), row.proposed_by)

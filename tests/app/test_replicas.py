@@ -155,6 +155,31 @@ def test_one_that_missed_it_is_not_ready_and_says_why(
         database.close()
 
 
+def test_a_proposal_that_could_not_be_ended_is_ended_later(
+    replica: Replica, put: Any, store: str, wait_until: Any, tmp_path: Path
+) -> None:
+    old, new = put("old", 1.5), put("new", 0.9)
+    with replica() as one:
+        database = Database.open(store)
+
+        def row() -> Any:
+            return database.read(lambda connection: connection.execute(select(wanted)).mappings().one())
+
+        with (
+            database.changing() as connection
+        ):  # as a replica leaves it whose database went away amid a promotion
+            (name,) = connection.scalars(select(replicas.c.replica))
+            values = {
+                "proposed_digest": new.digest,
+                "proposed_path": str(tmp_path / "new"),
+                "proposed_by": name,
+            }
+            connection.execute(update(wanted).values(**values))
+        wait_until(lambda: row()["proposed_by"] is None)
+        assert (row()["digest"], serves(one)) == (old.digest, old.digest)
+        database.close()
+
+
 def test_a_late_replica_takes_what_was_promoted(replica: Replica, put: Any, tmp_path: Path) -> None:
     put("old", 1.5)
     new = put("new", 0.9)
