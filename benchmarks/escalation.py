@@ -31,7 +31,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from benchmarks.servers import Serving, plain_vllm, serving
+from benchmarks.servers import Serving, half_of_the_cores, plain_vllm, serving
 from benchmarks.walk import engine_double, made_by
 from candor.app.commands.serve import EngineKind
 from candor.calibration.data import Record, load
@@ -120,7 +120,9 @@ def ask(
     else:
         body["reliability"] = reliability
     began = time.monotonic()
-    response = httpx.post(f"{url}/v1/chat/completions", json=body | {"stream": streamed}, timeout=600)
+    response = httpx.post(
+        f"{url}/v1/chat/completions", json=body | {"stream": streamed}, timeout=600, verify=False
+    )
     response.raise_for_status()
     return (response.text if streamed else response.json()), time.monotonic() - began
 
@@ -185,17 +187,21 @@ def main(
     plain += [f"--served-model-name={NAME}", "--max-num-seqs=16"]
     with relay.running(PORT) as url, ExitStack() as behind_it:
         other = behind_it.enter_context(
-            plain_vllm(behind, plain)
+            plain_vllm(behind, plain, environment=half_of_the_cores(1))
             if engine is EngineKind.vllm
             else serving(behind, behind_bundle, common | {"CANDOR_SERVED_MODEL_NAME": NAME})
         )
         relay.port = int(other.url.rsplit(":", 1)[1])
         calibrate(model, data, records, kept, out, alpha, url, engine)
-        settings = common | {
-            "CANDOR_ESCALATE_URL": url,
-            "CANDOR_ESCALATE_MODEL": NAME,
-            "CANDOR_ESCALATE_TIMEOUT_S": "60",
-        }
+        settings = (
+            common
+            | half_of_the_cores(0)
+            | {
+                "CANDOR_ESCALATE_URL": url,
+                "CANDOR_ESCALATE_MODEL": NAME,
+                "CANDOR_ESCALATE_TIMEOUT_S": "60",
+            }
+        )
         asked = load(test).records[:prompts]
         with serving(model, out / "bundle", settings) as front:
             found = measured(front, other, asked, alpha)

@@ -74,6 +74,13 @@ def bind_all_cores(ranks: int = 1) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, some)) for some in lists))
 
 
+def half_of_the_cores(which: int) -> dict[str, str]:
+    """Binds one of two vLLMs to the first (0) or second (1) half of the cores; by default both take the same one."""
+    cores = sorted(os.sched_getaffinity(0))
+    half = (cores[: (len(cores) + 1) // 2], cores[len(cores) // 2 :])[which]
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, half))}
+
+
 @contextmanager
 def serving(
     model: Path, bundle: Path, settings: Mapping[str, str] | None = None, within_s: float = 900
@@ -86,12 +93,13 @@ def serving(
 
 
 @contextmanager
-def plain_vllm(model: Path, arguments: Sequence[str], within_s: float = 900) -> Iterator[Serving]:
+def plain_vllm(
+    model: Path, arguments: Sequence[str], within_s: float = 900, environment: Mapping[str, str] | None = None
+) -> Iterator[Serving]:
     """Starts vLLM's own OpenAI server. Raises RuntimeError with the log's end if it does not start."""
     command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *arguments]
-    with _started(
-        command, "/health", within_s, {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    ) as server:
+    alone = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with _started(command, "/health", within_s, alone | dict(environment or {})) as server:
         yield server
 
 
