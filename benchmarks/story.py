@@ -206,9 +206,13 @@ def share(found: Sequence[Answer]) -> str:
 def calm(story: Story, count: int) -> None:
     found = story.ask_all(prompts(0.0), count)
     labelled, stands = story.label("sampled"), story.standing()
+    if story.fires("CandorPromptDrift") or story.fires("CandorCertificateSuspended"):
+        raise RuntimeError("an alert fires before anything has changed")
     story.tell("traffic like the calibration's", share(found))
     evidence = f"evidence against it {stands['alarm']:.2f} of {stands['threshold']:.2f} (log10)"
-    story.tell("its audits", f"{labelled} labels; the certificate is {stands['standing']}, {evidence}")
+    story.tell(
+        "its audits", f"{labelled} labels; the certificate is {stands['standing']}, {evidence}; no alert"
+    )
 
 
 def falls(story: Story, traffic: Iterator[Prompt], chunk: int = 24) -> None:
@@ -243,7 +247,7 @@ def audits(story: Story, traffic: Iterator[Prompt], count: int) -> None:
 
 
 def recalibrates(story: Story, old: Path, new: Path, since: float) -> bool:
-    """Returns whether there is a new bundle; one in some eight of such samples certifies nothing.
+    """Returns whether there is a new bundle; one in some six of such samples certifies nothing.
 
     since: only answers given from then on count, as an operator would say who knows when the traffic changed.
     """
@@ -325,7 +329,7 @@ def checks(story: Story, thresholds: dict[str, float]) -> None:
     database = Database.open(story.store)
     try:
         asked = select(verdicts.c.id, verdicts.c.bundle)
-        kept = dict(database.read(lambda connection: connection.execute(asked).tuples().all()))
+        kept = database.read(lambda connection: {id: digest for id, digest in connection.execute(asked)})
     finally:
         database.close()
     failed = [one.status for one in story.answers if one.status != "200"]
@@ -343,7 +347,7 @@ def checks(story: Story, thresholds: dict[str, float]) -> None:
 
 
 def first_bundle(path: Path) -> None:
-    """Writes the demo's bundle without alpha 0.98: to certify that anew would take some 1,500 labels."""
+    """Writes the demo's bundle without alpha 0.98: to certify that anew takes 149 answers without a mistake."""
     demo = load_bundle(ROOT / "demo/bundle")
     assert demo.rule is not None
     terms, alphas = demo.rule.terms, tuple(one for one in demo.manifest.alphas if one < 0.98)
