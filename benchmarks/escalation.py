@@ -206,8 +206,10 @@ def main(
         with serving(model, out / "bundle", settings) as front:
             found = measured(front, other, asked, alpha)
     found["certified"] = json.loads((out / "bundle/manifest.json").read_text())["cascade"]
+    if not as_json:
+        typer.echo(table(found))  # first, since the rest takes minutes more
     found["trouble"] = trouble()
-    typer.echo(json.dumps(found) if as_json else table(found))
+    typer.echo(json.dumps(found) if as_json else "\n" + troubles(found["trouble"]))
 
 
 def calibrate(
@@ -338,7 +340,7 @@ def table(found: dict[str, Any]) -> str:
     ]
     lines += ["", f"certified: {json.dumps(found['certified'])}"]
     lines += [f"answers that say so: {counts['certified']}; median seconds {found['median_s']}"]
-    return "\n".join([*lines, "", troubles(found["trouble"])])
+    return "\n".join(lines)
 
 
 def troubles(found: dict[str, Any]) -> str:
