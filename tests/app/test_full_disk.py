@@ -34,7 +34,7 @@ def test_what_was_acknowledged_before_and_on_a_full_disk_is_there(tmp_path: Path
     command = ["unshare", "--mount", "sh", "-c", MOUNTED, "sh", disk, sys.executable, SCRIPT, spool, out]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=120, check=False
+        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     if done.returncode == NO_MOUNT or done.stderr.startswith("unshare:"):
         pytest.skip(f"no file system of its own to be had here: {done.stderr}")
