@@ -63,10 +63,11 @@ class Renders(Protocol):
 
 
 class Handlers:
-    """vLLM's handlers for one engine and its adapters."""
+    """vLLM's handlers for one engine and its adapters. stores: whether responses can be asked for again."""
 
     def __init__(self, state: State) -> None:
         self._state = state
+        self.stores: bool = state.openai_serving_responses.enable_store
 
     @classmethod
     async def start(cls, engine: VLLMEngine, adapters: Mapping[str, VLLMEngine], name: str) -> Handlers:
