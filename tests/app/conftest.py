@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -658,8 +658,9 @@ def start_replica(tmp_path: Path) -> Iterator[Callable[..., Replica]]:
 
     yield start
     for one in started:
-        for child in psutil.Process(one.process.pid).children(recursive=True):
-            child.kill()
+        with suppress(psutil.NoSuchProcess):  # most tests end it themselves
+            for child in psutil.Process(one.process.pid).children(recursive=True):
+                child.kill()
         one.process.kill()
         one.process.wait()
 
