@@ -38,13 +38,16 @@ class Serving:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def memory_by_process(self) -> dict[str, int]:
-        """Resident bytes of each process, by what it is: `http`, or the engine's by their titles."""
+        """Bytes of each process's own, by what it is: `http`, or the engine's by their titles.
+
+        Files that it maps do not count: the kernel takes them back and gives them again as it likes.
+        """
         page, names = os.sysconf("SC_PAGE_SIZE"), self._read("cmdline")
         found: dict[str, int] = {}
         for pid, fields in self._read("statm").items():
             title = names.get(pid, ["?"])[0].split("\0")[0]
             name = "http" if pid == self.pid else title.rsplit("/", 1)[-1].removeprefix("VLLM::") or "?"
-            found[name] = found.get(name, 0) + int(fields[1]) * page
+            found[name] = found.get(name, 0) + (int(fields[1]) - int(fields[2])) * page
         return found
 
     def cpu_s(self) -> dict[str, float]:

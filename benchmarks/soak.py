@@ -10,7 +10,7 @@ or a verdict near its threshold may fall otherwise now and then: such prompts ar
 The usual verdict must be the same in the last third as in the first.
 
 Memory is each process's own. Prompts that fill the KV cache come first, so that it is resident before the first
-sample. The samples of the last two thirds are cut into ten blocks of as many; memory's growth per request, from the
+sample. The last two thirds of the requests are cut into ten blocks of as many; memory's growth per request, from the
 mean of one block to that of the next, has a mean and Student's interval (blocks that hang together widen it).
 
 Once a minute it says how far it is; an interrupted one shows the figures of the time that it had.
@@ -110,12 +110,14 @@ class Exchange:
 
 
 def growth(samples: Sequence[Sample], process: str) -> tuple[float, float] | None:
-    """Bytes per request of one process, and half of its 95 % interval; None for fewer samples than blocks."""
-    late = samples[len(samples) // 3 :]
-    each = len(late) // BLOCKS
-    if not each:
+    """Bytes per request of one process, and half of its 95 % interval; None where a block has no sample."""
+    first, last = samples[-1][1] / 3, samples[-1][1]
+    blocks: list[list[Sample]] = [[] for _ in range(BLOCKS)]
+    for one in samples:
+        if one[1] >= first and last:
+            blocks[min(BLOCKS - 1, int(BLOCKS * (one[1] - first) / (last - first)))].append(one)
+    if not all(blocks):
         return None
-    blocks = [late[len(late) - each * (n + 1) : len(late) - each * n] for n in reversed(range(BLOCKS))]
     requests = [statistics.fmean(one[1] for one in block) for block in blocks]
     sizes = [statistics.fmean(one[2].get(process, 0) for one in block) for block in blocks]
     slopes = [(sizes[n + 1] - sizes[n]) / max(1.0, requests[n + 1] - requests[n]) for n in range(BLOCKS - 1)]

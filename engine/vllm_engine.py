@@ -202,6 +202,9 @@ class VLLMEngine:
                 ]
                 if delta := answer.add(completion.text, completion.token_ids, logprobs):
                     yield delta
+        if completion.finish_reason == "error":
+            wrong = ValueError("the grammar could not be compiled") if params.structured_outputs else None
+            raise EngineError("vLLM gave this request up; its log above says why") from wrong
         cut = completion.finish_reason == "length"
         length = answer.length(self._chat.is_blank, cut=cut)
         if delta := answer.finish(length, stopped=isinstance(completion.stop_reason, str), cut=cut):

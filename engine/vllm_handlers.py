@@ -66,12 +66,13 @@ class Renders(Protocol):
 
 
 class Handlers:
-    """vLLM's handlers for one engine and its adapters."""
+    """vLLM's handlers for one engine and its adapters. stores: whether responses can be asked for again."""
 
     def __init__(self, state: State, *, splits_reasoning: bool) -> None:
         """splits_reasoning: whether thoughts are set apart from the answer."""
         self._state = state
         self.splits_reasoning = splits_reasoning
+        self.stores: bool = state.openai_serving_responses.enable_store
 
     @classmethod
     async def start(cls, engine: VLLMEngine, adapters: Mapping[str, VLLMEngine], name: str) -> Handlers:

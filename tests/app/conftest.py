@@ -65,6 +65,8 @@ from tests.app.upstream import FakeUpstream, answers, fake_upstream
 HIDDEN = 4
 ALPHAS = (0.9, 0.95)
 PER_CLASS = 400
+VLLM = os.environ.get("CANDOR_ENGINE") == "vllm"  # read before tests take such variables away
+TINY = os.environ.get("CANDOR_TINY", "")
 State = Literal[
     "follows",
     "not_following",
@@ -649,8 +651,8 @@ def start_replica(tmp_path: Path) -> Iterator[Callable[..., Replica]]:
     started: list[Replica] = []
     real: Sequence[Path] = ()
     settings: dict[str, str] = {}
-    if os.environ.get("CANDOR_ENGINE") == "vllm":
-        real = calibrated(Path(os.environ.get("CANDOR_TINY", tmp_path / "tiny")))
+    if VLLM:
+        real = calibrated(Path(TINY or tmp_path / "tiny"))
         settings = {
             "CANDOR_EAGER": "true",
             "CANDOR_MAX_MODEL_LEN": "1024",
@@ -662,12 +664,12 @@ def start_replica(tmp_path: Path) -> Iterator[Callable[..., Replica]]:
         one = Replica(tmp_path / f"replica.{len(started)}", port, real, **settings | environment)
         started.append(one)
         if wait:
-            until(lambda: one.ready, 180)
+            until(lambda: one.ready, 600 if VLLM else 180)
         return one
 
     yield start
     for one in started:
-        with suppress(psutil.NoSuchProcess):  # it ended by itself
+        with suppress(psutil.NoSuchProcess):  # most tests end it themselves
             for child in psutil.Process(one.process.pid).children(recursive=True):
                 child.kill()
         one.process.kill()

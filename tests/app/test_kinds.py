@@ -39,7 +39,7 @@ def answer_to(port: int, raw: bytes) -> tuple[int, bytes]:
 
 def test_inputs_of_a_hundred_kinds(start_replica: Any, kinds: Any, wait_until: Any) -> None:
     replica = start_replica()
-    wait_until(lambda: len(replica.held()) > 0)
+    wait_until(lambda: len(replica.held()) > 0, 60)
     port = httpx.URL(replica.url).port
     assert len({one.name for one in kinds.INPUTS}) == len(kinds.INPUTS) >= 100
     httpx.post(f"{replica.url}/v1/chat/completions", json={"model": "tiny", "messages": kinds.MESSAGES})
@@ -61,7 +61,7 @@ def test_inputs_of_a_hundred_kinds(start_replica: Any, kinds: Any, wait_until: A
         if replica.memory > grown + MOST_BYTES:
             faults.append(f"{one.name}: {(replica.memory - grown) >> 20} MiB more")
         assert httpx.get(f"{replica.url}/livez", timeout=2 * MOST_S).status_code == 200, one.name
-        wait_until(lambda replica=replica, looks=looks: len(replica.held()) > looks)
+        wait_until(lambda replica=replica, looks=looks: len(replica.held()) > looks, 60)
         if (held := max(replica.held()[looks:])) >= HELD_S:
             faults.append(f"{one.name}: held the event loop for {held:.3f} s")
     print(

@@ -232,6 +232,19 @@ async def _respond(kind: Kind, body: dict[str, Any], request: Request, services:
     return Response(content, headers=dict(headers), media_type=kind_of)
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What was judged of a stored response: as `Judging` has it, without the request."""
+
+    caller: str
+    answers: Mapping[int, Answer]
+    buffered: bool
+
+    @property
+    def finished(self) -> list[Answer]:
+        return [answer for _, answer in sorted(self.answers.items())]
+
+
 class Surface:
     """vLLM's handlers with what was judged of the responses that they store."""
 
@@ -246,7 +259,7 @@ class Surface:
         self.schemas: Mapping[Kind, type[BaseModel]] = SCHEMAS
         self.splits_reasoning: bool = handlers.splits_reasoning
         self._judged_by, self._read_within = judged_by, read_within
-        self._judgings: dict[str, tuple[str, Judging]] = {}
+        self._kept: dict[str, _Kept] = {}
 
     async def respond(
         self, kind: Kind, body: dict[str, Any], request: Request, services: Services
@@ -261,17 +274,17 @@ class Surface:
         return written if isinstance(written, BaseModel) else self._read_within(judge, written)
 
     def remember(self, response_id: str, caller: str, judging: Judging) -> None:
-        if response_id.startswith("resp_"):
-            self._judgings[response_id] = caller, judging
-            if len(self._judgings) > self._REMEMBERED:
-                del self._judgings[next(iter(self._judgings))]
+        if self.handlers.stores and response_id.startswith("resp_"):
+            self._kept[response_id] = _Kept(caller, judging.answers, judging.buffered)
+            if len(self._kept) > self._REMEMBERED:
+                del self._kept[next(iter(self._kept))]
 
-    def recall(self, response_id: str, caller: str) -> Judging:
+    def recall(self, response_id: str, caller: str) -> _Kept:
         """Returns what was judged of a response. Raises RequestRefused if the caller has none of this id."""
-        whose, judging = self._judgings.get(response_id, (None, None))
-        if judging is None or whose != caller:
+        kept = self._kept.get(response_id)
+        if kept is None or kept.caller != caller:
             raise RequestRefused(f"no response {response_id[:100]!r} is kept here", 404)
-        return judging
+        return kept
 
 
 async def start(backend: Backend, name: str) -> Surface | None:
