@@ -390,6 +390,12 @@ def test_what_is_asked_for_happens(client: httpx.Client) -> None:
     assert "<verified>" not in json.dumps(beams)
 
 
+def test_a_grammar_leaves_choices_their_chance(client: httpx.Client) -> None:
+    held = {"structured_outputs": {"regex": "[a-z]{12}"}, "temperature": 1.5, "n": 4}
+    found = ask(client, STRANGE, **held)["choices"]
+    assert len({choice["message"]["content"] for choice in found}) > 1
+
+
 def test_a_tool_message_is_understood(client: httpx.Client) -> None:
     call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
     messages = [
