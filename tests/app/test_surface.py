@@ -258,9 +258,12 @@ LEAKS: list[tuple[str, dict[str, Any]]] = [
 
 
 def strings(value: Any) -> Iterator[str]:
+    """The texts of a body, without those of its verdicts."""
     if isinstance(value, str):
         yield value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    if isinstance(value, dict):
+        value = [inner for name, inner in value.items() if name != "reliability"]
+    for inner in value if isinstance(value, list) else ():
         yield from strings(inner)
 
 
