@@ -81,7 +81,16 @@ class VLLMEngine:
     """
 
     def __init__(self, settings: EngineSettings, chat: ChatFormat) -> None:
-        self._know(settings, chat)
+        self.max_model_len = settings.max_model_len
+        self.identity = identify(
+            settings.model, chat, settings.dtype, settings.max_model_len, changing_h(settings.vllm)
+        )
+        self.earlier_identity = as_before(self.identity, settings.model)
+        self._chat = chat
+        self._adapters = tuple(map(_adapter, settings.adapters))
+        self._adding = asyncio.Lock()
+        self._compiling = ThreadPoolExecutor(max_workers=1, thread_name_prefix="candor-compiling")
+        self._stand(settings.representation, None)
         _require_decoder(settings.model)
         _require_torchvision(settings.model)
         with start_failures.collecting() as failures:
@@ -98,26 +107,6 @@ class VLLMEngine:
             except Exception as error:  # whatever it is, the server has one message for it
                 why = start_failures.first_cause(failures) or start_failures.sentence(error)
                 raise EngineError(f"vLLM did not start: {why} (its log above says where)") from error
-
-    @classmethod
-    def over(cls, llm: Any, args: Any, settings: EngineSettings, chat: ChatFormat) -> VLLMEngine:
-        """Returns an engine over one of vLLM's that runs (`engine.vllm_plugin`). args: of `vllm serve`."""
-        engine = cls.__new__(cls)
-        engine._know(settings, chat)
-        engine.args, engine.frontend, engine.llm = args, {}, llm
-        return engine
-
-    def _know(self, settings: EngineSettings, chat: ChatFormat) -> None:
-        self.max_model_len = settings.max_model_len
-        self.identity = identify(
-            settings.model, chat, settings.dtype, settings.max_model_len, changing_h(settings.vllm)
-        )
-        self.earlier_identity = as_before(self.identity, settings.model)
-        self._chat = chat
-        self._adapters = tuple(map(_adapter, settings.adapters))
-        self._adding = asyncio.Lock()
-        self._compiling = ThreadPoolExecutor(max_workers=1, thread_name_prefix="candor-compiling")
-        self._stand(settings.representation, None)
 
     def with_adapter(self, adapter: Path, representation: Representation) -> VLLMEngine:
         """Returns an engine on the same vLLM that uses one of its adapters. Closing either closes both.
@@ -440,11 +429,7 @@ def _is_valid(*_: Any) -> None:
 
 def _config(args: AsyncEngineArgs) -> Any:
     """Returns vLLM's configuration. Raises EngineError, before a process starts, for what cannot be served."""
-    return capturing(args.create_engine_config())
-
-
-def capturing(config: Any) -> Any:
-    """Returns vLLM's configuration with the scheduler that takes states. Raises EngineError as `_config`."""
+    config = args.create_engine_config()
     text = config.model_config.hf_text_config
     if text.model_type == "deepseek_v3":
         # How DeepSeek V3 chooses experts: transformers takes it for granted and does not write it into config.json,
@@ -469,12 +454,6 @@ def capturing(config: Any) -> Any:
     return config
 
 
-def worker_class() -> str:
-    """Returns the name of the worker that takes states on this machine's platform."""
-    on_cpu = current_platform.is_cpu()
-    return f"candor.engine.{'vllm_cpu_worker.CaptureCPUWorker' if on_cpu else 'vllm_gpu_worker.CaptureGPUWorker'}"
-
-
 def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
     on_cpu = current_platform.is_cpu()
     kv_cache_bytes = settings.kv_cache_bytes
@@ -485,6 +464,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         if len(cores) <= 4:  # vLLM reserves one core, which is half of a small machine
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _shared_out(cores, settings.vllm)
     block_size = settings.block_size or (32 if on_cpu else None)  # vLLM's default on CPUs is 128
+    worker = "vllm_cpu_worker.CaptureCPUWorker" if on_cpu else "vllm_gpu_worker.CaptureGPUWorker"
     ours: dict[str, Any] = dict(
         model=str(settings.model),
         served_model_name=settings.served_model_name,
@@ -496,7 +476,7 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         kv_cache_memory_bytes=kv_cache_bytes,
         enforce_eager=settings.eager,
         async_scheduling=None if settings.asynchronous else False,  # None: where vLLM can
-        worker_cls=worker_class(),
+        worker_cls=f"candor.engine.{worker}",
         enable_lora=bool(settings.adapters),
         # On a CPU, vLLM 0.32 applies its last adapter slot to requests without one (index -1), so it stays empty.
         max_loras=max(1, len(settings.adapters) + on_cpu),

@@ -167,21 +167,6 @@ def as_typed(options: Mapping[str, Any]) -> str:
     return " ".join(words) or "none"
 
 
-_SERVERS_OWN = frozenset(["model", "dtype", "max_model_len", "served_model_name", "language_model_only"])
-"""What `vllm serve` is told and Candor beside it is not."""
-
-
-def of_server(args: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options with which `vllm serve` departs from vLLM's defaults, of those that concern the engine.
-
-    Raises OptionError for one under which Candor could not judge.
-    """
-    given = {name: args[name] for name, usual in defaults.items() if name in args and args[name] != usual}
-    options = {name: value for name, value in given.items() if name not in _SERVERS_OWN}
-    _refuse(options)
-    return options
-
-
 def _refuse(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if name in OURS:

@@ -67,9 +67,6 @@ class _Documented(FastAPI):
         return document
 
 
-ROUTES = (answers, decisions, surface, reliability, feedback, review, served, operations)
-
-
 def create_app(
     settings: Settings,
     backend: Backend,
@@ -188,7 +185,7 @@ def create_app(
     turned_away: dict[int | str, dict[str, Any]] = (
         {status: ERRORS[status] for status in (401, 403)} if keys else {}
     )
-    for module in ROUTES:
+    for module in (answers, decisions, surface, reliability, feedback, review, served, operations):
         app.include_router(module.router, dependencies=keyed, responses=turned_away)
     app.mount("/console", Console(), name="console")
     errors.install(app)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,7 +20,6 @@ from candor.model_store.signing import load_signed
 if TYPE_CHECKING:
     from candor.app.process.settings import Settings
     from candor.engine.prompt import ChatFormat
-    from candor.engine.settings import EngineSettings
 
 logger = logging.getLogger("candor")
 
@@ -85,15 +84,11 @@ class Bundles:
 
 
 async def start_backend(
-    settings: Settings,
-    adapters: Sequence[tuple[Path, Path]] = (),
-    vllm: Mapping[str, Any] | None = None,
-    start: Callable[[EngineSettings, ChatFormat], Awaitable[Engine]] | None = None,
+    settings: Settings, adapters: Sequence[tuple[Path, Path]] = (), vllm: Mapping[str, Any] | None = None
 ) -> Backend:
     """Loads the bundle, starts the engine, and checks that it is the one that the bundle was made for.
 
     adapters: pairs of a LoRA adapter's directory and its bundle's directory. vllm: `EngineSettings.vllm`.
-    start: starts the engine; None: `engine.factory.start_engine`.
     Raises BundleError, Refused, EngineError or IdentityMismatch; it leaves nothing running then.
     """
     from candor.engine.factory import start_engine
@@ -111,7 +106,7 @@ async def start_backend(
     for _, one in (read.first, *read.adapted, *([read.shadow] if read.shadow else [])):
         chat.check(one.manifest.policy.conversations.for_template)
         check_model(one, settings.model, chat, settings.max_model_len, vllm or {})
-    engine = await (start or start_engine)(
+    engine = await start_engine(
         EngineSettings(
             model=settings.model,
             kind=settings.engine,

@@ -255,12 +255,17 @@ LEAKS: list[tuple[str, dict[str, Any]]] = [
     ("/invocations", SALT | LOGPROBS),
 ]
 """Each route, and each form of answer that it gives."""
+TOLD: set[str] = set()
+"""Routes that told something that the withheld answer must not tell."""
 
 
 def strings(value: Any) -> Iterator[str]:
+    """The texts of a body, without those of its verdicts."""
     if isinstance(value, str):
         yield value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    if isinstance(value, dict):
+        value = [inner for name, inner in value.items() if name != "reliability"]
+    for inner in value if isinstance(value, list) else ():
         yield from strings(inner)
 
 
@@ -273,7 +278,7 @@ def said_words(raw: str) -> set[str]:
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize(("path", "more"), LEAKS, ids=[f"{path}-{'-'.join(more)}" for path, more in LEAKS])
 def test_no_form_of_answer_leaks(client: httpx.Client, path: str, more: dict[str, Any], stream: bool) -> None:
-    if stream and (path.endswith("batch") or "use_beam_search" in more):
+    if stream and (path.endswith("batch") or {"use_beam_search", "prompt_logprobs"} & more.keys()):
         pytest.skip("vLLM does not stream it")
     other = "Name the wild animals in the garden behind the old house of my neighbour."
 
@@ -289,10 +294,9 @@ def test_no_form_of_answer_leaks(client: httpx.Client, path: str, more: dict[str
         assert response.status_code == 200, response.text
         return response.text
 
-    told = False
     for text in (UNSURE, STRANGE):
         secret = said_words(raw(text)) - said_words(json.dumps(text)) - said_words(raw(other, **ABSTAIN))
-        told = told or bool(secret)
+        TOLD.update([path] if secret else [])
         withheld = raw(text, **ABSTAIN)
         assert "I do not know this reliably enough" in withheld
         assert not secret & said_words(withheld)
@@ -300,7 +304,13 @@ def test_no_form_of_answer_leaks(client: httpx.Client, path: str, more: dict[str
         assert '"logprob"' not in withheld
         assert not re.search(r'(?<!prompt_)"token_ids": ?\[ ?\d', withheld)
         assert not re.search(r'"(token|top)_logprobs": ?\[ ?[^\] ]', withheld)
-    assert told or '"enum": [1, 2]' in json.dumps(more)  # there was something to leak
+
+
+def test_there_was_something_to_leak(client: httpx.Client) -> None:
+    assert {
+        "/v1/chat/completions",
+        "/v1/completions",
+    } <= TOLD or not TOLD  # none, where that test was left out
 
 
 def test_what_was_withheld_is_not_stored(client: httpx.Client) -> None:
@@ -388,6 +398,12 @@ def test_what_is_asked_for_happens(client: httpx.Client) -> None:
     assert len(beams["choices"]) == len(beams["reliability"]["results"]) == 2
     assert "storm" in beams["choices"][0]["message"]["content"]
     assert "<verified>" not in json.dumps(beams)
+
+
+def test_a_grammar_leaves_choices_their_chance(client: httpx.Client) -> None:
+    held = {"structured_outputs": {"regex": "[a-z]{12}"}, "temperature": 1.5, "n": 4}
+    found = ask(client, STRANGE, **held)["choices"]
+    assert len({choice["message"]["content"] for choice in found}) > 1
 
 
 def test_a_tool_message_is_understood(client: httpx.Client) -> None:
