@@ -49,6 +49,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import Request, RequestStatus
 
+from candor.engine.orphan import end_with_parent
 from candor.engine.start_failures import report_here
 
 KEY = "candor"
@@ -139,6 +140,7 @@ class SchedulerCapture:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         report_here()
+        end_with_parent()
         super().__init__(*args, **kwargs)
         self._speculates = self.vllm_config.speculative_config is not None
         self._closes = self._can_close and not (
