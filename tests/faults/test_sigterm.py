@@ -54,7 +54,7 @@ def test_no_process_is_left(
     arguments = {
         "serve": [*bundle, "--port", str(_free_port())],
         "calibrate": [*data, "--alpha", "0.9", "--out", str(tmp_path / "bundle")],
-        "evaluate": [*bundle, *data],
+        "evaluate": [*bundle, *data, "--hidden-cache", str(tmp_path / "answers")],
     }[command]
     with subprocess.Popen(
         [sys.executable, "-m", "candor.app.cli", command, "--model", str(demo_model), *arguments],
