@@ -251,7 +251,7 @@ LEAKS: list[tuple[str, dict[str, Any]]] = [
     ("/v1/responses", {"tools": [FLAT_TOOL], "tool_choice": "required"}),
     ("/v1/responses", {"text": {"format": {"type": "json_schema"} | SCHEMA["json_schema"]}}),
     ("/v1/messages", {}),
-    ("/v1/messages", {"tools": [CLAUDE_TOOL], "tool_choice": {"type": "any"}}),
+    ("/v1/messages", {"tools": [CLAUDE_TOOL], "tool_choice": {"type": "auto"}}),
     ("/invocations", SALT | LOGPROBS),
 ]
 """Each route, and each form of answer that it gives."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from candor.app.edge.routes.surface import _fill_in_form
+from candor.app.edge.routes.surface import Surface, _fill_in_form
+from candor.engine.base import EngineError, RequestRefused
 from candor.policy.conversation import Conversations
 
 HELD = {"regex": "yes|no"}
@@ -43,3 +47,19 @@ def test_plain_prompts_and_uncalibrated_forms_are_left_alone() -> None:
     _fill_in_form("completion", body, Conversations(template_arguments={"structured_outputs": HELD}))
     _fill_in_form("chat", body, Conversations())
     assert body == {}
+
+
+@pytest.mark.parametrize(("finished", "error"), [([], RequestRefused), (["an answer"], EngineError)])
+def test_an_answer_that_a_form_cannot_hold_is_no_fault_of_the_request(
+    finished: list[str], error: type[Exception]
+) -> None:
+    """The Messages API takes a tool's arguments as an object, and the model may have written a text."""
+
+    async def call(*_: Any) -> Any:
+        raise RequestRefused("1 validation error for AnthropicContentBlock", 400)
+
+    surface: Any = Surface.__new__(Surface)
+    surface.handlers, surface._judged_by = SimpleNamespace(call=call), lambda _: nullcontext()
+    with pytest.raises(EngineError) as found:
+        asyncio.run(surface.call("messages", None, SimpleNamespace(finished=finished)))
+    assert type(found.value) is error

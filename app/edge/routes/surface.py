@@ -270,7 +270,12 @@ class Surface:
     async def call(self, kind: Kind, request: Any, judging: Judging | None) -> Any:
         judge = cast(Any, judging)
         with self._judged_by(judge):
-            written = await self.handlers.call(kind, request)
+            try:
+                written = await self.handlers.call(kind, request)
+            except RequestRefused as error:
+                if judging is not None and judging.finished:  # so it was not the request
+                    raise EngineError(f"the answer does not fit the form of this route: {error}") from error
+                raise
         return written if isinstance(written, BaseModel) else self._read_within(judge, written)
 
     def remember(self, response_id: str, caller: str, judging: Judging) -> None:
