@@ -276,7 +276,8 @@ class _Shown:
 
     def nothing(self) -> RequestOutput:
         """Returns the end of a choice of which nothing is shown."""
-        self._prompt_logprobs = None
+        if self._prompt_logprobs is not None:  # vLLM's handler puts them before an echoed prompt's answer
+            self._prompt_logprobs = [None] * len(self._prompt_logprobs)
         return self._output("", [], "stop")
 
     def _output(
