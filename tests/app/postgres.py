@@ -98,9 +98,11 @@ class Postgres:
     def run(self, tool: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:
         command = [tool, "-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres", *arguments]
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
-        return subprocess.run(
-            command, capture_output=True, check=check, env={**os.environ, "PATH": path}, timeout=30
-        )
+        done = subprocess.run(command, capture_output=True, env={**os.environ, "PATH": path}, timeout=30)
+        if check and done.returncode:
+            log = (self.folder / "log").read_text()[-2000:]
+            raise RuntimeError(f"{tool} {' '.join(arguments)}: {done.stderr.decode()}\n{log}")
+        return done
 
     def _as(self) -> dict[str, Any]:
         return {"user": self.user, "group": pwd.getpwuid(self.user).pw_gid} if os.geteuid() == 0 else {}
