@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip  - before the rest of vLLM
@@ -48,7 +47,9 @@ def _rotate_every_position() -> None:
     rotate = RotaryEmbedding.forward_cpu
 
     def rotated(self: Any, positions: Any, query: torch.Tensor, key: torch.Tensor | None = None) -> Any:
-        return (self.forward_native if query.dim() == 3 else partial(rotate, self))(positions, query, key)
+        if query.dim() == 3:
+            return self.forward_native(positions, query, key)
+        return rotate(self, positions, query, key)
 
     RotaryEmbedding.forward_cpu = rotated
 

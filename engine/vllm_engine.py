@@ -419,8 +419,8 @@ class VLLMEngine:
     ) -> dict[str, Any]:
         """Builds the `extra_args` that engine/vllm_scheduler.py reads."""
         evidence = evidence and bool(self.representation.evidence)
-        wish = {"tag": tag_ids, "first": first, "evidence": evidence, "prompt": prompt}
-        return {KEY: wish | {"closing": closing}}
+        wish = {"tag": tag_ids, "first": first, "evidence": evidence, "prompt": prompt, "closing": closing}
+        return {KEY: wish}
 
 
 def _is_valid(*_: Any) -> None:

@@ -35,9 +35,9 @@ Mode = Literal["annotate", "abstain", "off"]
 
 _STRICTNESS: dict[Mode, int] = {"off": 0, "annotate": 1, "abstain": 2}
 
-
 _MOST_LOGPROBS = 1 << 16
 """Of one request; their JSON is made in one go."""
+
 _BEGINNINGS = (2, 8)
 """Characters per token of the context, of the beginnings that are tokenised first."""
 _AROUND = 1 << 16

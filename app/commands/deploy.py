@@ -72,6 +72,7 @@ def deploy(
 
     from candor.app.edge.keys import KeyFileError
     from candor.app.process.server import StartError, check_access
+    from candor.app.store.records import StoreError
     from candor.engine.vllm_options import OptionError
     from candor.model_store.errors import BundleError
 
@@ -95,7 +96,7 @@ def deploy(
         first = cluster.settings_of(models[0])
         check_access(first)
         require_shared(first.store, max(replicas, most_replicas or 1))
-    except (BundleError, KeyFileError, OptionError, StartError, ValueError) as error:
+    except (BundleError, KeyFileError, OptionError, StartError, StoreError, ValueError) as error:
         typer.echo(f"candor: {error}", err=True)
         raise typer.Exit(2) from None
 
@@ -112,15 +113,16 @@ def deploy(
             "ssl_keyfile": first.tls_key and str(first.tls_key),
         },
     )
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # ends as Ctrl-C does: drained, Ray's processes too
+    # It ends as Ctrl-C does: drained, Ray's processes too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     serve.run(application, name="candor", route_prefix="/", blocking=address is None)
 
 
 def require_shared(store: str | None, replicas: int) -> None:
     """Raises ValueError where several replicas would share nothing."""
-    if replicas > 1 and (store is None or not store.startswith("postgres")):
+    from candor.app.store.database import is_shared
+
+    if replicas > 1 and not is_shared(store):
         raise ValueError(
             f"{replicas} replicas agree through a PostgreSQL store, and there is none: set CANDOR_STORE to its URL, "
             "postgresql://USER@HOST/NAME, and CANDOR_STORE_SPOOL to a file on each machine"

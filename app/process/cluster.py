@@ -21,7 +21,7 @@ import os
 import shlex
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -283,7 +283,7 @@ class Ingress:
     async def _metrics(self, call: Call) -> Response:
         pages: dict[str, str] = {}
         plain = [(name, value) for name, value in call.headers if name.lower() != b"accept"]
-        call = Call(**{**vars(call), "headers": plain})
+        call = replace(call, headers=plain)
         for handle in self._all:
             asked = handle.broadcast("answer_whole", call)
             for found in await asked.results_async(timeout_s=_METRICS_WITHIN_S, return_exceptions=True):

@@ -30,7 +30,7 @@ from candor.app.edge.quotas import Quotas
 from candor.app.edge.services import ServedModel, Slot
 from candor.app.process.promoted import Located, Promotion, Promotions, located
 from candor.app.store import together
-from candor.app.store.database import Database, url_of
+from candor.app.store.database import Database, is_shared
 from candor.app.store.records import StoreError
 from candor.app.store.together import Beat, Taken, Wanted
 from candor.model_store.directory import read_manifest
@@ -152,7 +152,7 @@ def promotions_of(settings: Settings) -> Promotions:
     Raises PromotedFileError or StoreError.
     """
     own = Promotions.beside(settings.bundle)
-    if settings.store is None or url_of(settings.store).get_backend_name() != "postgresql":
+    if settings.store is None or not is_shared(settings.store):
         return own
     if settings.quotas is not None:
         raise StoreError(

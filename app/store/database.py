@@ -45,6 +45,11 @@ _CONTENT = ("conversation", "answer", "h", "prompt_states")
 _MIGRATING = 8_213_559  # names the lock that replicas migrate under; any number
 
 
+def is_shared(store: str | None) -> bool:
+    """Returns whether replicas can agree through the store: a PostgreSQL database. Raises StoreError."""
+    return store is not None and url_of(store).get_backend_name() == "postgresql"
+
+
 def url_of(store: str) -> URL:
     """Returns the database's URL; a plain path names an SQLite file. Raises StoreError."""
     if "://" not in store:

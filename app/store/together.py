@@ -57,11 +57,9 @@ def take(connection: Connection, taken: Taken) -> dict[str, float]:
     if not taken.amounts:
         return {}
     rate = float(taken.per_minute)
-    rows = [
+    rows = [  # in one order, so that two replicas never wait crosswise
         {"name": name, "unit": taken.unit, "left": rate - amount, "time": _now}
-        for name, amount in sorted(
-            taken.amounts.items()
-        )  # in one order, so that two replicas never wait crosswise
+        for name, amount in sorted(taken.amounts.items())
     ]
     asked = insert(rates).values(rows)
     since = func.greatest(0.0, asked.excluded.time - rates.c.time)

@@ -10,26 +10,16 @@ whose feedback was acknowledged, and the signal that ended the process.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from candor.app.process import promoted, renewal
-
-
-def _doubles() -> Any:
-    spec = importlib.util.spec_from_file_location("doubles", Path(__file__).with_name("conftest.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["doubles"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def _die(*_: Any) -> None:
@@ -70,7 +60,7 @@ def _change(doubles: Any, case: dict[str, str], say: int) -> None:
 
 
 def main() -> None:
-    doubles = _doubles()
+    doubles: Any = import_module("conftest")  # beside this script
     found = []
     for case in json.load(sys.stdin):
         heard, say = os.pipe()

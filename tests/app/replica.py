@@ -11,9 +11,9 @@ that a busy machine does not count: `held 0.012`.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,6 @@ from candor.app.process.backend import Backend, start_backend
 from candor.app.process.server import run
 from candor.app.process.settings import Settings
 from candor.app.telemetry import logs
-
-
-def _doubles() -> Any:
-    spec = importlib.util.spec_from_file_location("doubles", Path(__file__).with_name("conftest.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["doubles"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 async def _watch_loop() -> None:
@@ -58,7 +48,7 @@ def main() -> int:
 
 
 def _scripted() -> Backend:
-    doubles = _doubles()
+    doubles: Any = import_module("conftest")  # beside this script
     bundle = doubles.bundle_of(doubles.fitted(), doubles.IDENTITY)
     engine = doubles.scripted(doubles.IDENTITY, bundle)
     engine.script("slow", pieces=("a ",) * 40, pause_s=0.05)

@@ -162,14 +162,18 @@ def test_a_vision_checkpoint_is_refused_without_torchvision(tmp_path: Path, runn
         runner.run(start_engine(EngineSettings(model, representation=REPRESENTATION, dtype="float32")))
 
 
+def refused(runner: asyncio.Runner, model: Path, why: str) -> None:
+    settings = EngineSettings(model, representation=REPRESENTATION, dtype="float32", max_model_len=512)
+    with pytest.raises(EngineError, match=why):
+        runner.run(start_engine(settings))
+
+
 def test_a_model_without_attention_is_refused_before_a_process_starts(
     tmp_path: Path, runner: asyncio.Runner
 ) -> None:
     pytest.importorskip("vllm")
     model = build("Mamba", tmp_path / "model")
-    settings = EngineSettings(model, representation=REPRESENTATION, dtype="float32", max_model_len=512)
-    with pytest.raises(EngineError, match="MambaForCausalLM has no attention layer"):
-        runner.run(start_engine(settings))
+    refused(runner, model, "MambaForCausalLM has no attention layer")
 
 
 def test_a_model_with_an_encoder_is_refused_before_a_process_starts(
@@ -181,9 +185,7 @@ def test_a_model_with_an_encoder_is_refused_before_a_process_starts(
     sizes = {"d_model": 64, "d_kv": 32, "d_ff": 64, "num_layers": 1, "num_heads": 2}
     config = T5Config(vocab_size=512, decoder_start_token_id=0, **sizes)
     model = save(tmp_path / "t5", config, "T5ForConditionalGeneration")
-    settings = EngineSettings(model, representation=REPRESENTATION, dtype="float32", max_model_len=512)
-    with pytest.raises(EngineError, match="t5 reads with an encoder"):
-        runner.run(start_engine(settings))
+    refused(runner, model, "t5 reads with an encoder")
 
 
 def test_a_model_without_a_head_is_refused_before_a_process_starts(
@@ -195,9 +197,7 @@ def test_a_model_without_a_head_is_refused_before_a_process_starts(
     chat = tokenizer()
     chat.save_pretrained(tmp_path)
     Qwen3Model(Qwen3Config(**small(vocab_size=len(chat)))).save_pretrained(tmp_path)
-    settings = EngineSettings(tmp_path, representation=REPRESENTATION, dtype="float32", max_model_len=512)
-    with pytest.raises(EngineError, match="Qwen3Model writes no text"):
-        runner.run(start_engine(settings))
+    refused(runner, tmp_path, "Qwen3Model writes no text")
 
 
 @pytest.mark.parametrize(("on_cpu", "size"), [(True, 32), (False, None)])
