@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import psutil
@@ -30,15 +30,24 @@ class Leaving:
 def ending_children(code: int, within_s: float = PATIENCE_S) -> Iterator[None]:
     """Within this context, SIGTERM raises SystemExit(code), so that `finally` blocks close things in order.
 
-    After `within_s` seconds, remaining descendants of this process are killed, and so is this process if it hangs.
-    The context must be entered in the main thread.
+    After `within_s` seconds, what remains of the processes started within it, and of theirs, is killed, and so
+    is this process if it hangs. The context must be entered in the main thread.
     """
     owner = os.getpid()
+    before_us = set(psutil.Process().children())  # whoever runs this in its own process has them to itself
     started: list[psutil.Process] = []
     told = threading.Event()
 
+    def ours() -> list[psutil.Process]:
+        found = []
+        for child in set(psutil.Process().children()) - before_us:
+            found.append(child)
+            with suppress(psutil.NoSuchProcess):
+                found += child.children(recursive=True)
+        return found
+
     def give_up() -> None:
-        _kill([*started, *_descendants()])
+        _kill([*started, *ours()])
         os._exit(code)
 
     timer = threading.Timer(within_s, give_up)
@@ -49,7 +58,7 @@ def ending_children(code: int, within_s: float = PATIENCE_S) -> Iterator[None]:
             os._exit(code)
         if not told.is_set():
             told.set()
-            started.extend(_descendants())  # now: a process whose parent has ended is no longer found
+            started.extend(ours())  # now: a process whose parent has ended is no longer found
             timer.start()
             raise SystemExit(code)
 
@@ -58,16 +67,11 @@ def ending_children(code: int, within_s: float = PATIENCE_S) -> Iterator[None]:
         yield
     finally:
         if told.is_set():
-            left = [*started, *_descendants()]
+            left = [*started, *ours()]
             psutil.wait_procs(left, timeout=within_s / 2)
             _kill(left)
             timer.cancel()
         signal.signal(signal.SIGTERM, before)
-
-
-def _descendants() -> list[psutil.Process]:
-    found: list[psutil.Process] = psutil.Process().children(recursive=True)
-    return found
 
 
 def _kill(processes: list[psutil.Process]) -> None:

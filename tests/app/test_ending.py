@@ -82,6 +82,19 @@ def test_left_in_peace_nothing_is_killed() -> None:
     assert done.stdout == "None True\n"
 
 
+def test_what_ran_before_runs_on() -> None:
+    """Of a program that runs a command in its own process, as these tests do with their databases."""
+    code = (
+        "import os, signal, subprocess, psutil\nfrom candor.app.process.ending import ending_children\n"
+        "before = subprocess.Popen(['sleep', '600'])\ntry:\n    with ending_children(143, within_s=1):\n"
+        "        ours = subprocess.Popen(['sleep', '600'])\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "except SystemExit as ended:\n    print(ended.code, before.poll(), psutil.pid_exists(ours.pid))\n"
+        "before.kill(); before.wait()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "143 None False\n"
+
+
 def _runs(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
