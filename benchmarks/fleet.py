@@ -66,11 +66,12 @@ class Times:
 
 @dataclass(frozen=True)
 class Traffic:
-    """own, shared: tokens of a prompt that are its own, and that it shares with others of its group. cached: shared
-    prefixes that a replica's cache holds. strangers: their share."""
+    """own, shared: tokens of a prompt that are its own, and that it shares with others of its group. answers: tokens
+    of answers, each as frequent as the others. cached: shared prefixes that a replica's cache holds. strangers: their
+    share."""
 
     own: int
-    answer: int
+    answers: tuple[int, ...]
     shared: int = 0
     groups: int = 1
     cached: int = 20
@@ -94,15 +95,16 @@ class Replica:
         self.env, self.times, self.traffic, self.seen = env, times, traffic, seen
         self.load = 0
         self.cache: OrderedDict[int, None] = OrderedDict()
-        self.came: list[tuple[int, bool, simpy.Event]] = []
+        self.came: list[tuple[int, int, simpy.Event]] = []
         self.running: list[tuple[int, simpy.Event]] = []
         self.wake = env.event()
         env.process(self.work())
 
-    def take(self, group: int, stranger: bool) -> simpy.Event:
+    def take(self, group: int, answer: int) -> simpy.Event:
+        """answer: its tokens; a stranger's has none."""
         done = self.env.event()
         self.load += 1
-        self.came.append((group, stranger, done))
+        self.came.append((group, answer, done))
         if not self.wake.triggered:
             self.wake.succeed()
         return done
@@ -116,13 +118,12 @@ class Replica:
             room = 64 - len(self.running)
             new, self.came = self.came[:room], self.came[room:]
             tokens = sum(traffic.own + self.uncached(group) for group, _, _ in new)
-            answers = [(traffic.answer, done) for _, stranger, done in new if not stranger]
-            self.running += answers
+            self.running += [(answer, done) for _, answer, done in new if answer]
             took = tokens * times.prefill
             took += STEPS * (times.step + times.each * len(self.running)) if self.running else 0.0
             yield self.env.timeout(took)
-            for _, stranger, done in new:
-                if stranger:
+            for _, answer, done in new:
+                if not answer:
                     self.end(done)
             left = [(tokens - STEPS, done) for tokens, done in self.running]
             for tokens, done in left:
@@ -184,7 +185,7 @@ def simulate(
                 with tree.request() as mine:
                     yield mine
                     yield env.timeout(times.tree)
-            yield chosen(group).take(group, stranger)
+            yield chosen(group).take(group, 0 if stranger else draw.choice(traffic.answers))
             if env.now >= seconds / 3:
                 (seen.refused if stranger else seen.answered).append(env.now - came)
 
@@ -201,6 +202,7 @@ def figures(seen: Seen, replicas: int, seconds: float) -> dict[str, float]:
         "requests_per_s": requests,
         "answers_per_s": len(seen.answered) / (seconds * 2 / 3),
         "p50_s": waited[len(waited) // 2],
+        "p95_s": waited[len(waited) * 95 // 100],
         "p99_s": waited[len(waited) * 99 // 100],
         "hits": seen.hits / max(1, seen.asked),
         "dollars_per_million": replicas * PRICE / 3600 / requests * 1e6,
@@ -350,7 +352,7 @@ def _page_times(page: str) -> dict[str, Any]:
 def service_times(found: dict[str, Any]) -> tuple[float, float, float]:
     """Returns prefill, step and each, from what one replica answered with several numbers of clients.
 
-    found: "answers_per_s" by clients, "prefill_s_per_token", "tokens_per_answer" and "prompt_tokens"; or "step" and
+    found: "answers_per_s" by clients, "prefill_s_per_token", "answer_tokens" and "prompt_tokens"; or "step" and
     "each" themselves.
     """
     if "step" in found:
@@ -359,7 +361,7 @@ def service_times(found: dict[str, Any]) -> tuple[float, float, float]:
     rounds = {
         int(n): int(n) / rate for n, rate in found["answers_per_s"].items()
     }  # seconds of an answer, n at once
-    tokens = float(found["tokens_per_answer"])
+    tokens = statistics.mean(found["answer_tokens"])
     own = float(found["prompt_tokens"])
     per_token = {n: max(1e-6, (wait - own * prefill * n) / tokens) for n, wait in rounds.items()}
     slope, intercept = statistics.linear_regression(list(per_token), list(per_token.values()))
@@ -394,9 +396,12 @@ def report(
         step,
         each,
         ingress=one["ingress"],
-        **{name: parts[name] for name in ("tree", "row", "exchange", "beat", "page", "series")},
+        tree=one.get(
+            "prefix_tree", parts["tree"]
+        ),  # with --routing prefix: its process's, with what Ray takes
+        **{name: parts[name] for name in ("row", "exchange", "beat", "page", "series")},
     )
-    alone = Traffic(round(real["service"]["prompt_tokens"]), round(real["service"]["tokens_per_answer"]))
+    alone = Traffic(round(real["service"]["prompt_tokens"]), tuple(real["service"]["answer_tokens"]))
     check = {}
     for replicas, measured in real["throughput"].items():
         # They share two cores: with n replicas each step of one takes n times as long.
@@ -404,8 +409,8 @@ def report(
         slower = replace(times, prefill=prefill * n, step=step * n, each=each * n)
         model = simulate(slower, alone, n, 8, prefix=False, ingresses=2, seconds=300)
         check[replicas] = {
-            "measured": {name: measured[name] for name in ("answers_per_s", "p50_s", "p95_s")},
-            "model": {name: model[name] for name in ("answers_per_s", "p50_s", "p99_s")},
+            which: {name: found[name] for name in ("answers_per_s", "p50_s", "p95_s")}
+            for which, found in (("measured", measured), ("model", model))
         }
     table = []
     for shared, groups, strangers, prefix in (
@@ -425,7 +430,7 @@ def report(
                 16 * replicas,
                 prefix=prefix,
                 ingresses=ingresses,
-                seconds=min(seconds, max(6.0, 3000 / replicas)),
+                seconds=min(seconds, max(24.0, 3000 / replicas)),  # several times what an answer takes
             )
             needed = shared_parts(times, run["requests_per_s"], replicas)
             kind = {"replicas": replicas, "shared": shared, "strangers": strangers, "prefix": prefix}

@@ -102,8 +102,10 @@ class Fleet:
     async def load(
         self, seconds: float, during: Any = None, *, stream: bool = False, at_once: int = AT_ONCE
     ) -> tuple[Load, Any]:
-        """Asks `at_once` answers at a time. during: awaited meanwhile, with the load; its result comes back too."""
+        """Asks `at_once` answers at a time. during: awaited meanwhile, with the load, and for four seconds more; its
+        result comes back too."""
         found, end = Load(), time.monotonic() + seconds
+        busy = during is not None
         result: Any = None
 
         async def one(number: int) -> None:
@@ -111,7 +113,7 @@ class Fleet:
             async with httpx.AsyncClient(
                 base_url=self.url, headers=self.headers(self.key), timeout=120
             ) as client:
-                while time.monotonic() < end:
+                while busy or time.monotonic() < end:
                     body = self.body(self.prompts[at % len(self.prompts)], stream=stream)
                     at += at_once
                     began = time.monotonic()
@@ -134,6 +136,7 @@ class Fleet:
         tasks = [asyncio.create_task(one(number)) for number in range(at_once)]
         if during is not None:
             result = await during(found)
+            busy, end = False, max(end, time.monotonic() + 4)
         await asyncio.gather(*tasks)
         return found, result
 
@@ -144,7 +147,7 @@ def cpu_s() -> dict[str, float]:
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             line, times = " ".join(process.cmdline()), process.cpu_times()
-            kinds = {"EngineCore": "vllm", "model-0": "replica", "ingress": "ingress", "postgres": "postgres"}
+            kinds = {"VLLM::": "vllm", "model-0": "replica", "ingress": "ingress", "postgres": "postgres"}
             kinds |= {"PrefixTree": "prefix_tree", "ProxyActor": "proxy", "prometheus": "prometheus"}
             kind = next((kind for word, kind in kinds.items() if word in line), "rest_of_ray")
             used[kind] += times.user + times.system
@@ -229,7 +232,7 @@ def service(fleet: Fleet) -> dict[str, Any]:
         began = time.monotonic()
         load, _ = asyncio.run(fleet.load(6, at_once=clients))
         rates[str(clients)] = len(load.answered) / (time.monotonic() - began)
-    usage = [fleet.ask(prompt).json()["usage"] for prompt in fleet.prompts[:8]]
+    usage = [fleet.ask(prompt).json()["usage"] for prompt in fleet.prompts[:40]]
     points = []
     for several in (1, 8):
         for number in range(5):
@@ -240,7 +243,7 @@ def service(fleet: Fleet) -> dict[str, Any]:
     slope, _ = statistics.linear_regression([n for n, _ in points], [s for _, s in points])
     return {
         "answers_per_s": rates,
-        "tokens_per_answer": statistics.mean(one["completion_tokens"] for one in usage),
+        "answer_tokens": [one["completion_tokens"] for one in usage],
         "prompt_tokens": statistics.mean(one["prompt_tokens"] for one in usage),
         "prefill_s_per_token": slope,
         "prefill_points": points,
@@ -413,6 +416,7 @@ def main() -> None:
         default=["service", "throughput", "verdicts", "promotion", "quota", "feedback", "kill"],
     )
     parser.add_argument("--seconds", type=float, default=25)
+    parser.add_argument("--routing", default="prefix")
     given = parser.parse_args()
     found: dict[str, Any] = {"cores": os.cpu_count(), "throughput": {}}
     folder = Path(tempfile.mkdtemp(prefix="candor-replicas-"))
@@ -452,7 +456,17 @@ def measure(given: argparse.Namespace, found: dict[str, Any], folder: Path, log:
     fleet = Fleet(f"http://127.0.0.1:{port}", key, prompts(200))
 
     def deploy(replicas: int, *more: str) -> list[str]:
-        words = ["deploy", folder / "settings.env", "--replicas", replicas, "--cpus", 0.5, *more]
+        words = [
+            "deploy",
+            folder / "settings.env",
+            "--replicas",
+            replicas,
+            "--cpus",
+            0.5,
+            "--routing",
+            given.routing,
+        ]
+        words += more
         return [sys.executable, "-c", "from candor.app.cli import main; main()", *map(str, words)]
 
     began = time.monotonic()

@@ -38,7 +38,10 @@ def deploy(
         int | None,
         typer.Option(help="At most, by what is in flight. Without it, the number is fixed.", min=1),
     ] = None,
-    cpus: Annotated[float, typer.Option(help="Cores that Ray reserves for each process of a model.")] = 1.0,
+    cpus: Annotated[
+        float,
+        typer.Option(help="Cores that Ray reserves for each process of a model; the CPU build uses as many."),
+    ] = 1.0,
     gpus: Annotated[
         int, typer.Option(help="GPUs of each process of a model: 1, or 0 for the CPU build.")
     ] = 0,

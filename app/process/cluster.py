@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import shlex
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import ray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from ray import serve
 from ray.exceptions import RayActorError, RaySystemError
@@ -45,6 +47,8 @@ _LARGEST_WHOLE = 1 << 22
 """Bytes of an answer that is held until it is whole, so that it can be asked for again."""
 _ELSEWHERE = ("bundle_behind", "engine_dead", "shutting_down")
 """Codes of errors with which a replica sends a request to another."""
+_LAST_WORDS_S = 1.0
+"""Between an engine's end and its process's, for streams to say why they end."""
 _METRICS_WITHIN_S = 10.0
 _JOINED = ("/v1/models", "/bundles")
 """Lists that every model has a part of."""
@@ -70,7 +74,8 @@ class Shape(BaseModel):
         None, description="At most, by the answers and tokens in flight. Without it, the number is fixed."
     )
     cpus: PositiveFloat = Field(
-        1.0, description="Processor cores that Ray reserves for each process of a model."
+        1.0,
+        description="Processor cores that Ray reserves for each process of a model; the CPU build uses as many.",
     )
     gpus: NonNegativeInt = Field(0, description="GPUs of each process of a model: 1, or 0 for the CPU build.")
     ingresses: PositiveInt | None = Field(
@@ -127,19 +132,31 @@ class Replica:
 
         settings = settings_of(environment)
         logs.configure(settings.log_format)
+        if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+            # vLLM's CPU build would take the whole machine, and each replica on it the same cores.
+            reserved = ray.get_runtime_context().get_assigned_resources().get("CPU", 0)
+            os.environ |= {
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "OMP_NUM_THREADS": str(max(1, int(reserved))),
+            }
         self._name = str(serve.get_replica_context().replica_id.unique_id).encode()
-        self._dead = asyncio.Event()
         self._leaving = Leaving()
         backend = await start_backend(settings, adapters_of(environment), vllm_of(environment, settings))
         try:
             for one in (backend, *backend.adapted):
                 await prove(one, settings.engine_stall_timeout_s)
-            self._app = create_app(settings, backend, self._dead.set, leaving=self._leaving)
+            self._app = create_app(settings, backend, self._died, leaving=self._leaving)
         except BaseException:
             await backend.engine.close()
             raise
         self._lifespan = self._app.router.lifespan_context(self._app)
         self._state: Any = await self._lifespan.__aenter__()
+
+    def _died(self) -> None:
+        # As `candor serve` does. A router would go on choosing a replica whose process lives.
+        last_resort = threading.Timer(_LAST_WORDS_S, os._exit, [1])
+        last_resort.daemon = True
+        last_resort.start()
 
     async def answer(self, call: Call) -> AsyncGenerator[Head | bytes, None]:
         """Yields the response's head, then its body in pieces, as the application sends them."""
@@ -198,11 +215,8 @@ class Replica:
         return head, b"".join(piece for piece in pieces if isinstance(piece, bytes))
 
     async def check_health(self) -> None:
-        """Ray asks this, and replaces a replica for which it raises: one that is dead, or that cannot follow."""
-        services = self._state["services"]
-        if self._dead.is_set():
-            raise RuntimeError("the engine has ended")
-        for slot in services.slots.values():
+        """Ray asks this, and replaces a replica for which it raises: one that cannot follow the others."""
+        for slot in self._state["services"].slots.values():
             if slot.behind is not None:
                 raise RuntimeError(slot.behind)
 

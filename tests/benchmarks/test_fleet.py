@@ -22,7 +22,7 @@ TIMES = Times(
     page=0.01,
     series=1000,
 )
-TRAFFIC = Traffic(own=50, answer=24)
+TRAFFIC = Traffic(own=50, answers=(24,))
 
 
 def run(replicas: int, clients: int, traffic: Traffic = TRAFFIC, *, prefix: bool = False) -> dict[str, float]:
@@ -34,6 +34,13 @@ def test_one_client_waits_for_prefill_and_its_steps() -> None:
     found = run(1, 1)
     assert found["p50_s"] == pytest.approx(wait, rel=0.01)
     assert found["answers_per_s"] == pytest.approx(1 / wait, rel=0.02)
+
+
+def test_answers_of_several_lengths_make_a_tail() -> None:
+    found = run(1, 1, replace(TRAFFIC, answers=(4, 44)))
+    waits = [50 * TIMES.prefill + tokens * (TIMES.step + TIMES.each) for tokens in (4, 44)]
+    assert found["p95_s"] == pytest.approx(waits[1], rel=0.01)
+    assert found["answers_per_s"] == pytest.approx(2 / sum(waits), rel=0.1)
 
 
 def test_many_clients_share_the_steps() -> None:
@@ -84,6 +91,6 @@ def test_times_come_back_from_the_rates_that_they_give() -> None:
         "answers_per_s": rates,
         "prefill_s_per_token": TIMES.prefill,
         "prompt_tokens": own,
-        "tokens_per_answer": answer,
+        "answer_tokens": [answer],
     }
     assert service_times(found) == pytest.approx((TIMES.prefill, TIMES.step, TIMES.each))
