@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import typer
 
 from candor.app.clients.batch import batch
@@ -48,7 +50,10 @@ cli.add_typer(audit_app, name="audit")
 
 def main() -> None:
     """Runs the command; it is the console entry point."""
-    cli()
+    try:
+        cli()
+    finally:
+        gc.freeze()  # at a process's end Python looks for cycles among all its objects; vLLM's take seconds
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip  - before the rest of vLLM
@@ -22,6 +23,11 @@ class CaptureCPUWorker(WorkerCapture, CPUWorker):
             runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
                 batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
             )
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        # As vLLM does at its engine's end: else Python looks for cycles among all its objects, for seconds.
+        gc.freeze()
 
 
 def _keep_what_was_compiled() -> None:

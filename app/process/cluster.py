@@ -291,7 +291,9 @@ class Ingress:
                 break
         else:
             response = Response(bytes(body), head.status)
-        response.raw_headers = [*head.headers]
+        response.raw_headers = [
+            one for one in head.headers if one[0] != b"x-request-id"
+        ]  # Ray's proxy adds it
         return response
 
     async def _metrics(self, call: Call) -> Response:

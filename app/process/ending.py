@@ -41,9 +41,10 @@ def ending_children(code: int, within_s: float = PATIENCE_S) -> Iterator[None]:
     def ours() -> list[psutil.Process]:
         found = []
         for child in set(psutil.Process().children()) - before_us:
-            found.append(child)
             with suppress(psutil.NoSuchProcess):
-                found += child.children(recursive=True)
+                if any("multiprocessing.resource_tracker" in word for word in child.cmdline()):
+                    continue  # Python's own, which ends with this process and then clears its shared memory away
+                found += [child, *child.children(recursive=True)]
         return found
 
     def give_up() -> None:
@@ -67,11 +68,20 @@ def ending_children(code: int, within_s: float = PATIENCE_S) -> Iterator[None]:
         yield
     finally:
         if told.is_set():
-            left = [*started, *ours()]
+            left = [one for one in (*started, *ours()) if _runs(one)]
             psutil.wait_procs(left, timeout=within_s / 2)
             _kill(left)
             timer.cancel()
         signal.signal(signal.SIGTERM, before)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(
+            process.status() != psutil.STATUS_ZOMBIE
+        )  # some machines' first process lets these lie for long
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _kill(processes: list[psutil.Process]) -> None:

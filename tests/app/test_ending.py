@@ -95,6 +95,19 @@ def test_what_ran_before_runs_on() -> None:
     assert done.stdout == "143 None False\n"
 
 
+def test_pythons_own_helper_is_left_to_clear_up() -> None:
+    code = (
+        "import os, signal, time, psutil\nfrom multiprocessing import resource_tracker\n"
+        "from candor.app.process.ending import ending_children\n"
+        "try:\n    with ending_children(143, within_s=1):\n        resource_tracker.ensure_running()\n"
+        "        time.sleep(0.3)\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "except SystemExit as ended:\n    print(ended.code, len(psutil.Process().children()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "143 1\n"
+
+
 def _runs(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

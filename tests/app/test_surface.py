@@ -443,6 +443,33 @@ def test_what_is_not_applied_is_refused(client: httpx.Client, more: Any, param: 
     assert param is None or response.json()["error"]["param"] == param
 
 
+ASKED: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": KNOWN}]},
+    "/v1/completions": {"prompt": "x"},
+    "/v1/responses": {"input": "x"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 8},
+    "/tokenize": {"prompt": "x"},
+}
+COUNTED = {
+    "model": (0.5, {}, ["x"]),
+    "stream": ("1", 1),
+    "n": ("9", True, 9.5),
+    "max_tokens": ("9999999", {}, [9]),
+}
+
+
+@pytest.mark.parametrize("path", ASKED)
+@pytest.mark.parametrize("field", [*COUNTED, "max_completion_tokens", "max_output_tokens"])
+def test_what_is_counted_is_of_its_own_type(client: httpx.Client, path: str, field: str) -> None:
+    """vLLM takes "9" for 9: it would do more than was counted, and what it cannot read would be as if not said."""
+    for value in COUNTED.get(field, COUNTED["max_tokens"]):
+        body = {"model": "word-ordering"} | ASKED[path] | {field: value, "cache_salt": "s"}
+        response = client.post(path, json=body)
+        assert response.status_code == 400, (value, response.text)
+        error = response.json()["error"]
+        assert error.get("param", field) == field, (value, error)
+
+
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
 

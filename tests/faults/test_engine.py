@@ -36,7 +36,7 @@ def test_kill_9_amid_streams(start_server: Any, ask_body: Any, wait_until: Any) 
             waited.append(
                 httpx.post(
                     f"{server.url}/v1/chat/completions",
-                    json=long | {"stream": False, "reliability": {"mode": "abstain"}},
+                    json=long | {"stream": False},
                     timeout=120,
                 )
             )

@@ -59,7 +59,7 @@ def test_no_process_is_left(
     with subprocess.Popen(
         [sys.executable, "-m", "candor.app.cli", command, "--model", str(demo_model), *arguments],
         cwd=ROOT,
-        env=os.environ | {"CANDOR_EAGER": "true"},
+        env=os.environ | {"CANDOR_EAGER": "true", "CANDOR_SHUTDOWN_DELAY_S": "0"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

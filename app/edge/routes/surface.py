@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from candor.app.answering.judging import Judging
 from candor.app.answering.request import Bulk
@@ -116,6 +116,26 @@ async def detokenize(request: Request, services: InjectedServices) -> Response:
     return await _plainly("detokenize", request, services)
 
 
+class _Read(BaseModel):
+    """What is read of a body before vLLM's schema reads it. JSON's own types alone: were "9" taken for 9 later, more
+    would be asked for than was counted here."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str | None = None
+    previous_response_id: str | None = None
+    stream: bool | None = None
+    echo: bool | None = None
+    use_beam_search: bool | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    max_output_tokens: int | None = None
+    logprobs: bool | int | None = None
+    top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
 @dataclass(frozen=True)
 class _Parsed:
     """A request in vLLM's terms. tokens: at most, as far as is known before it is rendered."""
@@ -128,14 +148,15 @@ class _Parsed:
 async def _respond(kind: Kind, body: dict[str, Any], request: Request, services: Services) -> Response:
     surface = _surface(services)
     form = FORMS[kind]
-    given = body.get("model")
-    if isinstance(before := body.get("previous_response_id"), str):
-        surface.recall(before, request.state.caller)
+    with told_where():
+        read = _Read.model_validate(body)
+    if read.previous_response_id is not None:
+        surface.recall(read.previous_response_id, request.state.caller)
     options = body.pop("reliability", None)
     with told_where("reliability"):
         asked = ReliabilityOptions.model_validate({} if options is None else options)
-    model = services.model(given if isinstance(given, str) else None, asked.bundle)
-    streamed = body.get("stream") is True
+    model = services.model(read.model, asked.bundle)
+    streamed = read.stream is True
     reliability = model.resolver.resolve_reliability(asked, streamed=streamed)
     if reliability.escalates:
         raise Refused(
@@ -145,8 +166,8 @@ async def _respond(kind: Kind, body: dict[str, Any], request: Request, services:
         )
     record = audited(request, model.name, model.bundle.digest)
     deadline = Deadline(seconds_for(request, services.request_timeout_s))
-    choices, most = _fill_in(kind, body, model)
-    if body.get("echo") and body.get("max_tokens") == 0:  # nothing is written, so there is nothing to judge
+    choices, most = _fill_in(kind, body, read, model)
+    if read.echo and read.max_tokens == 0:  # nothing is written, so there is nothing to judge
         reliability = model.resolver.unjudged(reliability)
     characters = len(await request.body())
     bulk = model.resolver.within(Bulk(choices, characters), choices)
@@ -313,7 +334,8 @@ async def _plainly(kind: Kind, request: Request, services: Services) -> Response
     """Answers what has no verdict, since nothing is written."""
     surface = _surface(services)
     body = await json_object(request)
-    model = services.model(body.get("model") if isinstance(body.get("model"), str) else None)
+    with told_where():
+        model = services.model(_Read.model_validate(body).model)
     body["model"] = model.name
     characters = len(await request.body())
 
@@ -327,28 +349,26 @@ async def _plainly(kind: Kind, request: Request, services: Services) -> Response
     return _json(_dumped(kind, result))
 
 
-def _fill_in(kind: Kind, body: dict[str, Any], model: ServedModel) -> tuple[int, int]:
+def _fill_in(kind: Kind, body: dict[str, Any], read: _Read, model: ServedModel) -> tuple[int, int]:
     """Fills in what the policy says and the request does not. Returns the number of choices and their most tokens."""
     policy, limits = model.service.policy, model.resolver.limits
     body["model"] = model.name
-    if not body.get("use_beam_search"):
+    if not read.use_beam_search:
         for name in ("temperature", "top_p", "top_k"):
             if body.get(name) is None:
                 body[name] = getattr(policy, name)
     _fill_in_form(kind, body, policy.conversations)
-    lengths = [body.get(name) for name in ("max_completion_tokens", "max_output_tokens", "max_tokens")]
-    most = next((given for given in lengths if isinstance(given, int)), None)
+    lengths = (read.max_completion_tokens, read.max_output_tokens, read.max_tokens)
+    most = next((given for given in lengths if given is not None), None)
     if most is None:
         most = min(policy.max_tokens, limits.output_tokens)
         if kind in _ROOM:
             body[_ROOM[kind]] = most
-    n = body.get("n")
     prompts = body.get("messages" if kind == "batch" else "prompt")
     several = isinstance(prompts, list) and not all(isinstance(token, int) for token in prompts)
-    choices = (n if isinstance(n, int) and n > 0 else 1) * (len(prompts or ()) if several else 1)
+    choices = max(read.n or 1, 1) * (len(prompts or ()) if several else 1)
     model.resolver.check_sizes(most, choices)
-    asked = [body.get(name) for name in ("logprobs", "top_logprobs", "prompt_logprobs")]
-    if given := [one for one in asked if isinstance(one, int) and one is not False]:
+    if given := [one for one in (read.logprobs, read.top_logprobs, read.prompt_logprobs) if one]:
         few_logprobs(_MOST_LOGPROBS, 1 + max(given), choices * most)
     return max(choices, 1), max(most, 0)
 
