@@ -501,10 +501,13 @@ def _shared_out(cores: Sequence[int], options: Mapping[str, Any]) -> str:
 def _require_torchvision(model: Path) -> None:
     """Raises EngineError if vLLM needs torchvision to read the model, although only text is served."""
     config = _config_of(model)
-    if "vision_config" in config and find_spec("torchvision") is None:
+    of_images = "vision_config" in config or str(config.get("model_type")).startswith(
+        "qwen3_5"
+    )  # its text model too
+    if of_images and find_spec("torchvision") is None:
         raise EngineError(
-            f"{model.name} reads images too, and vLLM's code for it needs torchvision, which is not installed: "
-            "install the one made for this torch, or serve the text model of the same family"
+            f"vLLM's code for {model.name} reads images too and needs torchvision, which is not installed: install "
+            "the one made for this torch, or serve another model, of text alone"
         )
 
 

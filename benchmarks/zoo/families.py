@@ -305,7 +305,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {
             "head_dim": 32,
             "hidden_size_per_layer_input": 16,
-            "vocab_size_per_layer_input": 384,
+            "vocab_size_per_layer_input": 512,
             "num_kv_shared_layers": 2,
             "laurel_rank": 8,
             "activation_sparsity_pattern": [0.0] * 4,

@@ -155,9 +155,12 @@ def test_what_was_compiled_is_loaded_at_the_next_start(
 
 
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is here")
-def test_a_vision_checkpoint_is_refused_without_torchvision(tmp_path: Path, runner: asyncio.Runner) -> None:
+@pytest.mark.parametrize("family", ["Gemma 3 (vision checkpoint)", "Qwen 3.5 (text)"])
+def test_what_reads_images_too_is_refused_without_torchvision(
+    family: str, tmp_path: Path, runner: asyncio.Runner
+) -> None:
     pytest.importorskip("vllm")
-    model = build("Gemma 3 (vision checkpoint)", tmp_path / "model")
+    model = build(family, tmp_path / "model")
     with pytest.raises(EngineError, match="needs torchvision"):
         runner.run(start_engine(EngineSettings(model, representation=REPRESENTATION, dtype="float32")))
 
