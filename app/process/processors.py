@@ -15,7 +15,8 @@ from time import monotonic
 import psutil
 from prometheus_client import REGISTRY
 
-_ASKS = 0.05  # of one processor: whoever asks for less than that is asleep
+_ASKS = 0.5
+"""Of one processor. Who only wakes now and then asks for less, though it may wait long each time."""
 _STEPS = "vllm:iteration_tokens_total_count"
 
 
@@ -24,21 +25,23 @@ class EngineProcessors:
 
     def __init__(self) -> None:
         self._last, self._then = self._times(), monotonic()
+        self._could_run: set[Path] = set()
 
     def share(self) -> float:
         """Returns the share since the last call, in [0, 1]."""
         now, times = monotonic(), self._times()
-        run = wait = 0
-        for thread, (ran, waited) in times.items():
-            before = self._last.get(thread, (ran, waited))  # a new thread: what came before it is not known
-            run += ran - before[0]
-            wait += waited - before[1]
-        elapsed, self._last, self._then = now - self._then, times, now
-        asked = (run + wait) / 1e9
-        if asked >= _ASKS * elapsed:
-            return run / (run + wait)
-        # Waiting is counted once it ends: who could run all the time and did not has no such time yet.
-        return 0.0 if any(map(_could_run, times)) else 1.0
+        elapsed, last = now - self._then, self._last
+        # A new thread: what came before it is not known.
+        spent = {
+            one: [a - b for a, b in zip(two, last.get(one, two), strict=True)] for one, two in times.items()
+        }
+        could_run = {one for one in times if _could_run(one)}
+        always = [spent[one][0] for one in could_run & self._could_run]
+        self._last, self._then, self._could_run = times, now, could_run
+        if always:  # waiting is counted once it ends, so theirs is what they did not run
+            return min(1.0, sum(always) / 1e9 / (elapsed * len(always)))
+        run, asked = sum(ran for ran, _ in spent.values()), sum(map(sum, spent.values()))
+        return run / asked if asked / 1e9 >= _ASKS * elapsed else 1.0
 
     @staticmethod
     def steps() -> float:

@@ -81,17 +81,9 @@ class Contract:
         ids = [*prompt, *response, *closing]
         found = []
         for where, sequence in (("prompt", prompt), ("answer", ids)):
-            sampling = Sampling(max_tokens=1, temperature=0.0, logprobs=20)
-            for cut in range(3):  # an answer that ends at once reports none
-                *_, answer = [
-                    item
-                    async for item in self._engine.generate(
-                        sequence[: len(sequence) - cut], sampling, prompt_states=True
-                    )
-                ]
-                if answer.logprobs:
-                    break
-            assert isinstance(answer, Generation)
+            answer = await self._next(sequence)
+            if not answer.logprobs:  # an answer that ends at once reports none
+                answer = await self._next(sequence[:-1])
             assert answer.prompt is not None
             top = answer.logprobs[0].top if answer.logprobs else ()
             logprobs = torch.log_softmax(self._logits(answer.prompt.last), dim=-1)
@@ -106,6 +98,13 @@ class Contract:
             Deviation(_error(summary.mean, lasts.mean(0)), "answer: its mean"),
             Deviation(_error(summary.last, lasts[-1]), "answer: its last"),
         ]
+
+    async def _next(self, prompt: list[int]) -> Generation:
+        """The most probable next token, with the 20 most probable and the prompt's states."""
+        sampling = Sampling(max_tokens=1, temperature=0.0, logprobs=20)
+        *_, answer = [item async for item in self._engine.generate(prompt, sampling, prompt_states=True)]
+        assert isinstance(answer, Generation)
+        return answer
 
     @torch.inference_mode()
     def _logits(self, state: torch.Tensor) -> torch.Tensor:

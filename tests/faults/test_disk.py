@@ -31,12 +31,12 @@ from candor.model_store.store import publish
 source, disk = Path(sys.argv[1]), Path(sys.argv[2])
 bundle = load_bundle(source)
 small = replace(bundle.manifest, files={})
-publish(disk / "bundle", small, bundle.estimator, bundle.exemplars, bundle.report)
+publish(disk / "bundle", small, bundle.estimator, bundle.exemplars, bundle.report, bundle.rule)
 first = load_bundle(disk / "bundle").digest
 (disk / "ballast").write_bytes(b"x" * (1 << 19))  # less is left now than a second bundle needs
 try:
     new = replace(small, name="new")
-    publish(disk / "bundle", new, bundle.estimator, bundle.exemplars, bundle.report, replace=True)
+    publish(disk / "bundle", new, bundle.estimator, bundle.exemplars, bundle.report, bundle.rule, replace=True)
 except OSError as error:
     print(error.errno, load_bundle(disk / "bundle").digest == first, sorted(one.name for one in disk.iterdir()))
 (disk / "ballast").unlink()
@@ -70,7 +70,7 @@ def test_a_full_disk_while_publishing(tmp_path: Path) -> None:
 
 def test_calibration_killed_and_begun_again(tmp_path: Path, demo_model: Path) -> None:
     """kill -9 amid the answers: no bundle and no half of one; begun again, no answer that was kept is asked again."""
-    lines = made("calibration").read_text().splitlines()[:160]
+    lines = made("calibration").read_text().splitlines()[:320]
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(lines) + "\n")
     out, cache = tmp_path / "bundle", tmp_path / "cache"
