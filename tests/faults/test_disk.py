@@ -31,12 +31,12 @@ from candor.model_store.store import publish
 source, disk = Path(sys.argv[1]), Path(sys.argv[2])
 bundle = load_bundle(source)
 small = replace(bundle.manifest, files={})
-publish(disk / "bundle", small, bundle.estimator, bundle.exemplars, bundle.report, bundle.rule)
+publish(disk / "bundle", small, bundle.estimator, bundle.exemplars, bundle.report, bundle.rule.rule)
 first = load_bundle(disk / "bundle").digest
 (disk / "ballast").write_bytes(b"x" * (1 << 19))  # less is left now than a second bundle needs
 try:
     new = replace(small, name="new")
-    publish(disk / "bundle", new, bundle.estimator, bundle.exemplars, bundle.report, bundle.rule, replace=True)
+    publish(disk / "bundle", new, bundle.estimator, bundle.exemplars, bundle.report, bundle.rule.rule, replace=True)
 except OSError as error:
     print(error.errno, load_bundle(disk / "bundle").digest == first, sorted(one.name for one in disk.iterdir()))
 (disk / "ballast").unlink()
