@@ -28,7 +28,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "pipeline": {"pipeline_parallel_size": 2},
     "data": {"data_parallel_size": 2},
     "n-grams": {"speculative_config": NGRAM},
-    "n-grams, tensor": {"speculative_config": NGRAM, "tensor_parallel_size": 2},
 }
 
 
