@@ -291,9 +291,8 @@ class Ingress:
                 break
         else:
             response = Response(bytes(body), head.status)
-        response.raw_headers = [
-            one for one in head.headers if one[0] != b"x-request-id"
-        ]  # Ray's proxy adds it
+        # Ray's proxy adds the request's id itself.
+        response.raw_headers = [one for one in head.headers if one[0] != b"x-request-id"]
         return response
 
     async def _metrics(self, call: Call) -> Response:

@@ -77,9 +77,8 @@ def ending_children(code: int, within_s: float = PATIENCE_S) -> Iterator[None]:
 
 def _runs(process: psutil.Process) -> bool:
     try:
-        return bool(
-            process.status() != psutil.STATUS_ZOMBIE
-        )  # some machines' first process lets these lie for long
+        # Where a machine's first process is slow to take them, ended ones lie about as zombies.
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

@@ -368,7 +368,8 @@ def _fill_in(kind: Kind, body: dict[str, Any], read: _Read, model: ServedModel) 
     several = isinstance(prompts, list) and not all(isinstance(token, int) for token in prompts)
     choices = max(read.n or 1, 1) * (len(prompts or ()) if several else 1)
     model.resolver.check_sizes(most, choices)
-    if given := [one for one in (read.logprobs, read.top_logprobs, read.prompt_logprobs) if one]:
+    asked = (read.logprobs, read.top_logprobs, read.prompt_logprobs)
+    if given := [one for one in asked if one is not None and one is not False]:
         few_logprobs(_MOST_LOGPROBS, 1 + max(given), choices * most)
     return max(choices, 1), max(most, 0)
 
