@@ -78,8 +78,7 @@ def test_left_in_peace_nothing_is_killed() -> None:
         "with ending_children(143):\n    child = subprocess.Popen(['sleep', '600'])\n"
         "print(child.poll(), signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)\nchild.kill(); child.wait()"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "None True\n"
+    assert printed(code) == "None True\n"
 
 
 def test_what_ran_before_runs_on() -> None:
@@ -91,8 +90,7 @@ def test_what_ran_before_runs_on() -> None:
         "except SystemExit as ended:\n    print(ended.code, before.poll(), psutil.pid_exists(ours.pid))\n"
         "before.kill(); before.wait()"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "143 None False\n"
+    assert printed(code) == "143 None False\n"
 
 
 def test_pythons_own_helper_is_left_to_clear_up() -> None:
@@ -104,8 +102,12 @@ def test_pythons_own_helper_is_left_to_clear_up() -> None:
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "except SystemExit as ended:\n    print(ended.code, len(psutil.Process().children()))"
     )
+    assert printed(code) == "143 1\n"
+
+
+def printed(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "143 1\n"
+    return done.stdout
 
 
 def _runs(pid: int) -> bool:
