@@ -10,6 +10,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip  - before the res
 import torch
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.v1.sample import rejection_sampler
 
 from candor.engine.vllm_capture import WorkerCapture
 
@@ -60,5 +61,22 @@ def _rotate_every_position() -> None:
     RotaryEmbedding.forward_cpu = rotated
 
 
+def _heat_drafts_by_their_request() -> None:
+    """vLLM 0.32's CPU kernel writes each draft token's temperature, top-k and top-p to a copy that is dropped, unless
+    they are int64, so that what lay in memory stands for them: where one request of a step samples, the greedy ones'
+    tokens are drawn too, and two ranks draw apart.
+    """
+
+    def expanded(
+        x: torch.Tensor, ends: torch.Tensor, tokens: int, replace_from: int = 0, replace_to: int = 0
+    ) -> torch.Tensor:
+        """(requests,) to (tokens,); ends: (requests,), after each one's last."""
+        counts = ends.diff(prepend=ends.new_zeros(1))
+        return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts)
+
+    rejection_sampler.expand_batch_to_tokens = expanded
+
+
 _keep_what_was_compiled()
 _rotate_every_position()
+_heat_drafts_by_their_request()

@@ -79,7 +79,6 @@ devices are not included: the batch changes the rounding too."""
 _SPECULATION = (
     "states under a draft model have not been shown to be right; use n-grams (--speculative-config)"
 )
-_SPLIT = "in a mixed batch of a model that is split, states under speculation were seen to be wrong"
 _BLOCKS = (
     "no sums come with KV blocks that were computed elsewhere; leave it out, the local prefix cache stays"
 )
@@ -178,14 +177,10 @@ def _refuse(options: Mapping[str, Any]) -> None:
         raise OptionError("--load-format dummy is not served: the weights are made up; leave it out")
     if _speculation(options.get("speculative_config")) not in (None, "ngram"):
         raise OptionError(f"--speculative-config is not served: {_SPECULATION}")
-    split = (
-        name
-        for name in ("tensor_parallel_size", "pipeline_parallel_size")
-        if str(options.get(name, 1)) != "1"
-    )
-    if options.get("speculative_config") and (size := next(split, None)):
+    if options.get("speculative_config") and str(options.get("pipeline_parallel_size", 1)) != "1":
         raise OptionError(
-            f"--speculative-config with {_flag(size)} is not served: {_SPLIT}; leave one of them out"
+            "--speculative-config with --pipeline-parallel-size is not served: vLLM's first stage does not start "
+            "with it; use --tensor-parallel-size"
         )
     if options.get("distributed_executor_backend") == "external_launcher":
         raise OptionError("--distributed-executor-backend external_launcher is not served: use mp or ray")

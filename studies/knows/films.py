@@ -1,4 +1,4 @@
-"""Reviews of films, to learn from and to measure on: the demo of reviews judges products.
+"""Reviews of films, to learn from, to measure on, to calibrate on and to test on: `demo.reviews` judges products.
 
     python -m studies.knows.films --ratings movieReviewSnippets_GroundTruth.txt --out var/knows/films
 
@@ -19,13 +19,13 @@ ASK = "Is the sentiment of this product review positive or negative? Answer with
 PLAIN = 1.0
 WORDS = range(3, 31)
 SEED = 20261127
+SIZES = {"held": 400, "calibration": 2000, "test": 1000, "train": 4000}
+"""Prompts of each file."""
 
 
 def main(
     ratings: Annotated[Path, typer.Option(help="Rated reviews.")],
-    out: Annotated[Path, typer.Option(help="Folder of train.jsonl and held.jsonl.")],
-    held: Annotated[int, typer.Option(min=1, help="Prompts to measure on.")] = 400,
-    train: Annotated[int, typer.Option(min=1, help="Prompts to learn from.")] = 2000,
+    out: Annotated[Path, typer.Option(help="Folder of the files.")],
 ) -> None:
     rows: list[dict[str, Any]] = []
     for line in ratings.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -43,7 +43,9 @@ def main(
     rows = list({row["messages"][0]["content"]: row for row in rows}.values())
     random.Random(SEED).shuffle(rows)
     out.mkdir(parents=True, exist_ok=True)
-    for kind, some in {"held": rows[:held], "train": rows[held : held + train]}.items():
+    start = 0
+    for kind, size in SIZES.items():
+        some, start = rows[start : start + size], start + size
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some)
         (out / f"{kind}.jsonl").write_text(text, encoding="utf-8")
         typer.echo(f"{len(some)} of {len(rows)} reviews -> {out / kind}.jsonl")

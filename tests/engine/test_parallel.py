@@ -15,7 +15,7 @@ from prometheus_client import REGISTRY
 
 from benchmarks.zoo.contract import CHUNK, REPRESENTATION, Contract
 from benchmarks.zoo.families import build
-from candor.engine.base import Engine
+from candor.engine.base import Engine, Generation, Sampling
 from candor.engine.factory import start_engine
 from candor.engine.prompt import ChatFormat
 from candor.engine.settings import EngineSettings
@@ -23,11 +23,13 @@ from candor.engine.settings import EngineSettings
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+Tokens = tuple[int, ...]
 WAYS: dict[str, dict[str, Any]] = {
     "tensor": {"tensor_parallel_size": 2},
     "pipeline": {"pipeline_parallel_size": 2},
     "data": {"data_parallel_size": 2},
     "n-grams": {"speculative_config": NGRAM},
+    "n-grams, tensor": {"speculative_config": NGRAM, "tensor_parallel_size": 2},
 }
 
 
@@ -72,16 +74,33 @@ def test_the_states_are_exact(
     engine = runner.run(start_engine(replace(settings, kind="vllm", vllm=WAYS[way])))
     drafted, accepted = (counted(f"spec_decode_num_{kind}_tokens") for kind in ("draft", "accepted"))
     try:
-        contract = Contract(engine, reference, ChatFormat.from_directory(settings.model))
-        found = runner.run(contract.hold())
+        chat = ChatFormat.from_directory(settings.model)
+        found = runner.run(Contract(engine, reference, chat).hold())
+        alone, beside = runner.run(greedy_answers(engine, chat))
     finally:
         runner.run(engine.close())
     assert len(found) == 12
     assert not [one for one in found if "none found" in one.where]
     assert max(found, key=lambda one: one.error).error <= 1e-4, found
+    assert alone == beside
     if "speculative_config" in WAYS[way]:
         drafted = counted("spec_decode_num_draft_tokens") - drafted
         assert 0 < counted("spec_decode_num_accepted_tokens") - accepted < drafted
+
+
+async def greedy_answers(engine: Engine, chat: ChatFormat) -> tuple[list[Tokens], list[Tokens]]:
+    """Answers at temperature 0, each alone and amid sampled ones."""
+
+    async def answer(number: int, temperature: float) -> Tokens:
+        text = f"Tell me of {number} boats and the wind. " * 3
+        prompt = chat.encode_chat([{"role": "user", "content": text}])
+        *_, found = [item async for item in engine.generate(prompt, Sampling(20, temperature, seed=number))]
+        assert isinstance(found, Generation)
+        return found.token_ids
+
+    alone = [await answer(number, 0.0) for number in range(0, 12, 3)]
+    beside = await asyncio.gather(*(answer(number, 0.9 if number % 3 else 0.0) for number in range(12)))
+    return alone, beside[::3]
 
 
 def counted(name: str) -> float:
