@@ -23,6 +23,7 @@ from benchmarks.servers import bind_all_cores
 from candor.calibration.cache import AnswerCache
 from candor.calibration.data import Record, load
 from candor.calibration.generate import Labelled, collect, encode_prompts
+from candor.calibration.kept import whole_answers
 from candor.calibration.shapes import Reading
 from candor.engine.base import EVIDENCE, Engine, Representation
 from candor.engine.factory import start_engine
@@ -75,7 +76,7 @@ async def measure(given: argparse.Namespace) -> list[tuple[float, float]]:
         kv_cache_bytes=KV_CACHE,
         block_size=BLOCK,
     )
-    engine = await start_engine(settings, chat)
+    engine = await start_engine(whole_answers(settings), chat)
     llm = LLM(
         str(given.model),
         dtype=settings.dtype,

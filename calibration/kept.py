@@ -8,6 +8,7 @@ answer that is not there.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -71,6 +72,14 @@ class KeptAnswers:
     async def close(self) -> None: ...
 
 
+def whole_answers(settings: EngineSettings) -> EngineSettings:
+    """Has vLLM send each answer's first token, which brings its prompt's states, and its end: nobody reads the rest
+    before it is there, and a message for each token of each answer takes time that the model could have."""
+    if settings.kind != "vllm":
+        return settings
+    return replace(settings, vllm={"stream_interval": settings.max_model_len} | dict(settings.vllm))
+
+
 async def asked(
     settings: EngineSettings,
     chat: ChatFormat,
@@ -88,7 +97,7 @@ async def asked(
         return await ask(kept)
     except NotKept:
         pass
-    engine = await start_with_adapter(adapter, settings, chat)
+    engine = await start_with_adapter(adapter, whole_answers(settings), chat)
     try:
         check(engine)
         return await ask(engine)
