@@ -32,6 +32,7 @@ from vllm.entrypoints.serve.tokenize.protocol import (
     TokenizeChatRequest,
     TokenizeCompletionRequest,
 )
+from vllm.entrypoints.serve.utils.api_utils import should_include_usage
 from vllm.lora.request import LoRARequest
 from vllm.renderers.online_renderer import OnlineRenderer
 
@@ -117,6 +118,12 @@ class Handlers:
             found = create_error_response(error).error
             code = found.code if found.code < 500 else 400
             raise RequestRefused(f"vLLM cannot read the body: {found.message}", code, found.param) from error
+
+    def counts(self, request: Any) -> bool:
+        """Whether every chunk of this request's stream says how many tokens there are so far."""
+        forced = self._state.openai_serving_chat.enable_force_include_usage
+        _, every = should_include_usage(getattr(request, "stream_options", None), forced)
+        return bool(every)
 
     async def call(self, kind: Kind, request: Any) -> BaseModel | AsyncGenerator[str, None]:
         """Returns vLLM's response, or its stream of server-sent events. Raises RequestRefused or EngineError."""

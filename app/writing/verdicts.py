@@ -39,6 +39,13 @@ class Verdicts(Protocol):
     def finished(self) -> list[Answer]: ...
 
 
+class Streamed(Verdicts, Protocol):
+    """counted: every chunk has its usage. head: what chunks begin with where the handler wrote none."""
+
+    counted: bool
+    head: Mapping[str, Any]
+
+
 class Form(Protocol):
     """How one kind of response shows verdicts."""
 
@@ -46,7 +53,7 @@ class Form(Protocol):
         """Returns a whole response with its verdicts."""
         ...
 
-    def stream(self, events: AsyncGenerator[str, None], verdicts: Verdicts) -> AsyncGenerator[str, None]:
+    def stream(self, events: AsyncGenerator[str, None], verdicts: Streamed) -> AsyncGenerator[str, None]:
         """Yields the events of a stream with its verdicts."""
         ...
 
@@ -55,6 +62,18 @@ def _shown(answers: Iterable[Answer]) -> dict[str, Any]:
     """Returns the field `reliability`, or nothing in mode off."""
     found = reliability(answers)
     return {} if found is None else {"reliability": found.model_dump(mode="json")}
+
+
+def _head(event: str) -> Body:
+    chunk = json.loads(event.removeprefix("data: "))
+    return {k: v for k, v in chunk.items() if k in ("id", "object", "created", "model")}
+
+
+def _usage(answer: Answer) -> Body:
+    prompt, written = answer.generation.prompt_tokens, answer.completion_tokens
+    return {
+        "usage": {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+    }
 
 
 def _withheld(answers: Iterable[Answer]) -> list[Answer]:
@@ -72,26 +91,32 @@ class ChatForm:
         return body | _shown(verdicts.finished)
 
     async def stream(
-        self, events: AsyncGenerator[str, None], verdicts: Verdicts
+        self, events: AsyncGenerator[str, None], verdicts: Streamed
     ) -> AsyncGenerator[str, None]:
+        def made(answer: Answer, chunk: Body) -> str:
+            return _event({**(head or verdicts.head)} | chunk | (_usage(answer) if verdicts.counted else {}))
+
         ended: set[int] = set()
         head: Body = {}
         async for event in events:
-            if event == _DONE or '"choices":[]' in event:
+            totals = '"choices":[]' in event
+            if totals:
+                head = head or _head(event)
+            if event == _DONE or totals:
                 for answer in verdicts.finished:
                     if answer.index not in ended:  # the handler writes no chunk of an empty choice
                         ended.add(answer.index)
                         for chunk in self._ending(answer, ""):
-                            yield _event(head | chunk)
+                            yield made(answer, chunk)
             if event == _DONE:
                 yield event
                 continue
-            if _ENDS in event or not head or '"choices":[]' in event:
+            if _ENDS in event or not head or totals:
                 chunk = json.loads(event.removeprefix("data: "))
                 if "error" in chunk:
                     yield event
                     continue
-                head = head or {k: v for k, v in chunk.items() if k in ("id", "object", "created", "model")}
+                head = head or _head(event)
                 for choice in chunk["choices"]:
                     if choice["finish_reason"] is None:
                         continue
@@ -99,7 +124,7 @@ class ChatForm:
                     ended.add(answer.index)
                     *said, last = self._ending(answer, _SET_OFF if answer.generation.text else "")
                     for one in said:
-                        yield _event(head | one)
+                        yield made(answer, one)
                     chunk |= last if said else _shown([answer])
                 if not chunk["choices"]:
                     chunk |= _shown(verdicts.finished)
@@ -166,7 +191,7 @@ class ResponsesForm:
         return body | _shown(verdicts.finished)
 
     async def stream(
-        self, events: AsyncGenerator[str, None], verdicts: Verdicts
+        self, events: AsyncGenerator[str, None], verdicts: Streamed
     ) -> AsyncGenerator[str, None]:
         async for event in events:
             kind, _, data = event.partition("\ndata: ")
@@ -237,7 +262,7 @@ class MessagesForm:
         return body | _shown(verdicts.finished)
 
     async def stream(
-        self, events: AsyncGenerator[str, None], verdicts: Verdicts
+        self, events: AsyncGenerator[str, None], verdicts: Streamed
     ) -> AsyncGenerator[str, None]:
         blocks = 0
         async for event in events:

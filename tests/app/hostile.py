@@ -117,7 +117,7 @@ _GENERATION: dict[str, set[str]] = {
     "seed": {"a negative number"},
     "stop": {*_TEXT, "an empty list"},
     "stream": _SWITCH,
-    "stream_options": {"an empty object", "an operator"},
+    "stream_options": {"an empty object"},
     "reliability": {"an empty object"},
     "min_p": set(),
     "ignore_eos": set(),

@@ -63,6 +63,7 @@ def error(response: Any, status: int) -> dict[str, Any]:
         ("stream", "true", "stream"),
         ("stream_options", {"include_usage": 1}, "stream_options.include_usage"),
         ("stream_options", {"include_usage": True}, None),
+        ("stream_options", {"include_usages": True}, "stream_options.include_usages"),
         ("logprobs", 1, "logprobs"),
         ("top_logprobs", 21, "top_logprobs"),
         ("reliability", "on", "reliability"),
@@ -109,6 +110,18 @@ def test_what_would_change_the_answer_is_refused(server: Any, field: str, value:
     found = error(server.chat("ask", **{field: value}), 400)
     assert (found["param"], found["code"]) == (field, "unsupported_parameter")
     assert found["message"] == f"{field} is not supported by this server; leave it out"
+
+
+def test_usage_in_every_chunk_is_not_ignored(server: Any) -> None:
+    stream = {"messages": [{"role": "user", "content": "ask"}], "model": "tiny", "stream": True}
+    for options, status in (
+        ({"continuous_usage_stats": True, "include_usage": True}, 400),
+        ({"continuous_usage_stats": False, "include_obfuscation": False}, 200),
+    ):
+        response = server.client.post("/v1/chat/completions", json=stream | {"stream_options": options})
+        assert response.status_code == status, response.text
+        if status == 400:
+            assert response.json()["error"]["param"] == "stream_options.continuous_usage_stats"
 
 
 def test_what_would_not_is_ignored(server: Any) -> None:

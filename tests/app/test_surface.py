@@ -208,6 +208,24 @@ def test_a_stream_says_what_the_body_says(client: httpx.Client, path: str) -> No
     assert last["results"][0]["region"] == "high"
 
 
+@pytest.mark.parametrize("usage", [None, {"include_usage": True, "continuous_usage_stats": True}])
+@pytest.mark.parametrize("more", [{"allowed_token_ids": [2]}, {"reliability": {"mode": "abstain"}}])
+def test_a_completion_without_text_has_its_id_and_usage(
+    client: httpx.Client, usage: Any, more: dict[str, Any]
+) -> None:
+    """vLLM's handler writes no chunk for it, so its verdict comes in one of this server's. Token 2: the end."""
+    body = {"model": "word-ordering", "prompt": STRANGE, "stream": True, "stream_options": usage}
+    response = client.post("/v1/completions", json=body | SALT | more)
+    assert response.status_code == 200, response.text
+    found = chunks(response.text)
+    assert found
+    assert found[0]["id"].startswith("cmpl-")
+    assert {chunk["object"] for chunk in found} == {"text_completion"}
+    assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in found}) == 1
+    assert [bool(chunk.get("usage")) for chunk in found] == [bool(usage)] * len(found)
+    assert sum(chunk["choices"] != [] and "reliability" in chunk for chunk in found) == 1
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("text", [STRANGE, UNSURE])
 @pytest.mark.parametrize("path", PATHS)

@@ -35,7 +35,7 @@ from candor.app.edge.schemas.requests import HARMLESS, unknown_field
 from candor.app.edge.services import InjectedServices, ServedModel, Services
 from candor.app.store.records import Content, GivenVerdict
 from candor.app.telemetry.audit import audited
-from candor.app.writing.bodies import fingerprint
+from candor.app.writing.bodies import Envelope, fingerprint
 from candor.app.writing.verdicts import FORMS
 from candor.engine.base import EngineError, RequestRefused
 from candor.policy.conversation import Conversations
@@ -224,6 +224,15 @@ async def _respond(kind: Kind, body: dict[str, Any], request: Request, services:
         )
 
     judging = Judging(model.service, reliability, model.resolver.limits.prompt_tokens, encode, note)
+    judging.counted = surface.handlers.counts(parsed.request)
+    if kind == "completion":
+        made = Envelope.new("cmpl", model.name, digest)
+        judging.head = {
+            "id": made.id,
+            "object": "text_completion",
+            "created": made.created,
+            "model": made.model,
+        }
 
     admitted = services.admission.admit(parsed.caller, choices, parsed.tokens)
 

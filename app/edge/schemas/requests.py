@@ -160,9 +160,11 @@ Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESS
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     include_usage: bool | None = None
+    include_obfuscation: bool | None = Field(default=None, description="Ignored: it changes no answer.")
+    continuous_usage_stats: Annotated[Any, Only([None, False])] = None
 
 
 HARMLESS = frozenset(
