@@ -4,6 +4,8 @@ It tracks vLLM 0.32 (0.16 to 0.33 have the same seams), with both of its model r
 - between `execute_model` and `sample_tokens`, the runner's `execute_model_state` holds the states that go to the LM
   head, already normed and outside compiled code, and the slots of the step's keys and values;
 - the runner's `sampler` takes the model's logits and returns the drawn tokens as `sampled_token_ids`;
+- a grammar masks the logits in place before the sampler has them: the first runner in `sample_tokens`, the second by
+  its `structured_outputs_worker`;
 - the sampler exists once the worker's `load_model` is done; rows with draft tokens go to `rejection_sampler` instead;
 - the engine reads the output of one worker alone, the first of the last pipeline stage (`_get_output_rank`);
 - `initialize_from_config` tells a worker its blocks, from the memory that `determine_available_memory` leaves;
@@ -85,6 +87,7 @@ class WorkerCapture:
     _evidence: SlotEvidence
     _layer: str
     _step: _Step | None = None
+    _unmasked: torch.Tensor | None = None
     _waiting: list[_Step]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -99,6 +102,10 @@ class WorkerCapture:
             runner.sampler = _ObservedSampler(runner.sampler, self._note_drawn)
         if self._reports and getattr(runner, "rejection_sampler", None) is not None:
             runner.rejection_sampler = _ObservedRejection(runner.rejection_sampler, self._note_accepted)
+        if self._reports and getattr(runner, "structured_outputs_worker", None) is not None:
+            runner.structured_outputs_worker = _ObservedMasks(
+                runner.structured_outputs_worker, self._note_unmasked
+            )
 
     def get_kv_cache_spec(self) -> Any:
         return keep_whole_sequences(super().get_kv_cache_spec())  # type: ignore[misc]
@@ -140,9 +147,12 @@ class WorkerCapture:
 
     @with_room
     def sample_tokens(self, grammar_output: Any) -> Any:
+        logits = getattr(self.model_runner.execute_model_state, "logits", None)  # the first runner's
+        if grammar_output is not None and logits is not None:
+            self._note_unmasked(logits)
         with _unfinished_prompts_draw_nothing(self.model_runner):
             output = super().sample_tokens(grammar_output)  # type: ignore[misc]
-        step, self._step = self._step, None
+        step, self._step, self._unmasked = self._step, None, None
         if step is not None:
             wanted = step.wanted
             if self._reports:
@@ -181,9 +191,15 @@ class WorkerCapture:
         slots = mappings[self._layer][:rows].to(torch.int64, copy=True)
         return _Step(wanted, hidden, slots, batch.req_ids, starts)
 
+    def _note_unmasked(self, logits: torch.Tensor) -> None:
+        """logits: (n, V), before a grammar masks them in place. Evidence is of the model's own probabilities, as it
+        is where the same response is given."""
+        if self._reports and self._step is not None:
+            self._unmasked = logits.clone()
+
     def _note_drawn(self, logits: torch.Tensor, sampled: torch.Tensor) -> None:
-        """logits: (n, V), unmodified from the model. sampled: (n, 1), the drawn tokens."""
-        step = self._step
+        """logits: (n, V), as the sampler got them. sampled: (n, 1), the drawn tokens."""
+        step, logits = self._step, logits if self._unmasked is None else self._unmasked
         if step is not None and step.wanted.options:
             step.logits = logits, range(len(logits))
         if step is not None and step.wanted.evidence:
@@ -194,12 +210,12 @@ class WorkerCapture:
             step.drawn = slots, sampled[:, 0], logits
 
     def _note_accepted(self, logits: torch.Tensor, sampled: torch.Tensor, drafts: Sequence[int]) -> None:
-        """logits: (n, V), unmodified: each request's last row before its drafts, then one for each of its drafts.
+        """logits: (n, V), as the sampler got them: each request's last row before its drafts, then its drafts'.
 
         sampled: (requests, most drafts + 1), the tokens after those rows, -1 after the first that was not accepted.
         drafts: draft tokens of each request. The row of a rejected draft counts for nothing.
         """
-        step = self._step
+        step, logits = self._step, logits if self._unmasked is None else self._unmasked
         if step is None:
             return
         ends = [int(end) for end in step.starts[1 : len(drafts) + 1]]
@@ -350,6 +366,21 @@ class _ObservedRejection:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sampler, name)
+
+
+class _ObservedMasks:
+    """Wraps what masks logits by grammars in vLLM's second runner. masked: called with them before."""
+
+    def __init__(self, masks: Any, masked: Callable[[torch.Tensor], None]) -> None:
+        self._masks = masks
+        self._note_unmasked = masked
+
+    def apply_grammar_bitmask(self, logits: torch.Tensor, *args: Any) -> None:
+        self._note_unmasked(logits)
+        self._masks.apply_grammar_bitmask(logits, *args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._masks, name)
 
 
 def _bytes_of_block(group: Any) -> int:

@@ -53,6 +53,11 @@ class Later:
         return self._output
 
 
+def _mask(logits: torch.Tensor, likelier: int) -> None:
+    """As a grammar: in place, it leaves every word but the likeliest ones."""
+    logits.scatter_(1, logits.topk(likelier, dim=1).indices, -torch.inf)
+
+
 class Runner:
     """Either of vLLM's model runners, as far as capture looks at them. second: the newer one."""
 
@@ -68,6 +73,9 @@ class Runner:
         # As vLLM's own: each step writes over the last one's.
         self.states = torch.zeros(16, HIDDEN, device=device)
         self.slots = torch.full((16,), -1, device=device)
+        self.structured_outputs_worker: Any = None
+        if second:
+            self.structured_outputs_worker = SimpleNamespace(apply_grammar_bitmask=_mask)
 
     def sampler(self, logits: torch.Tensor, metadata: object = None) -> SimpleNamespace:
         drawn = logits.argmax(1)
@@ -131,16 +139,25 @@ class Steps:
             runner.execute_model_state = SimpleNamespace(slot_mappings=mapping, hidden_states=runner.states)
         self.last = starts_there[1:] - 1
         self.drafts = list(step.drafts.values())
+        if not runner.second:
+            runner.execute_model_state.logits = self.logits()
 
-    def sample_tokens(self, grammar_output: object) -> Any:
-        runner = self.model_runner
-        rows = self.last
+    def logits(self) -> torch.Tensor:
+        runner, rows = self.model_runner, self.last
         if self.drafts:
             before = [range(-drafts, 1) for drafts in self.drafts]
             rows = torch.tensor(
                 [int(last) + i for last, some in zip(rows, before, strict=True) for i in some]
             )
-        logits = runner.model.compute_logits(runner.execute_model_state.hidden_states[rows])
+        return runner.model.compute_logits(runner.execute_model_state.hidden_states[rows])
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        runner = self.model_runner
+        logits = self.logits() if runner.second else runner.execute_model_state.logits
+        if grammar_output is not None:
+            (runner.structured_outputs_worker.apply_grammar_bitmask if runner.second else _mask)(
+                logits, grammar_output
+            )
         runner.execute_model_state = None
         if self.drafts:
             metadata = SimpleNamespace(num_draft_tokens=self.drafts)
@@ -177,9 +194,15 @@ class Driver:
         self.drawn: dict[str, list[int]] = {name: [] for name in BLOCKS}
 
     def step(
-        self, counts: dict[str, int], wanted: StepPlan, drafts: dict[str, int] | None = None, **gone: set[str]
+        self,
+        counts: dict[str, int],
+        wanted: StepPlan,
+        drafts: dict[str, int] | None = None,
+        grammar: int | None = None,
+        **gone: set[str],
     ) -> Any:
-        """drafts: how many of each request's tokens are drafts. gone: `finished_req_ids` or `preempted_req_ids`."""
+        """drafts: how many of each request's tokens are drafts. grammar: how many of the likeliest words it forbids.
+        gone: `finished_req_ids` or `preempted_req_ids`."""
         device = self.worker.device
         hidden = torch.randn(sum(counts.values()) + 2, HIDDEN, generator=self.worker.model_runner.generator)
         scheduled = SimpleNamespace(
@@ -197,7 +220,7 @@ class Driver:
             torch.cuda.set_sync_debug_mode("error")
         try:
             self.worker.execute_model(scheduled)
-            output = self.worker.sample_tokens(None)
+            output = self.worker.sample_tokens(grammar)
         finally:
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
@@ -247,6 +270,26 @@ def test_what_is_reported_is_what_the_steps_showed(device: torch.device, second:
         logprobs = (predicting @ head).log_softmax(1)
         own = logprobs.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
         assert found[0] == pytest.approx((-own).tolist(), abs=1e-4)
+
+
+def test_evidence_under_a_grammar_is_of_the_models_own_probabilities(
+    device: torch.device, second: bool
+) -> None:
+    driver = Driver(Worker(device, second=second, later=False))
+    measuring = StepPlan(evidence=True)
+    driver.step({"a": 6}, measuring, grammar=2)
+    for _ in range(3):
+        driver.step({"a": 1}, measuring, grammar=2)
+    output = driver.step({"a": 1}, StepPlan({"a": (BLOCKS["a"][:3], 10, 6)}, evidence=True))
+    answer = driver.drawn["a"][:4]
+    found = of_answer(_floats(getattr(output, KEY)["a"][4]).view(-1, 3), answer)
+    assert found is not None
+    states = torch.stack(driver.states["a"])[5:9]
+    logprobs = (states @ driver.worker.model_runner.head.cpu()).log_softmax(1)
+    own = logprobs.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
+    assert found[0] == pytest.approx((-own).tolist(), abs=1e-4)
+    likeliest = logprobs.topk(3, dim=1).indices[:, 2]  # what the grammar leaves first
+    assert answer == likeliest.tolist()
 
 
 def test_a_given_response_is_measured_though_nothing_is_drawn(device: torch.device, second: bool) -> None:
