@@ -1,11 +1,12 @@
 """Candor and vLLM's own server under a load generator that neither wrote: NVIDIA's AIPerf, with its own defaults.
 
     python -m venv V; V/bin/pip install aiperf          it does not install beside vLLM
-    python -m benchmarks.second_client V/bin/aiperf
+    python -m benchmarks.second_client V/bin/aiperf --model M --bundle B
 
 Both servers run at once with the settings of `benchmarks.serving`; they are asked in turn, first the one, then the
 other, then the other way round. AIPerf makes the prompts (random words, 550 tokens) and leaves the answers' length
-to the server, so both are told the same most tokens.
+to the server, so both are told the same most tokens. It counts an answer without text as a failure, so the demo's
+model, which answers such prompts with its tag alone, is none to ask.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.servers import Serving
-from benchmarks.serving import BUNDLE, MODEL, NAME, both
+from benchmarks.serving import NAME, both
 
 COLUMNS = {
     "requests a second": "request_throughput",
@@ -32,12 +33,12 @@ COLUMNS = {
 
 
 def ask(
-    client: Path, server: Serving, requests: int, concurrency: int, most: int, seed: int
+    client: Path, model: Path, server: Serving, requests: int, concurrency: int, most: int, seed: int
 ) -> dict[str, Any]:
     """Returns AIPerf's figures of one run. Raises RuntimeError if a request failed."""
     with tempfile.TemporaryDirectory() as place:
         command = [str(client), "profile", "--model", NAME, "--url", server.url, "--endpoint-type", "chat"]
-        command += ["--streaming", "--tokenizer", str(MODEL), "--request-count", str(requests)]
+        command += ["--streaming", "--tokenizer", str(model), "--request-count", str(requests)]
         command += ["--concurrency", str(concurrency), "--extra-inputs", f"max_tokens:{most}"]
         command += ["--random-seed", str(seed), "--ui", "none", "--artifact-dir", place]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -57,6 +58,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("client", type=Path, help="the command aiperf")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--most", type=int, default=32, help="tokens an answer")
@@ -65,10 +68,12 @@ def main() -> int:
     given = parser.parse_args()
     client = given.client.absolute()
     rounds: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    with both(MODEL, BUNDLE, given.eager) as (candor, plain):
+    with both(given.model, given.bundle, given.eager) as (candor, plain):
         for number in range(given.rounds + 1):  # the first warms up
             found = {
-                server.pid: ask(client, server, given.requests, given.concurrency, given.most, number)
+                server.pid: ask(
+                    client, given.model, server, given.requests, given.concurrency, given.most, number
+                )
                 for server in ((candor, plain) if number % 2 else (plain, candor))
             }
             if number:
