@@ -194,7 +194,7 @@ class WorkerCapture:
     def _note_unmasked(self, logits: torch.Tensor) -> None:
         """logits: (n, V), before a grammar masks them in place. Evidence is of the model's own probabilities, as it
         is where the same response is given."""
-        if self._reports and self._step is not None:
+        if self._reports and self._step is not None and self._step.wanted.evidence:
             self._unmasked = logits.clone()
 
     def _note_drawn(self, logits: torch.Tensor, sampled: torch.Tensor) -> None:
