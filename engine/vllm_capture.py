@@ -60,6 +60,7 @@ class _Step:
     from those of its draft tokens.
     drawn: slots of those rows (n,), drawn tokens (n,) and their logits (n, V); None if no request needs them.
     logits: (n, V) and, by request, the first row of its own; None likewise.
+    unmasked: (n, V), the logits before a grammar masked them; None where none does, or no evidence is wanted.
     """
 
     wanted: StepPlan
@@ -69,6 +70,7 @@ class _Step:
     starts: Any
     drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     logits: tuple[torch.Tensor, Sequence[int]] | None = None
+    unmasked: torch.Tensor | None = None
 
     def rows_of(self, request_id: str) -> tuple[int, int]:
         """The request's first and last row."""
@@ -87,7 +89,6 @@ class WorkerCapture:
     _evidence: SlotEvidence
     _layer: str
     _step: _Step | None = None
-    _unmasked: torch.Tensor | None = None
     _waiting: list[_Step]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -152,7 +153,7 @@ class WorkerCapture:
             self._note_unmasked(logits)
         with _unfinished_prompts_draw_nothing(self.model_runner):
             output = super().sample_tokens(grammar_output)  # type: ignore[misc]
-        step, self._step, self._unmasked = self._step, None, None
+        step, self._step = self._step, None
         if step is not None:
             wanted = step.wanted
             if self._reports:
@@ -195,14 +196,17 @@ class WorkerCapture:
         """logits: (n, V), before a grammar masks them in place. Evidence is of the model's own probabilities, as it
         is where the same response is given."""
         if self._reports and self._step is not None and self._step.wanted.evidence:
-            self._unmasked = logits.clone()
+            self._step.unmasked = logits.clone()
 
     def _note_drawn(self, logits: torch.Tensor, sampled: torch.Tensor) -> None:
         """logits: (n, V), as the sampler got them. sampled: (n, 1), the drawn tokens."""
-        step, logits = self._step, logits if self._unmasked is None else self._unmasked
-        if step is not None and step.wanted.options:
+        step = self._step
+        if step is None:
+            return
+        logits = logits if step.unmasked is None else step.unmasked
+        if step.wanted.options:
             step.logits = logits, range(len(logits))
-        if step is not None and step.wanted.evidence:
+        if step.wanted.evidence:
             slots, number = step.slots, len(logits)
             if number < len(slots):  # else each request has one row
                 last = [int(start) - 1 for start in step.starts[1 : number + 1]]
@@ -215,9 +219,10 @@ class WorkerCapture:
         sampled: (requests, most drafts + 1), the tokens after those rows, -1 after the first that was not accepted.
         drafts: draft tokens of each request. The row of a rejected draft counts for nothing.
         """
-        step, logits = self._step, logits if self._unmasked is None else self._unmasked
+        step = self._step
         if step is None:
             return
+        logits = logits if step.unmasked is None else step.unmasked
         ends = [int(end) for end in step.starts[1 : len(drafts) + 1]]
         rows = [row for end, count in zip(ends, drafts, strict=True) for row in range(end - count - 1, end)]
         firsts = [at * sampled.shape[1] + i for at, count in enumerate(drafts) for i in range(count + 1)]

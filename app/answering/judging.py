@@ -45,8 +45,6 @@ class Judging:
         self.capture = reliability.mode != "off"
         self.prompt_states = self.capture and service.judges_prompts
         self.buffered = reliability.buffered
-        self.counted = False  # whether every chunk of a stream has its usage
-        self.head: Mapping[str, Any] = {}  # what chunks begin with where vLLM's handler writes none
         self.answers: dict[int, Answer] = {}
         self.reliability = reliability
         self._service = service

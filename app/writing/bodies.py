@@ -65,6 +65,11 @@ def fingerprint(digest: str) -> str:
     return f"sdm-{digest[:12]}"
 
 
+def usage(prompt_tokens: int, answers: Sequence[Answer]) -> Usage:
+    written = sum(answer.completion_tokens for answer in answers)
+    return Usage(prompt_tokens=prompt_tokens, completion_tokens=written, total_tokens=prompt_tokens + written)
+
+
 class Renderer(ABC):
     """Renders one response. Chat and plain completions differ in the form of a choice."""
 
@@ -121,9 +126,7 @@ class Renderer(ABC):
         return f"{self._head}{choice}{self._tail}{more}}}\n\n".encode()
 
     def _usage(self, answers: Sequence[Answer]) -> Usage:
-        written = sum(answer.completion_tokens for answer in answers)
-        prompt = self._request.prompt_tokens
-        return Usage(prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written)
+        return usage(self._request.prompt_tokens, answers)
 
     def _common(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """Returns the fields of a whole response beside its choices."""

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from candor.app.answering.service import Answer
-from candor.app.writing.bodies import reliability
+from candor.app.writing.bodies import reliability, usage
 
 _dumps = json.JSONEncoder(separators=(",", ":")).encode
 _DONE = "data: [DONE]\n\n"
@@ -39,13 +40,6 @@ class Verdicts(Protocol):
     def finished(self) -> list[Answer]: ...
 
 
-class Streamed(Verdicts, Protocol):
-    """counted: every chunk has its usage. head: what chunks begin with where the handler wrote none."""
-
-    counted: bool
-    head: Mapping[str, Any]
-
-
 class Form(Protocol):
     """How one kind of response shows verdicts."""
 
@@ -53,7 +47,7 @@ class Form(Protocol):
         """Returns a whole response with its verdicts."""
         ...
 
-    def stream(self, events: AsyncGenerator[str, None], verdicts: Streamed) -> AsyncGenerator[str, None]:
+    def stream(self, events: AsyncGenerator[str, None], verdicts: Verdicts) -> AsyncGenerator[str, None]:
         """Yields the events of a stream with its verdicts."""
         ...
 
@@ -64,24 +58,17 @@ def _shown(answers: Iterable[Answer]) -> dict[str, Any]:
     return {} if found is None else {"reliability": found.model_dump(mode="json")}
 
 
-def _head(event: str) -> Body:
-    chunk = json.loads(event.removeprefix("data: "))
-    return {k: v for k, v in chunk.items() if k in ("id", "object", "created", "model")}
-
-
-def _usage(answer: Answer) -> Body:
-    prompt, written = answer.generation.prompt_tokens, answer.completion_tokens
-    return {
-        "usage": {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
-    }
-
-
 def _withheld(answers: Iterable[Answer]) -> list[Answer]:
     return [answer for answer in answers if answer.replacement is not None]
 
 
+@dataclass(frozen=True)
 class ChatForm:
-    """chat.completion and its chunks."""
+    """chat.completion and its chunks. head: what a stream's chunks begin with where the handler wrote none.
+    counted: every chunk has its usage."""
+
+    head: Mapping[str, Any] = field(default_factory=dict)
+    counted: bool = False
 
     def body(self, body: Body, verdicts: Verdicts) -> Body:
         choices = {choice["index"]: choice for choice in body["choices"]}
@@ -91,32 +78,32 @@ class ChatForm:
         return body | _shown(verdicts.finished)
 
     async def stream(
-        self, events: AsyncGenerator[str, None], verdicts: Streamed
+        self, events: AsyncGenerator[str, None], verdicts: Verdicts
     ) -> AsyncGenerator[str, None]:
-        def made(answer: Answer, chunk: Body) -> str:
-            return _event({**(head or verdicts.head)} | chunk | (_usage(answer) if verdicts.counted else {}))
-
         ended: set[int] = set()
         head: Body = {}
+
+        def made(answer: Answer, chunk: Body) -> str:
+            prompt = answer.generation.prompt_tokens
+            counts = {"usage": usage(prompt, [answer]).model_dump()} if self.counted else {}
+            return _event({**(head or self.head)} | chunk | counts)
+
         async for event in events:
             totals = '"choices":[]' in event
-            if totals:
-                head = head or _head(event)
-            if event == _DONE or totals:
-                for answer in verdicts.finished:
-                    if answer.index not in ended:  # the handler writes no chunk of an empty choice
-                        ended.add(answer.index)
-                        for chunk in self._ending(answer, ""):
-                            yield made(answer, chunk)
-            if event == _DONE:
-                yield event
-                continue
-            if _ENDS in event or not head or totals:
+            chunk: Body | None = None
+            if event != _DONE and (_ENDS in event or not head or totals):
                 chunk = json.loads(event.removeprefix("data: "))
                 if "error" in chunk:
                     yield event
                     continue
-                head = head or _head(event)
+                head = head or {k: v for k, v in chunk.items() if k in ("id", "object", "created", "model")}
+            if event == _DONE or totals:
+                for answer in verdicts.finished:
+                    if answer.index not in ended:  # the handler writes no chunk of an empty choice
+                        ended.add(answer.index)
+                        for one in self._ending(answer, ""):
+                            yield made(answer, one)
+            if chunk is not None:
                 for choice in chunk["choices"]:
                     if choice["finish_reason"] is None:
                         continue
@@ -126,7 +113,7 @@ class ChatForm:
                     for one in said:
                         yield made(answer, one)
                     chunk |= last if said else _shown([answer])
-                if not chunk["choices"]:
+                if totals:
                     chunk |= _shown(verdicts.finished)
                 event = _event(chunk)
             yield event
@@ -191,7 +178,7 @@ class ResponsesForm:
         return body | _shown(verdicts.finished)
 
     async def stream(
-        self, events: AsyncGenerator[str, None], verdicts: Streamed
+        self, events: AsyncGenerator[str, None], verdicts: Verdicts
     ) -> AsyncGenerator[str, None]:
         async for event in events:
             kind, _, data = event.partition("\ndata: ")
@@ -262,7 +249,7 @@ class MessagesForm:
         return body | _shown(verdicts.finished)
 
     async def stream(
-        self, events: AsyncGenerator[str, None], verdicts: Streamed
+        self, events: AsyncGenerator[str, None], verdicts: Verdicts
     ) -> AsyncGenerator[str, None]:
         blocks = 0
         async for event in events:

@@ -73,9 +73,7 @@ class Runner:
         # As vLLM's own: each step writes over the last one's.
         self.states = torch.zeros(16, HIDDEN, device=device)
         self.slots = torch.full((16,), -1, device=device)
-        self.structured_outputs_worker: Any = None
-        if second:
-            self.structured_outputs_worker = SimpleNamespace(apply_grammar_bitmask=_mask)
+        self.structured_outputs_worker: Any = SimpleNamespace(apply_grammar_bitmask=_mask) if second else None
 
     def sampler(self, logits: torch.Tensor, metadata: object = None) -> SimpleNamespace:
         drawn = logits.argmax(1)
@@ -155,9 +153,8 @@ class Steps:
         runner = self.model_runner
         logits = self.logits() if runner.second else runner.execute_model_state.logits
         if grammar_output is not None:
-            (runner.structured_outputs_worker.apply_grammar_bitmask if runner.second else _mask)(
-                logits, grammar_output
-            )
+            mask = runner.structured_outputs_worker.apply_grammar_bitmask if runner.second else _mask
+            mask(logits, grammar_output)
         runner.execute_model_state = None
         if self.drafts:
             metadata = SimpleNamespace(num_draft_tokens=self.drafts)

@@ -14,7 +14,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import APIRouter, Request, Response
@@ -36,7 +36,7 @@ from candor.app.edge.services import InjectedServices, ServedModel, Services
 from candor.app.store.records import Content, GivenVerdict
 from candor.app.telemetry.audit import audited
 from candor.app.writing.bodies import Envelope, fingerprint
-from candor.app.writing.verdicts import FORMS
+from candor.app.writing.verdicts import FORMS, ChatForm, CompletionForm
 from candor.engine.base import EngineError, RequestRefused
 from candor.policy.conversation import Conversations
 
@@ -224,15 +224,12 @@ async def _respond(kind: Kind, body: dict[str, Any], request: Request, services:
         )
 
     judging = Judging(model.service, reliability, model.resolver.limits.prompt_tokens, encode, note)
-    judging.counted = surface.handlers.counts(parsed.request)
-    if kind == "completion":
+    if isinstance(form, ChatForm):
+        form = replace(form, counted=surface.handlers.counts(parsed.request))
+    if isinstance(form, CompletionForm):
         made = Envelope.new("cmpl", model.name, digest)
-        judging.head = {
-            "id": made.id,
-            "object": "text_completion",
-            "created": made.created,
-            "model": made.model,
-        }
+        head = {"id": made.id, "object": "text_completion", "created": made.created, "model": made.model}
+        form = replace(form, head=head)
 
     admitted = services.admission.admit(parsed.caller, choices, parsed.tokens)
 
