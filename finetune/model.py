@@ -12,8 +12,9 @@ from candor.finetune.settings import FinetuneSettings
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def load_model(directory: Path, settings: FinetuneSettings) -> Any:
-    """Loads a transformers model, wrapped by peft if `lora_rank` is above 0.
+def load_model(directory: Path, settings: FinetuneSettings, depth: float = 1.0) -> Any:
+    """Loads a transformers model, wrapped by peft if `lora_rank` is above 0. depth: share of the layers, from the
+    last, that the adapter changes.
 
     Frozen weights are bfloat16 (float32 without `bf16`); trained ones are always float32.
     """
@@ -33,21 +34,24 @@ def load_model(directory: Path, settings: FinetuneSettings) -> Any:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.compile:
         _compile_layers(base, bool(settings.lora_rank))
-    model = _with_adapters(base, settings) if settings.lora_rank else base
+    model = _with_adapters(base, settings, depth) if settings.lora_rank else base
     return model.train()  # all modules: a compiled layer that changes its mode is recompiled
 
 
-def _with_adapters(base: Any, settings: FinetuneSettings) -> Any:
+def _with_adapters(base: Any, settings: FinetuneSettings, depth: float) -> Any:
     import peft
 
     # The seed makes every process and every resumed run begin with the same adapters.
     torch.manual_seed(settings.seed)
+    layers = base.config.get_text_config().num_hidden_layers
+    adapted = list(range(layers - max(1, round(depth * layers)), layers))
     return peft.get_peft_model(
         base,
         peft.LoraConfig(
             r=settings.lora_rank,
             lora_alpha=2 * settings.lora_rank,
             target_modules=TARGETS,
+            layers_to_transform=adapted if depth < 1 else None,
             task_type="CAUSAL_LM",
         ),
     )

@@ -1,6 +1,7 @@
 """The files of a run on disk, so that it can be stopped at any time.
 
 settings.json             the run's settings; it resumes only with the same ones
+train, held-out, .jsonl   the model's own answers with their labels, with loss "probe"
 metrics.csv, tensorboard/ measurements during the run
 best/                     the best model so far
 checkpoint/               model, optimiser and `Progress`, always complete; removed when the run is done
@@ -33,14 +34,16 @@ class Progress:
 
     step: steps done. supervision: the epoch's layer. best: lowest held-out loss. history: rows of metrics.csv.
     smoothing: (n,), per document, with loss "ual". c: the teacher's recalibration, with "first".
+    verdicts: (2, m), with "probe": on the held-out answers, of the model before and of the best.
     """
 
-    smoothing: Tensor
     step: int = 0
     supervision: Supervision | None = None
     best: float | None = None
     history: list[dict[str, float]] = field(default_factory=list)
+    smoothing: Tensor = field(default_factory=lambda: torch.zeros(0))
     c: float = 1.0
+    verdicts: Tensor = field(default_factory=lambda: torch.zeros(2, 0))
 
     def state(self) -> dict[str, Any]:
         supervision = None if self.supervision is None else self.supervision.state()

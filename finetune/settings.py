@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from candor.calibration.epochs import LayerSettings
 
-Loss = Literal["sdm", "ce", "ual", "first"]
+Loss = Literal["sdm", "ce", "ual", "first", "probe"]
 """sdm: base 2 + SDM(z')_r (arXiv 2510.26183). ce: cross-entropy. ual: label smoothing by uncertainty
-(2406.04854). first: distillation of a teacher's recalibrated top five (2408.12168)."""
+(2406.04854). first: distillation of a teacher's recalibrated top five (2408.12168). probe: a verdict on the model's
+own answers, which stay as they are (2509.03531)."""
 
 
 COUNTS = (

@@ -1,49 +1,43 @@
 """Fine-tuning a language model into an SDM language model (arXiv 2510.26183, section 4).
 
-    epoch      states of all training documents -> an SDM layer, then fixed           finetune.supervision
-    step       documents drawn as right or wrong, wrong ones static or generated      finetune.negatives
-               one forward pass: logits at learnt positions and h                     finetune.forward
-               h -> SDM(z')_r -> the base of each document's loss                     finetune.objectives
-    half epoch loss on held-out documents with their own SDM layer; the model with the lowest loss is kept.
-               Once hard negatives are used, only evaluations with hard negatives are compared.
-
-accelerate runs it on one CPU, one GPU or several (docs/finetuning.md). Every draw depends only on seed, epoch
-and document, and the learning rate only on the step. So a run that was stopped and resumed (`resume`) ends like
-one that was not.
+epoch      states of all training documents -> an SDM layer, then fixed           finetune.supervision
+step       documents drawn as right or wrong, wrong ones static or generated      finetune.negatives
+           one forward pass: logits at learnt positions and h                     finetune.forward
+           h -> SDM(z')_r -> the base of each document's loss                     finetune.objectives
+half epoch loss on held-out documents with their own SDM layer; the model with the lowest loss is kept.
+           Once hard negatives are used, only evaluations with hard negatives are compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from candor.engine.prompt import ChatFormat
 from candor.finetune import objectives, passes
-from candor.finetune.batches import Batch, collate, shuffled_batches
+from candor.finetune.batches import Batch, collate
 from candor.finetune.data import Pair
 from candor.finetune.documents import TAG, Documents
 from candor.finetune.errors import FinetuneError
 from candor.finetune.forward import LearntPositions
 from candor.finetune.generation import generate
 from candor.finetune.model import load_model
-from candor.finetune.negatives import Negatives, draw
-from candor.finetune.run_directory import Progress, RunDirectory
+from candor.finetune.negatives import Negatives
 from candor.finetune.settings import FinetuneSettings
 from candor.finetune.supervision import Supervision
 from candor.finetune.teacher import TopTokens, choose_c
+from candor.finetune.training import Training
 from candor.finetune.uncertainty import failure_rates, smoothing
 
 REPORTED_ALPHA = 0.9
-LOG_EVERY = 10
 
 
-class Trainer:
-    """One run. `run` trains and returns the directory of the merged model in `out` (finetune.run_directory)."""
+class Trainer(Training):
+    """One run on pairs. `run` trains and returns the folder of the merged model in `out` (finetune.run_directory)."""
 
     def __init__(
         self,
@@ -58,68 +52,20 @@ class Trainer:
 
         if (settings.loss == "first") != (teacher is not None):
             raise FinetuneError('a teacher goes with loss "first", and "first" with a teacher')
-        self.settings, self.base = settings, model
-        self.accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else "no")
-        self.directory = RunDirectory(out, self.accelerator)
+        accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else "no")
         self.chat = ChatFormat.from_directory(model)
         self.train = Documents("train", self.chat, train, settings)
         self.held_out = Documents("held out", self.chat, held_out, settings)
-        self._steps_per_epoch = -(-len(train) // settings.batch_size)
-        self._steps = settings.epochs * self._steps_per_epoch
-        self._evaluated = {
-            round((i + 1) * self._steps_per_epoch / settings.evaluations) + epoch * self._steps_per_epoch
-            for epoch in range(settings.epochs)
-            for i in range(settings.evaluations)
-        }
-        scorer = LearntPositions(load_model(model, settings))
-        self._parameters = [p for p in scorer.parameters() if p.requires_grad]
-        optimiser = torch.optim.AdamW(
-            self._parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
-        self.scorer, self.optimiser = self.accelerator.prepare(scorer, optimiser)
+        super().__init__(model, out, settings, accelerator, LearntPositions(load_model(model, settings)))
         self._teacher = self._load_teacher(teacher) if teacher else None
-        self.progress = Progress(smoothing=torch.zeros(len(train)))
+        self.progress.smoothing = torch.zeros(len(train))
 
     @property
     def _lm(self) -> Any:
         return self.accelerator.unwrap_model(self.scorer).model
 
-    def run(self, resume: bool = False) -> Path:
-        """Trains. Raises FinetuneError if `out` holds another run, or none to resume."""
-        progress = self.progress
-        self.directory.open(self.settings, resume)
-        if resume:
-            self.directory.load(progress, self._negatives())
-        bar = tqdm(
-            total=self._steps,
-            initial=progress.step,
-            desc="fine-tuning",
-            unit="step",
-            disable=not self.accelerator.is_main_process,
-        )
-        if progress.step == 0:
-            self._prepare()
-        begun = progress.step // self._steps_per_epoch
-        for epoch in range(begun, self.settings.epochs):
-            batches = self._batches(epoch)
-            for within in range(progress.step - epoch * self._steps_per_epoch, len(batches)):
-                if within == 0:
-                    self._begin_epoch(epoch)
-                if within % self.settings.generate_ahead == 0:
-                    ahead = batches[within : within + self.settings.generate_ahead]
-                    numbers = [number for batch in ahead for number in batch]
-                    self._harden(self.train, self.train.negatives.to_generate("step", epoch, numbers))
-                loss = self._step(epoch, batches[within])
-                progress.step += 1
-                if progress.step % LOG_EVERY == 0 or progress.step == self._steps:
-                    self._log({"loss": loss, "learning_rate": self._learning_rate(progress.step - 1)})
-                if progress.step in self._evaluated:
-                    self._evaluate()
-                if (within + 1) % self.settings.checkpoint_every == 0 or within + 1 == len(batches):
-                    self.directory.save(progress, self._negatives())
-                bar.update()
-                bar.set_postfix(loss=f"{loss:.4f}")
-        return self.directory.finish(self.base, bool(self.settings.lora_rank))
+    def _lengths(self) -> list[int]:
+        return [len(prompt) for prompt in self.train.prompts]
 
     def _prepare(self) -> None:
         """Computes what "ual" and "first" need before the first step."""
@@ -146,9 +92,8 @@ class Trainer:
                 h, r, self.settings.layer, seed=1000 * epoch + self.settings.seed
             )
 
-    def _batches(self, epoch: int) -> list[list[int]]:
-        lengths = [len(prompt) for prompt in self.train.prompts]
-        return shuffled_batches(lengths, self.settings.batch_size, draw(self.settings.seed, "order", epoch))
+    def _ahead(self, epoch: int, numbers: Sequence[int]) -> None:
+        self._harden(self.train, self.train.negatives.to_generate("step", epoch, numbers))
 
     def _harden(self, side: Documents, numbers: Sequence[int]) -> None:
         """Offers the model's own answers to these documents as negatives."""
@@ -162,38 +107,17 @@ class Trainer:
             lambda mine: generate(self._lm, self.chat, mine, TAG, self.settings.max_tokens, samples=samples),
         )
 
-    def _step(self, epoch: int, numbers: Sequence[int]) -> float:
-        """Makes one update from the documents `numbers`; returns the mean loss over all their targets."""
-        accelerator = self.accelerator
+    def _losses(self, numbers: Sequence[int], epoch: int) -> Iterator[tuple[Tensor, bool]]:
+        """The mean loss over all targets of the step."""
         shown = {number: self.train.example("step", epoch, number) for number in numbers}
         targets = sum(len(example.ids) - example.learnt for example, _ in shown.values())
-        total = torch.zeros((), device=accelerator.device)
-        shares = passes.spread(
-            numbers, self.settings.micro_batch, accelerator.process_index, accelerator.num_processes
-        )
-        for share, counts in shares:
+        for share, counts in self._shares(numbers):
             batch = collate([shown[number][0] for number in share])
             r = torch.tensor([shown[number][1] for number in share])
-            loss = (
-                self._losses(batch, self.train, torch.tensor(share), r, self.progress.supervision).sum()
-                / targets
-            )
-            loss = loss if counts else 0 * loss
-            accelerator.backward(loss * accelerator.num_processes)  # processes' gradients are averaged
-            total += loss.detach()
-        for group in self.optimiser.param_groups:
-            group["lr"] = self._learning_rate(self.progress.step)
-        accelerator.clip_grad_norm_(self._parameters, 1.0)
-        self.optimiser.step()
-        self.optimiser.zero_grad()
-        mean = float(accelerator.reduce(total, "sum"))
-        if mean != mean:
-            raise FinetuneError(
-                f"the loss of step {self.progress.step} isn't finite: lower the learning rate"
-            )
-        return mean
+            own = self.progress.supervision
+            yield self._of_targets(batch, self.train, torch.tensor(share), r, own).sum() / targets, counts
 
-    def _losses(
+    def _of_targets(
         self, batch: Batch, side: Documents, numbers: Tensor, r: Tensor, supervision: Supervision | None
     ) -> Tensor:
         """Losses (T,) of the batch's targets. numbers, r: (B,), document numbers and whether right."""
@@ -220,7 +144,7 @@ class Trainer:
         self._harden(self.held_out, wrong)
         self.progress.best = None
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> dict[str, float]:
         """Computes the held-out loss and, if both kinds are shown, the share that the held-out SDM layer admits.
 
         The draws are always those of epoch 0, so that losses differ only by the model.
@@ -232,17 +156,11 @@ class Trainer:
         own = Supervision.train(h, r, settings.layer, seed=settings.seed) if both else None
         total = torch.zeros((), dtype=torch.float64)
         targets = sum(len(example.ids) - example.learnt for example in examples)
-        shares = passes.spread(
-            range(len(examples)),
-            settings.micro_batch,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
-        for share, counts in shares:
+        for share, counts in self._shares(range(len(examples))):
             numbers = torch.tensor(share)
             batch = collate([examples[i] for i in share])
             with torch.no_grad():
-                losses = self._losses(batch, side, numbers, r[numbers], own)
+                losses = self._of_targets(batch, side, numbers, r[numbers], own)
             total += counts * losses.double().sum().cpu()
         loss = float(self.accelerator.reduce(total.to(self.accelerator.device), "sum")) / targets
         values = {"held_out_loss": loss}
@@ -250,23 +168,10 @@ class Trainer:
             estimator = own.estimator.with_regions([REPORTED_ALPHA])
             admitted = estimator.estimate(h[own.row < 0], REPORTED_ALPHA).admitted.float().mean()
             values["admitted"] = float(admitted)
-        self._log(values)
-        if self.progress.best is None or loss < self.progress.best:
-            self.progress.best = loss
-            self.directory.keep_best(self.scorer)
+        return values
 
-    def _log(self, values: dict[str, float]) -> None:
-        step = self.progress.step
-        self.progress.history.append({"step": step, "epoch": step / self._steps_per_epoch} | values)
-        self.directory.log(self.progress.history, values, step)
-
-    def _negatives(self) -> tuple[Negatives, Negatives]:
+    def _negatives(self) -> Sequence[Negatives]:
         return self.train.negatives, self.held_out.negatives
-
-    def _learning_rate(self, step: int) -> float:
-        warmup = max(1, round(self.settings.warmup * self._steps))
-        rising, falling = (step + 1) / warmup, (self._steps - step) / max(1, self._steps - warmup)
-        return self.settings.learning_rate * min(1.0, rising, falling)
 
     def _load_teacher(self, directory: Path) -> Any:
         from transformers import AutoModelForCausalLM

@@ -21,6 +21,7 @@ class Loss(StrEnum):
     ce = "ce"
     ual = "ual"
     first = "first"
+    probe = "probe"
 
 
 class Switch(StrEnum):
@@ -84,8 +85,11 @@ def finetune(
     from candor.finetune.errors import FinetuneError
 
     with reporting_errors(FinetuneError, stopped="--resume goes on from the last checkpoint."):
+        from candor.calibration.answering import DataFile
+        from candor.calibration.data import require_disjoint
         from candor.calibration.epochs import LayerSettings
         from candor.finetune.data import PairReading, load_pairs, require_apart
+        from candor.finetune.probe import ProbeTraining
         from candor.finetune.settings import FinetuneSettings
         from candor.finetune.trainer import Trainer
 
@@ -116,9 +120,17 @@ def finetune(
             reading = PairReading.parse(columns, verifier)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
-        pairs, others = load_pairs(data, reading), load_pairs(held_out, reading)
-        require_apart(data, pairs, held_out, others)
-        final = Trainer(model, pairs, others, out, settings, teacher).run(resume)
+        if loss is Loss.probe:
+            own, held = (DataFile.load(path, reading.record) for path in (data, held_out))
+            require_disjoint(data, own.records, held_out, held.records)
+            probe = ProbeTraining(model, own, held, out, settings)
+            final = probe.run(resume)
+            if probe.accelerator.is_main_process:
+                typer.echo(str(probe.known))
+        else:
+            pairs, others = load_pairs(data, reading), load_pairs(held_out, reading)
+            require_apart(data, pairs, held_out, others)
+            final = Trainer(model, pairs, others, out, settings, teacher).run(resume)
     typer.echo(f"{final}: next, `candor calibrate --model {final} ...`")
 
 
