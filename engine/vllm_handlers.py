@@ -11,7 +11,7 @@ a control token; what that cannot say (tool messages, images, template switches)
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, is_dataclass
 from functools import partial
@@ -66,13 +66,17 @@ class Renders(Protocol):
         ...
 
 
+_IN_BODIES = "enable_force_include_usage", "return_tokens_as_token_ids", "enable_prompt_tokens_details"
+"""Options that change what stands in the bodies of every route; this server's own bodies do not know them."""
+
+
 class Handlers:
     """vLLM's handlers for one engine and its adapters. stores: whether responses can be asked for again."""
 
-    def __init__(self, state: State, *, splits_reasoning: bool) -> None:
-        """splits_reasoning: whether thoughts are set apart from the answer."""
+    def __init__(self, state: State, *, alone: Collection[Kind]) -> None:
+        """alone: kinds that only vLLM's handlers write as the options given say."""
         self._state = state
-        self.splits_reasoning = splits_reasoning
+        self.alone = alone
         self.stores: bool = state.openai_serving_responses.enable_store
 
     @classmethod
@@ -101,7 +105,10 @@ class Handlers:
             handler.default_sampling_params = {}  # the policy's are filled in before
             if hasattr(handler, "beam_search"):
                 handler.beam_search = partial(judged_beams, handler.beam_search)
-        return cls(state, splits_reasoning=bool(engine.args.reasoning_parser))
+        alone: set[Kind] = {"chat"} if engine.args.reasoning_parser else set()  # thoughts are set apart
+        if any(engine.frontend.get(option) for option in _IN_BODIES):
+            alone |= {"chat", "completion"}
+        return cls(state, alone=alone)
 
     def parse(self, kind: Kind, body: dict[str, Any]) -> Any:
         """Returns vLLM's request. Raises pydantic.ValidationError, or RequestRefused for what vLLM says itself."""
@@ -201,7 +208,11 @@ class _Renderer(OnlineRenderer):  # type: ignore[misc]
             ids = await judge.encode(*plain)
             # vLLM's own way to be given a rendered prompt; what else it does with the request stays.
             request.kv_transfer_params = {"prompt_token_ids": ids}
-        return await super().preprocess_chat(request, messages, *rest, **named)
+        conversation, inputs = await super().preprocess_chat(request, messages, *rest, **named)
+        if getattr(request, "enable_response_messages", False):  # shows the prompt as a text too
+            for one in inputs:
+                one["prompt"] = one.get("prompt") or self.renderer.tokenizer.decode(one["prompt_token_ids"])
+        return conversation, inputs
 
 
 _DEFAULTS = {

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -83,19 +84,19 @@ def collector() -> Iterator[Collector]:
         collector.shutdown()
 
 
-@pytest.fixture(scope="module")
-def client(demo_model: Path, collector: Collector) -> Iterator[httpx.Client]:
+@contextmanager
+def started(demo_model: Path, *options: str, **environment: str) -> Iterator[httpx.Client]:
+    """A client of a server of the demo with these options."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-c", "from candor.app.cli import main; main()", "serve"]
-    options = ["--model", str(demo_model), "--bundle", "demo/bundle", "--port", str(port)]
-    tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    environment = os.environ | {"CANDOR_EAGER": "true", "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
-    environment |= {"CANDOR_ESCALATE_URL": "http://127.0.0.1:9/v1", "CANDOR_ESCALATE_MODEL": "behind"}
-    environment |= {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+    demo = ["--model", str(demo_model), "--bundle", "demo/bundle", "--port", str(port)]
     process = subprocess.Popen(
-        [*command, *options, *tools], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
+        [*command, *demo, *options],
+        cwd=ROOT,
+        env=os.environ | {"CANDOR_EAGER": "true"} | environment,
+        stderr=subprocess.DEVNULL,
     )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
@@ -111,6 +112,20 @@ def client(demo_model: Path, collector: Collector) -> Iterator[httpx.Client]:
     finally:
         process.terminate()
         process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def client(demo_model: Path, collector: Collector) -> Iterator[httpx.Client]:
+    environment = {
+        "VLLM_ENABLE_RESPONSES_API_STORE": "1",
+        "CANDOR_ESCALATE_URL": "http://127.0.0.1:9/v1",
+        "CANDOR_ESCALATE_MODEL": "behind",
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": collector.url,
+        "OTEL_BSP_SCHEDULE_DELAY": "100",
+    }
+    tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+    with started(demo_model, *tools, **environment) as client:
+        yield client
 
 
 def ask(client: httpx.Client, text: str = KNOWN, path: str = "/v1/chat/completions", **more: Any) -> Any:
@@ -224,6 +239,41 @@ def test_a_completion_without_text_has_its_id_and_usage(
     assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in found}) == 1
     assert [bool(chunk.get("usage")) for chunk in found] == [bool(usage)] * len(found)
     assert sum(chunk["choices"] != [] and "reliability" in chunk for chunk in found) == 1
+
+
+def test_options_of_bodies_reach_every_route(demo_model: Path) -> None:
+    """Also bodies that this server's own schema takes whole."""
+    options = "--enable-force-include-usage", "--return-tokens-as-token-ids", "--enable-prompt-tokens-details"
+    with started(demo_model, *options) as client:
+        body = {"model": "word-ordering", "max_tokens": 64}
+        talk = body | {"messages": [{"role": "user", "content": KNOWN}], "logprobs": True}
+        for path, given in (
+            ("/v1/chat/completions", talk),
+            ("/v1/completions", body | {"prompt": KNOWN, "logprobs": 1}),
+        ):
+            streamed = client.post(path, json=given | {"stream": True})
+            assert streamed.status_code == 200, streamed.text
+            assert chunks(streamed.text)[-1]["usage"]["completion_tokens"] > 0
+            whole = client.post(path, json=given).json()
+            assert whole["usage"]["prompt_tokens_details"] is not None
+            [choice] = whole["choices"]
+            assert whole["reliability"]["results"][0]["region"]
+            logprobs = choice["logprobs"]
+            tokens = (
+                logprobs["tokens"] if "tokens" in logprobs else [one["token"] for one in logprobs["content"]]
+            )
+            assert tokens
+            assert all(token.startswith("token_id:") for token in tokens)
+
+
+def test_a_responses_prompt_is_shown_as_it_was_rendered(client: httpx.Client) -> None:
+    found = ask(client, path="/v1/responses", enable_response_messages=True)
+    [prompt] = found["input_messages"]
+    assert KNOWN in prompt["message"]
+    assert prompt["message"].startswith("<|im_start|>")
+    assert len(prompt["tokens"]) == found["usage"]["input_tokens"]
+    withheld = ask(client, STRANGE, "/v1/responses", enable_response_messages=True, **ABSTAIN)
+    assert withheld["output_messages"] is None or "<sentence>" not in json.dumps(withheld["output_messages"])
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -49,11 +49,11 @@ async def answered(
     services: Services,
 ) -> Response:
     """Returns the response of `answer`, or of vLLM's handler where the schema `own` does not take the body whole, or
-    the answer's thoughts are to be set apart.
+    vLLM's options say what only its handlers write.
 
     Raises RequestValidationError for what `own` does not take where the engine is not vLLM.
     """
-    if kind == "chat" and services.surface is not None and services.surface.splits_reasoning:
+    if services.surface is not None and kind in services.surface.handlers.alone:
         return await services.surface.respond(kind, body, request, services)
     try:
         with told_where():

@@ -284,7 +284,6 @@ class Surface:
 
         self.handlers = handlers
         self.schemas: Mapping[Kind, type[BaseModel]] = SCHEMAS
-        self.splits_reasoning: bool = handlers.splits_reasoning
         self._judged_by, self._read_within = judged_by, read_within
         self._kept: dict[str, _Kept] = {}
 
