@@ -44,14 +44,14 @@ class OwnAnswer:
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """n answers. documents: prompt, answer and tag; `learnt` is where the answer begins. right, times: (n,).
-    prompt: (n,), equal for answers to one prompt."""
+class AnswerSet:
+    """Different answers. documents: prompt, answer and tag; `learnt` is where the answer begins. right, times,
+    prompt: of each; prompt: digests, equal for answers to one prompt."""
 
     documents: tuple[Example, ...]
     right: tuple[bool, ...]
     times: tuple[int, ...]
-    prompt: tuple[int, ...]
+    prompt: tuple[str, ...]
 
     @classmethod
     def of(
@@ -61,28 +61,32 @@ class Labelled:
         prompts: Sequence[Sequence[int]],
         chat: ChatFormat,
         max_tokens: int,
-    ) -> Labelled:
+    ) -> AnswerSet:
         """prompts: token ids of the file's records. Raises FinetuneError unless some are right and some are wrong."""
         closing, _ = chat.closing(TAG)
         number = {record.id: i for i, record in enumerate(file.records)}
-        kept, documents = [], []
+        documents: dict[tuple[str, str, bool], Example] = {}
+        times: Counter[tuple[str, str, bool]] = Counter()
         for answer in answers:
+            record, before = file.records[number[answer.id]], prompts[number[answer.id]]
             response = chat.encode_response(answer.response)
-            record = number[answer.id]
-            cut = file.records[record].response is None and len(response) >= max_tokens
+            cut = record.response is None and len(response) >= max_tokens
             if answer.label is not None and not cut:
-                before = prompts[record]
+                same = (record.prompt_digest, answer.response, answer.label)
+                times[same] += answer.times
                 ids = (*before, *response, *closing)
-                kept.append(answer)
-                documents.append(Example(ids, learnt=len(before), tag=len(ids) - 1))
-        right = tuple(answer.label is True for answer in kept)
+                documents.setdefault(same, Example(ids, learnt=len(before), tag=len(ids) - 1))
+        right = tuple(label_ for _, _, label_ in documents)
         if not 0 < sum(right) < len(right):
             raise FinetuneError(
                 f"{file.path}: {sum(right)} of {len(right)} answers are right; a verdict is learnt from right and "
                 "wrong ones: give other prompts, or more --samples"
             )
         return cls(
-            tuple(documents), right, tuple(one.times for one in kept), tuple(number[one.id] for one in kept)
+            tuple(documents.values()),
+            right,
+            tuple(times[same] for same in documents),
+            tuple(digest for digest, _, _ in documents),
         )
 
 

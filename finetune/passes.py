@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from candor.finetune.batches import collate
+from candor.finetune.batches import Batch, collate
 from candor.finetune.examples import Example
 
 
@@ -24,19 +24,23 @@ def spread(numbers: Sequence[int], size: int, rank: int, processes: int) -> Iter
 
 
 @torch.no_grad()
-def states(accelerator: Any, scorer: Any, examples: Sequence[Example], size: int) -> Tensor:
-    """Returns h of every document under the current model: (n, 2H) float32 on the CPU, in order."""
+def rows(accelerator: Any, read: Callable[[Batch], Tensor], examples: Sequence[Example], size: int) -> Tensor:
+    """Returns what `read` makes of every document, a row each: (n, D) float32 on the CPU, in order."""
     from accelerate.utils import gather_object
 
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
     mine: list[tuple[int, Tensor]] = []
     for numbers, counts in spread(order, size, accelerator.process_index, accelerator.num_processes):
-        batch = collate([examples[i] for i in numbers]).to(accelerator.device)
-        _, h = scorer(batch, with_logits=False)
+        found = read(collate([examples[i] for i in numbers]).to(accelerator.device))
         if counts:
-            mine += zip(numbers, h.float().cpu(), strict=True)
+            mine += zip(numbers, found.float().cpu(), strict=True)
     everyone = mine if accelerator.num_processes == 1 else gather_object(mine)
     return torch.stack([row for _, row in sorted(everyone, key=lambda item: item[0])])
+
+
+def states(accelerator: Any, scorer: Any, examples: Sequence[Example], size: int) -> Tensor:
+    """Returns h of every document under the current model: (n, 2H)."""
+    return rows(accelerator, lambda batch: scorer(batch, with_logits=False)[1], examples, size)
 
 
 def answers(

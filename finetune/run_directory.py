@@ -34,7 +34,8 @@ class Progress:
 
     step: steps done. supervision: the epoch's layer. best: lowest held-out loss. history: rows of metrics.csv.
     smoothing: (n,), per document, with loss "ual". c: the teacher's recalibration, with "first".
-    verdicts: (2, m), with "probe": on the held-out answers, of the model before and of the best.
+    With "probe": evidence (n, 6), of the answers to learn from and then of those held out; verdicts (2, m), on those
+    held out, of the model before and of the best.
     """
 
     step: int = 0
@@ -43,6 +44,7 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
     smoothing: Tensor = field(default_factory=lambda: torch.zeros(0))
     c: float = 1.0
+    evidence: Tensor = field(default_factory=lambda: torch.zeros(0))
     verdicts: Tensor = field(default_factory=lambda: torch.zeros(2, 0))
 
     def state(self) -> dict[str, Any]:

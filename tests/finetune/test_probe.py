@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from candor.app.cli import cli
 from candor.calibration.answering import DataFile
@@ -22,8 +23,8 @@ from candor.engine.prompt import ChatFormat
 from candor.finetune.batches import collate
 from candor.finetune.errors import FinetuneError
 from candor.finetune.examples import Example
-from candor.finetune.own_answers import Labelled, OwnAnswer
-from candor.finetune.probe import Probe, ProbeTraining
+from candor.finetune.own_answers import AnswerSet, OwnAnswer
+from candor.finetune.probe import Known, Probe, ProbeTraining
 from candor.finetune.settings import FinetuneSettings
 from tests.finetune.test_commands import RUNNER
 from tests.finetune.test_trainer import metrics
@@ -98,15 +99,19 @@ def test_it_changes_the_last_layers_alone_and_says_what_it_brought(
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert all(name.startswith("model.layers.1.") for name in changed)
-    side = whole.held_out
+    side, (first, last) = whole.held_out, whole.progress.verdicts
     right = torch.tensor(side.right)
-    assert whole.known.alone == tuple(auroc(f, right) for f in whole.progress.verdicts)
+    assert (whole.known.before, whole.known.after) == (auroc(first, right), auroc(last, right))
     best = min(row["held_out_loss"] for row in whole.progress.history if "held_out_loss" in row)
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(
-        whole.progress.verdicts[1], right.float(), torch.tensor(side.times).float(), reduction="sum"
+    loss = F.binary_cross_entropy_with_logits(
+        last, right.float(), torch.tensor(side.times).float(), reduction="sum"
     )
     assert float(loss) / sum(side.times) == pytest.approx(best)
-    assert ("No gain is shown" in str(whole.known)) == (whole.known.gain[0] <= 0)
+
+
+def test_a_gain_that_is_not_shown_is_said() -> None:
+    assert "No gain is shown" in str(Known(0.8, 0.81, (-0.01, 0.03)))
+    assert "No gain is shown" not in str(Known(0.8, 0.9, (0.06, 0.13)))
 
 
 def test_what_it_learns_from_is_kept_and_counted(whole: ProbeTraining) -> None:
@@ -198,16 +203,14 @@ def test_answers_with_labels_are_learnt_from_as_they_are_by_two_processes_as_by_
         **{"loss": "probe", "epochs": 2, "batch-size": 8, "micro-batch": 4, "learning-rate": 1e-2},
         **{"lora-rank": 4, "samples": 3, "max-tokens": 4},
     }
+    launch = [
+        "accelerate.commands.launch",
+        "--config_file",
+        str(root / "finetune/configs/cpu-processes.yaml"),
+    ]
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file"),
-            *(
-                str(root / "finetune/configs/cpu-processes.yaml"),
-                "-m",
-                "candor.app.cli",
-                "finetune",
-                "--no-bf16",
-            ),
+            *(sys.executable, "-m", *launch, "-m", "candor.app.cli", "finetune", "--no-bf16"),
             *(text for name, value in options.items() for text in (f"--{name}", str(value))),
         ],
         cwd=root,
@@ -218,7 +221,7 @@ def test_answers_with_labels_are_learnt_from_as_they_are_by_two_processes_as_by_
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ROC AUC on held-out prompts") == 1
+    assert done.stdout.count("ROC AUC of state and token probabilities on held-out prompts") == 1
     kept = [(tmp_path / name / "train.jsonl").read_text() for name in ("one", "two")]
     assert kept[0] == kept[1]
     rows = [metrics(tmp_path / name) for name in ("one", "two")]
@@ -234,16 +237,18 @@ def test_cut_answers_and_unknown_ones_are_left_out(base_model: Path, tmp_path: P
         OwnAnswer("a-0", "no", None, 1),
         OwnAnswer("a-1", "one two three four five", True, 1),
         OwnAnswer("a-1", "no", False, 1),
+        OwnAnswer("a-1", "no", False, 3),
     ]
-    found = Labelled.of(answers, file, [[1, 2], [3]], chat, max_tokens=4)
-    assert (found.right, found.times, found.prompt) == ((True, False), (2, 1), (0, 1))
+    found = AnswerSet.of(answers, file, [[1, 2], [3]], chat, max_tokens=4)
+    assert (found.right, found.times) == ((True, False), (2, 4))
+    assert found.prompt == tuple(record.prompt_digest for record in file.records)
     first = found.documents[0]
     assert first.ids[: first.learnt] == (1, 2)
     closing, _ = chat.closing("<verified>")
     assert first.ids[-len(closing) :] == tuple(closing)
     assert first.tag == len(first.ids) - 1
     with pytest.raises(FinetuneError, match="1 of 1 answers are right"):
-        Labelled.of(answers[:2], file, [[1, 2], [3]], chat, max_tokens=4)
+        AnswerSet.of(answers[:2], file, [[1, 2], [3]], chat, max_tokens=4)
 
 
 def test_the_head_begins_at_a_regression_and_the_model_before_is_left_alone(tiny_model: Path) -> None:
@@ -253,8 +258,12 @@ def test_the_head_begins_at_a_regression_and_the_model_before_is_left_alone(tiny
     generator = torch.Generator().manual_seed(0)
     right = torch.arange(400) % 2 == 0
     h = torch.randn(400, 32, generator=generator) * 3 + right.unsqueeze(1)
-    probe.begin(h, right)
-    assert auroc(probe.verdict(h), right) > 0.8
+    e = torch.randn(400, 6, generator=generator) * 5 + 7
+    e[:, 0] += 8 * right
+    probe.begin(h, e, right)
+    f = probe.verdict(h, e)
+    assert auroc(f, right) > auroc(e[:, 0], right)
+    assert abs(float(f.sigmoid().mean()) - 0.5) < 0.05
     batch = collate([Example((5, 6, 7, 8), 2, 3), Example((5, 6, 9), 1, 2)])
     before, state = probe(batch, adapted=False)
     for name, parameter in probe.model.named_parameters():
