@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -153,9 +154,18 @@ def read(words: Sequence[str], engine: str = "vllm") -> dict[str, Any]:
     return options
 
 
+GRAMMARS = "structured_outputs_config"
+"""The option that decides what a grammar lets through. It changes answers that are held to one, and no others."""
+
+
 def changing_h(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that belong to the served model's identity, in a fixed order."""
-    return {name: options[name] for name in CHANGES_H if name in options}
+    """The options that belong to the served model's identity, in a fixed order, as JSON has them."""
+    found = {name: options[name] for name in CHANGES_H if name in options}
+    if (grammars := options.get(GRAMMARS)) is not None:
+        given, usual = asdict(grammars), asdict(type(grammars)())
+        if changed := {name: value for name, value in given.items() if value != usual[name]}:
+            found[GRAMMARS] = changed
+    return found
 
 
 def as_typed(options: Mapping[str, Any]) -> str:

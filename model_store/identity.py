@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from candor.engine.base import AdapterIdentity, Engine, IdentityMismatch
+from candor.engine.base import AdapterIdentity, Engine, IdentityMismatch, ModelIdentity
 from candor.engine.identity import as_before, differences, identify
 from candor.engine.prompt import ChatFormat
-from candor.engine.vllm_options import changing_h
+from candor.engine.vllm_options import GRAMMARS, changing_h
 from candor.model_store.bundle import Bundle
 from candor.model_store.errors import BundleError, Difference
 from candor.model_store.formats import identifies_as_before
@@ -19,7 +19,7 @@ from candor.model_store.formats import identifies_as_before
 def check_identity(engine: Engine, bundle: Bundle) -> None:
     """Raises IdentityMismatch, which lists every difference between the served and the calibrated model."""
     earlier = identifies_as_before(bundle.manifest.format_version)
-    found = differences(bundle.manifest.model, engine.earlier_identity if earlier else engine.identity)
+    found = _differences(bundle, engine.earlier_identity if earlier else engine.identity)
     if engine.representation != bundle.manifest.representation:
         found.append(
             f"representation: the bundle was made for {bundle.manifest.representation.to_json()}, "
@@ -43,7 +43,7 @@ def check_identity(engine: Engine, bundle: Bundle) -> None:
 def check_options(bundle: Bundle, vllm: Mapping[str, Any]) -> None:
     """Checks vLLM's options alone, before an engine starts with them. Raises IdentityMismatch."""
     made_for = bundle.manifest.model
-    if found := differences(made_for, replace(made_for, engine_options=changing_h(vllm))):
+    if found := _differences(bundle, replace(made_for, engine_options=changing_h(vllm))):
         raise _mismatch(bundle, found)
 
 
@@ -55,8 +55,21 @@ def check_model(
     identity = identify(model, chat, made_for.dtype, max_model_len, changing_h(vllm))
     if identifies_as_before(bundle.manifest.format_version):
         identity = as_before(identity, model)
-    if found := differences(made_for, identity):
+    if found := _differences(bundle, identity):
         raise _mismatch(bundle, found)
+
+
+def _differences(bundle: Bundle, actual: ModelIdentity) -> list[str]:
+    """What grammars let through matters where the bundle's answers are held to one."""
+    both = bundle.manifest.model, actual
+    if bundle.manifest.policy.conversations.grammar is None:
+        both = _without(both[0], GRAMMARS), _without(both[1], GRAMMARS)
+    return differences(*both)
+
+
+def _without(identity: ModelIdentity, option: str) -> ModelIdentity:
+    options = {name: value for name, value in identity.engine_options.items() if name != option}
+    return replace(identity, engine_options=options)
 
 
 def require_successor(old: Bundle, new: Bundle) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from candor.engine.prompt import ChatFormat
 from candor.model_store.bundle import Bundle
 from candor.model_store.identity import check_identity, check_model, check_options
 from candor.model_store.manifest import AdapterIdentity
+from candor.policy.conversation import Conversations
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -173,6 +174,21 @@ class TestIdentity:
             )
         with pytest.raises(IdentityMismatch, match="engine_options"):
             check_identity(backend.engine, bundle)
+
+    def test_what_grammars_let_through_matters_where_answers_are_held_to_one(self, backend: Backend) -> None:
+        @dataclass
+        class Grammars:  # as vLLM's parser gives them
+            disable_any_whitespace: bool = False
+
+        manifest = backend.bundle.manifest
+        held = Conversations(template_arguments={"structured_outputs": {"regex": "yes|no"}})
+        policy = replace(manifest.policy, conversations=held)
+        bundle = replace(backend.bundle, manifest=replace(manifest, policy=policy))
+        check_options(bundle, {})
+        check_options(bundle, {"structured_outputs_config": Grammars()})
+        with pytest.raises(IdentityMismatch, match="this model has --structured-outputs-config"):
+            check_options(bundle, {"structured_outputs_config": Grammars(True)})
+        check_options(backend.bundle, {"structured_outputs_config": Grammars(True)})
 
     def test_another_model_is_told_by_its_files_alone(
         self, backend: Backend, identity: Any, tmp_path: Path

@@ -132,6 +132,14 @@ def test_what_changes_h_is_told_in_one_order() -> None:
     assert as_typed({}) == "none"
 
 
+def test_what_grammars_let_through_is_told_without_defaults() -> None:
+    given = ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
+    assert changing_h(read(given)) == {
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}
+    }
+    assert changing_h(read(["--structured-outputs-config", "{}"])) == {}
+
+
 def test_a_refusal_does_not_wait_for_vllm() -> None:
     code = (
         "import sys\nfrom candor.engine.vllm_options import OptionError, read\n"
