@@ -1,10 +1,10 @@
 """The whole study for one model and one task; a stopped run goes on where it was, as every step keeps what it has.
 
-    python -m studies.knows --model M --data FOLDER --out OUT --number 8000
+    python -m studies.knows --model M --data FOLDER --out OUT
 
 FOLDER holds train, held, calibration and test, .jsonl: prompts to learn from, to measure what a state knows on, to
 calibrate on, and to look at once, in the end. On one GPU a model of 1.5B to 4B parameters takes the same command;
-with --steps 2 --records 60 it is tried in some minutes anywhere.
+with --records 60 it is tried in some minutes anywhere.
 """
 
 from __future__ import annotations
@@ -31,14 +31,11 @@ def main(
     model: Annotated[Path, typer.Option(help="Directory of the model, fine-tuned on the task.")],
     data: Annotated[Path, typer.Option(help="Folder of the records.")],
     out: Annotated[Path, typer.Option(help="Folder of everything that is made.")],
-    number: Annotated[int, typer.Option(min=1, help="Answers to learn from.")] = 8000,
     samples: Annotated[int, typer.Option(min=2, help="Answers a prompt.")] = 4,
-    prompts: Annotated[int, typer.Option(help="Of a training step; each with its answers.")] = 8,
-    depth: Annotated[float, typer.Option(help="The adapter's share of the layers, from the last.")] = 0.34,
+    batch: Annotated[int, typer.Option(help="Answers of a training step.")] = 16,
     max_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 64,
     accuracy: Annotated[float, typer.Option(help="To certify.")] = 0.9,
     config: Annotated[Path, typer.Option(help="accelerate's.")] = CONFIG,
-    steps: Annotated[int | None, typer.Option(help="Of training at most: a dry run.")] = None,
     records: Annotated[int | None, typer.Option(help="Of each file at most: a dry run.")] = None,
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
@@ -55,34 +52,20 @@ def main(
         told = ("--samples", of_each, "--max-tokens", max_tokens, "--cache", out / "answers")
         step(folder / f"{names[1]}.pt", "studies.knows.answers", "--model", by, *files, *told)
 
-    answered(model, out, ("train", "held"), samples)
-    run = out / f"probe-{number}"
-    of = {
-        "--records": "train.jsonl",
-        "--answers": "train.pt",
-        "--held-records": "held.jsonl",
-        "--held-answers": "held.pt",
-    }
+    run = out / "probe"
     step(
         run / "model/config.json",
-        *("studies.knows.probe", "--model", model, "--out", run, "--number", number, "--merged"),
-        *(part for option, name in of.items() for part in (option, out / name)),
-        *("--prompts", prompts, "--depth", depth, *(("--steps", steps) if steps else ())),
+        *("candor.app.cli", "finetune", "--loss", "probe", "--model", model, "--out", run),
+        *("--data", out / "train.jsonl", "--held-out", out / "held.jsonl", "--samples", samples),
+        *("--batch-size", batch, "--micro-batch", batch, "--max-tokens", max_tokens),
+        *(("--resume",) if (run / "settings.json").exists() else ()),
         launcher=("-m", "accelerate.commands.launch", "--config_file", config, "-m"),
     )
-    rows = {"before": model, run.name: run / "model"}
+    rows = {"before": model, "probe": run / "model"}
     for name, by in rows.items():
         answered(by, out / "rows" / name, ("calibration", "test"), 1)
-    step(
-        out / "none",
-        "studies.knows.curve",
-        "--model",
-        model,
-        "--folder",
-        out,
-        "--run",
-        f"LoRA probe:{run.name}",
-    )
+    answered(model, out, ("train", "held"), samples)
+    step(out / "none", "studies.knows.curve", "--folder", out)
     step(out / "none", "studies.knows.table", out / "rows", *rows, "--accuracy", accuracy)
 
 

@@ -1,11 +1,11 @@
-"""What a state at the tag knows, by how many answers taught it: ROC AUC on held-out prompts, over five deals.
+"""What a frozen state at the tag knows, by how many answers taught it: ROC AUC on held-out prompts, over five deals.
 
-    python -m studies.knows.curve --model M --folder var/knows/TASK [--run 500:probe-500-0 ...]
+    python -m studies.knows.curve --folder var/knows/TASK
 
-FOLDER has train and held, .jsonl and .pt. Of frozen states, every deal learns from the answers to other random
-prompts; with an adapter, from a run of `studies.knows.probe`. A logistic regression of both log-odds combines state
-and evidence on one half of the held-out prompts, and is measured on the other; every deal has other halves, the same
-ones for every row.
+FOLDER has train.pt and held.pt (`studies.knows.answers`). Every deal learns from the answers to other random prompts.
+A logistic regression of both log-odds combines state and evidence on one half of the held-out prompts; the other half
+measures it. Every deal has other halves, the same ones for every size. What an adapter adds, `candor finetune --loss
+probe` says.
 
     curve      1 - AUC(n) = floor + scale n^-power,    fitted by least squares; its uncertainty by redrawing deals
 """
@@ -28,7 +28,7 @@ from candor.calibration.logistic import cross_validated, fit_logistic, fit_stand
 from candor.calibration.splits import split
 from candor.engine.base import EVIDENCE
 from candor.sdm.adaptor import Block
-from studies.knows.packed import Asked, first_answers, read
+from studies.two_gates.answers import Answered, load
 
 SIZES = (500, 1000, 2000, 4000, 8000)
 DEALS = 5
@@ -38,17 +38,24 @@ ACCURACIES = 0.9, 0.95, 0.98
 
 
 class Answers:
-    """Of prompts: state (n, H), evidence (n, 6), label (n,), digests; each answer as often as it was given."""
+    """Of answers that ended on their own: state (n, H), evidence (n, 6), label (n,), digests of their prompts."""
 
-    def __init__(self, asked: Sequence[Asked]) -> None:
-        self.times = torch.cat([one.weight for one in asked]).long()
-        self.state = self.repeated(torch.cat([one.frozen for one in asked]))
-        self.evidence = self.repeated(torch.cat([one.evidence for one in asked]))
-        self.label = self.repeated(torch.cat([one.label for one in asked])).long()
-        self.digests = [one.digest for one in asked for _ in range(int(one.weight.sum()))]
+    def __init__(self, answered: Answered) -> None:
+        some = answered.take(answered.complete.nonzero().squeeze(1).tolist())
+        hidden = (some.h.shape[1] - len(EVIDENCE)) // 2
+        self.state, self.evidence = some.h[:, hidden : 2 * hidden], some.h[:, 2 * hidden :]
+        self.label, self.digests, self._all = some.labels, some.digests, some
 
-    def repeated(self, x: Tensor) -> Tensor:
-        return x.repeat_interleave(self.times, 0)
+    def first(self, number: int, seed: int) -> Answers:
+        """Those to prompts in a random order, up to so many in all."""
+        rows: dict[str, list[int]] = {}
+        for row, digest in enumerate(self.digests):
+            rows.setdefault(digest, []).append(row)
+        order, taken = list(rows.values()), list[int]()
+        random.Random(seed).shuffle(order)
+        while order and len(taken) < number:
+            taken += order.pop()
+        return Answers(self._all.take(taken))
 
 
 def regression(x: Tensor, answers: Answers, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
@@ -136,14 +143,11 @@ def wanted(right: float, auc: float, accuracy: float, times: float = 1.3) -> str
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Directory of the model whose answers they are.")],
-    folder: Annotated[Path, typer.Option(help="Of the task's records, answers and runs.")],
-    run: Annotated[list[str] | None, typer.Option(help="TITLE:FOLDER of a run below it; repeatable.")] = None,
+    folder: Annotated[Path, typer.Option(help="Of the task's answers, train.pt and held.pt.")],
     sizes: Annotated[str, typer.Option(help="Answers to learn from, by commas.")] = ",".join(map(str, SIZES)),
 ) -> None:
     torch.set_num_threads(1)
-    train, held_asked = (read(model, folder / f"{n}.jsonl", folder / f"{n}.pt") for n in ("train", "held"))
-    held, everything = Answers(held_asked), Answers(train)
+    everything, held = (Answers(load(folder / f"{name}.pt")) for name in ("train", "held"))
     hidden = held.state.shape[1]
     state_blocks: list[Block] = [(hidden, "scalar")]
     evidence_blocks: list[Block] = [(len(EVIDENCE), "feature")]
@@ -165,7 +169,7 @@ def main(
     for number in numbers:
         found = []
         for deal in range(DEALS):
-            answers = Answers(first_answers(train, number, deal))
+            answers = everything.first(number, deal)
             w, b = regression(answers.state, answers, state_blocks)
             found.append(measured(held.state.double() @ w + b, evidence, held, deal))
         show("frozen state", number, found)
@@ -183,12 +187,6 @@ def main(
             f"at {accuracy} a threshold on an AUC of {best:.3f} lets {now:.1%} through, at most {most:.1%}; 1.3 "
             f"times that: {wanted(base, best, accuracy)}"
         )
-    for one in run or []:
-        title, _, name = one.rpartition(":")
-        kept = torch.load(folder / name / "held.pt")
-        f = held.repeated(kept["f"])
-        found = [measured(f, evidence, held, deal) for deal in range(DEALS)]
-        show(title, kept["settings"]["number"], found)
 
 
 if __name__ == "__main__":
