@@ -37,6 +37,8 @@ MOST_SUSPECTS = 500
 _MOST_COMPARED = 20_000
 _MUCH = 0.5
 """A share of the ceiling under this is said to be little."""
+_LOW_CEILING = 2 / 3
+"""Where no rule can let more through than this, better answers are what helps most."""
 _CHANCE = 0.65
 """An AUROC whose interval begins under this tells little."""
 _FEW = 0.05
@@ -233,13 +235,23 @@ def advise(
             f"only {min(right, 1 - right):.0%} of the answers are {rare}: there is little to learn them from"
         )
         helps.append(f"{kind} records, of the kind that will come")
+    alpha = min(fitted.estimator.regions)
+    if right / alpha < _LOW_CEILING:
+        held.append(
+            f"{right:.0%} of the answers are right: at an accuracy of {alpha:g} no rule can let more than "
+            f"{right / alpha:.0%} through"
+        )
+        helps.append("better answers: fine-tuning on right ones (docs/finetuning.md), or a better model")
     auroc = evaluation.auroc
     if auroc is not None and auroc[1] < _CHANCE:
         held.append(
             f"the score hardly tells right from wrong: AUROC {auroc[0]:.2f} [{auroc[1]:.2f}, {auroc[2]:.2f}] on "
             "held-out answers, and 0.5 is chance"
         )
-        helps.append("fine-tuning, which teaches the model to tell its right answers (docs/finetuning.md)")
+        helps.append(
+            "fine-tuning, which teaches the model to tell its right answers: --loss sdm on pairs, or --loss probe on "
+            "its own answers, where these are short (docs/finetuning.md)"
+        )
     for fault, count in count_faults(answers).items():
         if count > _FEW * len(answers):
             held.append(f"{count} of {len(answers)} answers are left out as {fault}")

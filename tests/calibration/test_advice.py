@@ -89,7 +89,7 @@ def outcome(answers: list[Labelled]) -> Outcome:
 
 
 def test_good_data_needs_none() -> None:
-    made = outcome(world(600, 4.0))
+    made = outcome(world(600, 4.0, share=0.7))
     assert made.report["regions"]["0.9"]["found"]
     assert (made.advice.holds_back, made.advice.helps) == ([], [])
     assert made.report["advice"] == made.advice.to_json()
@@ -100,6 +100,12 @@ def test_a_model_at_chance() -> None:
     assert any("hardly tells right from wrong: AUROC 0." in one for one in advice.holds_back)
     assert any("no region at alpha 0.9" in one for one in advice.holds_back)
     assert any("fine-tuning" in one for one in advice.helps)
+
+
+def test_where_most_answers_are_wrong_better_ones_help() -> None:
+    advice = outcome(world(600, 4.0, share=0.4)).advice
+    assert any("no rule can let more than 4" in one for one in advice.holds_back)
+    assert any(one.startswith("better answers") for one in advice.helps)
 
 
 def test_a_rare_class_and_how_many_records_it_takes() -> None:
