@@ -34,8 +34,15 @@ Share = Annotated[float, typer.Option(min=0, max=1)]
 
 def finetune(
     model: Annotated[Path, typer.Option(help="Directory of the pretrained model.")],
-    data: Annotated[Path, typer.Option(help="Pairs to train on: JSON, CSV, ... (docs/finetuning.md).")],
-    held_out: Annotated[Path, typer.Option(help="Pairs to choose the checkpoint by, with other prompts.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Pairs to train on, or records for --loss probe: JSON, CSV, ... (docs/finetuning.md)."
+        ),
+    ],
+    held_out: Annotated[
+        Path, typer.Option(help="As --data, with other prompts, to choose the checkpoint by.")
+    ],
     out: Annotated[Path, typer.Option(help="Where the run goes; its model/ is served.")],
     loss: Annotated[Loss, typer.Option(help="What is minimised.")] = Loss.sdm,
     hard_negatives: Annotated[
@@ -121,6 +128,8 @@ def finetune(
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         if loss is Loss.probe:
+            if teacher is not None:
+                raise FinetuneError('a teacher goes with --loss first; "probe" learns from labels')
             own, held = (DataFile.load(path, reading.record) for path in (data, held_out))
             require_disjoint(data, own.records, held_out, held.records)
             probe = ProbeTraining(model, own, held, out, settings)

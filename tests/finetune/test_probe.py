@@ -288,3 +288,6 @@ def test_the_command_names_what_is_wrong(
     refused = RUNNER.invoke(cli, whole)
     assert refused.exit_code == 1
     assert "give a --lora-rank above 0" in " ".join(refused.output.split())
+    taught = RUNNER.invoke(cli, [*whole[:-2], "--teacher", str(tiny_model)])
+    assert taught.exit_code == 1
+    assert "a teacher goes with --loss first" in taught.output
