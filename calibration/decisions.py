@@ -25,7 +25,7 @@ from candor.calibration.sources import read_rows
 from candor.engine.base import Engine
 from candor.engine.prompt import ChatFormat
 from candor.policy.conversation import shown
-from candor.policy.decisions import TYPES, Asked, Decided, Option, Question, ask, prompts
+from candor.policy.decisions import TYPES, Decided, Option, Posed, Question, ask, prompts
 from candor.policy.policy import Policy
 
 REMEDY = (
@@ -38,7 +38,7 @@ REMEDY = (
 class DecisionRecord(Record):
     """A question with its right answer. right: the answer's place among the options."""
 
-    asked: Asked = field(compare=False)
+    asked: Posed = field(compare=False)
     right: int = field(compare=False)
 
 

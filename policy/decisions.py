@@ -74,7 +74,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Posed:
     """A question as a model reads it. labels (K,): what answers each option.
 
     given: tokens with which all labels begin, which are fed with the prompt; label_ids (K,): what follows them.
@@ -91,7 +91,7 @@ class Asked:
         return {"role": self.question.type, "content": self.text}
 
 
-def ask(question: Question, chat: ChatFormat) -> Asked:
+def ask(question: Question, chat: ChatFormat) -> Posed:
     """Raises ValueError for more options than this model's tokenizer has letters for."""
     texts = [option.text for option in question.options]
     lines = [": ".join(filter(None, (option.text, option.description))) for option in question.options]
@@ -99,7 +99,7 @@ def ask(question: Question, chat: ChatFormat) -> Asked:
     if parted := _parted([tuple(chat.encode_response(text)) for text in texts]):
         if question.type != "predicate":
             asked += "".join(f"\n- {line}" for line in lines)
-        return Asked(question, asked, tuple(texts), *parted)
+        return Posed(question, asked, tuple(texts), *parted)
     letters = _letters(chat)[: len(texts)]
     if len(letters) < len(texts):
         raise ValueError(
@@ -110,18 +110,18 @@ def ask(question: Question, chat: ChatFormat) -> Asked:
     return _answered_by(question, asked + "\nAnswer with its letter only.", letters, chat)
 
 
-def asked_before(turn: Turn, said: str, chat: ChatFormat) -> Asked:
+def asked_before(turn: Turn, said: str, chat: ChatFormat) -> Posed:
     """Returns a question from its turn and what was said to it (`Decided.said`)."""
     labels = tuple(json.loads(said))
     question = Question(cast(QuestionType, turn["role"]), turn["content"], tuple(map(Option, labels)))
     return _answered_by(question, turn["content"], labels, chat)
 
 
-def _answered_by(question: Question, text: str, labels: Sequence[str], chat: ChatFormat) -> Asked:
+def _answered_by(question: Question, text: str, labels: Sequence[str], chat: ChatFormat) -> Posed:
     parted = _parted([tuple(chat.encode_response(label)) for label in labels])
     if parted is None:
         raise ValueError(f"the labels {', '.join(labels)} do not part at one token")
-    return Asked(question, text, tuple(labels), *parted)
+    return Posed(question, text, tuple(labels), *parted)
 
 
 def _parted(codes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -152,13 +152,13 @@ def _letters(chat: ChatFormat) -> tuple[str, ...]:
 class Prompt:
     """A question's prompt. departure: why it was not calibrated; None if it was."""
 
-    asked: Asked
+    asked: Posed
     ids: tuple[int, ...]
     departure: str | None
 
 
 def prompts(
-    conversations: Conversations, chat: ChatFormat, text: str, questions: Sequence[Asked]
+    conversations: Conversations, chat: ChatFormat, text: str, questions: Sequence[Posed]
 ) -> list[Prompt]:
     """Returns the prompt of each question about the input `text`; the input is tokenised once.
 
@@ -179,7 +179,7 @@ def prompts(
 class Decided:
     """One question decided. probabilities (K,): the model's, over the options. reading: of its prompt."""
 
-    asked: Asked
+    asked: Posed
     probabilities: tuple[float, ...]
     reading: PromptReading
     positions: int

@@ -58,7 +58,7 @@ _FIRST_PAUSE_S = 0.25
 
 
 @dataclass(frozen=True)
-class Question:
+class UpstreamQuestion:
     """What is put to the upstream for one withheld answer. tokens: of its prompt, as this server counts.
 
     calibrated: whether the request keeps to the policy. certified_only: whether only certified answers count.
@@ -152,7 +152,7 @@ class Escalation:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def answer(self, question: Question) -> Escalated | None:
+    async def answer(self, question: UpstreamQuestion) -> Escalated | None:
         """Returns the upstream's whole answer; None if the ordinary refusal holds."""
         async with aclosing(self.pieces(question)) as pieces:
             async for piece in pieces:
@@ -160,7 +160,7 @@ class Escalation:
                     return piece
         return None
 
-    async def pieces(self, question: Question) -> AsyncGenerator[str | Escalated, None]:
+    async def pieces(self, question: UpstreamQuestion) -> AsyncGenerator[str | Escalated, None]:
         """Yields the answer's text in pieces, then `Escalated` as the last item.
 
         Without that item the ordinary refusal holds, also after pieces of a text that broke off. Raises nothing.
@@ -201,7 +201,7 @@ class Escalation:
             self._circuit.leave(None if learnt_nothing else outcome in ("unavailable", "invalid", "timeout"))
             self._metrics.escalated(outcome, monotonic() - began)
 
-    async def _told(self, question: Question, within_s: float) -> AsyncGenerator[str | Ended, None]:
+    async def _told(self, question: UpstreamQuestion, within_s: float) -> AsyncGenerator[str | Ended, None]:
         """Asks until it is answered. Only what is away or busy, and said nothing yet, is asked again."""
         until, pause_s = asyncio.get_running_loop().time() + within_s, _FIRST_PAUSE_S
         for tries_left in reversed(range(self._settings.escalate_retries + 1)):
@@ -223,14 +223,16 @@ class Escalation:
             await asyncio.sleep(wait_s)
             pause_s *= 2
 
-    def _certificate(self, question: Question) -> CascadeCertificate | None:
+    def _certificate(self, question: UpstreamQuestion) -> CascadeCertificate | None:
         if self._terms is None:
             return None
         return self._terms.covering(
             self._upstream.model, question.alpha, question.max_tokens, calibrated=question.calibrated
         )
 
-    def _kept_back(self, question: Question, certificate: CascadeCertificate | None) -> Outcome | None:
+    def _kept_back(
+        self, question: UpstreamQuestion, certificate: CascadeCertificate | None
+    ) -> Outcome | None:
         """Returns why the upstream is not asked. None: it is, the budget is charged and the circuit entered."""
         if question.certified_only and (certificate is None or certificate.lower_bound < question.alpha):
             return "uncertified"
@@ -247,11 +249,11 @@ class Escalation:
             return "budget"
         return None
 
-    def _within_s(self, question: Question) -> float:
+    def _within_s(self, question: UpstreamQuestion) -> float:
         most = self._settings.escalate_timeout_s
         return most if question.deadline is None else min(most, question.deadline.left_s - _MARGIN_S)
 
-    def _charge(self, question: Question) -> None:
+    def _charge(self, question: UpstreamQuestion) -> None:
         """Raises TooFast if the key has used up what it may ask of the upstream today."""
         limits, tokens = self._settings, question.tokens + question.max_tokens
         self._quotas.take(self._account("tokens", question), tokens, limits.escalate_tokens_per_day)
@@ -261,11 +263,11 @@ class Escalation:
             self._settle(question, -tokens)
             raise
 
-    def _settle(self, question: Question, tokens: int) -> None:
+    def _settle(self, question: UpstreamQuestion, tokens: int) -> None:
         self._quotas.settle(self._account("tokens", question), tokens)
 
     @staticmethod
-    def _account(unit: str, question: Question) -> str:
+    def _account(unit: str, question: UpstreamQuestion) -> str:
         return f"escalated {unit} {question.caller}"  # no key's name has a space
 
 

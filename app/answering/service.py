@@ -18,7 +18,7 @@ from time import perf_counter
 
 from opentelemetry.trace import Tracer
 
-from candor.app.answering.escalation import Escalated, Escalation, Question
+from candor.app.answering.escalation import Escalated, Escalation, UpstreamQuestion
 from candor.app.answering.request import AnswerRequest, Choice, PairRequest, Reliability, Replacement
 from candor.app.answering.scoring import Judged, JudgedPrompt, Scorer, ScoringFailed, ScoringRequest
 from candor.app.answering.waiting import EngineWatch
@@ -178,7 +178,7 @@ class AnswerService:
     ) -> AsyncGenerator[Piece | Answer, None]:
         """Yields the other model's answer in pieces, then the answer as the client gets it. before: its first one."""
         assert self._escalation is not None  # the resolver refuses such a request without
-        question = Question(
+        question = UpstreamQuestion(
             choice.asked,
             len(choice.prompt_ids),
             choice.sampling.max_tokens,

@@ -34,7 +34,7 @@ from candor.app.edge.services import PIN, AnotherBundle, BundleBehind, ModelNotF
 from candor.app.process.ending import ShuttingDown
 from candor.app.process.renewal import ChangeNotKept, ChangeUnderWay, NotPromoted
 from candor.app.process.selftest import GoldenMismatch
-from candor.app.store.records import NoSuchAnswer, NotKept, StoreUnavailable
+from candor.app.store.records import LabelNotKept, NoSuchAnswer, StoreUnavailable
 from candor.engine.base import EngineDead, EngineError, PromptTooLong, RequestRefused
 from candor.model_store.errors import BundleNotFound
 
@@ -93,7 +93,7 @@ def describe(error: Exception) -> HttpError:
             return HttpError(403, str(error), None, "insufficient_scope")
         case NoSuchAnswer():
             return HttpError(404, str(error), "id", "answer_not_found")
-        case NotKept():
+        case LabelNotKept():
             return HttpError(503, str(error), None, "feedback_not_kept", {"Retry-After": "10"})
         case StoreUnavailable():
             return HttpError(503, str(error), None, "store_unavailable", {"Retry-After": "10"})
@@ -139,7 +139,7 @@ def install(app: FastAPI) -> None:
         Refused,
         Overloaded,
         NoSuchAnswer,
-        NotKept,
+        LabelNotKept,
         StoreUnavailable,
         DeadlineExceeded,
         EngineError,

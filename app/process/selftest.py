@@ -21,7 +21,7 @@ import torch
 
 from candor.engine.base import EngineError, Generation, HiddenSummary
 from candor.model_store.formats import knows_turns
-from candor.policy.decisions import Asked, Decided, Prompt, asked_before
+from candor.policy.decisions import Decided, Posed, Prompt, asked_before
 
 if TYPE_CHECKING:
     from candor.app.process.backend import Backend
@@ -44,7 +44,7 @@ class _Case:
     prompt_ids: tuple[int, ...]
     response: str
     response_ids: tuple[int, ...]
-    asked: Asked | None = None
+    asked: Posed | None = None
 
 
 class SelfTest:

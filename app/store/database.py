@@ -32,7 +32,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DataError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
-from candor.app.store.records import Judged, Outcome, Receipt, Row, StoreError, StoreUnavailable
+from candor.app.store.records import LabelledVerdict, Outcome, Receipt, Row, StoreError, StoreUnavailable
 from candor.app.store.spool import Entry, Spool
 from candor.app.store.tables import DISPUTES, contents, labels, thumbs, verdicts
 
@@ -192,7 +192,7 @@ class Database:
         judged = connection.execute(asked).first()
         if judged is None:
             return None
-        return Receipt(Judged(*judged), self._keep(connection, table, row))
+        return Receipt(LabelledVerdict(*judged), self._keep(connection, table, row))
 
     def _keep(self, connection: Connection, table: Table, row: Row) -> Outcome:
         keys = [column.name for column in table.primary_key]

@@ -31,7 +31,7 @@ class NoSuchAnswer(Exception):
     """A label refers to an answer, or an index, that the store does not have."""
 
 
-class NotKept(Exception):
+class LabelNotKept(Exception):
     """A label could not be stored, and was not acknowledged."""
 
 
@@ -183,7 +183,7 @@ class Dispute:
 Outcome = Literal["recorded", "unchanged", "replaced"]
 
 
-class Judged(NamedTuple):
+class LabelledVerdict(NamedTuple):
     """What a label's receipt says of the verdict that it refers to."""
 
     region: RegionName
@@ -196,7 +196,7 @@ class Judged(NamedTuple):
 class Receipt:
     """The outcome of a label: it is new, unchanged, or replaces an earlier one of the same kind (and reviewer)."""
 
-    judged: Judged
+    judged: LabelledVerdict
     outcome: Outcome
 
 

@@ -35,10 +35,10 @@ from candor.app.store.records import (
     Draw,
     Feedback,
     GivenVerdict,
-    Judged,
     Label,
+    LabelledVerdict,
+    LabelNotKept,
     NoSuchAnswer,
-    NotKept,
     Outcome,
     Receipt,
     StoreError,
@@ -117,7 +117,7 @@ class VerdictStore:
         self._keeping = keeping or Keeping()
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._held: deque[Entry] = deque()  # verdicts that can be written nowhere
-        self._recent: OrderedDict[tuple[str, int], Judged] = OrderedDict()
+        self._recent: OrderedDict[tuple[str, int], LabelledVerdict] = OrderedDict()
         self._spooled: dict[tuple[str, ...], Entry] = {}  # labels that wait, to tell those that come again
         self._retry_at = 0.0
         self._tidy_at = 0.0
@@ -147,11 +147,11 @@ class VerdictStore:
             self._queue.put(_Item(lambda: (DISPUTES, dispute.row())))
 
     async def take(self, feedback: Feedback) -> Receipt:
-        """Returns once the feedback is durable. Raises NoSuchAnswer or NotKept; it is then not stored."""
+        """Returns once the feedback is durable. Raises NoSuchAnswer or LabelNotKept; it is then not stored."""
         return await self._submit(feedback.id, feedback.index, (thumbs.name, feedback.row()))
 
     async def label(self, label: Label) -> Receipt:
-        """Returns once the label is durable. Raises NoSuchAnswer or NotKept; it is then not stored."""
+        """Returns once the label is durable. Raises NoSuchAnswer or LabelNotKept; it is then not stored."""
         return await self._submit(label.id, label.index, (labels.name, label.row()))
 
     async def read(self, ask: Callable[[Connection], Result]) -> Result:
@@ -179,7 +179,7 @@ class VerdictStore:
         if isinstance(found, Receipt):
             return found
         if found is not None:
-            raise NotKept("it could not be kept; send it again later") from found
+            raise LabelNotKept("it could not be kept; send it again later") from found
         raise NoSuchAnswer(
             f"no verdict of this server has the id {id[:100]!a} and the index {index}: give those of a response with "
             "a `reliability` object"
@@ -293,7 +293,7 @@ class VerdictStore:
             return None
         judged = self._recent.get((row["id"], row["choice"]))
         if judged is None:
-            return NotKept("the answer is not known here, and the database cannot be asked")
+            return LabelNotKept("the answer is not known here, and the database cannot be asked")
         before = self._spooled.get(_name(entry))
         said = ("correct", "comment", "answer")
         outcome: Outcome = "recorded"
@@ -303,7 +303,7 @@ class VerdictStore:
         return Receipt(judged, outcome)
 
     def _remember(self, row: dict[str, Any]) -> None:
-        self._recent[row["id"], row["choice"]] = Judged(
+        self._recent[row["id"], row["choice"]] = LabelledVerdict(
             row["region"], row["bundle"], row["abstained"], row["covered"]
         )
         if len(self._recent) > _MOST_WAITING:

@@ -22,7 +22,7 @@ from prometheus_client.exposition import choose_encoder
 from candor.app.answering.escalation import OUTCOMES, Outcome
 from candor.app.answering.scoring import Cause
 from candor.app.answering.shadow import DECISIONS, SHADOW_DECISIONS, Decision, ShadowDecision
-from candor.app.store.records import Judged
+from candor.app.store.records import LabelledVerdict
 from candor.model_store.bundle import Bundle
 from candor.policy.certificate import EstimatorKind
 from candor.policy.decision import REGION_OF, RegionName, Verdict
@@ -323,7 +323,7 @@ class Metrics:
     def scoring_failed(self, cause: str) -> None:
         self._scoring_failures.labels(self._model, cause).inc()
 
-    def feedback(self, judged: Judged, correct: bool) -> None:
+    def feedback(self, judged: LabelledVerdict, correct: bool) -> None:
         """Counts the first thumb that arrives for an answer. Those of answers let through and withheld stay apart."""
         decision = "abstained" if judged.abstained else "answered"
         flags = (str(flag).lower() for flag in (judged.covered, correct))

@@ -18,7 +18,7 @@ from typing import Any
 
 from candor.app.process.promoted import Located, Promotion, Promotions
 from candor.app.store.drawing import Drawing
-from candor.app.store.records import Feedback, GivenVerdict, Label, NotKept
+from candor.app.store.records import Feedback, GivenVerdict, Label, LabelNotKept
 from candor.app.store.store import VerdictStore
 from candor.policy.decision import Verdict
 
@@ -41,7 +41,7 @@ async def give(store: VerdictStore, number: int) -> list[str]:
         try:
             await waits
             kept.append(f"{name} a{number}")
-        except NotKept:
+        except LabelNotKept:
             pass
     return kept
 

@@ -36,8 +36,8 @@ from candor.app.store.records import (
     GivenVerdict,
     Judged,
     Label,
+    LabelNotKept,
     NoSuchAnswer,
-    NotKept,
     Receipt,
     StoreError,
 )
@@ -260,7 +260,7 @@ def test_a_locked_file_holds_nothing_up(tmp_path: Path) -> None:
             receipts = await asyncio.gather(*(store.take(thumb(number)) for number in range(200)))
             receipts += [await store.take(thumb(0)), await store.take(thumb(0, False))]
             assert store.behind
-            with pytest.raises(NotKept):
+            with pytest.raises(LabelNotKept):
                 await store.take(thumb("unknown"))
             time.sleep(1.5)
             receipts.append(await store.take(thumb(250)))
@@ -292,7 +292,7 @@ def test_a_database_that_is_away(postgres: Any, tmp_path: Path) -> None:
                 assert (await store.take(thumb(number))).outcome == "recorded"
             assert time.monotonic() - started < 10  # nobody waits for each connection that fails
             assert store.behind
-            with pytest.raises(NotKept):
+            with pytest.raises(LabelNotKept):
                 await store.take(thumb("unknown"))
         finally:
             await asyncio.to_thread(postgres.start)
@@ -323,11 +323,11 @@ def test_a_full_disk_takes_nothing_and_loses_nothing(tmp_path: Path) -> None:
         for number in range(1, 200):
             try:
                 await store.take(thumb(number, comment="x" * 1000))
-            except NotKept:
+            except LabelNotKept:
                 break
             acknowledged += 1
         store.note([given("held")])
-        with pytest.raises(NotKept):
+        with pytest.raises(LabelNotKept):
             await store.take(thumb(199, comment="x" * 1000))
         store._spool._most_bytes = 1 << 20
         limited(100_000)
