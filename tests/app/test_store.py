@@ -34,7 +34,7 @@ from candor.app.store.records import (
     Draw,
     Feedback,
     GivenVerdict,
-    Judged,
+    LabelledVerdict,
     Label,
     LabelNotKept,
     NoSuchAnswer,
@@ -62,7 +62,7 @@ COVERED = Verdict(
     certificate=CERTIFICATE,
     rule=RuleFigures(True, 0.4, False, 2.0, 1.5, 0.97),
 )
-JUDGED = Judged("high", "digest", False, False)
+JUDGED = LabelledVerdict("high", "digest", False, False)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -109,7 +109,7 @@ def test_what_is_given_and_what_comes_back(opened: Any, where: str) -> None:
     async def work(store: VerdictStore) -> None:
         store.note([given(1, COVERED, caller="bob"), given(2, LOW)])
         assert await store.take(thumb(1, comment="no\0")) == Receipt(
-            Judged("high", "digest", False, True), "recorded"
+            LabelledVerdict("high", "digest", False, True), "recorded"
         )
         assert (await store.take(thumb(1, comment="no\0"))).outcome == "unchanged"
         assert (await store.take(thumb(1, False))).outcome == "replaced"
