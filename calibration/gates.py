@@ -16,7 +16,7 @@ from torch import Tensor
 
 from candor.calibration.errors import CalibrationError
 from candor.calibration.intervals import binomial_tails, clopper_pearson
-from candor.calibration.logistic import cross_validated, fit_standardised, log_loss
+from candor.calibration.logistic import fit_chosen
 from candor.calibration.rule_settings import RuleSettings
 from candor.calibration.splits import split
 from candor.sdm.adaptor import Block
@@ -78,7 +78,5 @@ def fit_probe(
     shares = (1 / settings.folds,) * settings.folds
     folds = split(list(range(len(y))), y.tolist(), shares, settings.seed)
     blocks: list[Block] = [(width, "scalar") for width in widths]
-    out_of_fold = cross_validated(x, y, blocks, folds, PROBE_REACHES)
-    best = min(range(len(PROBE_REACHES)), key=lambda at: float(log_loss(out_of_fold[at], y)))
-    weight, _ = fit_standardised(x, y, blocks, PROBE_REACHES[: best + 1])[-1]
-    return StrangerProbe.fit(weight, reference, 1)
+    chosen = fit_chosen(x, y, blocks, folds, PROBE_REACHES)
+    return StrangerProbe.fit(chosen.w, reference, 1)

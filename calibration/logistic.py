@@ -9,6 +9,7 @@ columns or on their scale. b is not penalised.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,6 +78,26 @@ def cross_validated(
         for into, (w, b) in zip(found, fit_standardised(x[rest], y[rest], blocks, reaches), strict=True):
             into[fold] = x[fold] @ w + b
     return found
+
+
+class Chosen(NamedTuple):
+    """What the reach of least cross-validated loss gives. out_of_fold (n,): log-odds without each row's own fold; w
+    (D,) and b () of all rows, float64."""
+
+    reach: float
+    out_of_fold: Tensor
+    w: Tensor
+    b: Tensor
+
+
+def fit_chosen(
+    x: Tensor, y: Tensor, blocks: Sequence[Block], folds: Sequence[Tensor], reaches: Sequence[float]
+) -> Chosen:
+    """reaches: the strongest penalty first. Raises CalibrationError where y holds one class only."""
+    tried = cross_validated(x, y, blocks, folds, reaches)
+    best = min(range(len(reaches)), key=lambda at: float(log_loss(tried[at], y)))
+    w, b = fit_standardised(x, y, blocks, reaches[: best + 1])[-1]
+    return Chosen(reaches[best], tried[best], w, b)
 
 
 def log_loss(f: Tensor, y: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from candor.calibration.errors import CalibrationError
 from candor.calibration.forecast import fit_forecast, forecast_min
 from candor.calibration.gates import fit_gate, fit_probe, gate_halves, refusal_bound
 from candor.calibration.generate import Labelled
-from candor.calibration.logistic import cross_validated, fit_logistic, fit_standardised, log_loss
+from candor.calibration.logistic import fit_chosen, fit_logistic, fit_standardised
 from candor.calibration.ranking import ranking
 from candor.calibration.rule_settings import SUM_WITH_LAYER, VIEWS, RuleSettings
 from candor.calibration.served import Attempts
@@ -216,17 +216,14 @@ def _columns(rows: RuleRows, parts: Sequence[tuple[str, int]], folds: Sequence[T
             continue
         seen.add(held)
         own = x[:, : len(at)][:, at]
-        out_of_fold = cross_validated(own, rows.y, blocks, folds, REACHES)
-        losses = [float(log_loss(f, rows.y)) for f in out_of_fold]
-        best = losses.index(min(losses))
-        w, b = fit_standardised(own, rows.y, blocks, REACHES[: best + 1])[-1]
+        chosen = fit_chosen(own, rows.y, blocks, folds, REACHES)
         weight = x.new_zeros(x.shape[1])
-        weight[: len(at)][at] = w
+        weight[: len(at)][at] = chosen.w
         names.append(name)
-        values.append(out_of_fold[best])
+        values.append(chosen.out_of_fold)
         weights.append(weight)
-        biases.append(b)
-        reaches[name] = REACHES[best]
+        biases.append(chosen.b)
+        reaches[name] = chosen.reach
     width = x.shape[1] - rows.figures.shape[1]
     for column in range(rows.figures.shape[1]):
         names.append(FIGURES[column])

@@ -31,6 +31,8 @@ from candor.policy.conversation import Conversations
 
 AT_ONCE = 128
 """Records between two writes of what was sampled and judged."""
+FEWEST = 10
+"""Right answers, and wrong ones, that regressions in five folds need."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class AnswerSet:
         chat: ChatFormat,
         max_tokens: int,
     ) -> AnswerSet:
-        """prompts: token ids of the file's records. Raises FinetuneError unless some are right and some are wrong."""
+        """prompts: token ids of the file's records. Raises FinetuneError for too few right or wrong ones."""
         closing, _ = chat.closing(TAG)
         number = {record.id: i for i, record in enumerate(file.records)}
         documents: dict[tuple[str, str, bool], Example] = {}
@@ -77,10 +79,10 @@ class AnswerSet:
                 ids = (*before, *response, *closing)
                 documents.setdefault(same, Example(ids, learnt=len(before), tag=len(ids) - 1))
         right = tuple(label_ for _, _, label_ in documents)
-        if not 0 < sum(right) < len(right):
+        if min(sum(right), len(right) - sum(right)) < FEWEST:
             raise FinetuneError(
-                f"{file.path}: {sum(right)} of {len(right)} answers are right; a verdict is learnt from right and "
-                "wrong ones: give other prompts, or more --samples"
+                f"{file.path}: {sum(right)} of {len(right)} different answers are right; a verdict is learnt from at "
+                f"least {FEWEST} right and {FEWEST} wrong ones: give more or other prompts, or more --samples"
             )
         return cls(
             tuple(documents.values()),

@@ -27,7 +27,9 @@ from torch.nn import functional as F
 
 from candor.calibration.answering import DataFile
 from candor.calibration.evaluate import auroc
-from candor.calibration.logistic import fit_standardised
+from candor.calibration.logistic import Chosen, fit_chosen, fit_standardised
+from candor.calibration.rule import REACHES
+from candor.calibration.splits import split
 from candor.engine.base import EVIDENCE
 from candor.engine.evidence import features
 from candor.engine.prompt import ChatFormat
@@ -42,12 +44,14 @@ from candor.finetune.negatives import draw
 from candor.finetune.own_answers import AnswerSet, answered, prompts_of
 from candor.finetune.settings import FinetuneSettings
 from candor.finetune.training import Training
+from candor.sdm.adaptor import Block
 
 DEPTH = 1 / 3
 """The adapter's share of the layers, from the last."""
-REACHES = 0.3, 10.0
-"""Of the regressions on state and on evidence that the head begins at. One on a state's many numbers that fits these
-very answers would leave the adapter nothing to learn."""
+BEGINNING = 0.3, 10.0
+"""Reaches of the regressions on state and on evidence that the head begins at. One on a state that fits these answers
+would leave the adapter nothing to learn."""
+FOLDS = (0.2,) * 5
 REDRAWS = 1000
 
 
@@ -91,15 +95,16 @@ class Probe(nn.Module):
         size, spread = h.shape[1], h.var(0).mean().sqrt()
         self.mean.copy_(torch.cat([h, e], 1).mean(0))
         self.scale.copy_(torch.cat([spread.expand(size), e.std(0).clamp(min=1e-6)]))
-        ((w, _),) = fit_standardised(h, right.long(), [(size, "scalar")], REACHES[:1])
-        ((v, c),) = fit_standardised(e, right.long(), [(len(EVIDENCE), "feature")], REACHES[1:])
+        ((w, _),) = fit_standardised(h, right.long(), [(size, "scalar")], BEGINNING[:1])
+        ((v, c),) = fit_standardised(e, right.long(), [(len(EVIDENCE), "feature")], BEGINNING[1:])
         self.head.weight.copy_((torch.cat([w, v]).to(self.scale) * self.scale).unsqueeze(0))
         self.head.bias.fill_(float(c + v @ e.double().mean(0)))
 
 
 @dataclass(frozen=True)
 class Known:
-    """ROC AUC of the verdicts on held-out answers, before and after, and the 95 % interval of the difference."""
+    """ROC AUC on held-out answers of the verdict beside their token probabilities, before and after, and the 95 %
+    interval of the difference. Before: of a regression on the frozen states of the same answers."""
 
     before: float
     after: float
@@ -180,8 +185,15 @@ class ProbeTraining(Training):
         h, e = found[:, : -len(EVIDENCE)], found[:, -len(EVIDENCE) :]
         self._probe.begin(h[:train], e[:train], torch.tensor(self.train.right))
         self.progress.evidence = e
-        before = self._verdict(h[train:], e[train:]).detach().cpu()
+        frozen = self._regression(h[:train])
+        before = (h[train:].double() @ frozen.w + frozen.b).float()
         self.progress.verdicts = torch.stack([before, before])
+
+    def _regression(self, h: Tensor) -> Chosen:
+        """On the states before of the answers to learn from (n, H), with the penalty that suits them best."""
+        right = torch.tensor(self.train.right).long()
+        folds = split(self.train.prompt, right.tolist(), FOLDS, self.settings.seed)
+        return fit_chosen(h.double(), right, [(h.shape[1], "scalar")], folds, REACHES)
 
     def _frozen(self, batch: Batch) -> Tensor:
         """[h ; e] (B, H + 6) of the model before; e is of the answer's tokens without its tag's, as it is served."""
@@ -228,9 +240,16 @@ class ProbeTraining(Training):
         self.progress.verdicts[1] = self._latest
 
     def _known(self) -> Known:
-        right, (before, after) = torch.tensor(self.held_out.right).long(), self.progress.verdicts
+        side, right = self.held_out, torch.tensor(self.held_out.right).long()
+        folds = split(side.prompt, right.tolist(), FOLDS, self.settings.seed)
+        e = self.progress.evidence[-len(right) :]
+        blocks: list[Block] = [(1, "feature"), (len(EVIDENCE), "feature")]
+        before, after = (
+            fit_chosen(torch.cat([f.unsqueeze(1), e], 1).double(), right, blocks, folds, REACHES).out_of_fold
+            for f in self.progress.verdicts
+        )
         rows: dict[str, list[int]] = {}
-        for row, prompt in enumerate(self.held_out.prompt):
+        for row, prompt in enumerate(side.prompt):
             rows.setdefault(prompt, []).append(row)
         groups = list(rows.values())
         rng, gains = draw(self.settings.seed, "gain"), []

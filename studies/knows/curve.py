@@ -24,7 +24,8 @@ import typer
 from torch import Tensor
 
 from candor.calibration.evaluate import auroc
-from candor.calibration.logistic import cross_validated, fit_logistic, fit_standardised, log_loss
+from candor.calibration.logistic import fit_chosen, fit_logistic
+from candor.calibration.rule import REACHES
 from candor.calibration.splits import split
 from candor.engine.base import EVIDENCE
 from candor.sdm.adaptor import Block
@@ -32,7 +33,6 @@ from studies.two_gates.answers import Answered, load
 
 SIZES = (500, 1000, 2000, 4000, 8000)
 DEALS = 5
-REACHES = (1.0, 3.0, 10.0, 30.0)
 REDRAWS = 1000
 ACCURACIES = 0.9, 0.95, 0.98
 
@@ -60,10 +60,9 @@ class Answers:
 
 def regression(x: Tensor, answers: Answers, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
     """w and b with the penalty that cross-validation over prompts prefers."""
-    x, folds = x.double(), split(answers.digests, answers.label.tolist(), (0.2,) * 5, 0)
-    tried = cross_validated(x, answers.label, blocks, folds, REACHES)
-    best = min(range(len(REACHES)), key=lambda i: float(log_loss(tried[i], answers.label)))
-    return fit_standardised(x, answers.label, blocks, REACHES[: best + 1])[-1]
+    folds = split(answers.digests, answers.label.tolist(), (0.2,) * 5, 0)
+    chosen = fit_chosen(x.double(), answers.label, blocks, folds, REACHES)
+    return chosen.w, chosen.b
 
 
 def halves(held: Answers, deal: int) -> Tensor:

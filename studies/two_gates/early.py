@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from candor.calibration.certificate import Claim
 from candor.calibration.data import Record, load_records
-from candor.calibration.logistic import cross_validated, fit_standardised, log_loss
+from candor.calibration.logistic import fit_chosen
 from candor.calibration.rule import REACHES, RuleRows, fit_rule
 from candor.calibration.rule_certificate import certify_rule, start, thresholds
 from candor.calibration.rule_settings import RuleSettings
@@ -105,12 +105,10 @@ class Stops:
                 continue
             own = [digests[i] for i in running.nonzero().flatten().tolist()]
             folds = split(own, y.tolist(), (0.2,) * 5, 0)
-            out_of_fold = cross_validated(x, y, blocks, folds, REACHES)
-            best = min(range(len(REACHES)), key=lambda at: float(log_loss(out_of_fold[at], y)))
-            w, b = fit_standardised(x, y, blocks, REACHES[: best + 1])[-1]
-            weights.append(w)
-            biases.append(b)
-            cuts.append(out_of_fold[best][y == 1].quantile(LOST))
+            chosen = fit_chosen(x, y, blocks, folds, REACHES)
+            weights.append(chosen.w)
+            biases.append(chosen.b)
+            cuts.append(chosen.out_of_fold[y == 1].quantile(LOST))
         return cls(torch.stack(weights), torch.stack(biases), torch.stack(cuts))
 
     def written(self, prompts: Tensor, path: Paths) -> Tensor:
