@@ -4,7 +4,7 @@
 
 FOLDER holds train, held, calibration and test, .jsonl: prompts to learn from, to measure what a state knows on, to
 calibrate on, and to look at once, in the end. On one GPU a model of 1.5B to 4B parameters takes the same command;
-with --records 60 it is tried in some minutes anywhere.
+with --records 100 it is tried in some minutes anywhere.
 """
 
 from __future__ import annotations

@@ -163,7 +163,8 @@ def main(
         cells = " | ".join(f"{m:.3f} ± {s:.3f}" for m, s in zip(mean, spread, strict=True))
         typer.echo(f"| {title} | {answers} | {cells} |")
 
-    numbers = [n for n in map(int, sizes.split(",")) if n <= 1.05 * len(everything.label)]
+    enough = len(everything.label)
+    numbers = [n for n in map(int, sizes.split(",")) if n <= 1.05 * enough] or [enough]
     curve = []
     for number in numbers:
         found = []
