@@ -124,18 +124,17 @@ def measured(folder: Path, accuracies: Sequence[float]) -> Row:
     """From `folder`/passed.pt where it has been measured before."""
     known = load(folder / "calibration.pt")
     sets = {name: load(folder / f"{name}.pt") for name in ("test", "ood") if (folder / f"{name}.pt").exists()}
-    kept = folder / "passed.pt"
+    looked, kept = sets if "test" in sets else {"test": known}, folder / "passed.pt"
     passed = torch.load(kept) if kept.exists() else {}
     for deal in range(DEALS):
         for accuracy in accuracies:
             for way, judge in (("two gates", by_gates), ("region", by_region)):
-                if (way, accuracy, deal) not in passed:
+                if passed.get((way, accuracy, deal), {}).keys() != looked.keys():
                     try:
                         passed[way, accuracy, deal] = judged(judge, folder, deal, known, sets, accuracy)
                     except CalibrationError as error:
                         raise typer.BadParameter(f"{folder}, deal {deal}, {way}: {error}") from error
                     torch.save(passed, kept)
-    looked = sets if "test" in sets else {"test": known}
     return Row(folder.name, {name: some.labels == 1 for name, some in looked.items()}, passed)
 
 
