@@ -429,7 +429,9 @@ def test_a_client_that_leaves_ends_it(server: Any, upstream: Any, wait_until: An
     upstream.behaves(fakes.hangs)
     body = {"model": "tiny", "messages": [{"role": "user", "content": "thin"}], "reliability": ESCALATE}
     with pytest.raises(httpx.ReadTimeout):
-        server.client.post("/v1/chat/completions", json=body, timeout=0.3)
+        server.client.post(
+            "/v1/chat/completions", json=body, timeout=1.5
+        )  # long enough to reach the upstream
     wait_until(lambda: came_of(server) == {"cancelled": 1})
     assert server.client.get("/load").json() == {"server_load": 0}
     assert metric(server, "sdm_escalation_circuit") == 0
