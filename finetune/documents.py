@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from candor.calibration.data import Record
 from candor.engine.base import Representation
 from candor.engine.prompt import ChatFormat
 from candor.finetune.data import Pair
@@ -19,6 +20,26 @@ from candor.policy.conversation import Conversations
 TAG = Representation().tag
 
 
+def encoded(
+    asked: Sequence[Pair | Record], chat: ChatFormat, system_prompt: str | None, kind: str
+) -> list[list[int]]:
+    """Token ids of each conversation, as it is served. kind: what one is called.
+
+    Raises FinetuneError for a system message beside `system_prompt`.
+    """
+    served = Conversations.of_records([one.messages for one in asked], system_prompt)
+    prompts = []
+    for one in asked:
+        conversation = served.resolve(one.messages)
+        if conversation.departure:
+            raise FinetuneError(
+                f'{kind} "{one.id}": {conversation.departure}; remove its system message, or train without '
+                "--system-prompt"
+            )
+        prompts.append(conversation.encode(chat))
+    return prompts
+
+
 class Documents:
     """name: the set's name, which seeds its draws, so that two sets draw differently."""
 
@@ -27,16 +48,7 @@ class Documents:
     ) -> None:
         self.pairs = pairs
         self.negatives = Negatives(pairs, settings, name)
-        served = Conversations.of_records([pair.messages for pair in pairs], settings.system_prompt)
-        self.prompts = []
-        for pair in pairs:
-            conversation = served.resolve(pair.messages)
-            if conversation.departure:
-                raise FinetuneError(
-                    f'pair "{pair.id}": {conversation.departure}; remove its system message, or train without '
-                    "--system-prompt"
-                )
-            self.prompts.append(conversation.encode(chat))
+        self.prompts = encoded(pairs, chat, settings.system_prompt, "pair")
         self._chat = chat
 
     def __len__(self) -> int:

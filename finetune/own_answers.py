@@ -27,7 +27,6 @@ from candor.engine.prompt import ChatFormat
 from candor.finetune.documents import TAG
 from candor.finetune.errors import FinetuneError
 from candor.finetune.examples import Example
-from candor.policy.conversation import Conversations
 
 AT_ONCE = 128
 """Records between two writes of what was sampled and judged."""
@@ -90,23 +89,6 @@ class AnswerSet:
             tuple(times[same] for same in documents),
             tuple(digest for digest, _, _ in documents),
         )
-
-
-def prompts_of(
-    records: Sequence[Record], chat: ChatFormat, system_prompt: str | None
-) -> list[tuple[int, ...]]:
-    """Token ids, as they are served. Raises FinetuneError for a system message beside `system_prompt`."""
-    served = Conversations.of_records([record.messages for record in records], system_prompt)
-    found = []
-    for record in records:
-        conversation = served.resolve(record.messages)
-        if conversation.departure:
-            raise FinetuneError(
-                f'record "{record.id}": {conversation.departure}; remove its system message, or train without '
-                "--system-prompt"
-            )
-        found.append(tuple(conversation.encode(chat)))
-    return found
 
 
 def answered(

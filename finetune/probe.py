@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 
 from candor.calibration.answering import DataFile
 from candor.calibration.evaluate import auroc
+from candor.calibration.intervals import bootstrap
 from candor.calibration.logistic import Chosen, fit_chosen, fit_standardised
 from candor.calibration.rule import REACHES
 from candor.calibration.splits import split
@@ -36,12 +36,10 @@ from candor.engine.prompt import ChatFormat
 from candor.engine.slot_evidence import surprisal_and_margin
 from candor.finetune import passes
 from candor.finetune.batches import Batch, collate
-from candor.finetune.documents import TAG
+from candor.finetune.documents import TAG, encoded
 from candor.finetune.errors import FinetuneError
-from candor.finetune.generation import generate
 from candor.finetune.model import load_model
-from candor.finetune.negatives import draw
-from candor.finetune.own_answers import AnswerSet, answered, prompts_of
+from candor.finetune.own_answers import AnswerSet, answered
 from candor.finetune.settings import FinetuneSettings
 from candor.finetune.training import Training
 from candor.sdm.adaptor import Block
@@ -52,7 +50,6 @@ BEGINNING = 0.3, 10.0
 """Reaches of the regressions on state and on evidence that the head begins at. One on a state that fits these answers
 would leave the adapter nothing to learn."""
 FOLDS = (0.2,) * 5
-REDRAWS = 1000
 
 
 class Probe(nn.Module):
@@ -130,21 +127,18 @@ class ProbeTraining(Training):
         self, model: Path, train: DataFile, held_out: DataFile, out: Path, settings: FinetuneSettings
     ) -> None:
         """Raises FinetuneError for a record that would not be served so."""
-        from accelerate import Accelerator
-
         if settings.lora_rank == 0:
             raise FinetuneError('loss "probe" trains an adapter: give a --lora-rank above 0')
-        accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else "no")
-        self.chat = ChatFormat.from_directory(model)
-        self._closing, _ = self.chat.closing(TAG)
+        chat = ChatFormat.from_directory(model)
+        self._closing, _ = chat.closing(TAG)
         self._files = {"train": train, "held-out": held_out}
         self._prompts = {
-            name: prompts_of(file.records, self.chat, settings.system_prompt)
+            name: encoded(file.records, chat, settings.system_prompt, "record")
             for name, file in self._files.items()
         }
         # A layer is compiled for one kind of input, and only those above the first adapted one need a gradient.
         adapted = load_model(model, replace(settings, compile=False), DEPTH)
-        super().__init__(model, out, settings, accelerator, Probe(adapted))
+        super().__init__(model, out, settings, chat, Probe(adapted))
 
     @property
     def _probe(self) -> Probe:
@@ -156,23 +150,15 @@ class ProbeTraining(Training):
         return final
 
     def _lengths(self) -> list[int]:
-        self.train, self.held_out = (self._answers(name) for name in self._files)
+        self.train, self.held_out = (self._labelled(name) for name in self._files)
         return [len(document.ids) for document in self.train.documents]
 
-    def _answers(self, name: str) -> AnswerSet:
+    def _labelled(self, name: str) -> AnswerSet:
         settings, file, prompts = self.settings, self._files[name], self._prompts[name]
 
         def sample(seed: int, some: list[Sequence[int]]) -> list[list[str]]:
             torch.manual_seed(settings.seed + seed)
-            write = partial(
-                generate,
-                self._probe.model,
-                self.chat,
-                tag=TAG,
-                max_tokens=settings.max_tokens,
-                samples=settings.samples,
-            )
-            return passes.answers(self.accelerator, some, write)
+            return self._answers(some, settings.samples)
 
         path = self.directory.path / f"{name}.jsonl"
         found = answered(self.accelerator, file.records, prompts, sample, path)
@@ -252,9 +238,10 @@ class ProbeTraining(Training):
         for row, prompt in enumerate(side.prompt):
             rows.setdefault(prompt, []).append(row)
         groups = list(rows.values())
-        rng, gains = draw(self.settings.seed, "gain"), []
-        for _ in range(REDRAWS):
-            at = [row for group in rng.choices(groups, k=len(groups)) for row in group]
-            gains.append(auroc(after[at], right[at]) - auroc(before[at], right[at]))
-        low, high = torch.tensor(gains).nanquantile(torch.tensor([0.025, 0.975])).tolist()
-        return Known(auroc(before, right), auroc(after, right), (low, high))
+
+        def gain(drawn: Tensor) -> float:
+            at = [row for group in drawn.tolist() for row in groups[group]]
+            return auroc(after[at], right[at]) - auroc(before[at], right[at])
+
+        interval = bootstrap(gain, len(groups), self.settings.seed)
+        return Known(auroc(before, right), auroc(after, right), interval)

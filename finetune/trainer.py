@@ -21,10 +21,9 @@ from candor.engine.prompt import ChatFormat
 from candor.finetune import objectives, passes
 from candor.finetune.batches import Batch, collate
 from candor.finetune.data import Pair
-from candor.finetune.documents import TAG, Documents
+from candor.finetune.documents import Documents
 from candor.finetune.errors import FinetuneError
 from candor.finetune.forward import LearntPositions
-from candor.finetune.generation import generate
 from candor.finetune.model import load_model
 from candor.finetune.negatives import Negatives
 from candor.finetune.settings import FinetuneSettings
@@ -48,21 +47,14 @@ class Trainer(Training):
         settings: FinetuneSettings,
         teacher: Path | None = None,
     ) -> None:
-        from accelerate import Accelerator
-
         if (settings.loss == "first") != (teacher is not None):
             raise FinetuneError('a teacher goes with loss "first", and "first" with a teacher')
-        accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else "no")
-        self.chat = ChatFormat.from_directory(model)
-        self.train = Documents("train", self.chat, train, settings)
-        self.held_out = Documents("held out", self.chat, held_out, settings)
-        super().__init__(model, out, settings, accelerator, LearntPositions(load_model(model, settings)))
+        chat = ChatFormat.from_directory(model)
+        self.train = Documents("train", chat, train, settings)
+        self.held_out = Documents("held out", chat, held_out, settings)
+        super().__init__(model, out, settings, chat, LearntPositions(load_model(model, settings)))
         self._teacher = self._load_teacher(teacher) if teacher else None
         self.progress.smoothing = torch.zeros(len(train))
-
-    @property
-    def _lm(self) -> Any:
-        return self.accelerator.unwrap_model(self.scorer).model
 
     def _lengths(self) -> list[int]:
         return [len(prompt) for prompt in self.train.prompts]
@@ -99,13 +91,6 @@ class Trainer(Training):
         """Offers the model's own answers to these documents as negatives."""
         texts = self._answers([side.prompts[number] for number in numbers])
         side.negatives.offer(numbers, [text for (text,) in texts])
-
-    def _answers(self, prompts: Sequence[Sequence[int]], samples: int = 0) -> list[list[str]]:
-        return passes.answers(
-            self.accelerator,
-            prompts,
-            lambda mine: generate(self._lm, self.chat, mine, TAG, self.settings.max_tokens, samples=samples),
-        )
 
     def _losses(self, numbers: Sequence[int], epoch: int) -> Iterator[tuple[Tensor, bool]]:
         """The mean loss over all targets of the step."""

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from candor.engine.prompt import ChatFormat
 from candor.finetune import passes
 from candor.finetune.batches import shuffled_batches
+from candor.finetune.documents import TAG
 from candor.finetune.errors import FinetuneError
+from candor.finetune.generation import generate
 from candor.finetune.negatives import Negatives, draw
 from candor.finetune.run_directory import Progress, RunDirectory
 from candor.finetune.settings import FinetuneSettings
@@ -25,18 +27,21 @@ LOG_EVERY = 10
 
 
 class Training:
-    """One run of `base` in `out`. scorer: the model as a module, on which a step's losses are computed."""
+    """One run of `base` in `out`. scorer: a module on which losses are computed; its `model` is the language one."""
 
     def __init__(
-        self, base: Path, out: Path, settings: FinetuneSettings, accelerator: Any, scorer: nn.Module
+        self, base: Path, out: Path, settings: FinetuneSettings, chat: ChatFormat, scorer: nn.Module
     ) -> None:
-        self.base, self.settings, self.accelerator = base, settings, accelerator
-        self.directory = RunDirectory(out, accelerator)
+        from accelerate import Accelerator
+
+        self.base, self.settings, self.chat = base, settings, chat
+        self.accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else "no")
+        self.directory = RunDirectory(out, self.accelerator)
         self._parameters = [p for p in scorer.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(
             self._parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
-        self.scorer, self.optimiser = accelerator.prepare(scorer, optimiser)
+        self.scorer, self.optimiser = self.accelerator.prepare(scorer, optimiser)
         self.progress = Progress()
 
     def _lengths(self) -> list[int]:
@@ -145,6 +150,15 @@ class Training:
         accelerator = self.accelerator
         return passes.spread(
             numbers, self.settings.micro_batch, accelerator.process_index, accelerator.num_processes
+        )
+
+    def _answers(self, prompts: Sequence[Sequence[int]], samples: int = 0) -> list[list[str]]:
+        """Of the model as it is, as `generate` writes them; each process writes some of them."""
+        lm, most = self.accelerator.unwrap_model(self.scorer).model, self.settings.max_tokens
+        return passes.answers(
+            self.accelerator,
+            prompts,
+            lambda mine: generate(lm, self.chat, mine, TAG, most, samples=samples),
         )
 
     def _log(self, values: dict[str, float]) -> None:

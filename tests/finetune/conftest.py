@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from candor.finetune import word_ordering
 from candor.finetune.data import Pair
+from candor.finetune.training import Training
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +36,24 @@ def tiny_model(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     model.generation_config.eos_token_id = 2
     model.save_pretrained(out)
     return out
+
+
+class Killed(Exception):
+    pass
+
+
+def run_until(training: Training, stop: int) -> None:
+    """Runs until it has made so many steps, and is killed there."""
+    step = training._step
+
+    def killed(epoch: int, numbers: Any) -> float:
+        if training.progress.step == stop:
+            raise Killed
+        return step(epoch, numbers)
+
+    training._step = killed  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        training.run()
 
 
 def make_pairs(name: str, count: int) -> list[Pair]:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from candor.finetune.examples import Example
 from candor.finetune.own_answers import AnswerSet, OwnAnswer
 from candor.finetune.probe import Known, Probe, ProbeTraining
 from candor.finetune.settings import FinetuneSettings
+from tests.finetune.conftest import run_until
 from tests.finetune.test_commands import RUNNER
 from tests.finetune.test_trainer import metrics
 
@@ -136,16 +136,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(
     """Stopped amid the answers, and between two checkpoints."""
     stopped = ProbeTraining(tiny_model, *files, tmp_path / "run", SETTINGS)
     monkeypatch.setattr("candor.finetune.own_answers.AT_ONCE", 24 if step else 10)
-    own = stopped._step
-
-    def fails(epoch: int, numbers: Any) -> float:
-        if stopped.progress.step == step:
-            raise KeyboardInterrupt
-        return own(epoch, numbers)
-
-    stopped._step = fails  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        stopped.run()
+    run_until(stopped, step)
     if not step:  # as if the second half of the answers had never come
         lines = (tmp_path / "run/train.jsonl").read_text().splitlines(keepends=True)
         cut = [line for line in lines if int(json.loads(line)["id"].split("-")[1]) < 10]

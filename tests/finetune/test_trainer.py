@@ -20,6 +20,7 @@ from candor.finetune.data import Pair
 from candor.finetune.errors import FinetuneError
 from candor.finetune.settings import FinetuneSettings
 from candor.finetune.trainer import Trainer
+from tests.finetune.conftest import run_until
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # accelerate, peft and tensorboard warn of themselves
 
@@ -44,10 +45,6 @@ SETTINGS = FinetuneSettings(
 def metrics(out: Path) -> list[dict[str, str]]:
     with (out / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
-
-
-class Killed(Exception):
-    pass
 
 
 @pytest.mark.parametrize(("loss", "rank"), [("sdm", 0), ("ual", 0)])
@@ -111,16 +108,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(
 ) -> None:
     """Stopped before any checkpoint, and after hard negatives were made."""
     stopped = Trainer(tiny_model, pairs, held_out, tmp_path / "stopped", SETTINGS)
-    step = stopped._step
-
-    def killed(epoch: int, numbers: Any) -> float:
-        if stopped.progress.step == stop:
-            raise Killed
-        return step(epoch, numbers)
-
-    stopped._step = killed  # type: ignore[method-assign]
-    with pytest.raises(Killed):
-        stopped.run()
+    run_until(stopped, stop)
     with pytest.raises(FinetuneError, match="--resume"):
         Trainer(tiny_model, pairs, held_out, tmp_path / "stopped", SETTINGS).run()
     other = replace(SETTINGS, seed=1)
