@@ -34,6 +34,8 @@ from candor.policy.policy import Policy
 
 KV_CACHE = 1 << 30
 BLOCK = 32
+HALF = 0.45
+"""Of a GPU's memory: both engines share it."""
 IN_FLIGHT = 64
 REPRESENTATION = Representation(order=("mean", "last", "evidence"), evidence=EVIDENCE)
 
@@ -75,6 +77,7 @@ async def measure(given: argparse.Namespace) -> list[tuple[float, float]]:
         eager=given.eager,
         kv_cache_bytes=KV_CACHE,
         block_size=BLOCK,
+        vllm={"gpu_memory_utilization": HALF},
     )
     engine = await start_engine(whole_answers(settings), chat)
     llm = LLM(
@@ -85,6 +88,7 @@ async def measure(given: argparse.Namespace) -> list[tuple[float, float]]:
         max_num_batched_tokens=settings.max_num_batched_tokens,
         kv_cache_memory_bytes=KV_CACHE,
         block_size=BLOCK,
+        gpu_memory_utilization=HALF,
         enforce_eager=given.eager,
         seed=0,
     )

@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A forked engine would wait for ever in OpenMP: this process has used its threads by then. vLLM's CPU build spawns too.
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 import torch
 from safetensors import safe_open

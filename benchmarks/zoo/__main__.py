@@ -2,6 +2,7 @@
 
     python -m benchmarks.zoo                          every family, one after the other, into docs/models.md
     python -m benchmarks.zoo --family "Gemma 2"       one or more of them, printed
+    python -m benchmarks.zoo --at-once 8              eight beside each other, where there are cores for them
 
 Each runs in a process of its own. float32, without compilation, every way of `contract.py`: vLLM's h is held to
 transformers', and to what vLLM itself computes. Where vLLM computes in bfloat16 alone, h may be as far from
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ def main() -> None:
     )
     parser.add_argument("--kept", type=Path, help="file of results: those there are not run again")
     parser.add_argument("--print", action="store_true", help="leave docs/models.md as it is")
+    parser.add_argument("--at-once", type=int, default=1, help="families that run beside each other")
     parser.add_argument("--here", choices=FAMILIES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.here:
@@ -52,12 +55,14 @@ def main() -> None:
     kept: dict[str, Any] = json.loads(given.kept.read_text()) if given.kept and given.kept.exists() else {}
     # Results from before h was held to vLLM itself are found anew.
     kept = {name: found for name, found in kept.items() if "errors" not in found or "own" in found}
-    for family in given.family or FAMILIES:
-        if family not in kept:
-            kept[family] = _in_a_process_of_its_own(family)
+    asked = given.family or list(FAMILIES)
+    with ThreadPoolExecutor(given.at_once) as pool:
+        results = pool.map(lambda family: kept.get(family) or _in_a_process_of_its_own(family), asked)
+        for family, found in zip(asked, results, strict=True):
+            kept[family] = found
             if given.kept:
                 given.kept.write_text(json.dumps(kept, indent=1))
-        print(_row(family, kept[family]), flush=True)
+            print(_row(family, found), flush=True)
     if not given.family and not given.print:
         rows = (_row(family, kept[family]) + "\n" for family in FAMILIES if family in kept)
         _put(TABLE + "".join(rows), Path("docs/models.md"))
@@ -86,6 +91,7 @@ def hold(family: str) -> dict[str, Any]:
             max_num_batched_tokens=CHUNK,
             kv_cache_bytes=1 << 27,
             eager=True,
+            vllm={"gpu_memory_utilization": 0.1},  # several share a GPU
         )
         chat = ChatFormat.from_directory(model)
         reference = runner.run(start_engine(settings, chat))
