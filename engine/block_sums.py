@@ -10,10 +10,13 @@ that is given a cached block is given its sum too. Then, for a sequence of n tok
 The mean is exact under prefix caching, chunked prefill, batching, preemption and resumption; the count proves it.
 
 All work runs on the states' device without synchronising with the host: it uses index arithmetic only and no
-masks that would have to be counted. Padding rows go to one spare row.
+masks that would have to be counted. Padding rows go to one spare row. On a GPU a small operation costs its launch and
+nothing else, so there are few of them, whatever the number of rows, steps and sequences.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -27,26 +30,24 @@ class BlockSums:
     """Sum and count per block. Memory: `bytes_of_sums` for each of num_blocks + 1."""
 
     def __init__(self, num_blocks: int, block_size: int, hidden_size: int, device: torch.device) -> None:
-        self.block_size = block_size
         self._spare = num_blocks
-        self._sums = torch.zeros(num_blocks + 1, hidden_size, dtype=torch.float32, device=device)
-        self._counts = torch.zeros(num_blocks + 1, dtype=torch.float32, device=device)
+        self._block_size = block_size
+        # The count is the sum of a column of ones.
+        self._sums = torch.zeros(num_blocks + 1, hidden_size + 1, dtype=torch.float32, device=device)
 
-    def add(self, hidden: torch.Tensor, slots: torch.Tensor) -> None:
-        """Adds one step's rows.
+    def add(self, hidden: Sequence[torch.Tensor], places: torch.Tensor) -> None:
+        """Adds the rows of one or more steps.
 
-        hidden: (rows, H), the final normed states of the step's tokens, any float type.
-        slots: (rows,), the KV cache slot of each token: block * block_size + offset; negative: padding.
-        A token at offset 0 clears the block's previous sum: the block is being reused.
+        hidden: (rows, H) of each step, the final normed states of its tokens, float32.
+        places: (all rows,), the KV cache slot of each token: block * block_size + offset; padding: num_blocks *
+        block_size. A token at offset 0 clears the block's previous sum: the block is being reused.
         """
-        slots = slots.long()
-        block = torch.where(slots < 0, self._spare, slots // self.block_size)
-        opens = (slots >= 0) & (slots % self.block_size == 0)
-        cleared = torch.where(opens, block, self._spare)
-        self._sums.index_fill_(0, cleared, 0.0)
-        self._counts.index_fill_(0, cleared, 0.0)
-        self._sums.index_add_(0, block, hidden.float())
-        self._counts.index_add_(0, block, torch.ones_like(slots, dtype=torch.float32))
+        block = places // self._block_size
+        opened = torch.where(places % self._block_size == 0, block, self._spare)
+        self._sums.index_fill_(0, opened, 0.0)
+        rows = self._sums.new_ones((len(places), self._sums.shape[1]))
+        torch.cat(list(hidden), out=rows[:, :-1])
+        self._sums.index_add_(0, block, rows)
 
     def clear(self, blocks: torch.Tensor) -> None:
         """Clears the sums of `blocks` (b,), which will hold other tokens.
@@ -54,11 +55,12 @@ class BlockSums:
         `add` does not clear a block whose first tokens are not computed here. The count is then too low, which shows.
         """
         self._sums.index_fill_(0, blocks, 0.0)
-        self._counts.index_fill_(0, blocks, 0.0)
 
-    def mean(self, blocks: torch.Tensor, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (mean (H,), number of tokens counted ()) for a sequence of `positions` tokens in `blocks` (b,).
+    def totals(self, blocks: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """Returns (n, H + 1), sum and count of n sequences. blocks: (b,), those of the first, then of the next, ...;
+        counts: how many each has.
 
-        The mean is exact iff all were counted. The caller checks this on the host; a check here would wait.
+        The sum over the number of positions is the exact mean iff as many were counted. The caller checks this on
+        the host; a check here would wait.
         """
-        return self._sums[blocks].sum(0) / positions, self._counts[blocks].sum()
+        return torch.stack([some.sum(0) for some in self._sums[blocks].split(list(counts))])

@@ -16,8 +16,10 @@ The data belong to the KV cache: sums of states per block (engine/block_sums.py)
 host after the step's own work, and are read when vLLM reads the step's tokens.
 
 Each step is only copied at first, and several steps are entered together: each of about thirty small operations costs
-as much for sixteen rows as for one (a millisecond in all, where a step of a small model takes ten). The result is the
-same as long as no slot is in two of the steps, so waiting steps are entered before a block can change its owner.
+as much for sixteen rows as for one (a millisecond in all; a step of a small model takes ten on a CPU, two on a GPU).
+The result is the same as long as no slot is in two of the steps: waiting steps are entered before a block can change
+its owner: a block is given out again once its request has finished or was preempted, and the step says so. For the
+same reason all reports of a step are read, packed and copied together.
 
 One mixin serves vLLM's CPU and GPU workers. These have their own files, since the CPU worker must be imported before
 the rest of vLLM.
@@ -35,7 +37,7 @@ from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 
 from candor.engine.block_sums import BlockSums, bytes_of_sums
 from candor.engine.frame_stack import with_room
-from candor.engine.slot_evidence import SlotEvidence, bytes_of_evidence
+from candor.engine.slot_evidence import SlotEvidence, bytes_of_evidence, predecessors
 from candor.engine.start_failures import report_here
 from candor.engine.vllm_scheduler import KEY, StepPlan, full_attention_group, keep_whole_sequences
 
@@ -50,6 +52,8 @@ SCORED_ROWS = 128
 
 WAITING_ROWS = 16
 """Waiting tokens at which steps are entered. Each sampled one keeps its row of logits until then."""
+WAITING_BYTES = 1 << 26
+"""Of logits, on a GPU, where more tokens wait: what entering costs there is the launches, not the rows."""
 
 
 @dataclass
@@ -90,6 +94,8 @@ class WorkerCapture:
     _layer: str
     _step: _Step | None = None
     _waiting: list[_Step]
+    _fresh: list[int]
+    _block_size: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         report_here()
@@ -130,12 +136,10 @@ class WorkerCapture:
     @with_room
     def execute_model(self, scheduler_output: Any) -> Any:
         wanted = getattr(scheduler_output, KEY, None) or StepPlan()
-        if wanted.fresh or scheduler_output.finished_req_ids or scheduler_output.preempted_req_ids:
+        if scheduler_output.finished_req_ids or scheduler_output.preempted_req_ids:
             self._enter()  # this step may write to blocks of another request
-        if wanted.fresh and self._reports:
-            fresh = _to_device(wanted.fresh, self.device)
-            self._sums.clear(fresh)
-            self._evidence.clear_blocks(fresh)
+        if self._reports:
+            self._fresh += wanted.fresh
         for request_id, closing in wanted.closed.items():
             self._put(request_id, *closing)
         result = super().execute_model(scheduler_output)  # type: ignore[misc]
@@ -159,7 +163,7 @@ class WorkerCapture:
             if self._reports:
                 self._waiting.append(step)
                 rows = sum(len(one.slots) for one in self._waiting)
-                if wanted.scored or wanted.reports or rows >= WAITING_ROWS:
+                if wanted.scored or wanted.reports or rows >= self._most_waiting:
                     self._enter()
             for request_id, (offset, tokens) in wanted.scored.items():
                 self._score(step, request_id, offset, tokens)
@@ -236,15 +240,21 @@ class WorkerCapture:
             step.drawn = slots, tokens.clamp_min(0), logits
 
     def _enter(self) -> None:
-        """Enters the waiting steps into sums and evidence."""
+        """Enters the waiting steps into sums and evidence, after what their new blocks held is cleared."""
         if not self._waiting:
             return
         steps, self._waiting = self._waiting, []
-        slots = torch.cat([step.slots for step in steps])
-        self._sums.add(torch.cat([step.hidden for step in steps]), slots)
-        self._evidence.clear(slots)
+        if self._fresh:
+            fresh = _to_device(self._fresh, self.device)
+            self._sums.clear(fresh)
+            self._evidence.clear_blocks(fresh)
+            self._fresh = []
+        places = self._evidence.places(torch.cat([step.slots for step in steps]))
+        self._sums.add([step.hidden for step in steps], places)
+        self._evidence.clear(places)
         if drawn := [step.drawn for step in steps if step.drawn is not None]:
-            self._evidence.write(*map(torch.cat, zip(*drawn, strict=True)))
+            slots, tokens, logits = map(torch.cat, zip(*drawn, strict=True))
+            self._evidence.write(self._evidence.places(slots), tokens, logits)
 
     def _score(self, step: _Step, request_id: str, offset: int, tokens: list[int]) -> None:
         """Writes the evidence of tokens that are fed instead of sampled."""
@@ -258,36 +268,44 @@ class WorkerCapture:
                 self._evidence.write(step.slots[rows], _to_device(some, self.device), logits)
 
     def _report(self, step: _Step) -> Callable[[], dict[str, Record]]:
-        """Starts copying the due reports to the host; the returned function waits for them."""
-        found: dict[str, tuple[int, list[torch.Tensor]]] = {}
-        for request_id, (blocks, positions, first) in step.wanted.reports.items():
-            index = _to_device(blocks, self.device)
-            mean, counted = self._sums.mean(index, positions)
-            last = step.hidden[step.rows_of(request_id)[1]]
-            options = step.wanted.options.get(request_id)
-            if options is None:
-                evidence = self._evidence.read(index, first, positions)
-            else:
-                evidence = self._option_logprobs(step, request_id, options)
-            parts = [counted, mean, last, evidence]
-            found[request_id] = positions, [part.to("cpu", non_blocking=True) for part in parts]
-        copied = torch.cuda.Event() if self.device.type == "cuda" else None
-        if copied is not None:
-            copied.record()
+        """Starts copying the due reports to the host, all at once; the returned function waits for them."""
+        due, options = step.wanted.reports, step.wanted.options
+        blocks, rows, places, lengths = [], [], [], []
+        for request_id, (own, positions, first) in due.items():
+            blocks += own
+            rows.append(step.rows_of(request_id)[1])
+            before = [] if request_id in options else predecessors(own, self._block_size, first, positions)
+            places += before
+            lengths.append(len(options.get(request_id, before)))
+        index = _to_device([*blocks, *rows, *places], self.device)
+        of_blocks, of_rows, of_places = index.split([len(blocks), len(rows), len(places)])
+        parts = [
+            self._sums.totals(of_blocks, [len(own) for own, *_ in due.values()]),
+            step.hidden[of_rows],
+            self._evidence.read(of_places),
+            *(self._option_logprobs(step, one, options[one]) for one in due if one in options),
+        ]
+        copied = torch.cat([part.flatten() for part in parts]).to("cpu", non_blocking=True)
+        done = torch.cuda.Event() if self.device.type == "cuda" else None
+        if done is not None:
+            done.record()
 
         def records() -> dict[str, Record]:
-            if copied is not None:
-                copied.synchronize()
-            return {
-                request_id: (
-                    positions,
-                    int(counted) == positions,
-                    _to_bytes(mean),
-                    _to_bytes(last),
-                    _to_bytes(evidence),
-                )
-                for request_id, (positions, (counted, mean, last, evidence)) in found.items()
-            }
+            if done is not None:
+                done.synchronize()
+            sizes = [part.numel() for part in parts[:3]]
+            totals, last, evidence, logprobs = copied.split([*sizes, len(copied) - sum(sizes)])
+            totals, last = totals.view(len(due), -1), last.view(len(due), -1)
+            found = {}
+            for at, (request_id, (_, positions, _)) in enumerate(due.items()):
+                if request_id in options:
+                    measured, logprobs = logprobs[: lengths[at]], logprobs[lengths[at] :]
+                else:
+                    measured, evidence = evidence[: 3 * lengths[at]], evidence[3 * lengths[at] :]
+                total, counted = totals[at, :-1], int(totals[at, -1])
+                parts_of_it = total / positions, last[at], measured
+                found[request_id] = (positions, counted == positions, *map(_to_bytes, parts_of_it))
+            return found
 
         return records
 
@@ -300,7 +318,7 @@ class WorkerCapture:
 
     def _allocate(self) -> None:
         """Allocates at start-up, so that a lack of memory shows before the server reports ready."""
-        self._waiting = []
+        self._waiting, self._fresh = [], []
         config = self.model_runner.kv_cache_config
         group = config.kv_cache_groups[full_attention_group(config)]
         if not self._in_last_stage:
@@ -313,9 +331,9 @@ class WorkerCapture:
         self._layer = group.layer_names[0]
         if not self._reports:
             return
-        block_size = group.kv_cache_spec.block_size
-        self._sums = BlockSums(config.num_blocks, block_size, self._hidden_size, self.device)
-        self._evidence = SlotEvidence(config.num_blocks, block_size, self.device)
+        self._block_size = group.kv_cache_spec.block_size
+        self._sums = BlockSums(config.num_blocks, self._block_size, self._hidden_size, self.device)
+        self._evidence = SlotEvidence(config.num_blocks, self._block_size, self.device)
 
     @property
     def _in_last_stage(self) -> bool:
@@ -327,6 +345,13 @@ class WorkerCapture:
         """Whether the engine reads this worker's output: the first of the last stage."""
         parallel = self.vllm_config.parallel_config
         return bool(self.rank == parallel.world_size - parallel.tensor_parallel_size)
+
+    @property
+    def _most_waiting(self) -> int:
+        if self.device.type == "cpu":
+            return WAITING_ROWS
+        row = 4 * int(self.vllm_config.model_config.get_vocab_size())
+        return max(WAITING_ROWS, WAITING_BYTES // row)
 
     @property
     def _hidden_size(self) -> int:

@@ -173,7 +173,10 @@ class Worker(WorkerCapture, Steps):
         self.model_runner = Runner(device, second=second)
         self.vllm_config = SimpleNamespace(
             model_config=SimpleNamespace(
-                get_hidden_size=lambda: HIDDEN, hf_text_config=None, dtype=torch.float32
+                get_hidden_size=lambda: HIDDEN,
+                get_vocab_size=lambda: WORDS,
+                hf_text_config=None,
+                dtype=torch.float32,
             ),
             cache_config=SimpleNamespace(kv_cache_memory_bytes=None),
             parallel_config=SimpleNamespace(world_size=1, tensor_parallel_size=1),

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from candor.engine.slot_evidence import SlotEvidence, of_answer, surprisal_and_margin
+from candor.engine.slot_evidence import SlotEvidence, of_answer, predecessors, surprisal_and_margin
 
-BLOCKS = torch.tensor([3, 0])  # of four tokens each
+BLOCKS = [3, 0]  # of four tokens each
 
 
 def test_values_by_hand() -> None:
@@ -50,9 +50,13 @@ def _kept(tokens: list[int]) -> SlotEvidence:
     return kept
 
 
+def _read(kept: SlotEvidence, first: int, positions: int) -> torch.Tensor:
+    return kept.read(torch.tensor(predecessors(BLOCKS, 4, first, positions)))
+
+
 def test_an_answer_is_read_over_its_blocks() -> None:
     kept = _kept([9, 8, 2])
-    found = of_answer(kept.read(BLOCKS, first=3, positions=6), [9, 8])
+    found = of_answer(_read(kept, 3, 6), [9, 8])
     assert found is not None
     surprisals, margins = found
     assert margins == [1.0, -1.0]
@@ -61,15 +65,15 @@ def test_an_answer_is_read_over_its_blocks() -> None:
 
 def test_other_tokens_are_not_taken_for_the_answers() -> None:
     kept = _kept([9, 8, 2])
-    assert of_answer(kept.read(BLOCKS, 3, 6), [9, 7]) is None
-    assert of_answer(kept.read(BLOCKS, 3, 5), [9, 8, 2]) is None
+    assert of_answer(_read(kept, 3, 6), [9, 7]) is None
+    assert of_answer(_read(kept, 3, 5), [9, 8, 2]) is None
 
 
 def test_a_reused_slot_forgets() -> None:
     kept = _kept([9, 8, 2])
-    kept.clear(torch.tensor([15, -1]))
-    assert of_answer(kept.read(BLOCKS, 3, 6), [9]) == ([pytest.approx(0.4586, abs=1e-3)], [1.0])
-    assert of_answer(kept.read(BLOCKS, 3, 6), [9, 8]) is None
+    kept.clear(kept.places(torch.tensor([15, -1])))
+    assert of_answer(_read(kept, 3, 6), [9]) == ([pytest.approx(0.4586, abs=1e-3)], [1.0])
+    assert of_answer(_read(kept, 3, 6), [9, 8]) is None
 
 
 def test_a_token_that_a_grammar_leaves_alone_has_finite_evidence() -> None:
