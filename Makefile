@@ -57,12 +57,13 @@ zoo: .venv/.dev
 reviews: .venv/.dev $(BASE)/config.json
 	$(BIN)/python -m examples.reviews --model $(BASE)
 
-# What an owner of a GPU runs once (docs/gpu.md): EXTRA=cuda.
+# What an owner of a GPU runs once (docs/gpu.md): EXTRA=cuda. Triton rounds float32 to 10 bits otherwise.
+gpu-check: EXACT := TRITON_F32_DEFAULT=ieee
 gpu-check: .venv/.dev $(BASE)/config.json $(DEMO)/config.json
 	$(BIN)/pytest tests/engine/test_capture.py -m gpu
-	$(BIN)/pytest tests/engine -m "model and not slow"
-	$(BIN)/pytest tests/engine/test_parallel.py -m slow
-	$(BIN)/python -m benchmarks.zoo --kept var/zoo-gpu.json --print
+	$(EXACT) $(BIN)/pytest tests/engine -m "model and not slow"
+	$(EXACT) $(BIN)/pytest tests/engine/test_parallel.py -m slow
+	$(EXACT) $(BIN)/python -m benchmarks.zoo --kept var/zoo-gpu.json --print --at-once 4
 	$(BIN)/python -m benchmarks.serving --quick
 	VLLM_BATCH_INVARIANT=1 $(BIN)/python -m benchmarks.stability --prompts 200 --same
 

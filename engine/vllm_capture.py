@@ -285,6 +285,7 @@ class WorkerCapture:
             self._evidence.read(of_places),
             *(self._option_logprobs(step, one, options[one]) for one in due if one in options),
         ]
+        sizes = [part.numel() for part in parts[:3]]
         copied = torch.cat([part.flatten() for part in parts]).to("cpu", non_blocking=True)
         done = torch.cuda.Event() if self.device.type == "cuda" else None
         if done is not None:
@@ -293,7 +294,6 @@ class WorkerCapture:
         def records() -> dict[str, Record]:
             if done is not None:
                 done.synchronize()
-            sizes = [part.numel() for part in parts[:3]]
             totals, last, evidence, logprobs = copied.split([*sizes, len(copied) - sum(sizes)])
             totals, last = totals.view(len(due), -1), last.view(len(due), -1)
             found = {}
@@ -302,9 +302,9 @@ class WorkerCapture:
                     measured, logprobs = logprobs[: lengths[at]], logprobs[lengths[at] :]
                 else:
                     measured, evidence = evidence[: 3 * lengths[at]], evidence[3 * lengths[at] :]
-                total, counted = totals[at, :-1], int(totals[at, -1])
-                parts_of_it = total / positions, last[at], measured
-                found[request_id] = (positions, counted == positions, *map(_to_bytes, parts_of_it))
+                mean, counted = totals[at, :-1] / positions, int(totals[at, -1])
+                states = _to_bytes(mean), _to_bytes(last[at]), _to_bytes(measured)
+                found[request_id] = positions, counted == positions, *states
             return found
 
         return records

@@ -24,8 +24,11 @@ from typing import Any, TypeVar
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# A forked engine would wait for ever in OpenMP: this process has used its threads by then. vLLM's CPU build spawns too.
+# A forked engine waits for ever in OpenMP, whose threads this process has used by then. vLLM's CPU build spawns too.
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+os.environ.setdefault(
+    "VLLM_MAX_IMAGE_PIXELS", str(1 << 25)
+)  # 100 MB as colours; a small file may say many more
 
 import torch
 from safetensors import safe_open
@@ -61,7 +64,7 @@ from candor.engine.room import require_fit, room_for_answer
 from candor.engine.settings import EngineSettings
 from candor.engine.slot_evidence import of_answer
 from candor.engine.vllm_capture import Record
-from candor.engine.vllm_options import FRONTEND, changing_h
+from candor.engine.vllm_options import FRONTEND, changing_h, images
 from candor.engine.vllm_scheduler import KEY, PROMPT_KEY
 
 logger = logging.getLogger("candor")
@@ -183,7 +186,7 @@ class VLLMEngine:
                 if seen is not None:
                     seen(output)
                 if prompt_states and not answer.token_ids:  # the first
-                    states = await self._prompt(prompt_ids, output)
+                    states = await self._prompt(prompt, output)
                     if states is not None:
                         yield states
                 completion = output.outputs[0]
@@ -205,7 +208,7 @@ class VLLMEngine:
         hidden = None
         if capture:
             try:
-                hidden = await self._hidden(prompt_ids, answer, length, record)
+                hidden = await self._hidden(prompt, answer, length, record)
             except EngineDead:
                 raise
             except EngineError as error:  # the answer is still returned; it cannot be scored
@@ -262,22 +265,26 @@ class VLLMEngine:
 
     async def summarise(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> HiddenSummary:
         """Sends one request over prompt, response and tag; the cached prefix is not computed again."""
-        return await self._summarise(prompt_ids, response_ids, self._closing_ids)
+        return await self._summarise(tokens_input(list(prompt_ids)), response_ids, self._closing_ids)
 
     async def _summarise(
-        self, prompt_ids: Sequence[int], response_ids: Sequence[int], closing_ids: Sequence[int]
+        self, prompt: EngineInput, response_ids: Sequence[int], closing_ids: Sequence[int]
     ) -> HiddenSummary:
+        prompt_ids = prompt["prompt_token_ids"]
         ids = [*prompt_ids, *response_ids, *closing_ids]
         require_fit(len(ids), self.max_model_len)
         wish = self._wish(self._tag_ids, first=len(prompt_ids))
-        return await self._given(ids, wish, lambda output: self._summary(_record(output), response_ids))
+        whole: Any = {**prompt, "prompt_token_ids": ids}  # with the prompt's images
+        return await self._given(whole, wish, lambda output: self._summary(_record(output), response_ids))
 
     async def prompt_states(self, prompt_ids: Sequence[int]) -> PromptStates:
         """Sends one request over the prompt; if the prompt was seen before, only its last block is computed."""
-        require_fit(len(prompt_ids), self.max_model_len)
-        return await self._given(
-            prompt_ids, self._wish(self._tag_ids, evidence=False, prompt=True), _prompt_states
-        )
+        return await self._prompt_states(tokens_input(list(prompt_ids)))
+
+    async def _prompt_states(self, prompt: EngineInput) -> PromptStates:
+        require_fit(len(prompt["prompt_token_ids"]), self.max_model_len)
+        wish = self._wish(self._tag_ids, evidence=False, prompt=True)
+        return await self._given(prompt, wish, _prompt_states)
 
     async def read_prompt(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> PromptReading:
         """Sends one request over the prompt. The worker reports the log-probabilities with the states: vLLM's own
@@ -285,12 +292,12 @@ class VLLMEngine:
         require_fit(len(prompt_ids), self.max_model_len)
         wish = self._wish(self._tag_ids, evidence=False, prompt=True)
         wish[KEY]["options"] = list(token_ids)
-        return await self._given(prompt_ids, wish, _prompt_reading)
+        return await self._given(tokens_input(list(prompt_ids)), wish, _prompt_reading)
 
     async def _given(
-        self, ids: Sequence[int], wish: dict[str, Any], read: Callable[[RequestOutput], S | None]
+        self, prompt: EngineInput, wish: dict[str, Any], read: Callable[[RequestOutput], S | None]
     ) -> S:
-        """Returns what a request over `ids` reports; the request also draws one token, which is not used."""
+        """Returns what a request over `prompt` reports; the request also draws one token, which is not used."""
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -301,7 +308,7 @@ class VLLMEngine:
         states = None
         for skip_cache in (False, True):  # the cache may lack a state or a token's evidence
             params.skip_reading_prefix_cache = skip_cache
-            output = [output async for output in self._submit(tokens_input(list(ids)), params)][-1]
+            output = [output async for output in self._submit(prompt, params)][-1]
             states = read(output)
             if states is not None and states.complete:
                 return states
@@ -320,29 +327,30 @@ class VLLMEngine:
         self.llm.shutdown()
 
     async def _hidden(
-        self, prompt_ids: Sequence[int], answer: AnswerText, length: int | None, record: Record | None
+        self, prompt: EngineInput, answer: AnswerText, length: int | None, record: Record | None
     ) -> HiddenSummary:
         """Returns h's parts for a finished answer: as reported at its tag, else by appending the tag to it.
 
         The second way costs one more request, whose sequence is in the prefix cache except for its last block.
         """
         if length is None:  # the tag came in other tokens than its own: encode the text anew
-            return await self.summarise(prompt_ids, self._chat.encode_response(answer.text))
+            response_ids = self._chat.encode_response(answer.text)
+            return await self._summarise(prompt, response_ids, self._closing_ids)
         response_ids, closing = answer.token_ids[:length], answer.closing(length) or self._closing_ids
         hidden = self._summary(record, response_ids)
         # Blanks before an end token were fed before closing; they are no part of the answer.
-        whole = len(prompt_ids) + len(response_ids) + len(closing)
+        whole = len(prompt["prompt_token_ids"]) + len(response_ids) + len(closing)
         if hidden is not None and hidden.complete and hidden.positions == whole:
             return hidden
-        return await self._summarise(prompt_ids, response_ids, closing)
+        return await self._summarise(prompt, response_ids, closing)
 
-    async def _prompt(self, prompt_ids: Sequence[int], output: RequestOutput) -> PromptStates | None:
+    async def _prompt(self, prompt: EngineInput, output: RequestOutput) -> PromptStates | None:
         """Returns the states reported with the answer's first token, else requests them alone."""
         states = _prompt_states(output)
         if states is not None and states.complete:
             return states
         try:
-            return await self.prompt_states(prompt_ids)
+            return await self._prompt_states(prompt)
         except EngineDead:
             raise
         except EngineError as error:  # an answer is still possible
@@ -441,6 +449,10 @@ def _config(args: AsyncEngineArgs) -> Any:
         raise EngineError(
             f"{config.model_config.architecture} writes no text, it has no LM head; serve a model that has one"
         )
+    if images(vars(args)) and not config.model_config.is_multimodal_model:
+        raise EngineError(
+            f"{config.model_config.architecture} does not look at images; leave out --limit-mm-per-prompt"
+        )
     if config.model_config.is_attention_free:
         raise EngineError(
             f"{config.model_config.architecture} has no attention layer: no KV block holds the whole sequence, so "
@@ -483,11 +495,14 @@ def _engine_args(settings: EngineSettings) -> AsyncEngineArgs:
         # On a CPU, vLLM 0.32 applies its last adapter slot to requests without one (index -1), so it stays empty.
         max_loras=max(1, len(settings.adapters) + on_cpu),
         max_lora_rank=_fitting_rank(settings.adapters),
-        language_model_only=True,  # for multimodal models
+        language_model_only=not images(settings.vllm),  # for multimodal models
         trust_remote_code=False,
         seed=0,
     )
-    return AsyncEngineArgs(**ours | {k: v for k, v in settings.vllm.items() if k not in FRONTEND})
+    given = {k: v for k, v in settings.vllm.items() if k not in FRONTEND}
+    if images(settings.vllm):
+        given["limit_mm_per_prompt"] = {**given["limit_mm_per_prompt"], "video": 0, "audio": 0}
+    return AsyncEngineArgs(**ours | given)
 
 
 def _shared_out(cores: Sequence[int], options: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ a control token; what that cannot say (tool messages, images, template switches)
 
 from __future__ import annotations
 
+import time
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from copy import copy
@@ -24,7 +25,7 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import FrontendArgs
 from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest, ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.tokenize.protocol import (
@@ -39,6 +40,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from candor.engine.base import EngineError, RequestRefused
 from candor.engine.vllm_client import CapturingClient, current_judge, judged_beams
 from candor.engine.vllm_engine import VLLMEngine
+from candor.engine.vllm_options import images
 
 Kind = Literal[
     "chat", "batch", "completion", "responses", "messages", "count_tokens", "tokenize", "detokenize"
@@ -56,6 +58,11 @@ SCHEMAS: Mapping[Kind, type[BaseModel]] = {
 }
 
 
+def schema(kind: Kind, body: Mapping[str, Any]) -> type[BaseModel]:
+    """Returns vLLM's schema of the body."""
+    return TokenizeChatRequest if kind == "tokenize" and "messages" in body else SCHEMAS[kind]
+
+
 class Renders(Protocol):
     """A judge that also renders conversations."""
 
@@ -71,13 +78,18 @@ _IN_BODIES = "enable_force_include_usage", "return_tokens_as_token_ids", "enable
 
 
 class Handlers:
-    """vLLM's handlers for one engine and its adapters. stores: whether responses can be asked for again."""
+    """vLLM's handlers for one engine and its adapters.
 
-    def __init__(self, state: State, *, alone: Collection[Kind]) -> None:
+    stores: whether responses can be asked for again. images: whether the model looks at them. fetches: whether vLLM
+    may fetch them, from the domains or the folder that the operator named.
+    """
+
+    def __init__(self, state: State, *, alone: Collection[Kind], images: bool, fetches: bool) -> None:
         """alone: kinds that only vLLM's handlers write as the options given say."""
         self._state = state
         self.alone = alone
         self.stores: bool = state.openai_serving_responses.enable_store
+        self.images, self.fetches = images, fetches
 
     @classmethod
     async def start(cls, engine: VLLMEngine, adapters: Mapping[str, VLLMEngine], name: str) -> Handlers:
@@ -108,15 +120,13 @@ class Handlers:
         alone: set[Kind] = {"chat"} if engine.args.reasoning_parser else set()  # thoughts are set apart
         if any(engine.frontend.get(option) for option in _IN_BODIES):
             alone |= {"chat", "completion"}
-        return cls(state, alone=alone)
+        fetches = bool(engine.args.allowed_media_domains or engine.args.allowed_local_media_path)
+        return cls(state, alone=alone, images=bool(images(vars(engine.args))), fetches=fetches)
 
     def parse(self, kind: Kind, body: dict[str, Any]) -> Any:
         """Returns vLLM's request. Raises pydantic.ValidationError, or RequestRefused for what vLLM says itself."""
-        schema = SCHEMAS[kind]
-        if kind == "tokenize" and "messages" in body:
-            schema = TokenizeChatRequest
         try:
-            return schema.model_validate(body)
+            return schema(kind, body).model_validate(body)
         except ValidationError:
             raise
         except RecursionError:
@@ -150,16 +160,27 @@ class Handlers:
             return result
         return _lines(result) if kind == "responses" else cast(AsyncGenerator[str, None], result)
 
+    def queued(self, request: Any) -> BaseModel:
+        """Returns the response to a request of `/v1/responses` before anything is written. Raises RequestRefused."""
+        try:
+            made = ResponsesResponse.from_request(
+                request,
+                request.to_sampling_params(request.max_output_tokens, {}),
+                model_name=request.model,
+                created_time=int(time.time()),
+                output=[],
+                status="queued",
+                usage=None,
+            )
+        except Exception as error:
+            raise _clear(create_error_response(error)) from error
+        return cast(BaseModel, made)
+
     async def retrieve(self, response_id: str) -> BaseModel:
         """Returns a stored response of `/v1/responses`. Raises RequestRefused if there is none."""
         found = self._state.openai_serving_responses.retrieve_responses(
             response_id, starting_after=None, stream=False
         )
-        return cast(BaseModel, await _refused_clearly(found))
-
-    async def cancel(self, response_id: str) -> BaseModel:
-        """Raises RequestRefused if there is no such response that still runs."""
-        found = self._state.openai_serving_responses.cancel_responses(response_id)
         return cast(BaseModel, await _refused_clearly(found))
 
 

@@ -54,7 +54,7 @@ OURS: Mapping[str, str] = {
     "runner": _TEXT,
     "convert": _TEXT,
     "pooler_config": _TEXT,
-    "language_model_only": _TEXT,
+    "language_model_only": "texts alone are served; for images too give --limit-mm-per-prompt '{\"image\": 2}'",
     "mm_encoder_only": _TEXT,
     "trust_remote_code": "Candor runs no code of a model's directory; use a model that vLLM itself implements",
 }
@@ -97,6 +97,7 @@ CAPTURE_WRONG: Mapping[str, str] = {
     "ubatch_size": "a step's tokens come in pieces of which one would be counted; leave it out",
     "enable_batch_sharded_sampling": "each rank would measure the evidence of its own rows alone; leave it out",
     "kv_sharing_fast_prefill": "the last layers skip the prompt, whose states h needs; leave it out",
+    "enable_mm_embeds": "an image that comes embedded cannot be looked at again; leave it out",
     "kv_transfer_config": _BLOCKS,
     "ec_transfer_config": _BLOCKS,
     "kv_offloading_size": _BLOCKS,
@@ -168,6 +169,16 @@ def changing_h(options: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def images(options: Mapping[str, Any]) -> int:
+    """The most images of a prompt; 0 where they are not asked for, and text alone is served."""
+    return _most(options.get("limit_mm_per_prompt"), "image")
+
+
+def _most(limits: Any, modality: str) -> int:
+    most = (limits or {}).get(modality, 0) if isinstance(limits, Mapping) else 0
+    return int(most.get("count", 0) if isinstance(most, Mapping) else most)
+
+
 def as_typed(options: Mapping[str, Any]) -> str:
     """The options in command-line form; "none" if there are none."""
     words = [
@@ -183,6 +194,11 @@ def _refuse(options: Mapping[str, Any]) -> None:
             raise OptionError(f"{_flag(name)} cannot be given: {OURS[name]}")
         if name in CAPTURE_WRONG and str(value) not in _HARMLESS:
             raise OptionError(f"{_flag(name)} is not served: {CAPTURE_WRONG[name]}")
+    for modality in ("video", "audio"):
+        if _most(options.get("limit_mm_per_prompt"), modality):
+            raise OptionError(
+                f"--limit-mm-per-prompt: {modality} is not served, of all but texts images alone are"
+            )
     if options.get("load_format") == "dummy":
         raise OptionError("--load-format dummy is not served: the weights are made up; leave it out")
     if _speculation(options.get("speculative_config")) not in (None, "ngram"):

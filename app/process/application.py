@@ -164,6 +164,8 @@ def create_app(
         finally:
             for task in running:
                 task.cancel()
+            if services.surface is not None:
+                await services.surface.unattended.close()
             services.preparing.close()
             await asyncio.to_thread(quotas.write)
             await asyncio.to_thread(audit.close)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.zoo.tiny import save, small
+from benchmarks.zoo.tiny import save, seeing, small
 
 RIGHT, WRONG = "......", "!!!!!!"
 
@@ -22,15 +22,18 @@ def prompt(number: int) -> str:
     return f"Item {number}."
 
 
-def calibrated(folder: Path) -> tuple[Path, Path]:
-    """The model's directory and the bundle's; made where they are not there."""
+def calibrated(folder: Path, *, sees: bool = False) -> tuple[Path, Path]:
+    """The model's directory and the bundle's; made where they are not there. sees: of one that looks at images."""
     from transformers import LlamaConfig
 
     model, bundle = folder / "model", folder / "bundle"
     if bundle.is_dir():
         return model, bundle
     folder.mkdir(parents=True, exist_ok=True)
-    save(model, LlamaConfig(**small(num_hidden_layers=2)), "LlamaForCausalLM")
+    if sees:
+        seeing(model)
+    else:
+        save(model, LlamaConfig(**small(num_hidden_layers=2)), "LlamaForCausalLM")
     rows = [
         {
             "id": f"r{n}",

@@ -108,6 +108,53 @@ def save(directory: Path, config: Any, architecture: str, chat: Any = None, end:
     return directory
 
 
+VISION = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
+SEEING_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+    "{% if p.type == 'text' %}{{ p.text }}{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
+    "{% endfor %}{% endif %}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def seeing(directory: Path) -> Path:
+    """Saves a model like Qwen 2.5 VL, which looks at images. Needs torchvision."""
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLProcessor,
+        Qwen2_5_VLTextConfig,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    chat = tokenizer(template=SEEING_TEMPLATE)
+    chat.add_special_tokens({"additional_special_tokens": list(VISION)})
+    start, image, end, video = chat.convert_tokens_to_ids(list(VISION))
+    positions = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    text = Qwen2_5_VLTextConfig(**small(vocab_size=len(chat), rope_parameters=positions))
+    config = Qwen2_5_VLConfig(
+        text_config=text.to_dict(),
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "depth": 2,
+            "num_heads": 2,
+            "out_hidden_size": 128,
+            "fullatt_block_indexes": [1],
+            "window_size": 56,
+        },
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    save(directory, config, "Qwen2_5_VLForConditionalGeneration", chat, end=[2, 6])
+    images = Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=112 * 112)
+    processor = Qwen2_5_VLProcessor(images, chat, Qwen2VLVideoProcessor(), chat_template=SEEING_TEMPLATE)
+    processor.save_pretrained(directory)
+    return directory
+
+
 def small(**changes: Any) -> dict[str, Any]:
     """Sizes, under the names of most configurations."""
     return {

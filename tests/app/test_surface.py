@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
@@ -391,6 +392,72 @@ def test_what_was_withheld_is_not_stored(client: httpx.Client) -> None:
     assert client.get("/v1/responses/resp_unknown").status_code == 404
 
 
+def in_the_background(client: httpx.Client, text: str, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The response as it was queued, and once it is done."""
+    queued = ask(client, text, "/v1/responses", background=True, **more)
+    for _ in range(600):
+        found = client.get(f"/v1/responses/{queued['id']}").json()
+        if found["status"] != "in_progress":
+            return queued, found
+        assert not found["output"]
+        time.sleep(0.1)
+    raise AssertionError("still in progress")
+
+
+def said(response: dict[str, Any]) -> list[str]:
+    return [one.get("text") or one["refusal"] for part in response["output"] for one in part["content"]]
+
+
+def test_a_response_in_the_background_is_that_of_a_client_that_waits(client: httpx.Client) -> None:
+    for text, more in ((KNOWN, {}), (UNSURE, ABSTAIN), (STRANGE, ABSTAIN)):
+        waited = ask(client, text, "/v1/responses", **more)
+        queued, done = in_the_background(client, text, **more)
+        assert (queued["status"], queued["output"], done["status"]) == ("queued", [], "completed")
+        assert said(done) == said(waited)
+        one, other = (body["reliability"]["results"][0] for body in (done, waited))
+        assert (one["region"], one["abstained"]) == (other["region"], other["abstained"])
+        followed = ask(client, "And?", "/v1/responses", previous_response_id=done["id"])
+        assert followed["status"] in ("completed", "incomplete")
+
+
+def test_openai_s_package_asks_in_the_background(client: httpx.Client) -> None:
+    responses = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none").responses
+    queued = responses.create(model="word-ordering", input=KNOWN, background=True)
+    assert queued.status == "queued"
+    while (found := responses.retrieve(queued.id)).status == "in_progress":
+        time.sleep(0.1)
+    assert found.status == "completed"
+    assert found.output_text == said(ask(client, KNOWN, "/v1/responses"))[0]
+    assert found.model_extra is not None
+    assert found.model_extra["reliability"]["results"][0]["region"] == "high"
+    more = {"ignore_eos": True, "cache_salt": "s"}
+    long = responses.create(
+        model="word-ordering", input=STRANGE, background=True, max_output_tokens=1500, extra_body=more
+    )
+    assert responses.cancel(long.id).status == "cancelled"
+
+
+def test_a_response_in_the_background_can_be_cancelled(client: httpx.Client) -> None:
+    long = {"max_output_tokens": 1500, "ignore_eos": True, "cache_salt": "s"}
+    queued = ask(client, STRANGE, "/v1/responses", background=True, **long)
+    for _ in range(2):
+        cancelled = client.post(f"/v1/responses/{queued['id']}/cancel").json()
+        assert (cancelled["status"], cancelled["output"]) == ("cancelled", [])
+    assert client.get(f"/v1/responses/{queued['id']}").json()["status"] == "cancelled"
+    done = ask(client, KNOWN, "/v1/responses")
+    assert client.post(f"/v1/responses/{done['id']}/cancel").status_code == 400
+    assert client.post("/v1/responses/resp_unknown/cancel").status_code == 404
+    assert client.get("/metrics").text  # the server lives
+
+
+@pytest.mark.parametrize(("more", "param"), [({"stream": True}, "stream"), ({"store": False}, "background")])
+def test_what_cannot_be_asked_for_again_is_not_begun(client: httpx.Client, more: Any, param: str) -> None:
+    body = {"model": "word-ordering", "input": KNOWN, "background": True} | more
+    refused = client.post("/v1/responses", json=body)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == param
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -632,6 +699,9 @@ def test_tokens(client: httpx.Client) -> None:
     model = {"model": "word-ordering"}
     tokens = client.post("/tokenize", json=model | {"prompt": "hello world"}).json()["tokens"]
     assert client.post("/detokenize", json=model | {"tokens": tokens}).json()["prompt"] == "hello world"
+    turns = [{"role": "user", "content": "hello"}]
+    conversation = client.post("/tokenize", json=model | {"messages": turns}).json()["count"]
+    assert conversation == ask(client, "hello", max_tokens=1)["usage"]["prompt_tokens"]
     counted = client.post(
         "/v1/messages/count_tokens", json=model | {"messages": [{"role": "user", "content": "hello"}]}
     )

@@ -17,6 +17,7 @@ from candor.engine.vllm_options import (
     OptionError,
     as_typed,
     changing_h,
+    images,
     read,
 )
 
@@ -109,6 +110,25 @@ def test_refusals_hold_in_every_spelling(tmp_path: Path) -> None:
     assert read(f"{ngrams} --pipeline-parallel-size 1 --tensor-parallel-size 2".split())
     assert "made up" in told("--load-format dummy")
     assert "mp or ray" in told("--distributed-executor-backend external_launcher")
+
+
+@pytest.mark.parametrize(
+    ("line", "most"),
+    [
+        ("", 0),
+        ('--limit-mm-per-prompt {"image":2}', 2),
+        ("--limit-mm-per-prompt.image 3", 3),
+        ('--limit-mm-per-prompt {"image":{"count":4,"width":512}}', 4),
+        ('--limit-mm-per-prompt {"video":0}', 0),
+    ],
+)
+def test_images_are_looked_at_where_it_is_said_how_many(line: str, most: int) -> None:
+    assert images(read(line.split())) == most
+
+
+def test_sounds_and_films_are_refused() -> None:
+    for line in ('--limit-mm-per-prompt {"image":1,"video":1}', "--limit-mm-per-prompt.audio 1"):
+        assert "images alone are" in told(line)
 
 
 def test_what_vllm_does_not_know_or_take_is_its_own_message() -> None:

@@ -3,7 +3,8 @@
     POST /v1/chat/completions, /v1/completions   a body that this server's schema takes is answered by
                                                  `routes.answers`; any other (tools, schemas, images, beams ...) here
     POST /v1/chat/completions/batch, /v1/responses, /v1/messages    here
-    POST /tokenize, /detokenize, /v1/messages/count_tokens; GET /v1/responses/{id}
+    POST /tokenize, /detokenize, /v1/messages/count_tokens
+    GET /v1/responses/{id}, POST /v1/responses/{id}/cancel
 
 Nothing that changes an answer is ignored: a field is applied, or refused by its name.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, aclosing
+from contextlib import AbstractContextManager, ExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,7 +30,8 @@ from candor.app.edge.parsing import BoundedRoute
 from candor.app.edge.routes.answers import EventStream, shadowed, verdict_headers
 from candor.app.edge.routes.documented import ERRORS, STREAMED
 from candor.app.edge.routes.either import json_object, told_where
-from candor.app.edge.schemas import grammars
+from candor.app.edge.routes.unattended import Unattended
+from candor.app.edge.schemas import grammars, images
 from candor.app.edge.schemas.reliability import ReliabilityOptions
 from candor.app.edge.schemas.requests import HARMLESS, unknown_field
 from candor.app.edge.services import InjectedServices, ServedModel, Services
@@ -58,7 +60,6 @@ _NOT_SERVED: Mapping[str, str] = {
     "mm_payload": "images come as vLLM's documented parts",
     "return_mm_kwargs": "it is for other servers of vLLM",
     "routed_experts_prompt_start": "it is for other servers of vLLM",
-    "background": "an answer is given while its request waits",
 }
 """vLLM's fields that this server refuses, and why."""
 
@@ -85,11 +86,27 @@ async def create_response(request: Request, services: InjectedServices) -> Respo
 
 @router.get("/v1/responses/{response_id}", responses=ERRORS, response_model=None)
 async def retrieve_response(response_id: str, request: Request, services: InjectedServices) -> Response:
-    """A stored response; vLLM stores them where VLLM_ENABLE_RESPONSES_API_STORE=1."""
+    """A stored response, or how far one in the background has come; responses are stored where
+    VLLM_ENABLE_RESPONSES_API_STORE=1."""
     surface = _surface(services)
+    if (body := surface.unattended.look(response_id, request.state.caller)) is not None:
+        return _json(body)
     judging = surface.recall(response_id, request.state.caller)
     found = await surface.handlers.retrieve(response_id)
     return _json(FORMS["responses"].body(_dumped("responses", found), judging))
+
+
+@router.post("/v1/responses/{response_id}/cancel", responses=ERRORS, response_model=None)
+async def cancel_response(response_id: str, request: Request, services: InjectedServices) -> Response:
+    """Cancels a response in the background."""
+    surface = _surface(services)
+    body = await surface.unattended.cancel(response_id, request.state.caller)
+    if body is None:
+        surface.recall(response_id, request.state.caller)
+        raise RequestRefused(
+            "expected a response that is still written in the background: this one is done", 400
+        )
+    return _json(body)
 
 
 @router.post("/v1/messages", responses=ERRORS | STREAMED, response_model=None)
@@ -125,6 +142,8 @@ class _Read(BaseModel):
     model: str | None = None
     previous_response_id: str | None = None
     stream: bool | None = None
+    background: bool | None = None
+    store: bool | None = None
     echo: bool | None = None
     use_beam_search: bool | None = None
     n: int | None = None
@@ -148,10 +167,15 @@ class _Parsed:
 async def _respond(kind: Kind, body: dict[str, Any], request: Request, services: Services) -> Response:
     surface = _surface(services)
     form = FORMS[kind]
+    body = {name: value for name, value in body.items() if value is not None}  # null: as if it were not said
     with told_where():
         read = _Read.model_validate(body)
     if read.previous_response_id is not None:
         surface.recall(read.previous_response_id, request.state.caller)
+    if read.background:
+        _require_kept(read, surface)
+    if kind == "responses":
+        body.pop("background", None)  # vLLM's own has no place among those in flight, and no time limit
     options = body.pop("reliability", None)
     with told_where("reliability"):
         asked = ReliabilityOptions.model_validate({} if options is None else options)
@@ -169,12 +193,14 @@ async def _respond(kind: Kind, body: dict[str, Any], request: Request, services:
     choices, most = _fill_in(kind, body, read, model)
     if read.echo and read.max_tokens == 0:  # nothing is written, so there is nothing to judge
         reliability = model.resolver.unjudged(reliability)
-    characters = len(await request.body())
+    pictures = images.lengths(body.get(_where(kind)))
+    characters = len(await request.body()) - sum(pictures)
     bulk = model.resolver.within(Bulk(choices, characters), choices)
 
     def parse() -> _Parsed:
         _check_fields(kind, body, surface)
-        return _Parsed(_parsed(kind, body, surface), characters // 4 + choices * most)
+        tokens = characters // 4 + len(pictures) * images.TOKENS + choices * most
+        return _Parsed(_parsed(kind, body, surface), tokens)
 
     parsed = await unless_interrupted(
         services.prepare(request, bulk, parse), request.receive, services.watch, deadline.left_s
@@ -240,21 +266,32 @@ async def _respond(kind: Kind, body: dict[str, Any], request: Request, services:
         return _named(form.stream(written, judging), judging, keep)
 
     async def whole() -> tuple[bytes, str]:
-        with admitted:
-            written = await call()
-            if isinstance(written, BaseModel):
-                body = form.body(_dumped(kind, written), judging)
-                body |= {"system_fingerprint": fingerprint(digest)} if "choices" in body else {}
-                keep(body["id"])
-                return await asyncio.to_thread(_bytes, body), "application/json"
-            async with aclosing(written) as events:
-                return "".join([event async for event in events]).encode(), _STREAM
+        written = await call()
+        if isinstance(written, BaseModel):
+            body = form.body(_dumped(kind, written), judging)
+            body |= {"system_fingerprint": fingerprint(digest)} if "choices" in body else {}
+            keep(body["id"])
+            return await asyncio.to_thread(_bytes, body), "application/json"
+        async with aclosing(written) as events:
+            return "".join([event async for event in events]).encode(), _STREAM
+
+    if read.background:
+        queued = _dumped(kind, surface.handlers.queued(parsed.request))
+        places = ExitStack()
+        places.enter_context(admitted)  # so that what has no place is refused now
+        work = unless_interrupted(whole(), _nobody, services.watch, deadline.left_s)
+        return _json(surface.unattended.begin(queued["id"], parsed.caller, queued, work, places.close))
 
     if streamed and not reliability.buffered:
         events = await unless_interrupted(call(), request.receive, services.watch, deadline.left_s)
         assert not isinstance(events, BaseModel)
         return EventStream(_admitted(events, admitted), services.watch, deadline.left_s)
-    content, kind_of = await unless_interrupted(whole(), request.receive, services.watch, deadline.left_s)
+
+    async def attended() -> tuple[bytes, str]:
+        with admitted:
+            return await whole()
+
+    content, kind_of = await unless_interrupted(attended(), request.receive, services.watch, deadline.left_s)
     headers = verdict_headers(judging.finished, digest)
     return Response(content, headers=dict(headers), media_type=kind_of)
 
@@ -280,11 +317,12 @@ class Surface:
     def __init__(self, handlers: Any) -> None:
         """handlers: `engine.vllm_handlers.Handlers`."""
         from candor.engine.vllm_client import judged_by, read_within
-        from candor.engine.vllm_handlers import SCHEMAS
+        from candor.engine.vllm_handlers import schema
 
         self.handlers = handlers
-        self.schemas: Mapping[Kind, type[BaseModel]] = SCHEMAS
+        self.schema: Callable[[Kind, Mapping[str, Any]], type[BaseModel]] = schema
         self._judged_by, self._read_within = judged_by, read_within
+        self.unattended = Unattended()
         self._kept: dict[str, _Kept] = {}
 
     async def respond(
@@ -329,6 +367,20 @@ async def start(backend: Backend, name: str) -> Surface | None:
     return Surface(await Handlers.start(engine, adapters, name))
 
 
+def _require_kept(read: _Read, surface: Surface) -> None:
+    """Raises RequestRefused for a response in the background that could not be asked for."""
+    if read.stream:
+        raise RequestRefused("background: expected no stream; ask for the response by its id", 400, "stream")
+    if read.store is False or not surface.handlers.stores:
+        why = "got store: false" if read.store is False else "this server keeps none"
+        raise RequestRefused(f"background: expected that the response is stored, {why}", 400, "background")
+
+
+async def _nobody() -> Any:
+    """In place of the channel of a client that waits: it never leaves."""
+    await asyncio.get_running_loop().create_future()
+
+
 def _surface(services: Services) -> Surface:
     if services.surface is None:
         raise Refused("this server's engine has no such route; serve with vLLM", None, "not_served")
@@ -342,7 +394,7 @@ async def _plainly(kind: Kind, request: Request, services: Services) -> Response
     with told_where():
         model = services.model(_Read.model_validate(body).model)
     body["model"] = model.name
-    characters = len(await request.body())
+    characters = len(await request.body()) - sum(images.lengths(body.get(_where(kind))))
 
     def parse() -> _Parsed:
         _check_fields(kind, body, surface)
@@ -400,39 +452,18 @@ def _check_fields(kind: Kind, body: Mapping[str, Any], surface: Surface) -> None
     for name, why in _NOT_SERVED.items():
         if body.get(name):
             raise RequestRefused(f"{name} is not served: {why}; leave it out", 400, name)
-    where = "input" if kind == "responses" else "messages"
-    if (seen := _no_text(body.get(where))) is not None:
-        raise RequestRefused(
-            f"a part of type {seen} is not served, also where the model could read it: the states of an answer are "
-            "taken and calibrated over texts alone; leave it out",
-            400,
-            where,
-            "unsupported_parameter",
-        )
+    images.check(body.get(_where(kind)), _where(kind), surface.handlers)
     grammars.check(body)
-    schema = surface.schemas[kind]
+    schema = surface.schema(kind, body)
     known = {field.alias or name for name, field in schema.model_fields.items()} | set(schema.model_fields)
     for name in body:
         if name not in known and name not in HARMLESS:
             raise RequestRefused(unknown_field(name, known), 400, name[:100], "unknown_parameter")
 
 
-_NO_TEXT = ("image", "audio", "video")
-
-
-def _no_text(messages: Any) -> str | None:
-    """Returns the type of a part of the messages that is an image, a sound or a film; None without any."""
-    left = [messages]
-    while left:
-        found = left.pop()
-        if isinstance(found, dict):
-            kind = found.get("type")
-            if isinstance(kind, str) and any(name in kind for name in _NO_TEXT):
-                return kind[:40]
-            left += [found.get("content"), found.get("output")]  # not what a tool was called with
-        elif isinstance(found, list):
-            left += found
-    return None
+def _where(kind: Kind) -> str:
+    """Returns the name of the conversation."""
+    return "input" if kind == "responses" else "messages"
 
 
 def _parsed(kind: Kind, body: dict[str, Any], surface: Surface) -> Any:
