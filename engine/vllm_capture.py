@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -270,22 +271,25 @@ class WorkerCapture:
     def _report(self, step: _Step) -> Callable[[], dict[str, Record]]:
         """Starts copying the due reports to the host, all at once; the returned function waits for them."""
         due, options = step.wanted.reports, step.wanted.options
-        blocks, rows, places, lengths = [], [], [], []
-        for request_id, (own, positions, first) in due.items():
-            blocks += own
-            rows.append(step.rows_of(request_id)[1])
-            before = [] if request_id in options else predecessors(own, self._block_size, first, positions)
-            places += before
-            lengths.append(len(options.get(request_id, before)))
-        index = _to_device([*blocks, *rows, *places], self.device)
-        of_blocks, of_rows, of_places = index.split([len(blocks), len(rows), len(places)])
-        parts = [
-            self._sums.totals(of_blocks, [len(own) for own, *_ in due.values()]),
-            step.hidden[of_rows],
-            self._evidence.read(of_places),
-            *(self._option_logprobs(step, one, options[one]) for one in due if one in options),
+        blocks = [block for own, _, _ in due.values() for block in own]
+        rows = [step.rows_of(request_id)[1] for request_id in due]
+        places = {
+            request_id: predecessors(own, self._block_size, first, positions)
+            for request_id, (own, positions, first) in due.items()
+            if request_id not in options
+        }
+        asked = {one: self._option_logprobs(step, one, options[one]) for one in due if one in options}
+        index = _to_device([*blocks, *rows, *chain(*places.values())], self.device)
+        of_blocks, of_rows, of_places = index.tensor_split([len(blocks), len(blocks) + len(rows)])
+        totals = self._sums.totals(of_blocks, [len(own) for own, _, _ in due.values()])
+        last, evidence = step.hidden[of_rows], self._evidence.read(of_places)
+        sizes = [
+            *[totals.shape[1]] * len(due),
+            *[last.shape[1]] * len(due),
+            *[3 * len(slots) for slots in places.values()],
+            *[len(logprobs) for logprobs in asked.values()],
         ]
-        sizes = [part.numel() for part in parts[:3]]
+        parts = [totals, last, evidence, *asked.values()]
         copied = torch.cat([part.flatten() for part in parts]).to("cpu", non_blocking=True)
         done = torch.cuda.Event() if self.device.type == "cuda" else None
         if done is not None:
@@ -294,17 +298,14 @@ class WorkerCapture:
         def records() -> dict[str, Record]:
             if done is not None:
                 done.synchronize()
-            totals, last, evidence, logprobs = copied.split([*sizes, len(copied) - sum(sizes)])
-            totals, last = totals.view(len(due), -1), last.view(len(due), -1)
+            pieces = copied.split(sizes)
+            measured = dict(zip([*places, *asked], pieces[2 * len(due) :], strict=True))
             found = {}
-            for at, (request_id, (_, positions, _)) in enumerate(due.items()):
-                if request_id in options:
-                    measured, logprobs = logprobs[: lengths[at]], logprobs[lengths[at] :]
-                else:
-                    measured, evidence = evidence[: 3 * lengths[at]], evidence[3 * lengths[at] :]
-                mean, counted = totals[at, :-1] / positions, int(totals[at, -1])
-                states = _to_bytes(mean), _to_bytes(last[at]), _to_bytes(measured)
-                found[request_id] = positions, counted == positions, *states
+            states = zip(due.items(), pieces, pieces[len(due) :], strict=False)
+            for (request_id, (_, positions, _)), total, row in states:
+                mean, complete = total[:-1] / positions, int(total[-1]) == positions
+                parts_of_it = _to_bytes(mean), _to_bytes(row), _to_bytes(measured[request_id])
+                found[request_id] = positions, complete, *parts_of_it
             return found
 
         return records
