@@ -12,6 +12,8 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.inputs.engine import tokens_input
+
 from candor.engine.base import EngineError, PromptStates, Representation
 from candor.engine.vllm_engine import VLLMEngine
 from candor.engine.vllm_scheduler import KEY, PROMPT_KEY
@@ -42,7 +44,7 @@ class Reporting(VLLMEngine):
 
 
 def first(engine: Reporting) -> PromptStates | None:
-    return asyncio.run(engine._prompt(PROMPT, engine.output()))
+    return asyncio.run(engine._prompt(tokens_input(PROMPT), engine.output()))
 
 
 def test_what_was_counted_whole_costs_nothing_more() -> None:
