@@ -17,9 +17,9 @@ host after the step's own work, and are read when vLLM reads the step's tokens.
 
 Each step is only copied at first, and several steps are entered together: each of about thirty small operations costs
 as much for sixteen rows as for one (a millisecond in all; a step of a small model takes ten on a CPU, two on a GPU).
-The result is the same as long as no slot is in two of the steps: waiting steps are entered before a block can change
-its owner: a block is given out again once its request has finished or was preempted, and the step says so. For the
-same reason all reports of a step are read, packed and copied together.
+The result is the same as long as no slot is in two of the steps, so they are entered before a block can change its
+owner: one is given out again once its request has finished or was preempted, and the step says so. For the same
+reason all reports of a step are read, packed and copied together.
 
 One mixin serves vLLM's CPU and GPU workers. These have their own files, since the CPU worker must be imported before
 the rest of vLLM.

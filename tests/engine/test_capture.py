@@ -435,6 +435,20 @@ def test_blocks_change_hands_while_steps_wait(device: torch.device, second: bool
     assert of_answer(_floats(kept).view(-1, 3), driver.drawn["heir"][:2]) is not None
 
 
+def test_a_new_block_is_cleared_before_what_waits_is_entered(device: torch.device, second: bool) -> None:
+    """Blocks are given as the sequence grows; what an earlier owner left in them counts for nothing."""
+    driver = Driver(Worker(device, second=second, later=False))
+    driver.step({"heir": 5}, StepPlan(evidence=True, fresh=BLOCKS["heir"]))
+    driver.step({"a": 3}, StepPlan(evidence=True, fresh=BLOCKS["a"][:1]), finished_req_ids={"heir"})
+    for count, fresh in ((2, BLOCKS["a"][1:2]), (1, []), (1, []), (1, []), (1, BLOCKS["a"][2:3])):
+        driver.step({"a": count}, StepPlan(evidence=True, fresh=fresh))
+    due = StepPlan(reports={"a": (BLOCKS["a"][:3], 10, 5)}, evidence=True)
+    _, whole, mean, _, kept = getattr(driver.step({"a": 1}, due), KEY)["a"]
+    assert whole
+    assert torch.allclose(_floats(mean), torch.stack(driver.states["a"]).mean(0), atol=1e-6)
+    assert of_answer(_floats(kept).view(-1, 3), driver.drawn["a"][1:6]) is not None
+
+
 def test_a_block_filled_elsewhere_is_not_counted(device: torch.device, second: bool) -> None:
     """The heir's first two tokens come from a connector: its block holds what was kept for the first owner's."""
     due = StepPlan(reports={"heir": (BLOCKS["heir"][:1], 4, 2)}, evidence=True)

@@ -13,9 +13,11 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+from candor.app.answering.waiting import DeadlineExceeded
 from candor.app.edge.errors import describe
+from candor.engine.base import EngineError
 
 logger = logging.getLogger("candor")
 
@@ -38,14 +40,13 @@ class _Work:
             return self.queued | {"status": "in_progress"}
         if self.task.cancelled():
             return self.queued | {"status": "cancelled"}
-        error = self.task.exception()
+        error = cast(Exception | None, self.task.exception())
         if error is None:
             return None
-        said = describe(error) if isinstance(error, Exception) else None
-        code, message = (said.code, said.message) if said else (None, "the server ended")
+        said = describe(error)
         return self.queued | {
             "status": "failed",
-            "error": {"code": code or "server_error", "message": message},
+            "error": {"code": said.code or "server_error", "message": said.message},
         }
 
 
@@ -91,5 +92,10 @@ class Unattended:
 
 
 def _told(task: asyncio.Task[object]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        logger.warning("the response %s failed in the background: %s", task.get_name(), error)
+    """Logs what is the server's own fault."""
+    error = None if task.cancelled() else cast(Exception | None, task.exception())
+    if error is not None and describe(error).status >= 500:
+        foreseen = isinstance(error, EngineError | DeadlineExceeded)
+        logger.error(
+            "the response %s broke off: %r", task.get_name(), error, exc_info=None if foreseen else error
+        )
