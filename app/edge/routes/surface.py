@@ -103,9 +103,7 @@ async def cancel_response(response_id: str, request: Request, services: Injected
     body = await surface.unattended.cancel(response_id, request.state.caller)
     if body is None:
         surface.recall(response_id, request.state.caller)
-        raise RequestRefused(
-            "expected a response that is still written in the background: this one is done", 400
-        )
+        raise RequestRefused("Cannot cancel a synchronous response, or one that is done", 400, "response_id")
     return _json(body)
 
 
@@ -352,7 +350,7 @@ class Surface:
         """Returns what was judged of a response. Raises RequestRefused if the caller has none of this id."""
         kept = self._kept.get(response_id)
         if kept is None or kept.caller != caller:
-            raise RequestRefused(f"no response {response_id[:100]!r} is kept here", 404)
+            raise RequestRefused(f"Response with id {response_id[:100]!r} not found here", 404, "response_id")
         return kept
 
 
@@ -372,8 +370,8 @@ def _require_kept(read: _Read, surface: Surface) -> None:
     if read.stream:
         raise RequestRefused("background: expected no stream; ask for the response by its id", 400, "stream")
     if read.store is False or not surface.handlers.stores:
-        why = "got store: false" if read.store is False else "this server keeps none"
-        raise RequestRefused(f"background: expected that the response is stored, {why}", 400, "background")
+        why = "got false" if read.store is False else "this server stores none"
+        raise RequestRefused(f"background can only be used when `store` is true: {why}", 400, "background")
 
 
 async def _nobody() -> Any:
