@@ -260,6 +260,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         copied(given.folder, model, Path(place))
         out = (given.out or Path(place)).resolve()
+        out.mkdir(parents=True, exist_ok=True)
         for side in given.side or SIDES:
             run(side, files, Path(place), model, bundle, out / f"{side}.jsonl", more)
         print("\n".join(table({side: read(out / f"{side}.jsonl") for side in SIDES})))
