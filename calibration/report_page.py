@@ -247,9 +247,10 @@ def _curve(seen: JudgedSet) -> str:
         share = float((~seen.right)[seen.answered].double().mean())
         x, y = point(through / n, share)
         anchor, dx = ("end", -9) if x > _WIDTH / 2 else ("start", 9)
+        dy = 18 if dx > 0 and y < bottom - 24 else -8  # the line rises to the right
         parts.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="#fff" stroke="#000" stroke-width="2"/>'
-            f'<text x="{x + dx:.1f}" y="{y - 8:.1f}" text-anchor="{anchor}">let through: {through / n:.1%}, '
+            f'<text x="{x + dx:.1f}" y="{y + dy:.1f}" text-anchor="{anchor}">let through: {through / n:.1%}, '
             f"of which {share:.1%} wrong</text>"
         )
     middle = (left + right) / 2
