@@ -113,6 +113,12 @@ def test_a_photograph_is_no_long_text(client: httpx.Client) -> None:
     assert ask(client, image(data(drawn, (200, 200))), TEXT).status_code == 200
 
 
+def test_beams_are_not_written_over_images(client: httpx.Client) -> None:
+    refused = ask(client, image(data("red")), TEXT, use_beam_search=True, n=2)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "use_beam_search"
+
+
 def test_more_than_the_operator_allows_are_a_400(client: httpx.Client) -> None:
     refused = ask(client, *[image(data("red"))] * 3, TEXT)
     assert refused.status_code == 400

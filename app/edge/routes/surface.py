@@ -450,7 +450,11 @@ def _check_fields(kind: Kind, body: Mapping[str, Any], surface: Surface) -> None
     for name, why in _NOT_SERVED.items():
         if body.get(name):
             raise RequestRefused(f"{name} is not served: {why}; leave it out", 400, name)
-    images.check(body.get(_where(kind)), _where(kind), surface.handlers)
+    conversation = body.get(_where(kind))
+    images.check(conversation, _where(kind), surface.handlers)
+    if body.get("use_beam_search") and images.lengths(conversation):
+        why = "a beam is judged anew over its tokens, and its images are not there then"
+        raise RequestRefused(f"use_beam_search is not served with images: {why}", 400, "use_beam_search")
     grammars.check(body)
     schema = surface.schema(kind, body)
     known = {field.alias or name for name, field in schema.model_fields.items()} | set(schema.model_fields)
