@@ -96,6 +96,7 @@ class WorkerCapture:
     _step: _Step | None = None
     _waiting: list[_Step]
     _fresh: list[int]
+    _most_waiting: int
     _block_size: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -332,6 +333,10 @@ class WorkerCapture:
         self._layer = group.layer_names[0]
         if not self._reports:
             return
+        self._most_waiting = WAITING_ROWS
+        if self.device.type != "cpu":
+            row = 4 * int(self.vllm_config.model_config.get_vocab_size())
+            self._most_waiting = max(WAITING_ROWS, WAITING_BYTES // row)
         self._block_size = group.kv_cache_spec.block_size
         self._sums = BlockSums(config.num_blocks, self._block_size, self._hidden_size, self.device)
         self._evidence = SlotEvidence(config.num_blocks, self._block_size, self.device)
@@ -346,13 +351,6 @@ class WorkerCapture:
         """Whether the engine reads this worker's output: the first of the last stage."""
         parallel = self.vllm_config.parallel_config
         return bool(self.rank == parallel.world_size - parallel.tensor_parallel_size)
-
-    @property
-    def _most_waiting(self) -> int:
-        if self.device.type == "cpu":
-            return WAITING_ROWS
-        row = 4 * int(self.vllm_config.model_config.get_vocab_size())
-        return max(WAITING_ROWS, WAITING_BYTES // row)
 
     @property
     def _hidden_size(self) -> int:

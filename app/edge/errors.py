@@ -151,6 +151,12 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ClientGone, _respond_to_nobody)
 
 
+def broke_off(what: str, error: Exception) -> None:
+    """Logs what failed after its response had begun; with the traceback where nobody foresaw it."""
+    foreseen = isinstance(error, EngineError | DeadlineExceeded)
+    logger.error("%s broke off: %r", what, error, exc_info=None if foreseen else error)
+
+
 async def _respond(request: Request, error: Exception) -> Response:
     described = describe(error)
     if isinstance(error, EngineError) and not isinstance(error, PromptTooLong | RequestRefused):

@@ -42,12 +42,6 @@ def halved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as runner:
-        yield runner
-
-
-@pytest.fixture(scope="module")
 def views(halved: Path, runner: asyncio.Runner) -> Iterator[dict[str, Engine]]:
     settings = EngineSettings(
         model=BASE,

@@ -49,12 +49,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as runner:
-        yield runner
-
-
-@pytest.fixture(scope="module")
 def engine(model: Path, runner: asyncio.Runner) -> Iterator[Any]:
     engine = runner.run(start_engine(settings(model), ChatFormat.from_directory(model)))
     yield engine

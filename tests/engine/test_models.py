@@ -32,12 +32,6 @@ QUESTION = [{"role": "user", "content": SEA}]
 
 
 @pytest.fixture(scope="module")
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as runner:
-        yield runner
-
-
-@pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory, runner: asyncio.Runner) -> EngineSettings:
     """Of the model, whose second end token is one that it writes."""
     from transformers import Phi3Config

@@ -6,7 +6,6 @@ Minutes, with two cores: by hand, `pytest tests/engine/test_parallel.py -m slow`
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -31,12 +30,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "n-grams": {"speculative_config": NGRAM},
     "n-grams, tensor": {"speculative_config": NGRAM, "tensor_parallel_size": 2},
 }
-
-
-@pytest.fixture(scope="module")
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as runner:
-        yield runner
 
 
 @pytest.fixture(scope="module")

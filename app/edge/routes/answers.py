@@ -7,7 +7,6 @@ A later failure sends a last chunk with the error body, and no [DONE].
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -23,12 +22,11 @@ from candor.app.answering.shadow import Sent
 from candor.app.answering.waiting import (
     ClientGone,
     Deadline,
-    DeadlineExceeded,
     EngineWatch,
     seconds_for,
     unless_interrupted,
 )
-from candor.app.edge.errors import describe
+from candor.app.edge.errors import broke_off, describe
 from candor.app.edge.parsing import BoundedRoute
 from candor.app.edge.routes.documented import ERRORS, STREAMED
 from candor.app.edge.routes.either import answered, either, json_object
@@ -38,9 +36,8 @@ from candor.app.edge.services import PIN, InjectedServices, ServedModel, Service
 from candor.app.store.records import Content, GivenVerdict
 from candor.app.telemetry.audit import audited
 from candor.app.writing.bodies import ChatRenderer, CompletionRenderer, Envelope, Renderer
-from candor.engine.base import EngineError, Representation
+from candor.engine.base import Representation
 
-logger = logging.getLogger("candor")
 router = APIRouter(route_class=BoundedRoute)
 _chat = APIRouter(route_class=either("chat", ChatCompletionRequest))
 _plain = APIRouter(route_class=either("completion", CompletionRequest))
@@ -247,8 +244,7 @@ class EventStream(Response):
         except Exception as error:
             if not self._started:
                 raise
-            foreseen = isinstance(error, EngineError | DeadlineExceeded)
-            logger.error("a stream broke off: %r", error, exc_info=None if foreseen else error)
+            broke_off("a stream", error)
             last = f"data: {describe(error).body.model_dump_json()}\n\n".encode()
             await send({"type": "http.response.body", "body": last, "more_body": False})
 

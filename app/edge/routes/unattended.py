@@ -10,16 +10,11 @@ They are kept in this process, as stored responses are, and end with it.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, cast
 
-from candor.app.answering.waiting import DeadlineExceeded
-from candor.app.edge.errors import describe
-from candor.engine.base import EngineError
-
-logger = logging.getLogger("candor")
+from candor.app.edge.errors import broke_off, describe
 
 _KEPT = 1000
 """Ended ones at most of which it is still said how they ended."""
@@ -95,7 +90,4 @@ def _told(task: asyncio.Task[object]) -> None:
     """Logs what is the server's own fault."""
     error = None if task.cancelled() else cast(Exception | None, task.exception())
     if error is not None and describe(error).status >= 500:
-        foreseen = isinstance(error, EngineError | DeadlineExceeded)
-        logger.error(
-            "the response %s broke off: %r", task.get_name(), error, exc_info=None if foreseen else error
-        )
+        broke_off(f"the response {task.get_name()}", error)
